@@ -1,6 +1,6 @@
 """Guides of thousands of latents, beside Pyro's own and exact answers.
 
-    python benchmarks/scale_guides.py                        # all programs, about 40 minutes on two cores
+    python benchmarks/scale_guides.py                        # all programs, about an hour on two cores
     python benchmarks/scale_guides.py --programs states walk # some of them
     python benchmarks/scale_guides.py --quick --out F        # small programs: a smoke run
 

@@ -86,6 +86,15 @@ def grid(y):
     pyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=y)
 
 
+def rows_alone(y):
+    """Sample pupils in schools that share nothing."""
+    with pyro.plate("schools", y.shape[0], dim=-2):
+        school = pyro.sample("school", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupils", y.shape[1], dim=-1):
+            pupil = pyro.sample("pupil", dist.Normal(school, 1.0))
+            pyro.sample("y", dist.Normal(pupil, 1.0), obs=y)
+
+
 def mixture(y):
     """Sample means of components, which data couple, and a shift of each row."""
     with pyro.plate("components", 3):
@@ -116,6 +125,7 @@ CASES = {
     "nested": Case(
         nested, (normal(70, 5),), {"latent": (1,), "schools_latent": (1, 0), "schools_pupils_latent": (1, 0, 1)}
     ),
+    "rows_alone": Case(rows_alone, (normal(70, 5),), {"schools_latent": (1,), "schools_pupils_latent": (1, 0)}),
     "panel": Case(panel, (normal(70, 9),), {"latent": (1,), "people_latent": (1, 0), "people_x0_steps": (9, 0, 1)}),
     "grid": Case(grid, (normal(10, 12),), {"x_steps": (120,)}),
     "mixture": Case(mixture, (normal(80),), {"latent": (3,), "rows_latent": (1, 0)}),
@@ -211,6 +221,18 @@ def test_a_walk_of_known_scale_is_found_exactly(model: Any) -> None:
     assert error.abs().max() < 4.5  # standard errors, of 70
     assert ((x.double().std(0) / deviation - 1).abs() < 4.5 * 8000**-0.5).all()
     assert fit.losses.isfinite().all()
+
+
+def test_rows_without_shared_latents_are_found_exactly() -> None:
+    y = CASES["rows_alone"].args[0]
+    guide = AutoStructuredFlow(rows_alone)
+    fit_svi(rows_alone, guide, y, steps=1, lr=1e-9, num_particles=2, progress=False)
+    draws, means = guide.sample(4000, y), y.mean(1, keepdim=True)
+    mean, deviation = means * 5 / 7, (2 / 7) ** 0.5  # y - school ~ N(0, 2) for each of five pupils
+    error = (draws["school"].mean(0) - mean) / deviation * 4000**0.5
+    assert error.abs().max() < 4.5
+    torch.testing.assert_close(draws["pupil"].mean(0), (y + mean) / 2, atol=0.06, rtol=0)
+    assert abs(float(draws["school"].std(0).mean()) / deviation - 1) < 0.01
 
 
 def effects() -> tuple[Tensor, Tensor, Tensor]:

@@ -32,8 +32,8 @@ class AutoStructuredFlow(BlockGuide):
     - Latents along a sequence s of steps, such as the states of a ``pyro.markov`` chain or of a random walk, or the
       lines of a grid, have a flow that is linear and convolutional along the sequence.
 
-    Time and memory of a step are proportional to the number of latents.  ``fit_svi`` starts from the best distribution of
-    this structure that is Gaussian given g.
+    Time and memory of a step are proportional to the number of latents.  ``fit_svi`` starts from the best distribution
+    of this structure that is Gaussian given g.
 
     Args:
         model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.

@@ -43,6 +43,7 @@ STILL = 0.03  # the step, in the same unit, at which the search ends
 HELD = 6  # rounds at most in which the root is held, so that the others suit it before it moves
 FAINT = 1e-4  # a coupling this small, relative to the largest, is round-off
 ROUNDS, PRECISE = 30, 0.02  # of conjugate gradients at most, and the error at which they end
+FUNNEL = 16  # the largest root on which the scales of others depend
 BEND = 0.7  # standard deviations of the root by which it is moved to see how the others depend on it
 SLACK = 0.5  # nats by which the ELBO may fall in a step
 
@@ -161,12 +162,8 @@ def fit_blocks(
             search.holds_root, search.step = False, math.inf
         settled = search.step < (2 * NEAR if averaged else NEAR) and not search.holds_root
         averaged = averaged + 1 if settled else 0
-        if (
-            averaged > AVERAGED
-            or (averaged > 1 and search.step < STILL)
-            or watch()
-            or not search.advance(1 / max(1, averaged))
-        ):
+        rests = averaged > AVERAGED or (averaged > 1 and search.step < STILL)
+        if rests or watch() or not search.advance(1 / max(1, averaged)):
             break
     if not math.isfinite(search.elbo) or (math.isfinite(began) and search.elbo <= began):
         return None
@@ -189,9 +186,9 @@ class _Search:
         least, most = PAIRS
         self.pairs = max(least, min(most, DRAWN // len(loc)))
         self.curved = max(2, self.pairs // 2)  # draws at which second derivatives are taken
-        self.root = (
-            layouts[0].places[0, 0] if any(0 in dict(layout.parents) for layout in layouts) else loc.new_zeros(0).long()
-        )
+        alone = layouts[0].places.shape[:2] == (1, 1)
+        shares = alone and any(0 in dict(layout.parents) for layout in layouts)
+        self.root = layouts[0].places[0, 0][: None if shares else 0]
         self.holds_root, self.is_coupled = len(self.root) > 0, False
         self.precision = [self._isotropic(layout, scale**-2) for layout in layouts]
         self.blocks = self._conditionals(self.precision, self.loc)
@@ -227,7 +224,7 @@ class _Search:
             score[self.root] = 0.0
             found[0] = self.precision[0]
             if not self.holds_root:
-                bends = self._bends(noise[: self.curved])
+                bends = self._bends(noise[: self.curved]) if len(self.root) <= FUNNEL else None
                 score[self.root], found[0] = self._of_root(noise)
         joint = self._joint(places, score, found) if self.is_coupled else None
         start = self._judged(self.blocks, noise)
