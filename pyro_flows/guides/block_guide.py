@@ -68,12 +68,16 @@ class BlockGuide(FlowGuide):
         init_loc_fn: The strategy for the start, or None.
         init_scale: The scale of each unconstrained latent at the start, or None.
         name: The guide's name, or None.
+
+    Attributes:
+        size_of_rows: The largest number of all rows of a plate whose rows have flows.
     """
 
     recipes = "_build_local", "_build_global"
     posterior: Blocks
     minibatches: Any
     structure: Structure
+    size_of_rows: int
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class BlockGuide(FlowGuide):
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
+        self.size_of_rows = max((rows.full_size for rows in found.rows.values()), default=1)
         self.posterior = Blocks(scale)
         for name, packing in self.packings.items():
             self.posterior.blocks.append(self._block(name, packing, call, found))
@@ -214,9 +219,11 @@ class BlockGuide(FlowGuide):
     def parts(self) -> dict[str, Any]:
         found = super().parts()
         blocks = tuple(block.parts() for block in self.posterior.blocks)
-        return found | {"embedding_dim": self.embedding_dim, "scale": self.posterior.scale, "blocks": blocks}
+        found |= {"embedding_dim": self.embedding_dim, "size_of_rows": self.size_of_rows}
+        return found | {"scale": self.posterior.scale, "blocks": blocks}
 
-    def _restore(self, scale: float, blocks: tuple[tuple[Any, ...], ...]) -> None:
+    def _restore(self, scale: float, size_of_rows: int, blocks: tuple[tuple[Any, ...], ...]) -> None:
+        self.size_of_rows = size_of_rows
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
         for (name, packing), (flow, parents, frame, unit, rows) in zip(self.packings.items(), blocks, strict=True):
@@ -299,11 +306,6 @@ class BlockGuide(FlowGuide):
             if block.order is None:
                 block.unit.copy_(UNIT * (scale.square().sum(-1).mean((0, 1)) / block.share).sqrt())
             means.append(loc.flatten(1))
-
-    @property
-    def size_of_rows(self) -> int:
-        """The number of all rows of the guide's largest block."""
-        return max((block.contexts.number for block in self.posterior.blocks if block.contexts), default=1)
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
