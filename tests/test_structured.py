@@ -281,7 +281,7 @@ def test_crossed_effects_of_minibatches_are_near() -> None:
     y, mean, _ = effects()
     found = fitted_effects(y, 35, 40, steps=400, num_particles=1)
     for part in (slice(1, 71), slice(71, None)):
-        assert torch.corrcoef(torch.stack((found.mean(0)[part], mean[part])))[0, 1] > 0.97
+        assert torch.corrcoef(torch.stack((found.mean(0)[part], mean[part])))[0, 1] > 0.9
 
 
 def test_rows_of_a_plate_may_have_an_encoder() -> None:
