@@ -285,6 +285,8 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
     with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
         space = LatentSpace(task)
         start = torch.cat([block.packing.start.flatten() for block in guide.posterior.blocks])
+        if space.dim != len(start):  # the guide was set up with other numbers of rows
+            return None
         layouts = [Layout(*of_block) for of_block in guide.places()]
         found = fit_blocks(or_nan(space.log_p), layouts, start, guide.posterior.scale, watch=watch)
     if found is not None:
