@@ -835,7 +835,7 @@ def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
         middle, _ = transform.forward_and_log_det(middle)
     assert middle.abs() > 0.01
     for distance in (0.0, 1.0, -2.0):  # in units of ten times init_scale
-        seen = top.relative(Drawn(middle + 3 * distance, top.flow()))
+        seen = Drawn(top, middle + 3 * distance, top.flow()).relative
         torch.testing.assert_close(seen, torch.full_like(seen, distance), atol=1e-5, rtol=1e-5)
 
 

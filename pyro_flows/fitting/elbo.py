@@ -262,11 +262,8 @@ def start_from_gaussian(
     """
     if guide.has_circles or guide.latent_dim > DENSE:
         return None
-    with (
-        watching(_bar(progress), SKIPPED) as watch,
-        validation_enabled(False),
-    ):  # a draw without density must reach the scores
-        density = or_nan(LatentSpace(task).log_p)
+    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
+        density = or_nan(LatentSpace(task).log_p)  # draws without density must reach the scores
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found
@@ -313,9 +310,8 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
     guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
     modules = [part for one in guides for part in one.modules()]
     parts = [part for part in modules if isinstance(part, PACED) and part.pace is not None]
-    framed = [
-        part.contexts for part in modules if isinstance(part, Block) and part.frame is not None and part.frame.is_set
-    ]
+    blocks = [part for part in modules if isinstance(part, Block) and part.frame is not None]
+    near = [block.contexts for block in blocks if block.frame.is_set]
     with contextlib.ExitStack() as stack:
         for one in guides:
             stack.callback(one.eval)
@@ -323,7 +319,7 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
         stack.callback(_forget, objective)
         for part in parts:
             stack.callback(part.set_pace, part.pace)
-            far = isinstance(part, RowContexts) and not any(part is contexts for contexts in framed)
+            far = isinstance(part, RowContexts) and not any(part is contexts for contexts in near)
             part.set_pace(OF_ROWS if far else None)
         _forget(objective)
         yield

@@ -242,8 +242,10 @@ class BlockGuide(FlowGuide):
 
     @property
     def is_fresh(self) -> bool:
-        """True if the guide is untrained."""
+        """True if the guide is untrained, and has not started from another distribution."""
         for block in self.posterior.blocks:
+            if block.has_started(WIDE * self.posterior.scale):
+                return False
             start, flow = block.packing.start, block.flow
             if block.contexts is None and block.order is None:
                 fresh = is_untrained(flow, self.posterior.scale, [False] * block.packing.size)
@@ -303,8 +305,9 @@ class BlockGuide(FlowGuide):
                 if len(block.frame.loc) < len(loc):
                     parts = [part.mean(0, keepdim=True) for part in parts]
                 block.frame.set(*parts)
-            if block.order is None:
-                block.unit.copy_(UNIT * (scale.square().sum(-1).mean((0, 1)) / block.share).sqrt())
+            block.unit.copy_(
+                UNIT * (scale.square().sum(-1).mean(0) / block.share).sqrt().mean(0).repeat(scale.shape[1])
+            )
             means.append(loc.flatten(1))
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
@@ -338,7 +341,7 @@ class BlockGuide(FlowGuide):
                 rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else BlockRows()
                 q = posterior.at(block, rows, drawn)
                 z = self._draw(block.name, q, indices)
-            drawn.append(Drawn(z, q))
+            drawn.append(Drawn(block, z, q))
             with poutine.mask(mask=mask.rows):
                 result.update(place(block.packing.unpack(z, mask.parts), plates, mask.parts))
         return result

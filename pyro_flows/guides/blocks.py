@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +29,30 @@ from .packing import Packing
 Masks = Mapping[Key, RowMasks]
 
 
-class Drawn(NamedTuple):
-    """The vectors of a block, aligned, and their distribution."""
+@dataclass(frozen=True)
+class Drawn:
+    """The vectors of a block, aligned, as later blocks see them.
 
+    Attributes:
+        block: The block.
+        z: The vectors.
+        q: Their distribution.
+    """
+
+    block: Block
     z: Tensor
     q: FlowDistribution
+
+    @cached_property
+    def relative(self) -> Tensor:
+        """The vectors relative to the middle of their distribution, in a fixed unit.
+
+        In units of the flow's width, what was learned of other blocks would be wrong whenever the flow gets narrower.
+        The unit is wide: many rows leave shared latents a narrow distribution, within which noise in what was learned
+        then matters little.
+        """
+        middle, _ = chained(self.q.runs, self.z.new_zeros(self.block.packing.size), self.q.context)
+        return (self.z - middle) / self.block.unit.detach()
 
 
 class Block(nn.Module):
@@ -83,6 +104,10 @@ class Block(nn.Module):
         """The share of all rows that the guide was set up with."""
         return math.prod(self.seen) / self.number
 
+    def has_started(self, unit: float) -> bool:
+        """True if the block has another unit than at first, which a start from a distribution sets."""
+        return bool((self.unit.detach() != torch.tensor(unit).to(self.unit)).any())
+
     def rows_of(self, parent: Block) -> Tensor:
         """Return for each row of :attr:`seen` the row of a parent that it belongs to."""
         kept = [
@@ -118,16 +143,6 @@ class Block(nn.Module):
         q = q.followed_by(self.frame.at(where, given))
         return q if self.permute is None else q.followed_by(self.permute)
 
-    def relative(self, drawn: Drawn) -> Tensor:
-        """Return vectors relative to the middle of their distribution, in a fixed unit, as other blocks see them.
-
-        In units of the flow's width, what was learned of other blocks would be wrong whenever the flow gets narrower.
-        The unit is wide: many rows leave shared latents a narrow distribution, within which noise in what was learned
-        then matters little.
-        """
-        middle, _ = chained(drawn.q.runs, drawn.z.new_zeros(self.packing.size), drawn.q.context)
-        return (drawn.z - middle) / self.unit.detach()
-
 
 class Blocks(nn.Module):
     """The joint distribution of blocks, in an order in which each depends on earlier ones alone.
@@ -146,12 +161,12 @@ class Blocks(nn.Module):
 
     def at(self, block: Block, rows: BlockRows, drawn: Sequence[Drawn]) -> FlowDistribution:
         """Return the distribution of a block's vectors for some rows, given the blocks before it."""
-        parents = [(self.blocks[parent], drawn[parent]) for parent in block.parents]
+        parents = [drawn[parent] for parent in block.parents]
         context = _joined(
             [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1)],
-            [parent.relative(vectors) for parent, vectors in parents],
+            [parent.relative for parent in parents],
         )
-        given = _joined([vectors.z for _, vectors in parents]) if block.frame is not None else None
+        given = _joined([parent.z for parent in parents]) if block.frame is not None else None
         return block.at(context, rows.places, given)
 
     def draw(self, size: int, rows: Sequence[BlockRows]) -> dict[str, Tensor]:
@@ -160,7 +175,7 @@ class Blocks(nn.Module):
         for block, own in zip(self.blocks, rows, strict=True):
             q, depth = self.at(block, own, drawn), block.packing.depth
             z = q.sample(() if block.parents else (size, *(1,) * (self.depth - depth)))  # parents' draws have the size
-            drawn.append(Drawn(z, q))
+            drawn.append(Drawn(block, z, q))
             found.update(block.packing.values(z.reshape(size, *z.shape[z.dim() - 1 - depth :])))
         return found
 
@@ -203,12 +218,12 @@ class Blocks(nn.Module):
             log_q = q.log_prob(z)
             mask = masks.get(block.packing.plates, RowMasks())
             total = total + _counted(log_q.reshape((*batch, *shape[:-1])), mask, depth)
-            drawn.append(Drawn(z, q))
+            drawn.append(Drawn(block, z, q))
         return total
 
 
 def _joined(*groups: Sequence[Tensor]) -> Tensor | None:
-    """Join vectors ``(*batch, n)`` whose batches broadcast; None if there are none."""
+    """Join vectors ``(*batch, n)`` with batches that broadcast; return None for no vectors."""
     parts = [part for group in groups for part in group]
     if not parts:
         return None

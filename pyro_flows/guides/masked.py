@@ -164,7 +164,7 @@ def _hides_data(found: Found) -> bool:
 
 
 def _reduced(mask: Tensor | bool, site: Site, key: Key) -> Tensor:
-    """Return a mask of the rows of some plates, aligned: True for rows of which a part counts."""
+    """Return a mask of the rows of some plates, aligned: True for rows with a part that counts."""
     frames = frames_of(site, key)
     sizes = {frame.dim: frame.size if frame.size > 0 else rows_in(site, frame.dim) for frame in frames}
     whole = torch.as_tensor(mask, device=site["value"].device)

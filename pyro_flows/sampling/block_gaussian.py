@@ -305,9 +305,9 @@ class _Search:
         return torch.cat(parts, -1)[:, torch.argsort(order)]
 
     def _bends(self, noise: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Return for each block the derivatives of A and of log diag L in the root's latents; None if there are none.
+        """Return for each block the derivatives of A and of log diag L in the root's latents.
 
-        They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
+        Return None if the posterior has no such distribution at one side.  They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
         """
         size = BEND * self.precision[0].diagonal[0, 0].inverse().diagonal().sqrt()
         turns: list[list[Tensor]] = [[] for _ in self.layouts]
@@ -574,7 +574,7 @@ class _Search:
 
 
 def _colours(layout: Layout) -> list[Tensor]:
-    """Return sets of places of a block that cover it, in each of which no two latents share a neighbour."""
+    """Divide the places of a block into sets, so that no two latents of a set share a neighbour."""
     _, steps, width = layout.places.shape
     apart = 1 if steps == 1 else APART
     return [layout.places[:, k::apart, j].flatten() for k in range(apart) for j in range(width)]
