@@ -310,8 +310,7 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
     guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
     modules = [part for one in guides for part in one.modules()]
     parts = [part for part in modules if isinstance(part, PACED) and part.pace is not None]
-    blocks = [part for part in modules if isinstance(part, Block) and part.frame is not None]
-    near = [block.contexts for block in blocks if block.frame.is_set]
+    near = [part.contexts for part in modules if isinstance(part, Block) and part.starts_near]
     with contextlib.ExitStack() as stack:
         for one in guides:
             stack.callback(one.eval)

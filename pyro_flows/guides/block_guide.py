@@ -305,9 +305,8 @@ class BlockGuide(FlowGuide):
                 if len(block.frame.loc) < len(loc):
                     parts = [part.mean(0, keepdim=True) for part in parts]
                 block.frame.set(*parts)
-            block.unit.copy_(
-                UNIT * (scale.square().sum(-1).mean(0) / block.share).sqrt().mean(0).repeat(scale.shape[1])
-            )
+            deviation = (scale.square().sum(-1).mean(0) / block.share).sqrt()  # (T, d)
+            block.unit.copy_(UNIT * deviation.flatten())
             means.append(loc.flatten(1))
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:

@@ -104,6 +104,11 @@ class Block(nn.Module):
         """The share of all rows that the guide was set up with."""
         return math.prod(self.seen) / self.number
 
+    @property
+    def starts_near(self) -> bool:
+        """True if each row starts near its posterior."""
+        return self.frame is not None and self.frame.is_set
+
     def has_started(self, unit: float) -> bool:
         """True if the block has another unit than at first, which a start from a distribution sets."""
         return bool((self.unit.detach() != torch.tensor(unit).to(self.unit)).any())

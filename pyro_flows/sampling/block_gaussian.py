@@ -307,7 +307,8 @@ class _Search:
     def _bends(self, noise: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         """Return for each block the derivatives of A and of log diag L in the root's latents.
 
-        Return None if the posterior has no such distribution at one side.  They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
+        They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
+        Return None if there is no such distribution at one side.
         """
         size = BEND * self.precision[0].diagonal[0, 0].inverse().diagonal().sqrt()
         turns: list[list[Tensor]] = [[] for _ in self.layouts]
