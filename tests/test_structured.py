@@ -22,6 +22,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting import elbo
 from pyro_flows.guides.structure import Structure
 
 normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -302,3 +303,17 @@ def test_errors_name_the_argument() -> None:
         AutoStructuredFlow(walk, embedding_dim=0)
     with pytest.raises(TypeError, match=r"AutoStructuredFlow: encoder must be"):
         AutoStructuredFlow(walk, encoders={"rows": 3})
+
+
+@pytest.mark.parametrize(("args", "steps"), [((), 500), ((35, 40), 4000)])
+def test_minibatches_take_as_many_steps_as_without_a_start(args: tuple[int, ...], steps: int, monkeypatch: Any) -> None:
+    """The rows of a minibatch tell little of the others, which have a long way to go."""
+    seen = []
+    monkeypatch.setattr(elbo.Descent, "fit", lambda descent: seen.append(descent.settings.steps) or stopped())
+    with pytest.raises(KeyboardInterrupt):
+        fit_svi(crossed, AutoStructuredFlow(crossed), CASES["crossed"].args[0], *args, progress=False)
+    assert seen == [steps]
+
+
+def stopped() -> None:
+    raise KeyboardInterrupt

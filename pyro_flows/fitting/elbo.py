@@ -286,9 +286,10 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
             return None
         layouts = [Layout(*of_block) for of_block in guide.places()]
         found = fit_blocks(or_nan(space.log_p), layouts, start, guide.posterior.scale, watch=watch)
-    if found is not None:
-        guide.start_from(found.blocks)
-    return found
+    if found is None:
+        return None
+    guide.start_from(found.blocks)
+    return found._replace(is_near=not task.subsampled)  # rows of a minibatch tell little of the others
 
 
 def _bar(progress: bool) -> tqdm:

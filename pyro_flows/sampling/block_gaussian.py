@@ -133,11 +133,12 @@ class BlockGaussian(NamedTuple):
     Attributes:
         blocks: The distribution of each block given its parents.
         elbo: The mean log-weight, in nats.
+        is_near: True if a guide that starts from it needs few steps.
     """
 
     blocks: tuple[Conditional, ...]
     elbo: float
-    is_near: bool = True  # a guide that starts from it needs few steps
+    is_near: bool = True
 
 
 def fit_blocks(
