@@ -324,7 +324,7 @@ def test_a_plate_of_angles_reaches_its_evidence():
     evidence = (density.logsumexp(0) - math.log(len(angles))).item()  # the density of the prior is one over the volume
 
     guide = AutoFlow(ring, small(True, True, True))
-    fit(ring, guide, RING_Y)
+    fit(ring, guide, RING_Y, steps=600)
     found = psis(ring, guide, RING_Y, num_samples=4000)
     weights = found.log_weights.double()
     assert found.log_evidence == pytest.approx(evidence, abs=4 * found.log_evidence_se + 1e-3)

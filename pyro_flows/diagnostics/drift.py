@@ -111,6 +111,7 @@ class DriftMeter:
             second - 2 * m * first + m**2,
             fourth - 4 * m * third + 6 * m**2 * second - 4 * m**3 * first + m**4,
         )
+        variance_se = variance_se.hypot(3 * mean_se.square())  # an error of m of k standard errors adds k² mean_se²
         here = second.mean(0) - first.mean(0).square()  # for chains too slow to show the limit
         variance = variance.where(variance > 2 * variance_se, torch.maximum(variance, here)).clamp_min(1e-12)
         return Drift(-m / variance.sqrt(), mean_se / variance.sqrt(), variance, variance_se)
