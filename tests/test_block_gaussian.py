@@ -103,9 +103,9 @@ def test_scales_of_rows_follow_a_shared_scale() -> None:
 
 
 def test_no_start_is_better_than_a_worse_one() -> None:
-    """A density that breaks down around the start has no start; nor has a structure of too many directions."""
+    """A density that breaks down around the start has no start; nor has a block of too many latents."""
     parts, _ = funnel(4, noise=1.0)
     start = torch.zeros(5, dtype=torch.float64)
     assert fit_blocks(lambda z: z.sum(-1) * math.nan, parts, start, 0.1) is None
-    many = [Layout(torch.arange(block_gaussian.MOST + 1).reshape(1, 1, -1), ())]
-    assert fit_blocks(lambda z: -z.square().sum(-1), many, torch.zeros(block_gaussian.MOST + 1), 0.1) is None
+    many = torch.arange(math.isqrt(block_gaussian.NUMBERS) + 1)
+    assert fit_blocks(lambda z: -z.square().sum(-1), [Layout(many.reshape(1, 1, -1), ())], 0.0 * many, 0.1) is None

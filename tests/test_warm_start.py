@@ -21,6 +21,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.elbo import start_from_gaussian
+from pyro_flows.guides import default_flows
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
@@ -200,10 +201,50 @@ def test_start_at_makes_the_guide_that_gaussian(dim, name):
     loc = 100 * torch.randn(dim, dtype=torch.float64)
     law = dist.MultivariateNormal(loc, rotated(dim, 1e5, 0.0).covariance_matrix)
     guide.start_at(loc, law.scale_tril)
-    if dim > 512:
-        law = dist.Normal(loc, law.variance.sqrt()).to_event(1)
     z = law.sample((20,))
     torch.testing.assert_close(guide.get_posterior().log_prob(z), law.log_prob(z), rtol=1e-6, atol=1e-5)
+    assert guide.is_fresh
+
+
+def test_of_very_many_latents_the_guide_has_the_marginals(monkeypatch):
+    monkeypatch.setattr(default_flows, "DENSE", 600)
+    guide, law = AutoFlow(gaussian_model(601), small).setup(), rotated(601, 1e5, 2.0)
+    guide.start_at(law.loc, law.scale_tril)
+    assert max(parameter.numel() for parameter in guide.parameters()) < 601**2
+    marginals, z = dist.Normal(law.loc, law.variance.sqrt()).to_event(1), law.sample((20,))
+    torch.testing.assert_close(guide.get_posterior().log_prob(z), marginals.log_prob(z), rtol=1e-6, atol=1e-5)
+
+
+# Many latents.
+
+
+def counts(y: Tensor):
+    """Poisson counts whose log-rates walk from row to row, and are skewed where nothing was counted."""
+    steps = pyro.sample("steps", dist.Normal(torch.zeros(len(y)), 0.05).to_event(1))
+    noise = pyro.sample("noise", dist.Normal(torch.zeros(len(y)), 2.0).to_event(1))
+    pyro.sample("y", dist.Poisson((noise + steps.cumsum(-1) - 1).exp()).to_event(1), obs=y)
+
+
+def test_beyond_512_latents_correlations_and_marginals_are_found():
+    y = torch.poisson((2 * torch.randn(270) - 1).exp())
+    guide = AutoFlow(counts, small)
+    fit_svi(counts, guide, y, steps=1, num_particles=16, progress=False)
+    begun = _log_weights(counts, guide, y)
+    fit_svi(counts, guide, y, steps=80, num_particles=32, lr=0.02, progress=False)
+    found = _log_weights(counts, guide, y)
+    assert found.std() < 0.6 * begun.std()
+    assert found.mean() > begun.mean() + 5
+
+
+def _log_weights(model, guide, *args) -> Tensor:
+    with torch.no_grad():
+        z, log_q = guide.flow().rsample_and_log_prob((1000,))
+        return LatentSpace(Task(model, guide, args, {})).log_p(z) - log_q
+
+
+def test_models_that_run_one_draw_at_a_time_keep_their_start_of_many_latents():
+    guide = AutoFlow(gaussian_model(513), small).setup()
+    assert start_from_gaussian(guide, Task(gaussian_model(513), guide, (), {}), budget=8 * 250) is None
     assert guide.is_fresh
 
 

@@ -3,7 +3,7 @@
 A flow guide starts from a Gaussian.  Adam scales each parameter separately and is slow on ill-conditioned posteriors;
 batch and match is not.  It starts at the guide's own start and, for posteriors far away, also at the end of some steps
 of L-BFGS uphill.  A Gaussian that is near the posterior is kept immediately, else the one with the better ELBO, so that
-modes of negligible mass are discarded.
+modes of negligible mass are discarded.  Beyond 512 latents natural gradients take fewer draws.
 
 The settings of ``fit_svi``, its warm-up, decay and clipping, were tuned for weights as torch initialises and scales
 them.  Guides set slower paces for their networks, which are safe with any optimiser; training puts them aside.  The
@@ -39,11 +39,11 @@ from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective
 from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import is_breakdown, or_nan
+from ..programs.log_density import LogDensity, is_breakdown, or_nan
 from ..programs.model_and_guide import Task
 from ..programs.traces import leaves_of
 from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
-from ..sampling.gaussian import Gaussian, fit_gaussian
+from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
 from ..training.checkpoint import fingerprint, steps_of
@@ -65,6 +65,8 @@ PACED = Network, Elementwise, RowContexts, ScaledLinear
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit has converged
+MATCHED = 512  # latents, beyond which batch and match takes too many draws
+FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
 MANY = 64  # draws per step, from which on SOAP does better than Adam
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
@@ -247,10 +249,10 @@ def _trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tens
 
 def start_from_gaussian(
     guide: AutoFlow, task: Task, power: float = 1.0, budget: float = math.inf, progress: bool = False
-) -> Gaussian | None:
+) -> Gaussian | BlockGaussian | None:
     """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
 
-    Latents on circles have no Gaussian, and more than 512 latents are too many for a dense one.  Ctrl-C ends the
+    Latents on circles have no Gaussian, and more than 4096 latents are too many for a dense one.  Ctrl-C ends the
     search; the guide starts from the best Gaussian so far.
 
     Args:
@@ -260,13 +262,31 @@ def start_from_gaussian(
         budget: The largest number of gradients to spend.
         progress: True to show a progress bar if the search takes more than a second.
     """
-    if guide.has_circles or guide.latent_dim > DENSE:
+    if guide.has_circles:
         return None
     with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
-        density = or_nan(LatentSpace(task).log_p)  # draws without density must reach the scores
-        found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
+        untempered = or_nan(LatentSpace(task).log_p)  # draws without density must reach the scores
+
+        def density(latent: Tensor) -> Tensor:
+            return power * untempered(latent)
+
+        if guide.latent_dim > MATCHED:
+            return _start_wide(guide, density, budget, watch)
+        found = fit_gaussian(density, *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found
+
+
+def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> BlockGaussian | None:
+    """Start a guide of more latents than batch and match has draws for, unless rounds of D gradients cost too much."""
+    everything = Layout(torch.arange(guide.latent_dim).reshape(1, 1, -1), ())
+    rounds = int(min(ROUNDS, budget / SHARE / PER_LATENT / guide.latent_dim))
+    if rounds < FEWEST or guide.latent_dim > DENSE:
+        return None
+    wide = fit_blocks(density, [everything], *guide.start, rounds=rounds, watch=watch)
+    if wide is not None:
+        guide.start_at(wide.blocks[0].loc[0, 0], wide.blocks[0].scale[0, 0])
+    return wide
 
 
 def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> BlockGaussian | None:

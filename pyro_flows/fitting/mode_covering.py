@@ -30,6 +30,7 @@ from ..diagnostics import Psis
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
+from ..guides.default_flows import split
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
@@ -39,7 +40,6 @@ from ..sampling.mode_mixture import ROUNDS, ModeMixture
 from ..sampling.start_distribution import Reference
 from ..training import distributed
 from ..training.loop import Fit
-from ..transforms import FixedAffine
 from .density import fit_density
 
 DRAWS = 20_000  # weighted draws of the guide
@@ -248,10 +248,10 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     circular = cast(AutoFlow, task.guide.call).circular
     build = partial(ModesBase, num_components=len(mixture.weights), circular=circular)
     guide = _at_population(task, modes, base=build)
-    base, fixed = cast(ModesBase, guide.flow.base), cast(FixedAffine, guide.flow.transforms[-1])
-    scale = fixed.scale if fixed.dense else fixed.scale.diag()
-    factor = torch.linalg.solve_triangular(scale, mixture.scale_tril, upper=False)
-    base.set(fixed.inverse_and_log_det(mixture.loc)[0], factor, mixture.weights.sqrt())
+    base, (_, ends) = cast(ModesBase, guide.flow.base), split(guide.flow)
+    divide = partial(torch.linalg.solve_triangular, ends.scale_tril, upper=False)
+    places = divide((mixture.loc - ends.fixed.loc).mT).mT
+    base.set(places, divide(mixture.scale_tril), mixture.weights.sqrt())
     return guide
 
 

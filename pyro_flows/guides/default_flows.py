@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ from ..transforms.linear import unrotated
 FEW = 32  # for eight couplings and SOAP; beyond, sixteen and Muon
 QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
 LEARNED = 64  # for a full matrix in the learned affine map
-DENSE = 512  # for a full matrix in the map that the guide starts from
-TAILED = 512  # for a base with wide tails
+DENSE = 4096  # for a full matrix in the map that the guide starts from
+TAILED = 512  # for a base with wide tails; beyond, each latent has a spline of its own
 FACTORS = 8  # of the parents' latents that each row has coefficients for
 # The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
 # the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
@@ -214,6 +215,9 @@ def assemble(
 ) -> Flow:
     """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
 
+    Beyond 512 latents the fixed map has two parts, z = loc + S B(C x), and between them a learned spline B of each
+    latent.  So each latent has a marginal distribution of any shape, with the correlations of a Gaussian.
+
     Raises:
         ValueError: If the flow has no place for the angles among the latents.
     """
@@ -230,7 +234,9 @@ def assemble(
     reachable, rest = _reachable(scale), torch.as_tensor(circular, device=loc.device)
     width = torch.full_like(loc, scale / reachable)
     layers = [*flow.transforms, _learned(circular, reachable)]
-    return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= DENSE)
+    if dim > TAILED and not angles:
+        layers += [FixedAffine(dim, dense=dim <= DENSE), Elementwise(RationalQuadraticSpline(), dim)]
+    return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
 
 
 def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
@@ -274,20 +280,56 @@ def _networks(module: nn.Module) -> Iterator[Network]:
             yield from _networks(part)
 
 
+class Ends(NamedTuple):
+    """The layers of an assembled flow after those of the recipe, which together start from z = loc + S C A x."""
+
+    learned: FlowTransform
+    correlations: FixedAffine | None
+    bend: Elementwise | None
+    fixed: FixedAffine
+
+    @property
+    def layers(self) -> list[FlowTransform]:
+        """The layers, from the base to the latents."""
+        return [layer for layer in self if layer is not None]
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The matrix L of the fixed map, z = loc + L x, if its spline is the identity, ``(D, D)``."""
+        matrix = self.fixed.scale if self.fixed.dense else self.fixed.scale.diag()
+        if self.correlations is None:
+            return matrix
+        inner = self.correlations.scale
+        return matrix @ (inner if self.correlations.dense else inner.diag())
+
+
+def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
+    """Divide an assembled flow into the layers of the recipe and those after them."""
+    *layers, learned, fixed = flow.transforms
+    if isinstance(learned, Elementwise) and isinstance(learned.bijector, RationalQuadraticSpline):
+        *layers, scale, correlations = layers
+        return layers, Ends(scale, correlations, learned, fixed)
+    return layers, Ends(learned, None, None, fixed)
+
+
 def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[bool]) -> None:
-    """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned one.
+    """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned layers after it.
 
     Angles stay the same.
     """
-    learned, fixed = flow.transforms[-2:]
-    assert isinstance(fixed, FixedAffine)
-    learned.load_state_dict(_learned(circular, 1.0).state_dict())
+    _, ends = split(flow)
+    ends.learned.load_state_dict(_learned(circular, 1.0).state_dict())
     if any(circular):
         angles = torch.as_tensor(circular, device=loc.device)
         rows = scale_tril.masked_fill(angles.unsqueeze(-1), 0.0)
         factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
         loc, scale_tril = loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
-    fixed.set(loc, scale_tril)
+    if ends.correlations is not None and ends.bend is not None:
+        nn.init.zeros_(ends.bend.params)
+        deviation = scale_tril.norm(dim=-1)
+        ends.correlations.set(torch.zeros_like(loc), scale_tril / deviation.unsqueeze(-1))
+        scale_tril = deviation
+    ends.fixed.set(loc, scale_tril)
 
 
 @torch.no_grad()
@@ -295,13 +337,14 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     """True if an assembled flow is as at its start: its learned affine map was not trained, and its layers permute."""
     if isinstance(flow.base, ModesBase) and flow.base.loc.any():
         return False  # the modes were found by training
-    *layers, learned, _ = flow.transforms
-    mine = list(learned.parameters())
+    layers, ends = split(flow)
+    mine = list(ends.learned.parameters())
     starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]
-    if type(learned) is not type(starts[0]):
+    if type(ends.learned) is not type(starts[0]):
         return False  # the flow is from a file of another version
     rests = any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts)
-    return rests and permutes(layers, mine[0].new_zeros(len(circular)))
+    straight = ends.bend is None or not ends.bend.params.any()
+    return rests and straight and permutes(layers, mine[0].new_zeros(len(circular)))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ Martino, Chopin 2009, JRSS B 71).
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -34,10 +35,11 @@ PAIRS = 2, 8  # the fewest and the most antithetic pairs of draws of a round
 DRAWN = 40_000  # numbers to draw in a round, between these; many rows average the noise of a draw
 APART = 3  # steps of a sequence that share no neighbour
 SHIFT = 0.1  # of differences of scores, in conditional standard deviations
-MOST = 256  # directions of such differences
-NUMBERS = 20_000_000  # to hold at once
+MANY = 256  # directions of such differences, from which on few draws take part, and latents of the largest root
+NUMBERS = 20_000_000  # to hold at once, and of the largest precision
 DAMPINGS = 0.0, 0.1, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO (Levenberg, Marquardt)
 NEAR = 0.2  # the root mean square step, in standard deviations, from which on rounds are averaged
+LATEST = 4  # steps that are compared with as many before them, which finds steps that are noise
 AVERAGED = 12  # rounds at most
 STILL = 0.03  # the step, in the same unit, at which the search ends
 HELD = 6  # rounds at most in which the root is held, so that the others suit it before it moves
@@ -113,8 +115,10 @@ class Conditional(NamedTuple):
         """Return e for noise w ``(S, N, T, d)`` and deviations of the root from its mean, ``(S, G)``."""
         along = root[:, None, None, :, None]  # (S, 1, 1, G, 1)
         stretched = w * (self.stretch @ along).squeeze(-1).exp()
-        turned = (self.turn @ along.unsqueeze(-3)).squeeze(-1)
-        return recur(self.matrix + turned, applied(self.scale, stretched))
+        e = applied(self.scale, stretched)
+        if e.shape[-2] == 1:
+            return e
+        return recur(self.matrix + (self.turn @ along.unsqueeze(-3)).squeeze(-1), e)
 
     def log_det(self, root: Tensor) -> Tensor:
         """Return log|de/dw|, ``(S,)``."""
@@ -154,21 +158,31 @@ def fit_blocks(
         rounds: The largest number of rounds.
         watch: Called after each round; True ends the search.
     """
-    if sum(len(_colours(layout)) for layout in layouts) > MOST:
+    if sum(layout.places.numel() * layout.places.shape[-1] for layout in layouts) > NUMBERS:
         return None
     search = _Search(density, layouts, loc, scale)
+    if len(search.root) > MANY:
+        return None
     began, averaged = search.elbo, 0
+    steps: list[float] = []  # the sizes of the steps since the root moves
     for number in range(rounds):
         if search.holds_root and (number >= HELD or search.step < NEAR):
-            search.holds_root, search.step = False, math.inf
-        settled = search.step < (2 * NEAR if averaged else NEAR) and not search.holds_root
-        averaged = averaged + 1 if settled else 0
-        rests = averaged > AVERAGED or (averaged > 1 and search.step < STILL)
-        if rests or watch() or not search.advance(1 / max(1, averaged)):
+            search.holds_root, search.step, steps = False, math.inf, []
+        rested = search.step < (2 * NEAR if averaged else NEAR) or _are_noise(steps)
+        averaged = averaged + 1 if rested and not search.holds_root else 0
+        ends = averaged > AVERAGED or (averaged > 1 and search.step < STILL)
+        if ends or watch() or not search.advance(1 / max(1, averaged)):
             break
+        steps.append(search.step)
     if not math.isfinite(search.elbo) or (math.isfinite(began) and search.elbo <= began):
         return None
     return BlockGaussian(tuple(search.blocks), search.elbo)
+
+
+def _are_noise(steps: list[float]) -> bool:
+    """True if steps are small and no longer decrease, so that they are noise of the draws."""
+    latest, before = steps[-LATEST:], steps[-2 * LATEST : -LATEST]
+    return len(before) == LATEST and max(latest) < 1 and statistics.median(latest) > 0.7 * statistics.median(before)
 
 
 class _Search:
@@ -187,6 +201,9 @@ class _Search:
         least, most = PAIRS
         self.pairs = max(least, min(most, DRAWN // len(loc)))
         self.curved = max(2, self.pairs // 2)  # draws at which second derivatives are taken
+        directions = sum(len(_colours(layout)) for layout in layouts)
+        if directions > MANY:  # then more draws of the score alone cost next to nothing
+            self.pairs, self.curved = directions // 16, 2
         alone = layouts[0].places.shape[:2] == (1, 1)
         shares = alone and any(0 in dict(layout.parents) for layout in layouts)
         self.root = layouts[0].places[0, 0][: None if shares else 0]
