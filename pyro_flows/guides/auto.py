@@ -30,7 +30,7 @@ from .checks import check_latents
 from .circles import is_circular
 from .contexts import check_finite, encode, width_for_one
 from .default_flows import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
-from .default_training import Schedule
+from .default_training import Schedule, schedule_of_many
 from .guide_call import Call
 from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
@@ -46,7 +46,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
     A is a matrix for up to 64 unconstrained latents, and a scale for each beyond.  It starts at ``init_scale``, and F
-    at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  The guide is a Pyro ``AutoContinuous``: it works with any
+    at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian, with all correlations for up to 4096 latents.  Beyond 512
+    latents F also bends each latent by a learned spline.  The guide is a Pyro ``AutoContinuous``: it works with any
     ELBO in SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.  Latents on circles get circular splines.
     These are von Mises latents, and latents on intervals marked ``infer={"periodic": True}``.
 
@@ -172,14 +173,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide: many draws per step, which help more than further steps.
 
-        Guides with about forty latents take the most steps.  A step is still cheap there, and funnels of many
-        dimensions train slowly.  A guide that starts near the posterior needs a part of the steps.
+        A guide that starts near the posterior needs a part of the steps.
         """
         if self.has_circles:
             return Schedule(steps=2000, num_particles=256, lr=0.003)
         if self.latent_dim > FEW:
-            steps = 2100 if self.latent_dim <= 64 else 1000
-            return Schedule(steps // 2 if near else steps, num_particles=256, clip_norm=1.0)
+            return schedule_of_many(self.latent_dim, near=near)
         if not alone:
             return Schedule(500 if near else 1000, num_particles=256)
         if near:
@@ -219,7 +218,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
-            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 512 only the marginals count.
+            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 4096 only the marginals count.
         """
         start_at(self.flow, loc, scale_tril, self.circular)
 

@@ -25,6 +25,7 @@ from .checks import check_arguments, check_latents
 from .circles import is_circular
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
 from .default_flows import (
+    FEW,
     assemble,
     assemble_local,
     autoencoder_flow,
@@ -38,7 +39,7 @@ from .default_flows import (
     sequence_flow,
     start_at,
 )
-from .default_training import Schedule
+from .default_training import Schedule, schedule_of_many
 from .frame import Frame
 from .guide_call import Call, Found, Key, Rows, frames_of
 from .loaded import check_fits
@@ -313,8 +314,11 @@ class BlockGuide(FlowGuide):
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
 
         Only the latents outside of rows need several draws.  The largest norm of a gradient grows with the plates, as
-        the gradients do; a fixed norm would weight minibatches by their gradients.
+        the gradients do; a fixed norm would weight minibatches by their gradients.  Shared latents alone are one flow.
         """
+        first, *others = self.posterior.blocks
+        if not others and first.contexts is None and first.frame is None and first.packing.size > FEW:
+            return schedule_of_many(first.packing.size, near=near)
         size = sum(site["value"].numel() for _, site in self.prototype_trace.iter_stochastic_nodes())
         num_particles = max(1, min(8, NUMBERS // size)) if self._has_shared else 1
         steps, lr = (500, 0.002) if near else (4000, 0.005)
