@@ -86,6 +86,15 @@ def test_right_guides_are_trusted_whatever_the_seed(seed):
     assert check(banana, banana).trusted
 
 
+def test_the_posterior_of_hundreds_of_latents_is_trusted():
+    """The distance from the middle is that of other draws than those which tell the covariance."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(300), 1.0).to_event(1))
+
+    assert check(model, model).trusted
+
+
 def test_what_is_trusted_is_known_with_small_noise():
     found = check(correlated, gaussian(torch.ones(DIM), FACTOR))
     assert found.chains.noise.max() < 0.035
@@ -546,6 +555,22 @@ def test_a_drift_counts_as_what_it_would_become():
     assert ((drift.error + truth).abs() < 4 * drift.error_se).all()
     assert ((drift.ratio - 1).abs() < 4 * drift.ratio_se + 0.05).all()
     assert (drift.error_se < 0.1).all()
+
+
+def test_a_badly_known_mean_leaves_the_variance_unknown():
+    """Chains rarely go from one mode to the other, and know the shares of the modes badly."""
+    pyro.set_rng_seed(0)
+
+    def modes(*shape: int) -> torch.Tensor:
+        return 1.0 - 2.0 * (torch.rand(*shape) < 0.3)
+
+    here = modes(200, 400)  # a column is a run of 200 chains
+    meter = DriftMeter(modes(20_000, 400), here)
+    for _ in range(20):
+        flips = torch.rand_like(here) < torch.where(here > 0, 0.003, 0.007)  # which leaves the shares as they are
+        here = here.where(~flips, -here)
+        meter.record(here)
+    assert not meter.drift().flagged(4.0).any()
 
 
 def test_weights_see_errors_too():

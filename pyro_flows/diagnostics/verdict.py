@@ -255,7 +255,8 @@ def check(
         draws = space.draw(num_samples or (1000 if alone else 10_000))
         psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
-        charts, white = guide_coordinates(space, draws.z)
+        # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
+        charts, white = guide_coordinates(space, draws.z[::2])
         weighted = weighted_drift(draws.quantities, psis.smoothed)
         of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
         calm, count = _is_calm(psis, weighted), num_chains or (16 if alone else 256)
@@ -293,7 +294,7 @@ def _run(
     Args:
         space: The guide's space.
         charts: The coordinates of the chains.
-        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
+        white: Coordinates in which every second draw of the guide has mean 0 and the identity as covariance.
         draws: Draws of the guide.
         num_chains: The number of chains.
         calm: Whether the weights show no error, so that weaker evidence of the chains suffices.
@@ -310,8 +311,9 @@ def _run(
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
     meter = DriftMeter(draws.quantities, began.quantities)
-    shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (draws, began)))
-    compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (draws, began)))
+    others = Scored(*(part[1::2] for part in draws))
+    shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
+    compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (others, began)))
     for block in range(BLOCKS):
         for z in chains.sweeps(BLOCK, adapt=False):
             quantities = space.quantities(z)
