@@ -95,6 +95,27 @@ def test_the_posterior_of_hundreds_of_latents_is_trusted():
     assert check(model, model).trusted
 
 
+def thousand(loc: float = 0.0, scale: float = 1.0):
+    """Return a guide of a shared latent and 1,100 rows around it: the posterior, unless it is shifted or scaled."""
+
+    def guide() -> None:
+        shared = pyro.sample("shared", dist.Normal(loc, 1.0))
+        with pyro.plate("rows", 1100):
+            pyro.sample("x", dist.Normal(shared, scale))
+
+    return guide
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.0, 1.0), (0.3, 1.0), (0.0, 0.85)])
+def test_of_a_thousand_latents_some_are_judged(loc, scale):
+    found = check(thousand(), thousand(loc, scale))
+    assert found.trusted == (loc == 0 and scale == 1)
+    assert len(found.names) == 100
+    assert "shared" in found.names
+    assert found.scope == "They looked at all of 'shared', 99 of the 1,100 numbers of 'x', and not for other modes."
+    assert found.scope in found.reason or not found.trusted
+
+
 def test_what_is_trusted_is_known_with_small_noise():
     found = check(correlated, gaussian(torch.ones(DIM), FACTOR))
     assert found.chains.noise.max() < 0.035

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import elbo
 from pyro_flows.guides.structure import Structure
+from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.model_and_guide import Task
 
 normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
@@ -170,6 +173,21 @@ def test_log_prob_is_that_of_the_trace(case: Case) -> None:
     draws = guide.sample(3, *case.args)
     assert {name: value.shape[1:] for name, value in draws.items()} == {n: v.shape for n, v in values.items()}
     assert guide.log_prob(draws, *case.args).isfinite().all()
+
+
+@every_case
+def test_its_transform_leads_from_the_bases_to_the_draws(case: Case) -> None:
+    torch.manual_seed(0)
+    guide = stirred(AutoStructuredFlow(case.model).setup(*case.args))
+    space = LatentSpace(Task(case.model, guide, case.args, {}))
+    z, transform = space.draw_alone(5, 5), guide.get_transform(*case.args)
+    x = transform.inv(z)
+    torch.testing.assert_close(transform(x), z, rtol=1e-4, atol=1e-3)
+    sizes, blocks = [math.prod(shape) for shape in transform._shapes], guide.posterior.blocks
+    parts = [part.unflatten(-1, (-1, b.packing.size)) for b, part in zip(blocks, x.split(sizes, -1), strict=True)]
+    log_base = sum(b.flow.base().log_prob(part).sum(-1) for b, part in zip(blocks, parts, strict=True))
+    log_q = log_base - transform.log_abs_det_jacobian(x, z)
+    torch.testing.assert_close(log_q, space.log_q(z), rtol=1e-4, atol=1e-2)
 
 
 @every_case

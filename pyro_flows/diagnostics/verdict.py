@@ -7,6 +7,9 @@ Three tests look at the draws, and none needs the true posterior:
 * short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
 * a population annealed from the prior finds mass that lies far away (:mod:`.missing_modes`).
 
+Beyond 1,000 latents the first two look at some quantities: at all numbers of small sites, such as scales, and at a
+random part of the others.  The last is left out.  So is k-hat, which says little of so many latents together.
+
 Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
 function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is
 the worst that follows from any finding.
@@ -15,6 +18,7 @@ the worst that follows from any finding.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -51,6 +55,11 @@ LOST = 0.05  # the largest share of the posterior's mass that a trusted guide ma
 WORST_KHAT = 1.0  # beyond it the weights have no mean
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps to adapt steps, sweeps per block, and the most blocks
 TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
+MANY = 1000  # latents beyond which a check looks at some of them
+LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
+NUMBERS = 10_000_000, 200_000  # of weighted draws and of chains, about
+FEWEST = 500, 32  # draws and chains of many latents
+BATCH = 20_000_000  # numbers of draws that are found at once
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Check:
             ``(K,)``.
         acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
         seconds: The wall time.
+        scope: What was looked at, in words, if there are more than 1,000 latents; otherwise empty.
 
     Example::
 
@@ -100,6 +110,7 @@ class Check:
     outliers: Tensor
     acceptance: list[float]
     seconds: float
+    scope: str = ""
 
     @property
     def verdict(self) -> str:
@@ -116,6 +127,8 @@ class Check:
                 mend = f"but their weights are reliable (k-hat {self.khat:.2f}): resample the draws by their weights."
                 return f"{str(finding)[:-1]}, {mend}"
         largest = max(0.01, float(self._moments.errors.max()))
+        if self.scope:
+            return f"Weights and chains find no error of a mean or sd beyond {largest:.2f} sd. {self.scope}"
         found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
         if not self.psis.reliable:
             found += f" Use the draws as they are: their weights are not reliable (k-hat {self.khat:.2f})."
@@ -208,13 +221,17 @@ def check(
     Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, and no marginal
     distribution has a wrong shape.  A check costs less than a fit.
 
+    With more than 1,000 latents it looks at about 100 quantities: all numbers of small sites, and a random part of the
+    others.  It does not search for missing mass then, and refuses no draws for their k-hat.
+
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.
         guide: A trained guide of the same latents.
         *args: The model's arguments.
         num_samples: The number of weighted draws, at least 100; by default 10,000, or 1,000 if the model runs one draw
-            at a time.
-        num_chains: The number of chains, at least 16; by default 256, or 16 if the model runs one draw at a time.
+            at a time, and down to 500 for many latents.
+        num_chains: The number of chains, at least 16; by default 256, or 16 if the model runs one draw at a time, and
+            down to 32 for many latents.
         vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
             results agree with single runs (*Any Pyro program* in the docs).
         max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
@@ -251,21 +268,45 @@ def check(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         space = sound_space(task)
-        alone = space.task.runs_one_by_one
-        draws = space.draw(num_samples or (1000 if alone else 10_000))
+        alone, scope = space.task.runs_one_by_one, _looked_at(space)
+        number, count = _sizes(space.dim, alone)
+        draws = space.draw(num_samples or number, max(1, min(1000, BATCH // space.dim)))
         psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
         # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
         charts, white = guide_coordinates(space, draws.z[::2])
         weighted = weighted_drift(draws.quantities, psis.smoothed)
         of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
-        calm, count = _is_calm(psis, weighted), num_chains or (16 if alone else 256)
-        chains, directions, of_chains, acceptance = _run(space, charts, white, draws, count, calm)
-        missing = search(space, white, draws, psis.log_evidence)
-        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)
+        calm = _is_calm(psis, weighted)
+        chains, directions, of_chains, acceptance = _run(space, charts, white, draws, num_chains or count, calm)
+        missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
+        rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
     names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
-    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
+    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds, scope)
     return replace(seen, findings=tuple(judge(seen)))
+
+
+def _looked_at(space: LatentSpace) -> str:
+    """Keep all quantities of small sites and a random part of the others, if there are many latents; say which."""
+    if space.dim <= MANY:
+        return ""
+    sites, sizes = space.read.sites, Counter(space.read.sites)
+    small = torch.tensor([sizes[site] <= SMALL for site in sites])
+    chosen = torch.rand(len(sites)).masked_fill(small, -1).argsort()[: max(LOOKED, int(small.sum()))]
+    space.read.keep(torch.zeros(len(sites), dtype=torch.bool).index_fill(0, chosen, True))
+    kept = Counter(space.read.sites)
+    whole = [f"all of {site!r}" for site, size in sizes.items() if kept[site] == size]
+    parts = [f"{kept[site]} of the {size:,} numbers of {site!r}" for site, size in sizes.items() if kept[site] < size]
+    return f"They looked at {', '.join([*whole, *parts])}, and not for other modes."
+
+
+def _sizes(dim: int, alone: bool) -> tuple[int, int]:
+    """Return the default numbers of weighted draws and of chains."""
+    usual = (1000, 16) if alone else (10_000, 256)
+    if dim <= MANY:
+        return usual
+    draws, chains = (max(least, most // dim) for least, most in zip(FEWEST, NUMBERS, strict=True))
+    return min(usual[0], draws), min(usual[1], chains)
 
 
 def _varying(space: LatentSpace, draws: Scored) -> Scored:
@@ -306,20 +347,22 @@ def _run(
         places.append(white.inverse(z))
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
             break
-    extremes = torch.linalg.eigh(torch.cov(torch.cat(places).T).reshape(space.dim, space.dim)).eigenvectors[:, [0, -1]]
-    axes = torch.cat((torch.eye(space.dim).to(extremes), extremes), -1)
+    seen = torch.randperm(space.dim)[:LOOKED] if space.dim > MANY else torch.arange(space.dim)
+    covariance = torch.cov(torch.cat(places)[:, seen].T).reshape(len(seen), len(seen))
+    extremes = torch.linalg.eigh(covariance).eigenvectors[:, [0, -1]]
+    axes = torch.cat((torch.eye(len(seen)).to(extremes), extremes), -1)
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
     meter = DriftMeter(draws.quantities, began.quantities)
     others = Scored(*(part[1::2] for part in draws))
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
-    compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (others, began)))
+    compass = DriftMeter(*(white.inverse(some.z)[:, seen] @ axes for some in (others, began)))
     for block in range(BLOCKS):
         for z in chains.sweeps(BLOCK, adapt=False):
             quantities = space.quantities(z)
             meter.record(quantities)
             shape.record(_with_distance(space, white, quantities, z))
-            compass.record(white.inverse(z) @ axes)
+            compass.record(white.inverse(z)[:, seen] @ axes)
         drift = meter.drift()
         right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
         if bool(right.all()) or (block > 0 and bool(drift.flagged(CERTAIN + CONTRARY * calm).any())):
@@ -408,7 +451,7 @@ def _doubts(seen: Check) -> list[Finding]:
     if bool(bent.any()):
         labels = [f"whitened direction {i}" for i in range(len(directions.error))]
         return [directions.worst(labels, bent, "whitened")]
-    if psis.khat >= WORST_KHAT and not psis.even:
+    if psis.khat >= WORST_KHAT and not psis.even and not seen.scope:
         return [Finding("tails", "", psis.khat)]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False for NaN too, from chains that overflowed

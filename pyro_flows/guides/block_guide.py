@@ -20,7 +20,7 @@ from ..flows import Flow
 from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
 from .base import FlowGuide
-from .blocks import Block, Blocks, Drawn
+from .blocks import Block, Blocks, BlockTransform, Drawn
 from .checks import check_arguments, check_latents
 from .circles import is_circular
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
@@ -402,6 +402,11 @@ class BlockGuide(FlowGuide):
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
         return self.posterior.log_prob(values, self._all_rows(call), masks_of_all(found) if found else {})
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
+        """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        return BlockTransform(self.posterior, self._all_rows(call))
 
     def _check_arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise TypeError if a guide that is set up lacks arguments of its model, on whose rows its answers depend."""

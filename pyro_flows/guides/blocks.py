@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
@@ -225,6 +226,57 @@ class Blocks(nn.Module):
             total = total + _counted(log_q.reshape((*batch, *shape[:-1])), mask, depth)
             drawn.append(Drawn(block, z, q))
         return total
+
+
+class BlockTransform(Transform):
+    """The map from the bases of all blocks to their vectors, each packed, for all rows: ``(*batch, D)``.
+
+    Args:
+        posterior: The blocks.
+        rows: The rows of each block.
+    """
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, posterior: Blocks, rows: Sequence[BlockRows]) -> None:
+        super().__init__()
+        self._posterior, self._rows = posterior, rows
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, z and log|dz/dx|
+
+    def _call(self, x: Tensor) -> Tensor:
+        z, log_det = self._carried(x, inverse=False)
+        self._last = x, z, log_det
+        return z
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._carried(y, inverse=True)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return log|dz/dx|, in nats, ``batch``."""
+        last = self._last
+        return last[2] if last and last[0] is x and last[1] is y else self._carried(x, inverse=False)[1]
+
+    def _carried(self, vectors: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        posterior, batch = self._posterior, vectors.shape[:-1]
+        total, drawn, found = vectors.new_zeros(batch), list[Drawn](), list[Tensor]()
+        shapes = self._shapes
+        parts = vectors.split([math.prod(shape) for shape in shapes], -1)
+        for block, own, shape, part in zip(posterior.blocks, self._rows, shapes, parts, strict=True):
+            x = part.reshape(*batch, *(1,) * (posterior.depth - block.packing.depth), *shape)
+            q = posterior.at(block, own, drawn)
+            y, log_det = chained(q.runs, x, q.context, inverse=inverse)
+            drawn.append(Drawn(block, x if inverse else y, q))
+            found.append(y.reshape(*batch, -1))
+            total = total + log_det.reshape(*batch, -1).sum(-1)
+        return torch.cat(found, -1), total
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each block's vectors, with the rows at the dimensions of their plates."""
+        pairs = zip(self._posterior.blocks, self._rows, strict=True)
+        batches = [() if own.contexts is None else block.aligned(own.contexts, 1).shape[:-1] for block, own in pairs]
+        return [(*rows, block.packing.size) for block, rows in zip(self._posterior.blocks, batches, strict=True)]
 
 
 def _joined(*groups: Sequence[Tensor]) -> Tensor | None:

@@ -47,11 +47,11 @@ class Quantities:
             self.sites += [name] * len(labels)
         self.angles = {name for name in latents if self._turns[name] is not None}
         self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), VonMises)}
-        self._kept: Tensor | slice = slice(None)
+        self._kept = torch.arange(len(self.names))
 
     def keep(self, used: Tensor) -> None:
         """Leave out the quantities for which ``used``, ``(K,)`` of bool, is False."""
-        self._kept = used
+        self._kept = self._kept[used.cpu()]
         self.names, self.sites = (list(compress(of, used.tolist())) for of in (self.names, self.sites))
 
     def numbers(self, values: Values) -> Tensor:

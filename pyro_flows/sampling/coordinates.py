@@ -14,7 +14,6 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 from __future__ import annotations
 
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, Transform
 from torch.distributions.utils import _sum_rightmost
@@ -40,19 +39,31 @@ class White:
     """
 
     def __init__(self, z: Tensor, weights: Tensor | None = None) -> None:
-        self.loc = z.mean(0) if weights is None else (weights.unsqueeze(-1) * z).sum(0) / weights.sum()
-        effective = len(z) if weights is None else float(weights.sum().square() / weights.square().sum())
-        covariance = torch.cov(z.T, aweights=weights).reshape(z.shape[1], z.shape[1])
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        self.scale_tril = covariance.diagonal().sqrt().diag() if failed or effective < 5 * z.shape[1] else factor
+        share = z.new_full((len(z),), 1 / len(z)) if weights is None else weights / weights.sum()
+        self.loc = z.mean(0) if weights is None else share @ z
+        effective = 1 / float(share.square().sum())
+        self.scale = (share @ (z - self.loc).square() / (1 - 1 / effective)).sqrt()
+        if effective >= 5 * z.shape[1]:
+            covariance = torch.cov(z.T, aweights=weights).reshape(z.shape[1], z.shape[1])
+            factor, failed = torch.linalg.cholesky_ex(covariance)
+            self.scale = self.scale if failed else factor
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The matrix L of z = loc + L x, ``(D, D)``."""
+        return self.scale if self.scale.dim() == 2 else self.scale.diag()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z, ``(N, D)``, and the log-determinant of dz/dx, ``(N,)``, given x, ``(N, D)``."""
-        return self.loc + x @ self.scale_tril.T, self.scale_tril.diagonal().log().sum().expand(len(x))
+        if self.scale.dim() == 1:
+            return self.loc + x * self.scale, self.scale.log().sum().expand(len(x))
+        return self.loc + x @ self.scale.T, self.scale.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return x."""
-        return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
+        if self.scale.dim() == 1:
+            return (z - self.loc) / self.scale
+        return torch.linalg.solve_triangular(self.scale, (z - self.loc).T, upper=False).T
 
     def whitened(self, z: Tensor) -> White:
         """Return the same coordinates whitened by other draws z; other coordinates may ignore these."""
@@ -60,7 +71,7 @@ class White:
 
 
 class Base:
-    """Coordinates of an ``AutoContinuous`` guide's base distribution."""
+    """Coordinates of the base distribution of a guide with a method ``get_transform``, as each ``AutoContinuous``."""
 
     def __init__(self, space: LatentSpace) -> None:
         self._space = space
@@ -68,7 +79,7 @@ class Base:
     @classmethod
     def of(cls, space: LatentSpace, z: Tensor) -> Base | None:
         """Return a guide's base coordinates; None if it has no base, or its transform is not invertible at draws z."""
-        if not isinstance(space.task.guide.call, AutoContinuous):
+        if not hasattr(space.task.guide.call, "get_transform"):
             return None
         found = cls(space)
         try:
