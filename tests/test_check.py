@@ -114,6 +114,7 @@ def test_of_a_thousand_latents_some_are_judged(loc, scale):
     assert "shared" in found.names
     assert found.scope == "They looked at all of 'shared', 99 of the 1,100 numbers of 'x', and not for other modes."
     assert found.scope in found.reason or not found.trusted
+    assert "missing=?" in repr(found)
 
 
 def test_what_is_trusted_is_known_with_small_noise():

@@ -81,7 +81,8 @@ class Check:
             ``error`` and ``error_se``, ``(K + 1,)``, for the K quantities and for the distance from the centre.
         names: The names of the K quantities: latent and deterministic sites, element by element.
         missing: The mass found outside the guide: ``share`` of the posterior's mass, between 0 and 1, its standard
-            error ``share_se``, a ``place`` ``(D,)`` or None, and the resulting ``error`` of the guide's moments.
+            error ``share_se``, a ``place`` ``(D,)`` or None, and the resulting ``error`` of the guide's moments.  It is
+            0 if nothing was looked for.
         outliers: The relative increase of each variance by rare draws where the posterior has almost no density,
             ``(K,)``.
         acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
@@ -181,10 +182,11 @@ class Check:
 
     def __repr__(self) -> str:
         low, high = self.sd_ratios
+        missing = "?" if self.scope else f"{self.missing.share:.2f}"
         return (
             f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
             f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
-            f"missing={self.missing.share:.2f}, seconds={self.seconds:.1f})\n{' '.join([self.reason, *self._next])}"
+            f"missing={missing}, seconds={self.seconds:.1f})\n{' '.join([self.reason, *self._next])}"
         )
 
     @property
