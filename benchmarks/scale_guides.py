@@ -54,10 +54,10 @@ OURS = {  # by name, with the steps of a fit
     "AutoFlow, start alone": (pf.AutoFlow, 1),
 }
 PYROS = {  # with our start, since Pyro's draws from priors, and some are flat
-    "AutoNormal": lambda model: AutoNormal(model, init_loc_fn=init_to_center),
-    "AutoDiagonalNormal": lambda model: AutoDiagonalNormal(model, init_loc_fn=init_to_center),
-    "AutoLowRankMultivariateNormal": lambda model: AutoLowRankMultivariateNormal(model, init_to_center, rank=20),
-    "AutoMultivariateNormal": lambda model: AutoMultivariateNormal(model, init_loc_fn=init_to_center),
+    "AutoNormal": lambda p: AutoNormal(p.model, init_loc_fn=init_to_center, create_plates=p.plates),
+    "AutoDiagonalNormal": lambda p: AutoDiagonalNormal(p.model, init_loc_fn=init_to_center),
+    "AutoLowRankMultivariateNormal": lambda p: AutoLowRankMultivariateNormal(p.model, init_to_center, rank=20),
+    "AutoMultivariateNormal": lambda p: AutoMultivariateNormal(p.model, init_loc_fn=init_to_center),
 }
 USUAL = "AutoStructuredFlow", "AutoNormal", "AutoDiagonalNormal", "AutoLowRankMultivariateNormal"
 GUIDES = {  # of programs that do not have all the usual ones
@@ -79,6 +79,7 @@ class Program(NamedTuple):
         answer: Returns the mean and the standard deviation of each latent.
         particles: Draws per step of Pyro's guides, and of ours if they are given.
         evidence: The log evidence, or NaN.
+        plates: Makes the plates of Pyro's guides, if they are subsampled in training alone.
     """
 
     model: Callable[..., Any]
@@ -88,6 +89,7 @@ class Program(NamedTuple):
     answer: Callable[[], dict[str, tuple[Tensor, Tensor]]]
     particles: int | None
     evidence: float
+    plates: Callable[..., Any] | None = None
 
 
 def states(steps: int) -> Program:
@@ -286,6 +288,10 @@ def crossed(users: int, items: int, ratings: int) -> Program:
         with rows as u, columns as i, poutine.mask(mask=seen[u][:, i]):
             pyro.sample("y", dist.Normal(mean + a + b, noise), obs=y[u][:, i])
 
+    def plates(y: Tensor, seen: Tensor, some_users: int | None, some_items: int | None) -> tuple[Any, Any]:
+        users, items = y.shape
+        return pyro.plate("users", users, some_users, dim=-2), pyro.plate("items", items, some_items, dim=-1)
+
     design = torch.zeros(users, items + 1, dtype=torch.float64)  # of each user's ratings, items and the mean
     design[u, i], design[:, items] = 1 / noise**2, torch.bincount(u, minlength=users) / noise**2
     own = design[:, items] + kind**-2
@@ -305,7 +311,7 @@ def crossed(users: int, items: int, ratings: int) -> Program:
         "good": (found[:-1], deviation[:-1]),
     }
     sizes = max(2, users // 10), max(2, items // 2)
-    return Program(model, (y, seen, *sizes), (y, seen, None, None), ("mean",), lambda: answers, 1, math.nan)
+    return Program(model, (y, seen, *sizes), (y, seen, None, None), ("mean",), lambda: answers, 1, math.nan, plates)
 
 
 def cox(side: int, points: Tensor | None = None) -> Program:
@@ -402,7 +408,7 @@ def measure(name: str, guide_name: str, program: Program, answer: dict[str, Any]
         fit = pf.fit_svi(program.model, guide, *program.train, steps=steps, num_particles=particles, progress=False)
         done = fit.steps
     else:
-        guide = PYROS[guide_name](program.model)
+        guide = PYROS[guide_name](program)
         done = fit_pyro(guide, program, seconds, 10 if quick else None)
     spent = time.perf_counter() - start
     found = {}
@@ -436,8 +442,8 @@ def page(rows: list[Row], evidence: dict[str, float]) -> str:
         "# Guides of thousands of latents\n",
         "This page is for users whose models have thousands of latents. It compares `AutoStructuredFlow` and "
         "`AutoFlow` with exact answers, and with Pyro's guides in equal time.\n",
-        "Reproduce with `python benchmarks/scale_guides.py`. Data are drawn from each program, except the points of "
-        f"*cox* if the page names a file. All runs are in float32 on {torch.get_num_threads()} threads. torch "
+        "Reproduce with `python benchmarks/scale_guides.py`. Data are drawn from each program; with `--pines FILE`, "
+        f"*cox* has the points in that file. All runs are in float32 on {torch.get_num_threads()} threads. torch "
         f"{torch.__version__}, Pyro {pyro.__version__}.\n",
         "Errors are those of posterior means, in posterior standard deviations. *shared* is the largest error of a "
         "latent outside of rows and sequences, *sd ratio* the range of their standard deviations over the exact ones. "
@@ -446,9 +452,10 @@ def page(rows: list[Row], evidence: dict[str, float]) -> str:
     ]
     for name in dict.fromkeys(row["program"] for row in rows):
         build, sizes, _ = PROGRAMS[name]
+        what = (build.__doc__ or "").splitlines()[0].removeprefix("Return ")
         lines += [
             f"## {name.capitalize()}\n",
-            f"{(build.__doc__ or '').splitlines()[0]} Size: {', '.join(map(str, sizes))}.",
+            f"{what[0].upper()}{what[1:]} Size: {', '.join(map(str, sizes))}.",
         ]
         if math.isfinite(evidence.get(name, math.nan)):
             lines.append(f"The log evidence is {evidence[name]:.2f} nats.")

@@ -41,7 +41,7 @@ class White:
     def __init__(self, z: Tensor, weights: Tensor | None = None) -> None:
         share = z.new_full((len(z),), 1 / len(z)) if weights is None else weights / weights.sum()
         self.loc = z.mean(0) if weights is None else share @ z
-        effective = 1 / float(share.square().sum())
+        effective = len(z) if weights is None else 1 / float(share.square().sum())
         self.scale = (share @ (z - self.loc).square() / (1 - 1 / effective)).sqrt()
         if effective >= 5 * z.shape[1]:
             covariance = torch.cov(z.T, aweights=weights).reshape(z.shape[1], z.shape[1])
