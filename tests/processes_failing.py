@@ -15,7 +15,7 @@ from processes_job import RANK, Found, Y, density, failed, normal, rows, small
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_density, fit_svi, flows
-from pyro_flows.fitting.elbo import start_from_gaussian
+from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.training.loop import Descent
 
 BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "progress": False}

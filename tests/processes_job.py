@@ -153,6 +153,24 @@ def minibatches() -> Found:
     return {**told(fit), "seen": torch.stack([index.sort().values for index in seen[-3:]])}
 
 
+def streamed(**settings: Any) -> Found:
+    """Fit levels of rows, which a loader gives, by points: without noise of draws."""
+    y = torch.arange(45.0).double()
+
+    def model(i: Tensor, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 3.0))
+        with pyro.plate("rows", 45, subsample=i):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(RANK)
+    guide = AutoDelta(model, create_plates=lambda i, y: pyro.plate("rows", 45, subsample=i))
+    guide(torch.arange(45), y)
+    batches = DataLoader(TensorDataset(torch.arange(45), y), batch_size=14, shuffle=True)
+    return told(fit_svi(model, guide, batches, steps=12, objective=Trace_ELBO(), progress=False, **settings))
+
+
 def restarted() -> Found:
     pyro.set_rng_seed(RANK)
     guide = AutoFlow(normal, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"s_{time.monotonic_ns()}")
@@ -245,6 +263,7 @@ def both(folder: Path) -> Found:
         "grads": without_noise(RenyiELBO(0.5, num_particles=2)),
         "noise": noise(),
         "minibatches": minibatches(),
+        "streamed": streamed(),
         "restarted": restarted(),
         "replayed": replayed(folder),
         "resumed": resumed(folder),

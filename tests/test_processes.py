@@ -65,6 +65,7 @@ RUNS = (
     "grads",
     "noise",
     "minibatches",
+    "streamed",
     "restarted",
     "full_disk",
     "skipped",
@@ -87,6 +88,7 @@ ALONE = {
     "plain": lambda: job.without_noise(job.Trace_ELBO()),
     "default": lambda: job.without_noise(None),
     "grads": lambda: job.without_noise(job.RenyiELBO(0.5, num_particles=2)),
+    "streamed": job.streamed,
     "skipped": lambda: job.density(objective=job.At(4, 0, job.spoil)),
     "unsolved": lambda: job.density(objective=job.At(4, 0, job.give_up)),
 }

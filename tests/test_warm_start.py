@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.elbo import start_from_gaussian
+from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.guides import default_flows
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task

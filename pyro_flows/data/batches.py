@@ -81,6 +81,8 @@ class Stream:
         share: The share of the last batch that this process took.
     """
 
+    caller = "fit_density"
+
     def __init__(self, loader: Iterable[Any], read: Callable[[Any], Batch]) -> None:
         self.loader, self.read = loader, read
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
@@ -113,7 +115,7 @@ class Stream:
                 yield item
             if not self._taken:
                 words = "the loader, which had batches before, yields no more; it must start anew"
-                raise ValueError(f"fit_density: {words}.")
+                raise ValueError(f"{self.caller}: {words}.")
 
     def _random(self) -> dict[str, Any]:
         """Return the random state of this process and of the loader's own generators."""

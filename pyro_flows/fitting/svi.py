@@ -22,6 +22,7 @@ from ..training.checkpoint import check_path
 from ..training.loop import Fit
 from .elbo import ELBOFit
 from .escalation import Ladder, climb
+from .model_batches import ModelBatches, find_loader
 from .program_checks import check_no_parameters, check_task
 
 CALLER = "fit_svi"
@@ -64,7 +65,8 @@ def fit_svi(
     Args:
         model: A Pyro model.
         guide: Any Pyro guide.
-        *args: The model's arguments.
+        *args: The model's arguments.  A ``DataLoader`` among them stands for the values of its batches: in each step
+            the model gets those of the next one.  See *Thousands of latents* in the docs.
         steps: The number of steps.  The default is the number over which a ``TemperedELBO`` anneals.  Otherwise it
             suits the guide and the Gaussian from which it starts, and an ``AutoFlow`` that has converged takes fewer
             (see *Choosing a flow* in the docs).
@@ -145,6 +147,11 @@ def fit_svi(
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     _check_objective(objective, steps)
     several = escalate or restarts > 1
+    loader = find_loader(args)
+    if loader is not None and (several or warm_start):
+        raise ValueError(f"{CALLER}: escalate, restarts and warm_start need all data at once, and not a DataLoader.")
+    batches = ModelBatches(loader, args) if loader is not None else None
+    args = batches.next() if batches else args
     file = check_path(CALLER, "checkpoint", checkpoint, LONGEST_END if several else "")
     if several:
         _check_several(guide, objective, escalate=escalate)
@@ -158,7 +165,7 @@ def fit_svi(
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "warm_start": warm_start}
     settings |= {"on_nonfinite": on_nonfinite, "progress": progress}
     if not several:
-        return ELBOFit(task, objective, num_particles).run(settings, file)
+        return ELBOFit(task, objective, num_particles, batches).run(settings, file)
     check_no_parameters(task)
     settings |= {"objective": objective, "num_particles": num_particles, "vectorize": vectorize}
 

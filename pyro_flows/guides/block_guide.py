@@ -147,13 +147,15 @@ class BlockGuide(FlowGuide):
             contexts.setup(call, rows, start, numbers, noise=0 if linear else self.embedding_dim)
             width += contexts.width
         flow = self._flow(packing, order, contexts, width, num_given if linear else None)
-        by_row = contexts is not None and contexts.encoder is None and all(row.size == row.full_size for row in rows)
+        by_row = contexts is not None and contexts.encoder is None
         shared = blocks[0].packing.size if parents[:1] == [0] and not blocks[0].packing.plates else 0
         frame = None
+        number = contexts.number if contexts is not None and by_row else 1
+        first = start if len(start) == number else start[:1].expand(number, -1)
         if order is not None:
-            frame = Frame(start[: None if by_row else 1, order], self.posterior.scale, num_given, shared)
-        elif by_row or linear:  # rows of a minibatch have one frame
-            frame = Frame(torch.zeros_like(start)[: None if by_row else 1, None], 1.0, num_given, shared)
+            frame = Frame(first[:, order], self.posterior.scale, num_given, shared)
+        elif by_row:
+            frame = Frame(torch.zeros_like(first)[:, None], 1.0, num_given, shared)
         return Block(name, packing, flow, contexts, parents, frame, order, WIDE * self.posterior.scale)
 
     def _contexts(self, key: Key) -> RowContexts:
@@ -258,12 +260,25 @@ class BlockGuide(FlowGuide):
         return True
 
     @property
+    def repeats_for_paths(self) -> bool:
+        """True if path gradients take a second run of the guide, for blocks that depend on others."""
+        return any(block.parents for block in self.posterior.blocks)
+
+    @property
+    def takes_minibatches(self) -> bool:
+        """True if the guide was set up with some rows of a plate."""
+        return any(block.share < 1 for block in self.posterior.blocks)
+
+    @property
     def takes_gaussian(self) -> bool:
         """True if the guide can start at a Gaussian of its structure: each block of rows has a frame."""
         return all(block.contexts is None or block.frame is not None for block in self.posterior.blocks)
 
-    def places(self) -> list[tuple[Tensor, tuple[tuple[int, Tensor], ...]]]:
+    def places(self, *, whole: bool) -> list[tuple[Tensor, tuple[tuple[int, Tensor], ...]]]:
         """Return the layout of each block in the vector of all latents of the guide's sample statements.
+
+        Args:
+            whole: True for all rows, False for those that the guide was set up with.
 
         Returns:
             For each block the places of its latents, ``(N, T, d)`` for N rows and T steps, and its parents.  These are
@@ -271,42 +286,45 @@ class BlockGuide(FlowGuide):
         """
         found, start = [], 0
         for block in self.posterior.blocks:
-            number, size = math.prod(block.seen), block.packing.size
+            rows, size = block.sizes if whole else block.seen, block.packing.size
+            number = math.prod(rows)
             own = torch.arange(start, start + number * size).reshape(number, size)
             start += own.numel()
             order = block.order if block.order is not None else torch.arange(size).unsqueeze(0)
-            found.append((own[:, order], tuple((i, block.rows_of(self.posterior.blocks[i])) for i in block.parents)))
+            parents = tuple((i, block.rows_of(self.posterior.blocks[i], rows)) for i in block.parents)
+            found.append((own[:, order], parents))
         return found
 
     @torch.no_grad()
     def start_from(self, blocks: Sequence[Any]) -> None:
         """Start from a distribution with the structure of the guide.
 
-        All rows of a subsampled plate start from the average over the rows of the minibatch.  There priors and
-        likelihoods count as often as rows are left out, so that deviations are too small.
+        Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch.  There
+        priors and likelihoods count as often as rows are left out, so that deviations are too small.
 
         Args:
-            blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``.
+            blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``, for all rows
+                or for those that the guide was set up with.
         """
         means: list[Tensor] = []
         for block, found in zip(self.posterior.blocks, blocks, strict=True):
             loc, scale = found.loc, found.scale
+            whole = len(loc) == block.number
+            share, rows = (1.0, block.sizes) if whole else (block.share, block.seen)
             if block.frame is None:
                 start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
             else:
                 end = block.flow.transforms[-1]
                 end.set(torch.zeros_like(end.loc), torch.ones_like(end.scale))
-                given = [means[i][block.rows_of(self.posterior.blocks[i])] for i in block.parents]
+                given = [means[i][block.rows_of(self.posterior.blocks[i], rows)] for i in block.parents]
                 none = loc.new_zeros(*loc.shape[:1], 0), loc.new_zeros(*loc.shape, 0)
                 origin = torch.cat((none[0], *given), -1)
                 gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
                 size = block.frame.num_shared
                 stretch, turn = found.stretch[..., :size], found.turn[..., :size]
-                parts = [origin, loc, gain, scale / block.share**0.5, stretch, found.matrix, turn]
-                if len(block.frame.loc) < len(loc):
-                    parts = [part.mean(0, keepdim=True) for part in parts]
-                block.frame.set(*parts)
-            deviation = (scale.square().sum(-1).mean(0) / block.share).sqrt()  # (T, d)
+                parts = [origin, loc, gain, scale / share**0.5, stretch, found.matrix, turn]
+                block.frame.set(*(parts if whole else [part.mean(0, keepdim=True) for part in parts]))
+            deviation = (scale.square().sum(-1).mean(0) / share).sqrt()  # (T, d)
             block.unit.copy_(UNIT * deviation.flatten())
             means.append(loc.flatten(1))
 

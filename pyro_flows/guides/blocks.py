@@ -95,6 +95,11 @@ class Block(nn.Module):
         return 1 if self.contexts is None else self.contexts.number
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of all rows in each plate."""
+        return () if self.contexts is None else self.contexts.sizes
+
+    @property
     def seen(self) -> tuple[int, ...]:
         """The numbers of rows in each plate that the guide was set up with, all rows or those of a minibatch."""
         start = self.packing.start
@@ -114,12 +119,15 @@ class Block(nn.Module):
         """True if the block has another unit than at first, which a start from a distribution sets."""
         return bool((self.unit.detach() != torch.tensor(unit).to(self.unit)).any())
 
-    def rows_of(self, parent: Block) -> Tensor:
-        """Return for each row of :attr:`seen` the row of a parent that it belongs to."""
-        kept = [
-            n if plate in parent.packing.plates else 1 for plate, n in zip(self.packing.plates, self.seen, strict=True)
-        ]
-        return torch.arange(math.prod(kept)).reshape(kept).expand(self.seen).flatten()
+    def rows_of(self, parent: Block, sizes: tuple[int, ...]) -> Tensor:
+        """Return for each row of plates of some sizes the row of a parent that it belongs to."""
+        kept = [n if plate in parent.packing.plates else 1 for plate, n in zip(self.packing.plates, sizes, strict=True)]
+        return torch.arange(math.prod(kept)).reshape(kept).expand(sizes).flatten()
+
+    def start(self, *, whole: bool) -> Tensor:
+        """Return the start of the rows' vectors, ``(rows, size)``; rows that were not seen have that of the first."""
+        start = self.packing.start.reshape(-1, self.packing.size)
+        return start if not whole or len(start) == self.number else start[:1].expand(self.number, -1)
 
     def parts(self) -> tuple[Any, ...]:
         """Return the parts of the block that a file holds."""
@@ -189,6 +197,24 @@ class Blocks(nn.Module):
     def depth(self) -> int:
         """The number of dimensions of an aligned batch that holds the rows of all blocks."""
         return max(block.packing.depth for block in self.blocks)
+
+    def values(self, vectors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Map packed vectors of all rows, ``(N, D)``, to values of the sites.
+
+        Returns:
+            The values, each ``(N, *site_shape)``, and the log-determinant of the map in nats, ``(N,)``.
+        """
+        found, change = dict[str, Tensor](), vectors.new_zeros(len(vectors))
+        parts = vectors.split([block.number * block.packing.size for block in self.blocks], -1)
+        for block, part in zip(self.blocks, parts, strict=True):
+            sizes = dict(zip(block.packing.dims, block.sizes, strict=True))
+            aligned = [sizes.get(dim, 1) for dim in range(-block.packing.depth, 0)]
+            for name, free in block.packing.free(part.reshape(len(part), *aligned, -1)).items():
+                transform = block.packing.parts[name].transform
+                found[name] = transform(free)
+                log_det = transform.log_abs_det_jacobian(free, found[name])
+                change = change + log_det.reshape(len(part), -1).sum(-1)
+        return found, change
 
     def log_prob(self, values: dict[str, Tensor], rows: Sequence[BlockRows], masks: Masks) -> Tensor:
         """Return the log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.

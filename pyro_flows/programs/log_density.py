@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -114,19 +114,34 @@ def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
 
     def parted(z: Tensor) -> Tensor:
         if 2 * len(z) > size and torch.is_grad_enabled() and z.requires_grad:
-            return _InParts.apply(density, size, threads, z)
+            return _InParts.apply([density], size, threads, z)
         return density(z)
 
     return parted
 
 
+def sum_in_parts(densities: Sequence[LogDensity], size: int, threads: Threads) -> LogDensity:
+    """Return the sum of log-densities, which finds its gradient part by part, as :func:`in_parts` does."""
+
+    def total(z: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and z.requires_grad:
+            return _InParts.apply(densities, size, threads, z)
+        return sum((density(z) for density in densities[1:]), densities[0](z))
+
+    return total
+
+
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, density: LogDensity, size: int, threads: Threads, z: Tensor) -> Tensor:
+    def forward(ctx: Any, densities: Sequence[LogDensity], size: int, threads: Threads, z: Tensor) -> Tensor:
         found = []
         for part in z.split(part_size(len(z), size)):
-            with threads.turn(len(part)):
-                found.append(value_and_score(density, part))
+            value, score = torch.zeros(()), torch.zeros_like(part)
+            for density in densities:
+                with threads.turn(len(part)):
+                    own, of_part = value_and_score(density, part)
+                value, score = value + own, score + of_part
+            found.append((value, score))
         values, scores = zip(*found, strict=True)
         ctx.save_for_backward(torch.cat(scores))
         return torch.cat(values)

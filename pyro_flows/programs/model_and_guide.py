@@ -28,7 +28,7 @@ from .masks import is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
-from .whole_plate import can_be_whole
+from .whole_plate import has_parts
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
@@ -142,6 +142,20 @@ class Task:
         """The first plate that runs over a part of its rows, in words, or an empty string."""
         return subsampled_plate(self.traces[0])
 
+    @property
+    def has_rows(self) -> bool:
+        """True if a plate holds latents."""
+        return bool(self._plates)
+
+    @property
+    def draws_rows(self) -> bool:
+        """True if a subsampled plate holds latents, of which the guide draws a minibatch."""
+        return bool(self._plates & self.model.subsamples.keys())
+
+    @property
+    def _plates(self) -> set[str]:
+        return {frame.name for name in self.latents for frame in self.model.single.nodes[name]["cond_indep_stack"]}
+
     def check(self, *, whole: bool = True) -> Task:
         """Raise ValueError if the guide's draws cannot be weighed, and return the task.
 
@@ -154,7 +168,7 @@ class Task:
         """
         check_match(*self.traces, self.left_out)
         self._weighs = whole
-        if whole and can_be_whole(self.model, self.latents, list(self.sites("observed"))):
+        if whole and not self.draws_rows and has_parts(self.model, list(self.sites("observed"))):
             self.model.whole()
         elif self.subsampled:
             raise ValueError(

@@ -127,13 +127,19 @@ class Program:
         return WithValues(self.enumerated)(self.call) if self.enumerated else self.call
 
     def whole(self) -> None:
-        """Score all rows of the only subsampled plate, part by part, instead of a subsample."""
-        ((plate, fn),) = self.subsamples.items()
-        self._parts = list(parts_of(plate, self.rows[plate], fn.size))
+        """Score all rows of the subsampled plates, part by part, instead of a subsample.
+
+        Values that are held must be those of all rows.
+        """
+        self._parts = parts_of(self)
+
+    def score_part(self, part: Part, held: Values, size: int, sites: list[str] | None = None) -> Values:
+        """Return the same as :meth:`score` for one part of all rows; values that are held are those of all rows."""
+        return self._take(part).score(part.taken(held, self.single.nodes), size, sites)
 
     def _take(self, part: Part) -> Program:
         """Return the program on one part of the rows; all parts share one sum over discrete latents."""
-        rows = {**self.rows, part.plate: part.rows}
+        rows = {**self.rows, **part.rows}
         other = self.with_(call=part(self.call), rows=rows, _parts=[], _is_part=True, _sum=self._sum_of_parts)
         if self.enumerated:
             self._sum_of_parts = other.enumeration
@@ -180,7 +186,7 @@ class Program:
         If discrete latents are summed out, no sites can be read, as they may depend on these latents.
         """
         if self._parts:
-            scores = [self._take(part).score(held, size, sites) for part in self._parts]
+            scores = [self.score_part(part, held, size, sites) for part in self._parts]
             return {**scores[0], TOTAL: torch.stack([found[TOTAL] for found in scores]).sum(0)}
         if torch.is_grad_enabled() or 2 * size <= self.chunk:
             return self.score_at_once(held, size, sites)

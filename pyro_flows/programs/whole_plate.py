@@ -1,76 +1,121 @@
-"""The density of a model on all rows of a subsampled plate that holds data alone, part by part.
+"""The density of a model on all rows of its subsampled plates, part by part.
 
 A subsample stands for all rows by its scale, which is an estimate.  Parts that together hold each row once, at scale
-one, give the exact density.
+one, give the exact density.  Of several plates each part of one meets each part of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .engines import Site, Values
+
 if TYPE_CHECKING:
     from .program import Program
 
 
-class Part(Messenger):
-    """Counts the rows of one part once, and the sites outside the plate in the first part only.
+class RowsOfPart(NamedTuple):
+    """The rows of a plate in one part.
 
-    Args:
-        plate: The name of the plate.
+    Attributes:
         rows: The rows that the plate takes.
-        keep: True for the rows that count, ``(rows,)``: the others belong to another part.
+        keep: True for the rows that count, ``(rows,)``, the others belong to another part; None if all count.
         share: The number of rows divided by the number of all rows.
-        is_first: True for the first part.
+        is_first: True for the first part of the plate.
     """
 
-    def __init__(self, plate: str, rows: Tensor, keep: Tensor, share: float, is_first: bool) -> None:
+    rows: Tensor
+    keep: Tensor | None
+    share: float
+    is_first: bool
+
+
+class Part(Messenger):
+    """Counts the rows of one part once, and the sites outside of a plate in the first part of that plate only.
+
+    Args:
+        plates: The rows of each subsampled plate, by name.
+    """
+
+    def __init__(self, plates: Mapping[str, RowsOfPart]) -> None:
         super().__init__()
-        self.plate, self.rows, self.keep, self.share, self.is_first = plate, rows, keep, share, is_first
+        self.plates = plates
+
+    @property
+    def rows(self) -> Values:
+        """The rows that each plate takes."""
+        return {name: part.rows for name, part in self.plates.items()}
+
+    def taken(self, held: Values, sites: Mapping[str, Site]) -> Values:
+        """Return the values of this part from values for all rows, ``(N, *site_shape)``."""
+        found = dict(held)
+        for name, value in held.items():
+            for frame in sites[name]["cond_indep_stack"]:
+                if frame.name in self.plates:
+                    axis = value.dim() - sites[name]["fn"].event_dim + frame.dim
+                    value = value.index_select(axis, self.plates[frame.name].rows)
+            found[name] = value
+        return found
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if site_is_subsample(msg):
             return
-        frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
-        if frame is not None:
-            keep = self.keep.reshape(-1, *(1,) * (-1 - frame.dim))
-            msg["scale"] = msg["scale"] * self.share
-            msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
-        elif not self.is_first:
-            msg["mask"] = False
+        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
+        for name, part in self.plates.items():
+            if name not in frames:
+                if not part.is_first:
+                    msg["mask"] = False
+                continue
+            msg["scale"] = msg["scale"] * part.share
+            if part.keep is not None:
+                keep = part.keep.reshape(-1, *(1,) * (-1 - frames[name].dim))
+                msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
 
 
-def parts_of(plate: str, rows: Tensor, full_size: int) -> Iterator[Part]:
-    """Yield parts of a plate, each as large as its subsample; the last one overlaps with the one before if needed."""
+def parts_of(model: Program) -> list[Part]:
+    """Return the parts of a model's rows, each as large as its subsample; the last overlaps if need be."""
+    names = [*model.subsamples]
+    of_plates = [list(_parts_of(model.rows[name], model.subsamples[name].size)) for name in names]
+    return [Part(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*of_plates)]
+
+
+def _parts_of(rows: Tensor, full_size: int) -> Iterator[RowsOfPart]:
     size = len(rows)
     for start in range(0, full_size, size):
         first = min(start, full_size - size)
         taken = torch.arange(first, first + size, device=rows.device)
-        yield Part(plate, taken, taken >= start, size / full_size, start == 0)
+        yield RowsOfPart(taken, taken >= start if first < start else None, size / full_size, start == 0)
 
 
-def can_be_whole(model: Program, latents: list[str], observed: list[str]) -> bool:
-    """True if the only subsampled plate of a model draws its rows, holds none of the latents, and takes data by row."""
-    if len(model.subsamples) != 1:
+def has_parts(model: Program, observed: list[str]) -> bool:
+    """True if all subsampled plates of a model draw their rows and take data by row, so that its density has parts."""
+    if not model.subsamples:
         return False
-    ((plate, fn),) = model.subsamples.items()
     stacks = {name: site.get("cond_indep_stack", ()) for name, site in model.single.nodes.items()}
-    inside = {name for name, stack in stacks.items() if plate in [frame.name for frame in stack]}
-    others = [frame for stack in stacks.values() for frame in stack if frame.name != plate]
-    if inside & {*latents} or any(f.full_size is not None and f.size < f.full_size for f in others):
+    plates = {name: {frame.name for frame in stack} & model.subsamples.keys() for name, stack in stacks.items()}
+    others = [frame for stack in stacks.values() for frame in stack if frame.name not in model.subsamples]
+    if any(frame.full_size is not None and frame.size < frame.full_size for frame in others):
         return False
-    if {*model.enumerated} - inside:
-        return False  # a sum over a latent outside the plate does not fall into parts
+    if any(plates[name] != model.subsamples.keys() for name in model.enumerated):
+        return False  # a sum over a latent outside of a plate does not fall into parts
     # A minibatch that the user gives has the same data at all indices.
-    data = [name for name in observed if name in inside]
-    first, *_, last = parts_of(plate, model.rows[plate], fn.size)
+    first, *_, last = parts_of(model)
+    return all(_differ(model, name, first, last, [d for d in observed if name in plates[d]]) for name in first.plates)
+
+
+def _differ(model: Program, plate: str, first: Part, last: Part, data: list[str]) -> bool:
+    """True if data have other values at other rows of a plate."""
     one, other = (
-        model.with_rows({plate: part.rows}).alone(lambda view: {name: view.read(name) for name in data}, 1)
+        model.with_rows({**first.rows, plate: part.plates[plate].rows}).alone(
+            lambda view: {name: view.read(name) for name in data}, 1
+        )
         for part in (first, last)
     )
     return any(not torch.equal(one[name], other[name]) for name in data)

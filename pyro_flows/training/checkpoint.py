@@ -22,7 +22,7 @@ from ..programs.error_text import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 
-FORMAT = 6
+FORMAT = 7
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 OTHER_VERSION = "Resume it with that version, name another file, or remove this one."
@@ -143,10 +143,10 @@ class Checkpoint(Attempts):
         return state
 
 
-def steps_of(path: Path) -> int | None:
-    """Return the number of steps of the run in a file, None if there is no file; errors as in :class:`Checkpoint`."""
+def settings_of(path: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in a file, None if there is no file; errors as in :class:`Checkpoint`."""
     state = distributed.broadcast(lambda: _load(path, "fit_svi"))
-    return int(state["settings"]["steps"]) if state else None
+    return dict(state["settings"]) if state else None
 
 
 def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any] | None:

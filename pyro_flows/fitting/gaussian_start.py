@@ -1,0 +1,132 @@
+"""The start of a guide: the Gaussian, or the distribution of the guide's structure, that is nearest to the posterior.
+
+Adam scales each parameter separately and is slow on ill-conditioned posteriors; batch and match is not.  It starts at
+the guide's own start and, for posteriors far away, also at the end of some steps of L-BFGS uphill.  A Gaussian that is
+near the posterior is kept immediately, else the one with the better ELBO, so that modes of negligible mass are
+discarded.  Beyond 512 latents natural gradients take fewer draws.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro import validation_enabled
+from torch import Tensor
+from tqdm import tqdm
+
+from ..guides import AutoFlow
+from ..guides.block_guide import BlockGuide
+from ..guides.default_flows import DENSE
+from ..programs.latent_space import LatentSpace
+from ..programs.log_density import LogDensity, or_nan, sum_in_parts
+from ..programs.masks import is_masked
+from ..programs.model_and_guide import Task
+from ..programs.program import TOTAL
+from ..programs.whole_plate import Part, has_parts, parts_of
+from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
+from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
+from ..training import distributed
+from ..training.interrupts import watching
+
+MATCHED = 512  # latents, beyond which batch and match takes too many draws
+FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
+SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
+MOST = 64  # parts that hold all rows of subsampled plates
+Start = Gaussian | BlockGaussian
+SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
+
+
+def start_from_gaussian(
+    guide: AutoFlow, task: Task, power: float = 1.0, budget: float = math.inf, progress: bool = False
+) -> Start | None:
+    """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
+
+    Latents on circles have no Gaussian, and more than 4096 latents are too many for a dense one.  Ctrl-C ends the
+    search; the guide starts from the best Gaussian so far.
+
+    Args:
+        guide: The guide.
+        task: The model and the guide.
+        power: The exponent of the posterior that the Gaussian approximates.
+        budget: The largest number of gradients to spend.
+        progress: True to show a progress bar if the search takes more than a second.
+    """
+    if guide.has_circles:
+        return None
+    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
+        untempered = or_nan(LatentSpace(task).log_p)  # draws without density must reach the scores
+
+        def density(latent: Tensor) -> Tensor:
+            return power * untempered(latent)
+
+        if guide.latent_dim > MATCHED:
+            return _start_wide(guide, density, budget, watch)
+        found = fit_gaussian(density, *guide.start, budget=budget, watch=watch)
+    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
+    return found
+
+
+def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> BlockGaussian | None:
+    """Start a guide of more latents than batch and match has draws for, unless rounds of D gradients cost too much."""
+    everything = Layout(torch.arange(guide.latent_dim).reshape(1, 1, -1), ())
+    rounds = int(min(ROUNDS, budget / SHARE / PER_LATENT / guide.latent_dim))
+    if rounds < FEWEST or guide.latent_dim > DENSE:
+        return None
+    wide = fit_blocks(density, [everything], *guide.start, rounds=rounds, watch=watch)
+    if wide is not None:
+        guide.start_at(wide.blocks[0].loc[0, 0], wide.blocks[0].scale[0, 0])
+    return wide
+
+
+def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> BlockGaussian | None:
+    """Start a guide from the best Gaussian of its structure, or leave it at its start if none is better.
+
+    Subsampled plates take all of their rows, part by part, or the rows of one minibatch if that is not possible.
+
+    Args:
+        guide: The guide.
+        task: The model and the guide.
+        progress: True to show a progress bar if the search takes more than a second.
+    """
+    if not guide.takes_gaussian:
+        return None
+    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
+        density = density_of_all_rows(guide, task.settle()) if task.subsampled else None
+        whole = density is not None or not task.subsampled
+        space, layouts = LatentSpace(task), [Layout(*of_block) for of_block in guide.places(whole=whole)]
+        start = torch.cat([block.start(whole=whole).flatten() for block in guide.posterior.blocks])
+        if density is None and space.dim != len(start):  # the guide was set up with other numbers of rows
+            return None
+        found = fit_blocks(or_nan(density or space.log_p), layouts, start, guide.posterior.scale, watch=watch)
+    if found is None:
+        return None
+    guide.start_from(found.blocks)
+    return found._replace(is_near=whole)  # rows of a minibatch tell little of the others
+
+
+def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
+    """Return the log-density over the packed latents of all rows, or None if it has no parts, or too many."""
+    model = task.model
+    if not has_parts(model, list(task.sites("observed"))) or any(
+        is_masked(model.single.nodes[name]) for name in task.latents
+    ):
+        return None
+    parts = parts_of(model)
+    if len(parts) > MOST:
+        return None
+
+    def density_of(part: Part) -> LogDensity:
+        def density(z: Tensor) -> Tensor:
+            values, change = guide.posterior.values(z)
+            log_p = model.score_part(part, values, len(z))[TOTAL]
+            return log_p + change if part is parts[0] else log_p
+
+        return density
+
+    return sum_in_parts([density_of(part) for part in parts], model.chunk, model.threads)
+
+
+def _bar(progress: bool) -> tqdm:
+    shown = progress and distributed.rank() == 0
+    return tqdm(desc="looking for a Gaussian to start from", unit="round", disable=not shown, delay=1, leave=False)

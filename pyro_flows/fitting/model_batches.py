@@ -1,0 +1,107 @@
+"""Batches of a DataLoader as arguments of a model, a new one in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.batches import Stream
+from ..programs.model_and_guide import Task
+from ..training import distributed
+
+
+def find_loader(args: tuple[Any, ...]) -> DataLoader | None:
+    """Return the loader among the arguments of a model, or None.
+
+    Raises:
+        ValueError: If there are two.
+    """
+    loaders = [value for value in args if isinstance(value, DataLoader)]
+    if len(loaders) > 1:
+        raise ValueError("fit_svi: the model has two DataLoaders among its arguments. Give one, of tuples of tensors.")
+    return loaders[0] if loaders else None
+
+
+class ModelBatches(Stream):
+    """The arguments of a model of which one is a loader: in each step the values of its next batch take that place.
+
+    A batch that is a tuple or list is several arguments, any other value one.  Each of several processes takes its
+    share of the rows of all tensors that have as many as the first.
+
+    Args:
+        loader: The loader.
+        args: The arguments, with the loader.
+    """
+
+    caller = "fit_svi"
+
+    def __init__(self, loader: DataLoader, args: tuple[Any, ...]) -> None:
+        super().__init__(loader, lambda item: item)
+        self._args, self.loader = args, loader
+        self.others = tuple(value for value in args if value is not loader)
+        try:
+            self.steps = len(loader)
+        except TypeError:  # the dataset has no length
+            self.steps = sum(1 for _ in iter(self))
+        if not self.steps:
+            raise ValueError("fit_svi: the DataLoader has no batches.")
+
+    def next(self) -> tuple[Any, ...]:
+        """Return the arguments of the model with this process's rows of the next batch."""
+        item = distributed.broadcast(lambda: next(self._items))
+        if isinstance(item, Mapping):
+            raise TypeError("fit_svi: a batch of the DataLoader is a dict; give tuples, by collate_fn or the dataset.")
+        values = tuple(item) if isinstance(item, tuple | list) else (item,)
+        number = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
+        own, self.share = distributed.share(number)
+        taken = tuple(_rows(value, own, number) for value in values)
+        found: list[Any] = []
+        for value in self._args:
+            found += taken if value is self.loader else [value]
+        return tuple(found)
+
+    def feed(self, task: Task, *, is_lifted: bool) -> None:
+        """Give the next batch to a model and its guide; a lifted model needs batches of one size if it has rows."""
+        args = self.next()
+        if is_lifted and task.has_rows and _sizes(args) != _sizes(task.model.args):
+            seen = f"{_sizes(args)} numbers of rows after {_sizes(task.model.args)}"
+            fault = f"the batches of the DataLoader have {seen}, and the model{task.model.fault}"
+            raise ValueError(f"fit_svi: {fault}. Give DataLoader(..., drop_last=True).")
+        task.model.args = task.guide.args = args
+
+
+def _rows(value: Any, own: slice, number: int) -> Any:
+    return value[own] if isinstance(value, Tensor) and value.dim() and len(value) == number else value
+
+
+def _sizes(args: tuple[Any, ...]) -> list[int]:
+    return [len(value) for value in args if isinstance(value, Tensor) and value.dim()]
+
+
+class Followed:
+    """An objective and the batches that it is given, whose states belong to one run."""
+
+    def __init__(self, objective: Any, batches: ModelBatches) -> None:
+        self._objective, self._batches = objective, batches
+
+    @property
+    def share(self) -> float:
+        """The share of this process in the rows of the last batch."""
+        return self._batches.share
+
+    @property
+    def settled(self) -> bool:
+        """False while losses are not comparable with later ones."""
+        return bool(getattr(self._objective, "settled", True))
+
+    def state_dict(self) -> dict[str, Any]:
+        own = self._objective.state_dict() if hasattr(self._objective, "load_state_dict") else None
+        return {"objective": own, "batches": self._batches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["objective"] is not None:
+            self._objective.load_state_dict(state["objective"])
+        self._batches.load_state_dict(state["batches"])

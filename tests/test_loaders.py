@@ -1,0 +1,143 @@
+"""A DataLoader among the arguments of fit_svi: each step gets the next batch, and runs resume within an epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, fit_svi
+from pyro_flows.encoders import MLPEncoder
+
+N = 60
+Y = 1 + torch.randn(N, 5, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, N)[:, None]
+WIDE, SMALL = 0.7, 5**-0.5  # the standard deviation of a level, and of the mean of its five data
+
+
+def rows(size: int = 20, **settings: Any) -> DataLoader:
+    return DataLoader(TensorDataset(torch.arange(N), Y), batch_size=size, shuffle=True, **settings)
+
+
+def hierarchy(i, y):
+    """Sample levels of the rows in a batch."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", N, subsample=i):
+        level = pyro.sample("level", dist.Normal(mean, WIDE))
+        pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y)
+
+
+def exact() -> tuple[torch.Tensor, float]:
+    """Return the posterior mean of all levels, and the standard deviation of the mean."""
+    variance = WIDE**2 + SMALL**2
+    precision = N / variance + 1 / 25
+    mean, share = Y.mean(1).sum() / variance / precision, WIDE**2 / variance
+    return share * Y.mean(1) + (1 - share) * mean, precision**-0.5
+
+
+def test_learned_rows_of_a_loader_find_the_posterior() -> None:
+    guide = AutoStructuredFlow(hierarchy)
+    fit = fit_svi(hierarchy, guide, rows(), steps=600, num_particles=2, progress=False)
+    assert fit.steps == 600
+    draws, (mean, deviation) = guide.sample(4000, torch.arange(N), Y), exact()
+    assert abs(float(draws["mean"].std()) / deviation - 1) < 0.15
+    assert ((draws["level"].mean(0) - mean) / draws["level"].std(0)).abs().max() < 0.3
+
+
+def test_an_encoder_serves_rows_that_no_batch_had() -> None:
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", N, subsample=y):
+            level = pyro.sample("level", dist.Normal(mean, WIDE))
+            pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y)
+
+    guide = AutoPlateFlow(model, "rows", encoder=MLPEncoder(5, context_dim=4))
+    fit_svi(model, guide, DataLoader(Y, batch_size=16, shuffle=True), steps=400, progress=False)
+    new = guide.sample(2000, torch.linspace(-2, 3, N)[:, None].expand(N, 5))["level"].mean(0)
+    assert torch.corrcoef(torch.stack((new, torch.linspace(-2, 3, N))))[0, 1] > 0.98
+
+
+class Counted(IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(Y[:9])
+
+
+LOADERS = DataLoader(Y, batch_size=20), DataLoader(Counted(), batch_size=4)
+
+
+@pytest.mark.parametrize("loader", LOADERS, ids=["tensor", "stream"])
+def test_each_batch_comes_once_in_an_epoch_at_the_place_of_the_loader(loader: DataLoader) -> None:
+    seen = []
+
+    def model(first, y, last=None):
+        assert (first, last) == (3, "word")
+        seen.append(float(y.sum()))
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", N, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(mean[..., None], 1.0).expand((1, 5)).to_event(1), obs=y)
+
+    fit_svi(model, AutoFlow(model), 3, loader, last="word", steps=9, num_particles=1, progress=False)
+    order = [total for total, before in zip(seen, [None, *seen], strict=False) if total != before]
+    batches = [float(batch.sum()) for batch in loader]
+    assert len(batches) == 3
+    assert len(order) > 9
+    assert order == [batches[place % 3] for place in range(len(order))]
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(tmp_path: Path, ctrl_c: None) -> None:
+    def run(file: Path | None, at: int) -> tuple[pf.Fit, int]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        calls = [0]
+
+        def model(i, y):
+            calls[0] += 1
+            if calls[0] == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            hierarchy(i, y)
+
+        settings = {"steps": 25, "num_particles": 1, "checkpoint": file, "progress": False}
+        return fit_svi(model, AutoStructuredFlow(model), rows(), **settings), calls[0]
+
+    whole, number = run(None, 0)
+    broken, _ = run(tmp_path / "run", number - 20)
+    assert (whole.stopped, broken.stopped) == ("steps", "interrupted")
+    resumed, _ = run(tmp_path / "run", 0)
+    assert torch.equal(whole.losses, resumed.losses)
+    for one, other in zip(whole.guide.parameters(), resumed.guide.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_mistakes_are_named() -> None:
+    guide = AutoStructuredFlow(hierarchy)
+    with pytest.raises(ValueError, match="two DataLoaders"):
+        fit_svi(hierarchy, guide, rows(), rows())
+    with pytest.raises(TypeError, match=r"is a dict; give tuples"):
+        fit_svi(hierarchy, guide, DataLoader([{"i": 0, "y": 1.0}]))
+    with pytest.raises(ValueError, match="has no batches"):
+        fit_svi(hierarchy, guide, DataLoader(Y, batch_size=100, drop_last=True))
+    for settings in ({"restarts": 2}, {"warm_start": True}, {"escalate": True}):
+        with pytest.raises(ValueError, match="and not a DataLoader"):
+            fit_svi(hierarchy, AutoFlow(hierarchy), rows(), **settings)
+
+
+def test_batches_of_other_sizes_are_refused_where_the_model_cannot_take_them() -> None:
+    def model(i, y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", N, subsample=i):
+            level = pyro.sample("level", dist.Normal(mean, WIDE))
+            assert level.dim() == 1  # it runs under vmap alone
+            pyro.sample("y", dist.Normal(level[:, None], 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match=r"have \[\d+, \d+\] numbers of rows after .* drop_last=True"):
+        fit_svi(model, AutoStructuredFlow(model), rows(32), steps=5, num_particles=2, progress=False)
+    fit_svi(model, AutoStructuredFlow(model), rows(32, drop_last=True), steps=5, num_particles=2, progress=False)
