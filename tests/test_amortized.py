@@ -90,6 +90,7 @@ def simulations_of(model, number: int = 5, *args: Any, **kwargs: Any) -> Tensor:
 # Known answers.
 
 
+@pytest.mark.slow
 def test_posteriors_of_new_data_are_found(trained):
     """Errors are in the posterior's sd.  The standard error of 2000 draws is 0.022 for means and 1.6 % for sds."""
     guide, _ = trained

@@ -166,6 +166,7 @@ def test_both_roots_of_a_square_with_their_weights() -> None:
     assert 0 < found.ess <= len(found.log_weights)
 
 
+@pytest.mark.slow
 def test_labellings_of_a_mixture_weigh_the_same(short: None) -> None:
     y = torch.cat((torch.randn(10) - 4, torch.randn(10) + 4))
 
@@ -195,6 +196,7 @@ def test_both_modes_of_an_angle_have_their_weights() -> None:
     assert (found.draws["angle"].abs() - math.pi / 2).abs().max() < 0.8
 
 
+@pytest.mark.slow
 def test_a_guide_covers_the_modes_of_angles(short: None) -> None:
     """One mode lies at the seam, and the second angle depends on the first."""
 
@@ -322,6 +324,7 @@ def test_a_mode_at_the_cut_of_an_angle_is_one() -> None:
     assert abs(math.remainder(float(mode.place["angle"]) - 3.1, 2 * math.pi)) < 0.05
 
 
+@pytest.mark.slow
 def test_factors_are_no_part_of_a_prior_with_discrete_latents_that_are_summed_out() -> None:
     def heavier(factor: float) -> None:
         x = pyro.sample("x", dist.Normal(0.0, 5.0))
@@ -380,6 +383,7 @@ def test_modes_without_particles_count_in_the_evidence() -> None:
     assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prior", "number"), [(2.0, 1024), (3.5, 512)])
 def test_modes_with_hard_edges_are_covered(prior: float, number: int, short: None) -> None:
     """Almost no draw of the wider prior has a positive density."""
@@ -500,6 +504,7 @@ def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
     torch.testing.assert_close(moved.log_p, normal(torch.zeros(2), 1.0).log_prob(moved.z))
 
 
+@pytest.mark.slow
 def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
     """The guide's weights alone are not reliable; its draws and the particles together are."""
 
@@ -536,6 +541,7 @@ def test_a_prior_of_many_magnitudes_is_left_for_a_wide_gaussian() -> None:
 # The guide.
 
 
+@pytest.mark.slow
 def test_the_guide_covers_the_modes() -> None:
     def model() -> None:
         loc, scale = torch.tensor([[-4.0, 0.0], [4.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.7, 1.0]])

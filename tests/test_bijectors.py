@@ -277,6 +277,7 @@ def test_gradcheck(bijector: Bijector) -> None:
     assert torch.autograd.gradcheck(bijector.inverse_and_log_det, (x, params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in laws.CONDITIONED if name != "spline_2_bins"])
 def test_it_compiles_to_one_graph(name: str) -> None:
     """The root search is long and equal in all bijectors, so its graph is lowered for only one of them."""

@@ -196,6 +196,7 @@ def test_gradients_of_the_inverse_are_those_of_the_forward_map_read_backwards() 
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are unrolled and equal, so a few steps suffice."""
     monkeypatch.setattr(block_autoregressive, "STEPS", 2 - 3)

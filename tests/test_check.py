@@ -347,6 +347,7 @@ def test_what_does_not_vary_or_is_not_finite_is_not_judged():
     assert found.names == ["x", "positive"]
 
 
+@pytest.mark.slow
 def test_angles_are_judged_on_the_circle():
     def model() -> None:
         pyro.sample("angle", dist.VonMises(3.0, 4.0))
@@ -436,6 +437,7 @@ def test_a_prior_that_breaks_down_does_no_harm():
     assert check(model, guide).verdict in ("trust", "reweight", "do not trust")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "seeds", "allowed"), [("t", 12, 1), ("funnel", 6, 3)])
 def test_heavy_tails_raise_few_false_alarms(law, seeds, allowed):
     """Few chains cannot estimate these variances.

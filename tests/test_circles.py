@@ -157,6 +157,7 @@ def test_a_periodic_site_must_be_an_interval(law):
         AutoFlow(model).setup()
 
 
+@pytest.mark.slow
 def test_a_circle_that_depends_on_another_latent_turns_with_it():
     def model():
         period = pyro.sample("period", dist.Uniform(1.0, 2.0))
@@ -317,6 +318,7 @@ def ring(y):
 RING_Y = torch.tensor([3.0, -2.5, 2.0])
 
 
+@pytest.mark.slow
 def test_a_plate_of_angles_reaches_its_evidence():
     grid = line(-math.pi, math.pi, 48)
     angles = torch.cartesian_prod(grid, grid, grid)

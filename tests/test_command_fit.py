@@ -301,6 +301,7 @@ def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys,
     assert "Trust these draws. " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exact_draws_are_shown_and_written_whatever_the_guide(folder, capsys, monkeypatch, a_check):
     fit_svi, guides = fit.fit_svi, []
 
@@ -372,6 +373,7 @@ def test_the_likelihood_of_very_many_observations_is_not_kept(folder, monkeypatc
     assert not hasattr(az.from_netcdf("posterior.nc"), "log_likelihood")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     """One list must become integers, because it is an index; another must not, because a Bernoulli refuses integers."""
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,8 @@ from pyro_flows.transforms import ActNorm, Coupling, Permute
 from pyro_flows.transforms.compiled import Compiled
 from pyro_flows.transforms.compiler_state import NEW_COMPILER
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:

@@ -214,6 +214,7 @@ def test_batches_may_be_empty_or_have_many_dimensions(exact: bool) -> None:
 # ------------------------------------------------------------ estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "inverse", "opaque"),
     [
@@ -315,6 +316,7 @@ in_both_ways = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @in_both_ways
 def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque: bool) -> None:
     """Gradients are checked for value, context and all parameters."""
@@ -337,6 +339,7 @@ def test_the_adjoint_method_finds_the_same_gradients(solver: str, inverse: bool,
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [False, True], ids=["direct", "adjoint"])
 def test_densities_and_samples_of_a_flow_have_gradients(adjoint: bool) -> None:
     flow = flows.cnf(2, 2, hidden_dims=(4, 3), rtol=1e-9, atol=1e-9, adjoint=adjoint).double()
@@ -467,6 +470,7 @@ def test_the_adjoint_method_refuses_what_it_cannot_do(solver: str) -> None:
     assert (x.grad == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_the_adjoint_gradient_of_a_row_is_right_in_quiet_company(inverse: bool) -> None:
     def moves(t: Tensor, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def alike(shown: str, printed: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
 def test_examples_run_and_print_what_is_shown(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -229,6 +229,7 @@ def test_scores_are_those_of_the_twins(name):
     torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", ["regression", "gp"])
 def test_verbs_take_models_that_do_not_broadcast(name):
@@ -340,6 +341,7 @@ def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
     torch.testing.assert_close(draws.log_q, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("vectorize", ["vmap", "loop", "plate"])
 def test_an_engine_can_be_insisted_on(vectorize):

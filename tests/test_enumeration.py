@@ -152,6 +152,7 @@ def test_discrete_draws_have_the_marginals_of_forward_backward():
     assert (torch.bincount(pairs, minlength=9) / 10_000 - joint).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_through_all_verbs():
     guide = AutoFlow(mixture)
     fit = pf.fit_svi(mixture, guide, DATA, steps=200, progress=False)
@@ -529,6 +530,7 @@ def test_discrete_latents_are_those_of_the_arguments_at_hand():
     assert "w_2" not in draws
 
 
+@pytest.mark.slow
 def test_discrete_latents_of_several_chains_in_plates_are_drawn_back():
     """Pyro's own ring for samples fails here, as it does for the mixed hidden Markov models of its examples."""
 

@@ -99,6 +99,7 @@ def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
     assert not captured.out
 
 
+@pytest.mark.slow
 def test_trains_parameters_of_the_model():
     """y_i ~ N(theta + z, 1) with z ~ N(0, 1): the marginal likelihood is highest at the mean of y."""
 

@@ -490,6 +490,7 @@ def test_three_steps_from_the_start_move_every_parameter(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ compiler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["realnvp", "maf"])
 @pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
 def test_it_compiles_to_one_graph(name: str, verb: str) -> None:

@@ -93,6 +93,7 @@ def bent(curvature):
     return model
 
 
+@pytest.mark.slow
 def test_a_fit_ends_when_it_has_converged_and_no_sooner(tmp_path):
     pyro.set_rng_seed(0)
     model = bent(0.3)

@@ -664,6 +664,7 @@ def test_real_images_are_standardised_channel_by_channel() -> None:
     assert last.inner.loc.max() < 5.5
 
 
+@pytest.mark.slow
 def test_images_steer_images() -> None:
     seen = laws.normal(300, 1, 4, 4, dtype=torch.float32)
     x = 3 * seen + 0.1 * laws.normal(300, 1, 4, 4, seed=1, dtype=torch.float32)
@@ -861,6 +862,7 @@ def test_an_estimated_density_may_run_side_by_side() -> None:
         Task(faulty, guide, (x,), {}, "plate").settle()
 
 
+@pytest.mark.slow
 def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:
     x, _ = stripes(300)
     torch.manual_seed(0)

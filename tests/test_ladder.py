@@ -74,6 +74,7 @@ def test_a_gaussian_is_enough_for_a_gaussian():
     assert guide.is_fresh  # the guide was not trained
 
 
+@pytest.mark.slow
 def test_a_bent_posterior_takes_a_flow():
     guide = AutoFlow(banana)
     fit = fit_svi(banana, guide, escalate=True, progress=False)
@@ -86,6 +87,7 @@ def test_a_bent_posterior_takes_a_flow():
         assert rung.check.reason in repr(fit)
 
 
+@pytest.mark.slow
 def test_a_missing_mode_is_found():
     """Neither more couplings nor more steps can find the mode, so these rungs are skipped."""
     pyro.set_rng_seed(1)
@@ -100,6 +102,7 @@ def never(*_, **__):
     raise AssertionError("it was fitted")
 
 
+@pytest.mark.slow
 def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     """Each rung starts from the last: the deeper flow first draws as the one before it."""
     monkeypatch.setattr(escalation, "check", distrust)
@@ -238,6 +241,7 @@ def test_restarts_in_another_dtype_and_of_angles():
     assert check(precise, fit_svi(precise, AutoFlow(precise, small), progress=False).guide).trusted
 
 
+@pytest.mark.slow
 def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
     def turning() -> None:
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
@@ -270,6 +274,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
     assert fit.guide.sample(3)["x"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(escalation, "check", distrust)
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
@@ -288,6 +293,7 @@ def positive() -> None:
     pyro.factor("edge", torch.where(x[..., 0] > 0, 0.0, -math.inf))
 
 
+@pytest.mark.slow
 def test_a_hard_edge_is_met_by_a_population():
     """At a hard edge KL(q || p) is infinite, so no fit by the ELBO can continue."""
     guide = AutoFlow(positive, small, init_loc_fn=init_to_value(values={"x": torch.tensor([0.05, 0.0])}))

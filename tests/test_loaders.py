@@ -42,6 +42,7 @@ def exact() -> tuple[torch.Tensor, float]:
     return share * Y.mean(1) + (1 - share) * mean, precision**-0.5
 
 
+@pytest.mark.slow
 def test_learned_rows_of_a_loader_find_the_posterior() -> None:
     guide = AutoStructuredFlow(hierarchy)
     fit = fit_svi(hierarchy, guide, rows(), steps=600, num_particles=2, progress=False)
@@ -51,6 +52,7 @@ def test_learned_rows_of_a_loader_find_the_posterior() -> None:
     assert ((draws["level"].mean(0) - mean) / draws["level"].std(0)).abs().max() < 0.3
 
 
+@pytest.mark.slow
 def test_an_encoder_serves_rows_that_no_batch_had() -> None:
     def model(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 5.0))

@@ -61,6 +61,7 @@ def table_of(text: str) -> dict[str, list[float]]:
     return {row[0]: [float(number) for number in row[1:]] for row in rows if row and row[0] in ROWS}
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     """The module runs as a command, in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
@@ -100,6 +101,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
     check_files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_same_seed_gives_the_same_table(tmp_path, capsys):
     tables = []
@@ -110,6 +112,7 @@ def test_the_same_seed_gives_the_same_table(tmp_path, capsys):
     assert tables[0] != tables[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("flow", sorted(RECIPES))
 def test_every_flow_runs(flow, tmp_path, capsys):

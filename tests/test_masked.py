@@ -126,6 +126,7 @@ def test_densities_are_a_sum_over_the_rows_that_count() -> None:
     torch.testing.assert_close(guide.log_prob(draws, Y).detach(), log_q, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_check_and_the_fit_agree_on_a_masked_model() -> None:
     guide = plate_guide(masked)
     fit = fit_svi(masked, guide, Y, steps=200, num_particles=16, progress=False)

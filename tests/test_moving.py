@@ -94,6 +94,7 @@ def test_the_density_integrates_to_one():
     assert abs(weights.mean() - 1) < 5 * weights.std() / 200
 
 
+@pytest.mark.slow
 def test_pyros_own_training_and_prediction_take_it():
     guide = AutoFlow(nested)
     for elbo in (Trace_ELBO(), Trace_ELBO(4, max_plate_nesting=1, vectorize_particles=True)):

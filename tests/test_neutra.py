@@ -60,6 +60,7 @@ def error(draws: torch.Tensor, mean: float) -> float:
 FAR = 6.0  # a t with 9 degrees of freedom exceeds it once in 5,000 draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_chains_find_the_posterior(local):
     """Any guide works, with its parameters in Pyro's store or in the guide alone."""
@@ -206,6 +207,7 @@ def gaussian(scale: float) -> AutoMultivariateNormal:
     return guide
 
 
+@pytest.mark.slow
 def test_a_collapsed_guide_is_a_warning():
     guide = gaussian(0.2)
     verdict = pf.check(correlated, guide)
@@ -222,6 +224,7 @@ def test_a_collapsed_guide_is_a_warning():
     assert error(draws["x"], 0.0) < FAR
 
 
+@pytest.mark.slow
 def test_a_fitted_flow_passes():
     pyro.set_rng_seed(2)  # about one in twenty short fits ends with tails that are too short
     guide = AutoFlow(model)

@@ -550,6 +550,7 @@ def modes(share: float) -> None:
     pyro.factor("modes", torch.logsumexp(parts + torch.tensor([share, 1 - share]).log(), -1))
 
 
+@pytest.mark.slow
 def test_it_finds_two_modes_and_their_shares():
     guide = AutoFlow(modes, lambda dim: flows.realnvp(dim, num_transforms=6, hidden_dims=(32,), activation=nn.ELU))
     fit_svi(modes, guide, 0.3, steps=500, objective=TemperedELBO(500, num_particles=128), progress=False)

@@ -155,6 +155,7 @@ def test_adam_has_all_of_other_guides():
     assert plan_of(AutoMultivariateNormal(functools.partial(chain, 40))).by_muon() == []
 
 
+@pytest.mark.slow
 def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
     pyro.set_rng_seed(0)
     dim = FEW + 8

@@ -327,6 +327,7 @@ def test_amortised_guides_and_recipes_keep_torchs_weights():
 RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radial_flow", "sylvester_flow", "flowpp"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.01, 0.03, 0.05])
 @pytest.mark.parametrize(("model", "start"), [(gaussian, 200), (centred, 400), (wide, 1500)])
 def test_plain_svi_does_not_explode(model, start, lr):
@@ -338,12 +339,14 @@ def test_plain_svi_does_not_explode(model, start, lr):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plain_svi_does_not_explode_with_any_recipe(recipe):
     """Losses start at 12 to 18.  Without paces flowpp rises to 1e19, realnvp to 1e4, maf and iaf to at least 100."""
     assert max(train(gaussian, pf.AutoFlow(gaussian, getattr(flows, recipe)))[20:]) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "steps"), [("bnaf", 15), ("cnf", 20), ("ffjord", 40), ("gaussianization", 40), ("residual_flow", 40)]
 )

@@ -48,6 +48,7 @@ def test_the_sd_has_an_effective_sample_size_of_its_own(df, share):
     assert found.ess_sd.mean() / (256 * 400) == pytest.approx(share, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "chains"), [(dist.StudentT(3.0), 16), (dist.StudentT(3.0), 256), (dist.Normal(0, 1), 4)]
 )
@@ -238,6 +239,7 @@ def test_without_a_guide_one_is_fitted(local):
     assert "for the fit" in repr(found)
 
 
+@pytest.mark.slow
 def test_a_guide_without_correlations_does_no_harm():
     def narrow():
         v = pyro.sample("v", dist.Normal(0.0, 1.0))
@@ -341,6 +343,7 @@ def test_deterministic_sites_must_converge_too():
     assert abs(float(found.flat["square"].mean()) - 2) < 5 * 2 / math.sqrt(2000)
 
 
+@pytest.mark.slow
 def test_models_that_run_one_draw_at_a_time():
     found = pf.sample(conjugate, wrong, progress=False, vectorize="loop", num_draws=100)
     assert found.draws["x"].shape[0] == 16

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import pyro_flows
@@ -71,6 +72,7 @@ assert any("torch.compile needs torch 2.13" in str(warning.message) for warning 
 }
 
 
+@pytest.mark.slow
 def test_what_torch_adds_later_is_not_needed():
     code = LACKING + "".join(f"{code}print({use!r})\n" for use, code in USES.items())
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -348,6 +348,7 @@ def test_holding_the_inverse_registers_its_parameters(case: Case, holder_type: t
 # ------------------------------------------------------------ compilers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
