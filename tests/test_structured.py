@@ -363,11 +363,61 @@ def test_rows_of_a_plate_may_have_an_encoder() -> None:
     assert guide.sample(3, y[:50])["kind"].shape == (3, 50, 1)
 
 
+def levels(y, size=None):
+    """Sample levels of rows."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", len(y), size) as i:
+        level = pyro.sample("level", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y[i])
+
+
+class First(MLPEncoder):
+    """An encoder that sees the first of four numbers."""
+
+    def forward(self, y, size=None):
+        return super().forward(y[..., :1])
+
+
+def test_learned_vectors_correct_what_an_encoder_cannot_tell() -> None:
+    y = normal(80, 4) + 2 * normal(80, 1)
+    errors = {}
+    for name, corrected in (("encoder", ()), ("both", ("rows",))):
+        torch.manual_seed(0)
+        guide = AutoStructuredFlow(levels, encoders={"rows": First(1, context_dim=4)}, semi_amortized=corrected)
+        fit_svi(levels, guide, y, 40, steps=200, num_particles=2, progress=False)
+        wanted = (y.sum(1) + guide.sample(2000, y)["mean"].mean()) / 5
+        errors[name] = (guide.sample(2000, y)["level"].mean(0) - wanted).square().mean().sqrt() / 5**-0.5
+    assert errors["encoder"] > 0.8
+    assert errors["both"] < 0.3
+    alone = guide.for_new_rows()
+    new = alone.sample(500, torch.linspace(-3, 3, 80)[:, None].expand(80, 4))["level"].mean(0)
+    assert torch.corrcoef(torch.stack((new, torch.linspace(-3, 3, 80))))[0, 1] > 0.95
+    assert guide.sample(3, y[:50])["level"].shape == (3, 50)  # other rows
+
+
+def test_encoders_and_vectors_come_back_from_a_file(tmp_path: Any) -> None:
+    def some(y):
+        levels(y, 40)
+
+    y, encoder = normal(80, 4), MLPEncoder(4, context_dim=3)
+    guide = AutoStructuredFlow(some, encoders={"rows": encoder}, semi_amortized=("rows",))
+    fit_svi(some, guide, y, steps=5, lr=0.1, num_particles=2, progress=False)
+    pf.save(guide, tmp_path / "guide")
+    draws = []
+    for one in (guide, pf.load(tmp_path / "guide"), guide.for_new_rows()):
+        torch.manual_seed(1)
+        draws.append(one.sample(3, y)["level"])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
 def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"AutoStructuredFlow: embedding_dim must be .* got 0"):
         AutoStructuredFlow(walk, embedding_dim=0)
     with pytest.raises(TypeError, match=r"AutoStructuredFlow: encoder must be"):
         AutoStructuredFlow(walk, encoders={"rows": 3})
+    with pytest.raises(ValueError, match=r"plate 'rows' is semi-amortised and has no encoder"):
+        AutoStructuredFlow(walk, semi_amortized=("rows",))
 
 
 def given(y, rows):

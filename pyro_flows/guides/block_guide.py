@@ -143,8 +143,10 @@ class BlockGuide(FlowGuide):
             linear = order is None and not self._needs_network(contexts, num_given)
             for plate in key if contexts.encoder is None else ():
                 check_tied(call, plate, found.rows[plate])
-            numbers = Affine().num_params * packing.size * (1 + num_given if linear else 1)
-            contexts.setup(call, rows, start, numbers, noise=0 if linear else self.embedding_dim)
+            numbers, noise = Affine().num_params * packing.size * (1 + num_given if linear else 1), self.embedding_dim
+            if contexts.encoder is not None:
+                numbers, noise = (self.embedding_dim if self._corrects(key) else 0), 0
+            contexts.setup(call, rows, start, numbers, noise=0 if linear else noise)
             width += contexts.width
         flow = self._flow(packing, order, contexts, width, num_given if linear else None)
         by_row = contexts is not None and contexts.encoder is None
@@ -160,6 +162,10 @@ class BlockGuide(FlowGuide):
 
     def _contexts(self, key: Key) -> RowContexts:
         return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None)
+
+    def _corrects(self, key: Key) -> bool:
+        """True if rows with an encoder have learned vectors too."""
+        return False
 
     def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
         """True if rows share a network: in an AutoPlateFlow always.

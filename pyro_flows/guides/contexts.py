@@ -184,7 +184,7 @@ class RowContexts(Paced):
     Args:
         plates: The names of the plates, the outermost first.
         encoder: A network or function from the model's arguments to the contexts of the rows of a single plate; without
-            one they are parameters.
+            one they are parameters.  Its contexts may be followed by parameters, 0 for rows that are not known.
 
     Attributes:
         pace: How far a row's context moves if an optimiser moves its parameters by 1.
@@ -200,15 +200,15 @@ class RowContexts(Paced):
         self.embedding: nn.Embedding | None = None
 
     def setup(self, call: Call, rows: Sequence[Rows], like: Tensor, num_zeros: int, noise: int) -> None:
-        """Find the width by the encoder, or make a vector of zeros and then random numbers for each row."""
-        if self.encoder is None:
-            sizes = tuple(row.full_size for row in rows)
-            number = math.prod(sizes)
-            start = torch.cat((torch.zeros(number, num_zeros), torch.randn(number, noise)), 1)
-            self.restore(num_zeros + noise, start.to(like), sizes)
-        else:
-            context, self.sizes = probe(call, self.encoder), (rows[0].full_size,)
-            self.width = self._checked(call, context, rows[0].size, rows[0].full_size).shape[-1]
+        """Find the width by the encoder, and make a vector of zeros and then random numbers for each row."""
+        sizes, encoded = tuple(row.full_size for row in rows), 0
+        if self.encoder is not None:
+            context = probe(call, self.encoder)
+            encoded = self._checked(call, context, rows[0].size, sizes[0]).shape[-1]
+        number, start = math.prod(sizes), None
+        if num_zeros + noise:
+            start = torch.cat((torch.zeros(number, num_zeros), torch.randn(number, noise)), 1).to(like)
+        self.restore(encoded + num_zeros + noise, start, sizes)
 
     def restore(self, width: int, embedding: Tensor | None, sizes: tuple[int, ...]) -> None:
         """Set the width and the rows' parameters."""
@@ -231,7 +231,7 @@ class RowContexts(Paced):
     def of(self, call: Call, plates: Sequence[Any], indices: Sequence[Tensor]) -> BlockRows:
         """Return the rows at ``indices`` of the plates."""
         places = [self._places(call, plate, rows) for plate, rows in zip(plates, indices, strict=True)]
-        if self.embedding is not None:
+        if self.embedding is not None and self.encoder is None:
             for plate, rows, found in zip(plates, indices, places, strict=True):
                 self._check_known(call, plate.name, plate.size)
                 if found is None:
@@ -241,14 +241,23 @@ class RowContexts(Paced):
             return BlockRows(flat, self.paced(self.embedding(flat)))
         (plate,), (rows,), (found,) = plates, indices, places
         if found is None:  # the arguments hold these rows alone
-            return BlockRows(None, self._encode(call, len(rows)))
+            return BlockRows(None, self._corrected(self._encode(call, len(rows)), None))
         if len(found) < plate.size:
             call = _take_rows(call, found, plate.size)
         elif found is rows and not torch.equal(rows, torch.arange(plate.size, device=rows.device)):
             fault = f"plate {plate.name!r} takes all of its rows in another order, by subsample="
             raise ValueError(f"{call.owner}: {fault}. Leave subsample= out where all rows are taken.")
         context = self._encode(call, len(found), plate.size)
-        return BlockRows(None, context if len(context) == len(found) else context[found])
+        context = context if len(context) == len(found) else context[found]
+        return BlockRows(None, self._corrected(context, found if plate.size == self.number else None))
+
+    def _corrected(self, context: Tensor, places: Tensor | None) -> Tensor:
+        """Append the vectors of rows to their encoded contexts, 0 for rows without a place."""
+        if self.embedding is None:
+            return context
+        if places is None:
+            return nn.functional.pad(context, (0, self.embedding.embedding_dim))
+        return torch.cat((context, self.paced(self.embedding(places)).to(context)), -1)
 
     def _places(self, call: Call, plate: Any, indices: Tensor) -> Tensor | None:
         """Return the indices of the rows that a plate takes, or None if it is given other data of rows."""
@@ -267,8 +276,8 @@ class RowContexts(Paced):
         return flat
 
     def of_all(self, call: Call) -> BlockRows:
-        """Return all rows in the arguments."""
-        if self.embedding is not None:
+        """Return all rows in the arguments; an encoder's vectors belong to as many rows as they were made for."""
+        if self.embedding is not None and self.encoder is None:
             for plate, rows in call.look(until=()).rows.items() if call.model is not None else ():
                 if plate in self.plates:
                     self._check_known(call, plate, rows.full_size)
@@ -276,7 +285,8 @@ class RowContexts(Paced):
             return BlockRows(places, self.paced(self.embedding.weight).reshape(*self.sizes, -1))
         context = self._encode(call)
         check_finite(call.owner, context)
-        return BlockRows(None, context)
+        known = torch.arange(self.number, device=context.device) if len(context) == self.number else None
+        return BlockRows(None, self._corrected(context, known))
 
     def _check_known(self, call: Call, plate: str, full_size: int) -> None:
         if full_size != (size := self.sizes[self.plates.index(plate)]):
@@ -285,7 +295,8 @@ class RowContexts(Paced):
             raise ValueError(f"{call.owner}: {fault}. Give it an encoder, or build another guide.")
 
     def _encode(self, call: Call, *numbers: int) -> Tensor:
-        return self._checked(call, encode(call, self.encoder, self.width), *numbers)
+        own = 0 if self.embedding is None else self.embedding.embedding_dim
+        return self._checked(call, encode(call, self.encoder, self.width - own), *numbers)
 
     def _checked(self, call: Call, context: Tensor, *numbers: int) -> Tensor:
         """Return contexts, or raise ValueError unless they have one of these numbers of rows, if any.

@@ -6,15 +6,18 @@ plates: ADAVI (Rouillard, Wassermann 2021, arXiv:2106.12248).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+import torch
 
 from ..arguments import suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
 from .default_flows import FACTORS
-from .guide_call import Call
+from .guide_call import Call, Key
 from .structure import Sequence, Structure, read_structure
 
 
@@ -40,9 +43,12 @@ class AutoStructuredFlow(BlockGuide):
         encoders: For some plates, by name, a network or function from the model's arguments to a context for each row,
             ``(rows, context_dim)``.  Of arguments with one row for each row of a subsampled plate it gets the rows of
             the minibatch only.  Rows of other plates have learned contexts.
+        semi_amortized: Plates with an encoder whose rows also have a learned vector.  It starts at zero and corrects
+            what the encoder cannot tell (Kim, Wiseman, Miller, Sontag, Rush 2018, arXiv:1802.02550).  New rows have the
+            encoder alone: see :meth:`for_new_rows`.
         local_flow: A recipe for the latents of rows, called with their number and the width of the context.
         global_flow: A recipe for the latents outside of plates, called with their number; by default as ``AutoFlow``.
-        embedding_dim: The width of the learned vector of each row, without an encoder.
+        embedding_dim: The width of the learned vector of each row.
         init_loc_fn: The strategy for the start, as for ``AutoFlow``.
         init_scale: The scale of each unconstrained latent at the start, by default as for ``AutoPlateFlow``.
         structure: The plates with independent rows, and the sequences; by default they are found.
@@ -50,7 +56,8 @@ class AutoStructuredFlow(BlockGuide):
 
     Raises:
         TypeError: If a recipe or encoder cannot be called; at :meth:`setup`, if a recipe fails.
-        ValueError: If a number is out of its range.  At :meth:`setup`, as for ``AutoPlateFlow``.
+        ValueError: If a number is out of its range, or a semi-amortised plate has no encoder.  At :meth:`setup`, as for
+            ``AutoPlateFlow``.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
@@ -73,7 +80,7 @@ class AutoStructuredFlow(BlockGuide):
         {'mean': (), 'kind': (5, 1), 'good': (4,)}
     """
 
-    settings = "init_scale", "embedding_dim", "encoders", "structure"
+    settings = "init_scale", "embedding_dim", "encoders", "semi_amortized", "structure"
 
     @suggests_recipes(nsf, nsf_ar, realnvp, cnf)
     def __init__(
@@ -81,6 +88,7 @@ class AutoStructuredFlow(BlockGuide):
         model: Callable[..., Any],
         *,
         encoders: Mapping[str, Encoder] | None = None,
+        semi_amortized: Collection[str] = (),
         local_flow: Callable[..., Flow] | None = None,
         global_flow: Callable[[int], Flow] | None = None,
         embedding_dim: int = 8,
@@ -92,7 +100,10 @@ class AutoStructuredFlow(BlockGuide):
         super().__init__(
             model, dict(encoders or {}), local_flow, global_flow, embedding_dim, init_loc_fn, init_scale, name
         )
-        self._given_structure = structure
+        if missing := [plate for plate in semi_amortized if plate not in self._encoders]:
+            fault = f"plate {missing[0]!r} is semi-amortised and has no encoder; its rows have learned vectors alone"
+            raise ValueError(f"{type(self).__name__}: {fault}. Give encoders={{{missing[0]!r}: ...}}, or leave it out.")
+        self._semi_amortized, self._given_structure = tuple(semi_amortized), structure
         if structure is not None:
             plates, sequences = structure
             self.structure = Structure(tuple(plates), tuple(Sequence(*sequence) for sequence in sequences))
@@ -101,10 +112,27 @@ class AutoStructuredFlow(BlockGuide):
     def _read(self, call: Call) -> Structure:
         return self.structure if self._given_structure is not None else read_structure(call)
 
+    def _corrects(self, key: Key) -> bool:
+        return len(key) == 1 and key[0] in self._semi_amortized
+
+    def for_new_rows(self) -> AutoStructuredFlow:
+        """Return a copy for other rows, whose contexts are those of the encoders alone.
+
+        A number of rows that differs from that of the fit says so by itself.
+        """
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            for block in other.posterior.blocks:
+                contexts = block.contexts
+                if contexts is not None and contexts.encoder is not None and contexts.embedding is not None:
+                    contexts.embedding.weight.zero_()
+        return other
+
     def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
         return self._build_local is not None or contexts.encoder is not None or num_given > FACTORS
 
     def parts(self) -> dict[str, Any]:
         plates, sequences = self.structure
         structure = tuple(plates), tuple(tuple(sequence) for sequence in sequences)
-        return super().parts() | {"encoders": tuple(self._encoders.items()), "structure": structure}
+        encoders = {"encoders": tuple(self._encoders.items()), "semi_amortized": self._semi_amortized}
+        return super().parts() | encoders | {"structure": structure}
