@@ -42,6 +42,7 @@ from .importance import Psis, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_modes import Missing, search
 from .outliers import outliers
+from .row_weights import RowWeights, row_weights
 
 LIMIT = 0.1  # the largest error of trusted draws, in standard deviations
 BENT = 0.3  # the same along whitened directions, which show correlations and far tails
@@ -88,6 +89,8 @@ class Check:
         acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
         seconds: The wall time.
         scope: What was looked at, in words, if there are more than 1,000 latents; otherwise empty.
+        rows: Then, for each set of plates with many rows, what the weights of single rows show: the largest ``khat``
+            of a row, and the ``name``, ``error`` and ``noise`` of the mean that is wrong by the most standard errors.
 
     Example::
 
@@ -112,6 +115,7 @@ class Check:
     acceptance: list[float]
     seconds: float
     scope: str = ""
+    rows: tuple[RowWeights, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -129,7 +133,12 @@ class Check:
                 return f"{str(finding)[:-1]}, {mend}"
         largest = max(0.01, float(self._moments.errors.max()))
         if self.scope:
-            return f"Weights and chains find no error of a mean or sd beyond {largest:.2f} sd. {self.scope}"
+            found = f"Weights and chains find no error of a mean or sd beyond {largest:.2f} sd. {self.scope}"
+            return (
+                f"{found} Weights of single rows have a k-hat of at most {', '.join(map(str, self.rows))}."
+                if self.rows
+                else found
+            )
         found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
         if not self.psis.reliable:
             found += f" Use the draws as they are: their weights are not reliable (k-hat {self.khat:.2f})."
@@ -282,9 +291,10 @@ def check(
         calm = _is_calm(psis, weighted)
         chains, directions, of_chains, acceptance = _run(space, charts, white, draws, num_chains or count, calm)
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
+        rows = row_weights(space, max(1, min(1000, BATCH // space.dim))) if scope else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
     names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
-    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds, scope)
+    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds, scope, rows)
     return replace(seen, findings=tuple(judge(seen)))
 
 
@@ -379,7 +389,7 @@ def _is_calm(psis: Psis, weighted: Drift) -> bool:
 
 def judge(seen: Check) -> list[Finding]:
     """Return the findings of a check from its measurements, whatever findings it already has."""
-    return [*_elsewhere(seen), *_off(seen), *_outside(seen), *_misshapen(seen)] or _doubts(seen)
+    return [*_elsewhere(seen), *_off(seen), *_in_rows(seen), *_outside(seen), *_misshapen(seen)] or _doubts(seen)
 
 
 def _more(seen: Check) -> float:
@@ -419,6 +429,13 @@ def _off(seen: Check) -> Iterator[Finding]:
             mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
             yield replace(drift.worst(seen.names, flags), verdict="reweight" if mended else "do not trust")
             return
+
+
+def _in_rows(seen: Check) -> Iterator[Finding]:
+    """Yield the certain errors of means that the weights of single rows show, for each set of plates."""
+    for rows in seen.rows:
+        if rows.is_off(LIMIT):
+            yield Finding("mean", rows.name, rows.error, rows.noise)
 
 
 def _outside(seen: Check) -> Iterator[Finding]:
