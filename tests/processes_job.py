@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_flows import AutoFlow, AutoPlateFlow, Fit, Simulations, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.objectives import ForwardKL, Likelihood
-from pyro_flows.training import distributed
+from pyro_flows.training import distributed, shards
 
 RANK = int(os.environ.get("RANK", 0))
 Found = dict[str, Any]
@@ -153,11 +154,14 @@ def minibatches() -> Found:
     return {**told(fit), "seen": torch.stack([index.sort().values for index in seen[-3:]])}
 
 
-def streamed(**settings: Any) -> Found:
-    """Fit levels of rows, which a loader gives, by points: without noise of draws."""
-    y = torch.arange(45.0).double()
+def streamed(at: int = 0, **settings: Any) -> Found:
+    """Fit levels of rows, which a loader gives, by points: without noise of draws.  Interrupt process 1 at a step."""
+    y, steps = torch.arange(45.0).double(), [0]
 
     def model(i: Tensor, y: Tensor) -> None:
+        steps[0] += 1
+        if steps[0] == at and RANK == 1:
+            os.kill(os.getpid(), signal.SIGINT)
         mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 3.0))
         with pyro.plate("rows", 45, subsample=i):
             z = pyro.sample("z", dist.Normal(mu, 1.0))
@@ -169,6 +173,20 @@ def streamed(**settings: Any) -> Found:
     guide(torch.arange(45), y)
     batches = DataLoader(TensorDataset(torch.arange(45), y), batch_size=14, shuffle=True)
     return told(fit_svi(model, guide, batches, steps=12, objective=Trace_ELBO(), progress=False, **settings))
+
+
+def sharded(folder: Path) -> Found:
+    """Interrupt a fit whose checkpoint is divided, resume it, and resume it once more in a copy for one process."""
+    with mock.patch.object(shards, "LARGE", 45):  # the levels and their moments
+        whole = streamed()
+        broken = streamed(checkpoint=folder / "shards", at=7)
+        if RANK == 0:
+            for file in folder.glob("shards*"):
+                (folder / file.name.replace("shards", "shards_for_one")).write_bytes(file.read_bytes())
+        files = sorted(file.name for file in folder.glob("shards*")) if RANK == 0 else []
+        resumed = streamed(checkpoint=folder / "shards")
+        left = sorted(file.name for file in folder.glob("shards.*"))
+    return {"whole": whole, "broken": broken, "resumed": resumed, "files": files, "left": left}
 
 
 def restarted() -> Found:
@@ -264,6 +282,7 @@ def both(folder: Path) -> Found:
         "noise": noise(),
         "minibatches": minibatches(),
         "streamed": streamed(),
+        "sharded": sharded(folder),
         "restarted": restarted(),
         "replayed": replayed(folder),
         "resumed": resumed(folder),

@@ -161,6 +161,24 @@ def test_ctrl_c_in_one_stops_both_and_the_run_goes_on_in_two_or_one(pair):
     assert "Interrupted" not in found[1]["said"]
 
 
+def test_large_tensors_of_a_checkpoint_are_divided_over_files_of_both(pair):
+    folder, found, _ = pair
+    for runs in (found[0]["sharded"], found[1]["sharded"]):
+        assert runs["broken"]["stopped"] == "interrupted"
+        assert_same(runs["whole"], runs["resumed"], rtol=0, atol=0)
+    files = found[0]["sharded"]["files"]
+    assert len(files) == 6  # a checkpoint and a part of each process, and a copy of all three
+    assert len({name.split(".")[-1].split("-")[0] for name in files if "." in name}) == 1
+    left = found[0]["sharded"]["left"]
+    assert len(left) == 2
+    assert not {*left} & {*files}
+    assert_same(found[0]["sharded"]["whole"], job.streamed(checkpoint=folder / "shards_for_one"), **CLOSE)
+    assert not list(folder.glob("shards_for_one.*"))  # one process has one file
+    next(folder.glob("shards.*-1")).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint=.*shards' lacks the part .*-1' of another process"):
+        job.streamed(checkpoint=folder / "shards")
+
+
 def test_what_fails_in_one_fails_in_both(pair):
     zero, one = pair[1]
     assert zero["failed"] == "Parted: process 1 of 2 has failed: KeyError: 'the step of process 1'"
