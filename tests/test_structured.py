@@ -428,6 +428,28 @@ def given(y, rows):
         pyro.sample("y", dist.Normal(level, 1.0), obs=y[rows])
 
 
+def spread(i, y):
+    """Sample means of rows that a user chooses, with an unknown standard deviation."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("rows", 2000, subsample=i):
+        level = pyro.sample("level", dist.Normal(mean, scale))
+        pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y)
+
+
+def test_given_rows_start_from_a_minibatch_as_if_there_were_no_others() -> None:
+    """Scaled like the data, priors of rows would draw their scale to 0, since their entropy is not scaled."""
+    levels = 1 + 0.7 * normal(2000)
+    y = levels[:, None] + normal(2000, 3)
+    guide = AutoStructuredFlow(spread)
+    fit_svi(spread, guide, torch.arange(200), y[:200], steps=1, lr=1e-9, num_particles=2, progress=False)
+    draws = guide.sample(1000, torch.arange(2000), y)
+    deviation = ((0.7**2 + 1 / 3) / 2000) ** 0.5  # of the mean, given all rows
+    assert abs(float(draws["mean"].std()) / deviation - 1) < 0.25
+    assert abs(float(draws["mean"].mean()) - 1) < 4 * deviation * 10**0.5  # it has seen a tenth
+    assert abs(float(draws["scale"].mean()) - 0.7) < 0.3
+
+
 @pytest.mark.parametrize(
     ("model", "args", "steps"),
     [(crossed, (), 500), (crossed, (35, 40), 500), (crossed, (5, 5), 4000), (given, (torch.arange(20),), 4000)],

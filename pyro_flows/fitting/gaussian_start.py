@@ -8,6 +8,7 @@ discarded.  Beyond 512 latents natural gradients take fewer draws.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -23,7 +24,7 @@ from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.program import TOTAL
-from ..programs.whole_plate import Part, has_parts, parts_of
+from ..programs.whole_plate import Part, RowsOfPart, has_parts, parts_of
 from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
 from ..training import distributed
@@ -82,7 +83,8 @@ def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watc
 def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> BlockGaussian | None:
     """Start a guide from the best Gaussian of its structure, or leave it at its start if none is better.
 
-    Subsampled plates take all of their rows, part by part, or the rows of one minibatch if that is not possible.
+    Subsampled plates take all of their rows, part by part.  If that is not possible, the rows of one minibatch count as
+    if there were no others: scaled, they would have more density than entropy.
 
     Args:
         guide: The guide.
@@ -94,7 +96,8 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
     with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
         density = density_of_all_rows(guide, task.settle()) if task.subsampled else None
         whole = density is not None or not task.subsampled
-        space, layouts = LatentSpace(task), [Layout(*of_block) for of_block in guide.places(whole=whole)]
+        space = LatentSpace(task if whole else _unscaled(guide, task))
+        layouts = [Layout(*of_block) for of_block in guide.places(whole=whole)]
         start = torch.cat([block.start(whole=whole).flatten() for block in guide.posterior.blocks])
         if density is None and space.dim != len(start):  # the guide was set up with other numbers of rows
             return None
@@ -103,6 +106,17 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         return None
     guide.start_from(found.blocks)
     return found._replace(is_near=whole)  # rows of a minibatch tell little of the others
+
+
+def _unscaled(guide: BlockGuide, task: Task) -> Task:
+    """Return the model and the guide with the rows of minibatches at scale one."""
+    nodes = task.model.single.nodes
+    frames = {frame.name: frame for name in task.latents for frame in nodes[name]["cond_indep_stack"]}
+    shares = {name: frame.size / (frame.full_size or frame.size) for name, frame in frames.items()}
+    part = Part({name: RowsOfPart(None, None, shares[name]) for name in guide.row_plates if name in shares})
+    other = copy.copy(task)
+    other.model = task.model.on_part(part)
+    return other
 
 
 def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:

@@ -305,18 +305,21 @@ class BlockGuide(FlowGuide):
     def start_from(self, blocks: Sequence[Any]) -> None:
         """Start from a distribution with the structure of the guide.
 
-        Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch.  There
-        priors and likelihoods count as often as rows are left out, so that deviations are too small.
+        Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch, and the
+        latents outside as narrow as all rows make them.
 
         Args:
             blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``, for all rows
                 or for those that the guide was set up with.
         """
         means: list[Tensor] = []
+        whole = all(len(found.loc) == block.number for block, found in zip(self.posterior.blocks, blocks, strict=True))
+        known = 1.0 if whole else min(block.share for block in self.posterior.blocks)
         for block, found in zip(self.posterior.blocks, blocks, strict=True):
             loc, scale = found.loc, found.scale
-            whole = len(loc) == block.number
-            share, rows = (1.0, block.sizes) if whole else (block.share, block.seen)
+            rows = block.sizes if whole else block.seen
+            if block.contexts is None:
+                scale = scale * known**0.5
             if block.frame is None:
                 start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
             else:
@@ -328,9 +331,9 @@ class BlockGuide(FlowGuide):
                 gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
                 size = block.frame.num_shared
                 stretch, turn = found.stretch[..., :size], found.turn[..., :size]
-                parts = [origin, loc, gain, scale / share**0.5, stretch, found.matrix, turn]
-                block.frame.set(*(parts if whole else [part.mean(0, keepdim=True) for part in parts]))
-            deviation = (scale.square().sum(-1).mean(0) / share).sqrt()  # (T, d)
+                parts = [origin, loc, gain, scale, stretch, found.matrix, turn]
+                block.frame.set(*(parts if len(loc) == block.number else [p.mean(0, keepdim=True) for p in parts]))
+            deviation = scale.square().sum(-1).mean(0).sqrt()  # (T, d)
             block.unit.copy_(UNIT * deviation.flatten())
             means.append(loc.flatten(1))
 

@@ -135,9 +135,9 @@ class Program:
 
     def score_part(self, part: Part, held: Values, size: int, sites: list[str] | None = None) -> Values:
         """Return the same as :meth:`score` for one part of all rows; values that are held are those of all rows."""
-        return self._take(part).score(part.taken(held, self.single.nodes), size, sites)
+        return self.on_part(part).score(part.taken(held, self.single.nodes), size, sites)
 
-    def _take(self, part: Part) -> Program:
+    def on_part(self, part: Part) -> Program:
         """Return the program on one part of the rows; all parts share one sum over discrete latents."""
         rows = {**self.rows, **part.rows}
         other = self.with_(call=part(self.call), rows=rows, _parts=[], _is_part=True, _sum=self._sum_of_parts)

@@ -25,16 +25,16 @@ class RowsOfPart(NamedTuple):
     """The rows of a plate in one part.
 
     Attributes:
-        rows: The rows that the plate takes.
+        rows: The rows that the plate takes; None for those that the model itself chooses.
         keep: True for the rows that count, ``(rows,)``, the others belong to another part; None if all count.
         share: The number of rows divided by the number of all rows.
         is_first: True for the first part of the plate.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     keep: Tensor | None
     share: float
-    is_first: bool
+    is_first: bool = True
 
 
 class Part(Messenger):
@@ -51,16 +51,16 @@ class Part(Messenger):
     @property
     def rows(self) -> Values:
         """The rows that each plate takes."""
-        return {name: part.rows for name, part in self.plates.items()}
+        return {name: part.rows for name, part in self.plates.items() if part.rows is not None}
 
     def taken(self, held: Values, sites: Mapping[str, Site]) -> Values:
         """Return the values of this part from values for all rows, ``(N, *site_shape)``."""
-        found = dict(held)
+        found, rows = dict(held), self.rows
         for name, value in held.items():
             for frame in sites[name]["cond_indep_stack"]:
-                if frame.name in self.plates:
+                if frame.name in rows:
                     axis = value.dim() - sites[name]["fn"].event_dim + frame.dim
-                    value = value.index_select(axis, self.plates[frame.name].rows)
+                    value = value.index_select(axis, rows[frame.name])
             found[name] = value
         return found
 
@@ -113,7 +113,7 @@ def has_parts(model: Program, observed: list[str]) -> bool:
 def _differ(model: Program, plate: str, first: Part, last: Part, data: list[str]) -> bool:
     """True if data have other values at other rows of a plate."""
     one, other = (
-        model.with_rows({**first.rows, plate: part.plates[plate].rows}).alone(
+        model.with_rows({**first.rows, plate: part.rows[plate]}).alone(
             lambda view: {name: view.read(name) for name in data}, 1
         )
         for part in (first, last)
