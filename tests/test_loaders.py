@@ -123,6 +123,8 @@ def test_mistakes_are_named() -> None:
     guide = AutoStructuredFlow(hierarchy)
     with pytest.raises(ValueError, match="two DataLoaders"):
         fit_svi(hierarchy, guide, rows(), rows())
+    with pytest.raises(ValueError, match=r"y= is a DataLoader\. Give it as a positional argument"):
+        fit_svi(hierarchy, guide, torch.arange(3), y=rows())
     with pytest.raises(TypeError, match=r"is a dict; give tuples"):
         fit_svi(hierarchy, guide, DataLoader([{"i": 0, "y": 1.0}]))
     with pytest.raises(ValueError, match="has no batches"):

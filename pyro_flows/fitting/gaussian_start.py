@@ -121,10 +121,11 @@ def _unscaled(guide: BlockGuide, task: Task) -> Task:
 
 def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
     """Return the log-density over the packed latents of all rows, or None if it has no parts, or too many."""
-    model = task.model
-    if not has_parts(model, list(task.sites("observed"))) or any(
-        is_masked(model.single.nodes[name]) for name in task.latents
-    ):
+    model, nodes = task.model, task.model.single.nodes
+    frames = {frame.name for name in task.latents for frame in nodes[name]["cond_indep_stack"]}
+    others = (frames & model.subsamples.keys()) - {*guide.row_plates}
+    masked = any(is_masked(nodes[name]) for name in task.latents)
+    if others or masked or not has_parts(model, list(task.sites("observed"))):
         return None
     parts = parts_of(model)
     if len(parts) > MOST:

@@ -13,12 +13,15 @@ from ..programs.model_and_guide import Task
 from ..training import distributed
 
 
-def find_loader(args: tuple[Any, ...]) -> DataLoader | None:
+def find_loader(args: tuple[Any, ...], kwargs: dict[str, Any]) -> DataLoader | None:
     """Return the loader among the arguments of a model, or None.
 
     Raises:
-        ValueError: If there are two.
+        ValueError: If there are two, or one is a keyword argument.
     """
+    for name, value in kwargs.items():
+        if isinstance(value, DataLoader):
+            raise ValueError(f"fit_svi: {name}= is a DataLoader. Give it as a positional argument.")
     loaders = [value for value in args if isinstance(value, DataLoader)]
     if len(loaders) > 1:
         raise ValueError("fit_svi: the model has two DataLoaders among its arguments. Give one, of tuples of tensors.")

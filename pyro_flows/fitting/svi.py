@@ -147,7 +147,7 @@ def fit_svi(
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     _check_objective(objective, steps)
     several = escalate or restarts > 1
-    loader = find_loader(args)
+    loader = find_loader(args, kwargs)
     if loader is not None and (several or warm_start):
         raise ValueError(f"{CALLER}: escalate, restarts and warm_start need all data at once, and not a DataLoader.")
     batches = ModelBatches(loader, args) if loader is not None else None
