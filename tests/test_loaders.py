@@ -145,3 +145,15 @@ def test_batches_of_other_sizes_are_refused_where_the_model_cannot_take_them() -
     with pytest.raises(ValueError, match=r"have \[\d+, \d+\] numbers of rows after .* drop_last=True"):
         fit_svi(model, AutoStructuredFlow(model), rows(32), steps=5, num_particles=2, progress=False)
     fit_svi(model, AutoStructuredFlow(model), rows(32, drop_last=True), steps=5, num_particles=2, progress=False)
+
+
+def test_sums_over_discrete_latents_need_batches_of_one_size() -> None:
+    def model(i, y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", N, subsample=i):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal((mean + k)[..., None], 1.0).expand((len(y), 5)).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match=r"as its discrete latents are summed out\. .*drop_last=True"):
+        fit_svi(model, AutoFlow(model), rows(32), steps=5, num_particles=2, progress=False)
+    fit_svi(model, AutoFlow(model), rows(32, drop_last=True), steps=5, num_particles=2, progress=False)

@@ -116,3 +116,39 @@ def test_guides_of_all_rows_together_and_crossed_rows_have_no_weights() -> None:
             pyro.sample("good", dist.Normal(0.0, 0.1))
 
     assert judged(crossed, apart) == ()
+
+
+def test_data_outside_of_the_rows_are_no_fault() -> None:
+    """Coefficients of a regression share all data; walks couple rows; pairs of rows share the latents of a group."""
+
+    def regression() -> None:
+        with pyro.plate("features", 150):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal((w * Y[:150]).sum(-1, keepdim=True), 1.0), obs=torch.ones(5))
+
+    def walk() -> None:
+        with pyro.plate("features", 150):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.factor("steps", -((w - w.roll(1, -1)) ** 2))
+
+    def of_features() -> None:
+        with pyro.plate("features", 150):
+            pyro.sample("w", dist.Normal(0.0, 0.5))
+
+    def grouped() -> None:
+        with pyro.plate("groups", 200, dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("members", 2, dim=-1):
+                own = pyro.sample("own", dist.Normal(level, 1.0))
+                pyro.sample("y", dist.Normal(own, 1.0), obs=Y[:400].reshape(200, 2))
+
+    def of_groups() -> None:
+        with pyro.plate("groups", 200, dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 0.7))
+            with pyro.plate("members", 2, dim=-1):
+                pyro.sample("own", dist.Normal(level, 0.7))
+
+    assert judged(regression, of_features) == ()
+    assert judged(walk, of_features) == ()
+    assert [found.plates for found in judged(grouped, of_groups)] == ["groups"]

@@ -27,7 +27,7 @@ WIDEST = 64  # latents in a row, beyond which its weights say nothing either
 DRAWS, LEAST, NUMBERS = 1000, 200, 20_000_000  # draws, at least, and numbers in them to hold
 SMOOTHED = 200  # rows whose k-hat is found: those with the most unequal weights
 CERTAIN = 6.0  # standard errors of an error that is certain among a million rows
-LOG_P, LOG_Q = "log p of rows", "log q of rows"  # not the names of sites
+LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites
 
 
 class RowWeights(NamedTuple):
@@ -54,17 +54,18 @@ class RowWeights(NamedTuple):
         return abs(self.error) > limit + CERTAIN * self.noise
 
     def __str__(self) -> str:
-        return f"{self.khat:.2f} in the {self.number:,} rows of {self.plates!r}"
+        return f"{max(self.khat, 0.0):.2f} in the {self.number:,} rows of {self.plates!r}"
 
 
 @torch.no_grad()
 def row_weights(space: LatentSpace, batch_size: int) -> tuple[RowWeights, ...]:
     """Return what the weights of all rows show, for each set of plates with many rows and latents of their own.
 
-    There are none if the guide draws all latents together, or if discrete latents are summed out.
+    There are none if the guide draws all latents together, if data outside of a row depend on its latents, as those of
+    crossed plates or sums do, or if discrete latents are summed out.
     """
     task = space.task
-    if task.model.enumerated or task.runs_one_by_one:
+    if task.model.enumerated or task.runs_one_by_one or task.model.subsamples:
         return ()
     nodes = task.model.single.nodes
     keys = dict.fromkeys(tuple(_plates(nodes[name])) for name in task.latents)
@@ -94,17 +95,42 @@ class _Rows:
     @property
     def tells(self) -> bool:
         """True if the weights of the rows say something about the guide's distribution of each."""
-        nodes, latents = self.nodes, {name: _plates(self.nodes[name]) for name in self.task.latents}
+        nodes, latents = self.nodes, {name: {*_plates(self.nodes[name])} for name in self.task.latents}
         inside = [name for name in self.of_model if name in latents]
         number, numbers = math.prod(self.sizes), _numbers(nodes, inside)
         if number < FEWEST or numbers > WIDEST * number:
             return False
-        # Effects of users and of items share data, so that draws of the ones would count in the weights of the others.
-        crossing = {plate for name in latents.keys() - {*inside} for plate in latents[name]} - {*self.plates}
-        if any(crossing & {*_plates(nodes[name])} for name in self.of_model):
+        # Few rows share the latents of an outer row, or the effects of another plate, whose draws would count too.
+        others = {plate for name in latents.keys() - {*inside} for plate in latents[name]}
+        if any(others & {*_plates(nodes[name])} for name in self.of_model):
             return False
         # A guide that draws all latents together has values in the rows, and their density outside.
-        return any(name in self.task.own for name in self.of_guide)
+        return any(name in self.task.own for name in self.of_guide) and self._are_apart(inside)
+
+    def _are_apart(self, inside: list[str]) -> bool:
+        """True if the latents in a row change no density outside of it: every second row is moved."""
+        found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self.task.latents}, {}, 2)
+        moved = torch.arange(math.prod(self.sizes)).reshape(self.sizes) % 2 == 0
+        for name in inside:
+            value, event_dim = found[name], self.nodes[name]["fn"].event_dim
+            shape = [1] * value.dim()
+            for dim, size in zip(self.dims, self.sizes, strict=True):
+                shape[dim - event_dim] = size
+            here = moved.to(value.device).reshape(shape)[0]
+            found[name] = torch.stack((value[0], value[1].where(here, value[0])))
+        for name in self.task.latents:
+            found[name] = found[name] if name in inside else found[name][:1].expand_as(found[name])
+
+        def read(view: View) -> Values:
+            return {
+                LOG_P: self._log_prob(view, self.of_model),
+                OUTSIDE: view.log_prob(lambda n: n not in self.of_model),
+            }
+
+        densities = self.task.model.run(read, found, 2)
+        rows, outside = densities[LOG_P][:, ~moved.flatten()], densities[OUTSIDE]
+        same = torch.allclose(rows[0], rows[1], rtol=1e-4, atol=1e-3, equal_nan=True)
+        return same and torch.allclose(outside[0], outside[1], rtol=1e-5, atol=1e-3, equal_nan=True)
 
     def judged(self, batch_size: int) -> RowWeights:
         """Return what the weights of draws of the guide show."""

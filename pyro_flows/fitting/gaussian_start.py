@@ -24,7 +24,7 @@ from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.program import TOTAL
-from ..programs.whole_plate import Part, RowsOfPart, has_parts, parts_of
+from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
 from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
 from ..training import distributed
@@ -33,7 +33,6 @@ from ..training.interrupts import watching
 MATCHED = 512  # latents, beyond which batch and match takes too many draws
 FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
 SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
-MOST = 64  # parts that hold all rows of subsampled plates
 Start = Gaussian | BlockGaussian
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 
@@ -125,11 +124,10 @@ def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
     frames = {frame.name for name in task.latents for frame in nodes[name]["cond_indep_stack"]}
     others = (frames & model.subsamples.keys()) - {*guide.row_plates}
     masked = any(is_masked(nodes[name]) for name in task.latents)
-    if others or masked or not has_parts(model, list(task.sites("observed"))):
+    few = bool(model.subsamples) and number_of_parts(model) <= MOST
+    if others or masked or not few or not has_parts(model, list(task.sites("observed"))):
         return None
     parts = parts_of(model)
-    if len(parts) > MOST:
-        return None
 
     def density_of(part: Part) -> LogDensity:
         def density(z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,8 +48,8 @@ class ModelBatches(Stream):
         self.others = tuple(value for value in args if value is not loader)
         try:
             self.steps = len(loader)
-        except TypeError:  # the dataset has no length
-            self.steps = sum(1 for _ in iter(self))
+        except TypeError:  # the dataset has no length, or no end
+            self.steps = sys.maxsize
         if not self.steps:
             raise ValueError("fit_svi: the DataLoader has no batches.")
 
@@ -67,13 +68,19 @@ class ModelBatches(Stream):
         return tuple(found)
 
     def feed(self, task: Task, *, is_lifted: bool) -> None:
-        """Give the next batch to a model and its guide; a lifted model needs batches of one size if it has rows."""
-        args = self.next()
-        if is_lifted and task.has_rows and _sizes(args) != _sizes(task.model.args):
-            seen = f"{_sizes(args)} numbers of rows after {_sizes(task.model.args)}"
-            fault = f"the batches of the DataLoader have {seen}, and the model{task.model.fault}"
+        """Give the next batch to a model and its guide.
+
+        Args:
+            task: The model and the guide.
+            is_lifted: True if an engine runs the model, which then has the rows of the first batch.
+        """
+        args, model = self.next(), task.model
+        if (is_lifted or model.enumerated) and _sizes(args) != _sizes(model.args):
+            seen = f"{_sizes(args)} numbers of rows after {_sizes(model.args)}"
+            why = "its discrete latents are summed out" if model.enumerated else f"it{model.fault}"
+            fault = f"the batches of the DataLoader have {seen}, and the model needs the same, as {why}"
             raise ValueError(f"fit_svi: {fault}. Give DataLoader(..., drop_last=True).")
-        task.model.args = task.guide.args = args
+        model.args = task.guide.args = args
 
 
 def _rows(value: Any, own: slice, number: int) -> Any:

@@ -305,8 +305,7 @@ class BlockGuide(FlowGuide):
     def start_from(self, blocks: Sequence[Any]) -> None:
         """Start from a distribution with the structure of the guide.
 
-        Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch, and the
-        latents outside as narrow as all rows make them.
+        Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch.
 
         Args:
             blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``, for all rows
@@ -314,12 +313,9 @@ class BlockGuide(FlowGuide):
         """
         means: list[Tensor] = []
         whole = all(len(found.loc) == block.number for block, found in zip(self.posterior.blocks, blocks, strict=True))
-        known = 1.0 if whole else min(block.share for block in self.posterior.blocks)
         for block, found in zip(self.posterior.blocks, blocks, strict=True):
             loc, scale = found.loc, found.scale
             rows = block.sizes if whole else block.seen
-            if block.contexts is None:
-                scale = scale * known**0.5
             if block.frame is None:
                 start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
             else:

@@ -257,7 +257,8 @@ class RowContexts(Paced):
             return context
         if places is None:
             return nn.functional.pad(context, (0, self.embedding.embedding_dim))
-        return torch.cat((context, self.paced(self.embedding(places)).to(context)), -1)
+        vectors = self.paced(self.embedding(places.to(self.embedding.weight.device)))
+        return torch.cat((context, vectors.to(context)), -1)
 
     def _places(self, call: Call, plate: Any, indices: Tensor) -> Tensor | None:
         """Return the indices of the rows that a plate takes, or None if it is given other data of rows."""

@@ -8,7 +8,7 @@ touches at once.  So couplings that no graph of sites shows are seen too, such a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,12 +64,18 @@ class Structure(NamedTuple):
         return next((i for i, sequence in enumerate(self.sequences) if name in sequence.sites), -1)
 
 
-def read_structure(call: Call) -> Structure:
+def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
     """Return the structure of the posterior of a model's latents.
 
-    Subsampled plates always have rows.  Few latents are left to one flow, and so are plates whose rows are few.
+    Subsampled plates and those with an encoder always have rows.  Few latents are left to one flow, and so are plates
+    whose rows are few.
+
+    Args:
+        call: The call of the guide.
+        encoded: The plates with an encoder.
     """
-    subsampled = {frame.name for site in call.latents.values() for frame in _plates(site) if _is_subsampled(frame)}
+    frames = [frame for site in call.latents.values() for frame in _plates(site)]
+    subsampled = {frame.name for frame in frames if _is_subsampled(frame) or frame.name in encoded}
     if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= FEW:
         return Structure()
     look = _Look(call)

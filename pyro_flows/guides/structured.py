@@ -100,6 +100,7 @@ class AutoStructuredFlow(BlockGuide):
         super().__init__(
             model, dict(encoders or {}), local_flow, global_flow, embedding_dim, init_loc_fn, init_scale, name
         )
+        semi_amortized = (semi_amortized,) if isinstance(semi_amortized, str) else semi_amortized
         if missing := [plate for plate in semi_amortized if plate not in self._encoders]:
             fault = f"plate {missing[0]!r} is semi-amortised and has no encoder; its rows have learned vectors alone"
             raise ValueError(f"{type(self).__name__}: {fault}. Give encoders={{{missing[0]!r}: ...}}, or leave it out.")
@@ -110,7 +111,11 @@ class AutoStructuredFlow(BlockGuide):
             self.row_plates = self.structure.plates
 
     def _read(self, call: Call) -> Structure:
-        return self.structure if self._given_structure is not None else read_structure(call)
+        structure = self.structure if self._given_structure is not None else read_structure(call, {*self._encoders})
+        if missing := [plate for plate in self._encoders if plate not in structure.plates]:
+            fault = f"encoders has the plate {missing[0]!r}, which holds no latents or is not in structure="
+            raise ValueError(f"{call.owner}: {fault}. Its plates are {', '.join(structure.plates) or 'none'}.")
+        return structure
 
     def _corrects(self, key: Key) -> bool:
         return len(key) == 1 and key[0] in self._semi_amortized
@@ -119,7 +124,12 @@ class AutoStructuredFlow(BlockGuide):
         """Return a copy for other rows, whose contexts are those of the encoders alone.
 
         A number of rows that differs from that of the fit says so by itself.
+
+        Raises:
+            ValueError: If the guide was never set up.
         """
+        if self.prototype_trace is None:
+            raise ValueError(f"{type(self).__name__}.for_new_rows: call setup(...) first, or fit the guide.")
         other = copy.deepcopy(self)
         with torch.no_grad():
             for block in other.posterior.blocks:

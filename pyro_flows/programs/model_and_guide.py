@@ -143,18 +143,10 @@ class Task:
         return subsampled_plate(self.traces[0])
 
     @property
-    def has_rows(self) -> bool:
-        """True if a plate holds latents."""
-        return bool(self._plates)
-
-    @property
     def draws_rows(self) -> bool:
         """True if a subsampled plate holds latents, of which the guide draws a minibatch."""
-        return bool(self._plates & self.model.subsamples.keys())
-
-    @property
-    def _plates(self) -> set[str]:
-        return {frame.name for name in self.latents for frame in self.model.single.nodes[name]["cond_indep_stack"]}
+        frames = [frame for name in self.latents for frame in self.model.single.nodes[name]["cond_indep_stack"]]
+        return any(frame.name in self.model.subsamples for frame in frames)
 
     def check(self, *, whole: bool = True) -> Task:
         """Raise ValueError if the guide's draws cannot be weighed, and return the task.

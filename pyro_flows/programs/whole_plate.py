@@ -7,6 +7,7 @@ one, give the exact density.  Of several plates each part of one meets each part
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,9 @@ from .engines import Site, Values
 
 if TYPE_CHECKING:
     from .program import Program
+
+
+MOST = 64  # parts of several plates
 
 
 class RowsOfPart(NamedTuple):
@@ -79,11 +83,15 @@ class Part(Messenger):
                 msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
 
 
+def number_of_parts(model: Program) -> int:
+    """Return the number of parts that hold all rows of a model's subsampled plates."""
+    return math.prod(-(-fn.size // len(model.rows[name])) for name, fn in model.subsamples.items())
+
+
 def parts_of(model: Program) -> list[Part]:
     """Return the parts of a model's rows, each as large as its subsample; the last overlaps if need be."""
-    names = [*model.subsamples]
-    of_plates = [list(_parts_of(model.rows[name], model.subsamples[name].size)) for name in names]
-    return [Part(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*of_plates)]
+    of_plates = [list(_parts_of(model.rows[name], fn.size)) for name, fn in model.subsamples.items()]
+    return [Part(dict(zip(model.subsamples, chosen, strict=True))) for chosen in itertools.product(*of_plates)]
 
 
 def _parts_of(rows: Tensor, full_size: int) -> Iterator[RowsOfPart]:
@@ -95,27 +103,32 @@ def _parts_of(rows: Tensor, full_size: int) -> Iterator[RowsOfPart]:
 
 
 def has_parts(model: Program, observed: list[str]) -> bool:
-    """True if all subsampled plates of a model draw their rows and take data by row, so that its density has parts."""
-    if not model.subsamples:
+    """True if all subsampled plates of a model draw their rows and take data by row, so that its density has parts.
+
+    Of several plates there may be so many parts that a density takes hours; more than ``MOST`` are too many.
+    """
+    if not model.subsamples or (len(model.subsamples) > 1 and number_of_parts(model) > MOST):
         return False
     stacks = {name: site.get("cond_indep_stack", ()) for name, site in model.single.nodes.items()}
     plates = {name: {frame.name for frame in stack} & model.subsamples.keys() for name, stack in stacks.items()}
-    others = [frame for stack in stacks.values() for frame in stack if frame.name not in model.subsamples]
+    frames = [frame for stack in stacks.values() for frame in stack]
+    if any(frame.name in model.subsamples and not frame.vectorized for frame in frames):
+        return False  # a loop over rows has no dimension for them
+    others = [frame for frame in frames if frame.name not in model.subsamples]
     if any(frame.full_size is not None and frame.size < frame.full_size for frame in others):
         return False
     if any(plates[name] != model.subsamples.keys() for name in model.enumerated):
         return False  # a sum over a latent outside of a plate does not fall into parts
     # A minibatch that the user gives has the same data at all indices.
-    first, *_, last = parts_of(model)
-    return all(_differ(model, name, first, last, [d for d in observed if name in plates[d]]) for name in first.plates)
+    return all(_differ(model, name, [site for site in observed if name in plates[site]]) for name in model.subsamples)
 
 
-def _differ(model: Program, plate: str, first: Part, last: Part, data: list[str]) -> bool:
+def _differ(model: Program, plate: str, data: list[str]) -> bool:
     """True if data have other values at other rows of a plate."""
-    one, other = (
-        model.with_rows({**first.rows, plate: part.rows[plate]}).alone(
-            lambda view: {name: view.read(name) for name in data}, 1
-        )
-        for part in (first, last)
-    )
-    return any(not torch.equal(one[name], other[name]) for name in data)
+    size, full_size = len(model.rows[plate]), model.subsamples[plate].size
+    found = []
+    for start in (0, full_size - size):
+        rows = torch.arange(start, start + size, device=model.rows[plate].device)
+        read = model.with_rows({plate: rows}).alone(lambda view: {name: view.read(name) for name in data}, 1)
+        found.append([read[name] for name in data])
+    return any(bool(((a != b) & ~(a.isnan() & b.isnan())).any()) for a, b in zip(*found, strict=True))

@@ -133,6 +133,9 @@ class Checkpoint(Attempts):
 
         self.attempt(write)
         self._last = time.perf_counter()
+        failed = distributed.broadcast(lambda: self.problem) if rows else ""
+        if failed:
+            shard_of(self.path, content["shards"]["name"], distributed.rank()).unlink(missing_ok=True)
 
     def _save_shard(self, path: Path, shards: dict[str, Any], rows: list[Tensor]) -> str:
         """Write this process's rows of large tensors; return the reason if a process could not, or nothing."""
