@@ -31,7 +31,7 @@ LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not
 
 
 class RowWeights(NamedTuple):
-    """What the weights of the rows of some plates show.
+    """Findings of the weights of the rows of some plates.
 
     Attributes:
         plates: The plates, joined by commas.
