@@ -61,8 +61,8 @@ class RowWeights(NamedTuple):
 def row_weights(space: LatentSpace, batch_size: int) -> tuple[RowWeights, ...]:
     """Return what the weights of all rows show, for each set of plates with many rows and latents of their own.
 
-    There are none if the guide draws all latents together, if data outside of a row depend on its latents, as those of
-    crossed plates or sums do, or if discrete latents are summed out.
+    The result is empty if the guide draws all latents together, or if discrete latents are summed out.  Plates are left
+    out if data outside of a row depend on its latents, for example sums, or data of crossed plates.
     """
     task = space.task
     if task.model.enumerated or task.runs_one_by_one or task.model.subsamples:

@@ -30,7 +30,7 @@ def find_loader(args: tuple[Any, ...], kwargs: dict[str, Any]) -> DataLoader | N
 
 
 class ModelBatches(Stream):
-    """The arguments of a model of which one is a loader: in each step the values of its next batch take that place.
+    """Arguments of a model with the values of a loader's next batch in place of the loader.
 
     A batch that is a tuple or list is several arguments, any other value one.  Each of several processes takes its
     share of the rows of all tensors that have as many as the first.

@@ -144,7 +144,7 @@ class Task:
 
     @property
     def draws_rows(self) -> bool:
-        """True if a subsampled plate holds latents, of which the guide draws a minibatch."""
+        """True if the guide draws a minibatch of latents, because their plate is subsampled."""
         frames = [frame for name in self.latents for frame in self.model.single.nodes[name]["cond_indep_stack"]]
         return any(frame.name in self.model.subsamples for frame in frames)
 

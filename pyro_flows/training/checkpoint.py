@@ -174,7 +174,10 @@ def settings_of(path: Path) -> dict[str, Any] | None:
 
 
 def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return the state in a file, None if there is no file; raise ValueError if it has other settings."""
+    """Return the state in a file, None if there is no file; raise ValueError if it has other settings.
+
+    Without settings to compare, large tensors stay in the files of other processes.
+    """
     if path is None or not path.exists():
         return None
 
@@ -190,7 +193,9 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
         raise refused("was written by another version of pyro_flows", OTHER_VERSION)
     if not isinstance(kept, dict) or "steps" not in kept:
         raise refused("is not a checkpoint (it has no settings)")
-    if settings is not None and kept != settings:
+    if settings is None:
+        return state
+    if kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
         raise refused(f"is of another run ({', '.join(other)})")
     name = state.get("shards", {}).get("name", "")
