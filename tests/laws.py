@@ -318,7 +318,7 @@ TRANSFORMS: dict[str, Kind] = {
     "recurrence_wide": Kind(_recurrence(2), True, size=2),
     "coupling_of_steps": Kind(_coupling_of_steps, True, least_dim=2),
     "residual": Kind(_residual, True),
-    "continuous": Kind(_continuous, True, maps=False, most_dim=5),
+    "continuous": Kind(_continuous, True, maps=False, most_dim=2),
     "householder": Kind(lambda dim, _: Householder(dim), learns=False),
     "householder_between_scales": Kind(_between_scales(Householder)),
     "orthogonal": Kind(lambda dim, _: Orthogonal(dim), learns=False),

@@ -148,6 +148,7 @@ def test_with_and_without_module_local_params(local):
         assert bool(pyro.get_param_store().keys()) != local
 
 
+@pytest.mark.slow
 def test_bad_scales_are_standardised():
     """Latents of 1e4 ± 10 and data of 1e-3 give the same fit as latents and data of unit scale."""
 
@@ -246,6 +247,7 @@ def test_positional_none_and_model_kwargs():
     assert spread > 5  # the prior has 50
 
 
+@pytest.mark.slow
 def test_integer_data():
     def model(k=None):
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
@@ -264,6 +266,7 @@ def test_integer_data():
     assert abs(mean - exact.mean) < 0.5 * exact.variance.sqrt()
 
 
+@pytest.mark.slow
 def test_plates_sets_and_delta_simulators():
     def simulator(theta, noise):
         return theta[..., None, None] + noise
@@ -304,6 +307,7 @@ def test_float64():
     assert guide.sample(3, torch.zeros(2, dtype=torch.float64))["theta"].dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_simulations_made_before():
     """Given simulations train in any order, and new simulations of the same number train equally well."""
     made = simulate(linear, num_simulations=600)
@@ -344,6 +348,7 @@ def test_a_bound_guide_has_the_same_density(trained):
     assert all(torch.equal(*pair) for pair in zip(before, guide.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_a_bound_guide_trains_on(local):
     pyro.set_rng_seed(0)
@@ -364,6 +369,7 @@ def test_a_bound_guide_trains_on(local):
     assert gap < (log_evidence(X) - rough)
 
 
+@pytest.mark.slow
 def test_a_bound_guide_is_checked_exported_and_used_by_neutra(trained):
     bound = trained[0].bind(X)
     verdict = check(linear, bound, X, num_samples=1000)
@@ -582,6 +588,7 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
     assert stats.kstest(shares, "uniform").pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_second_rounds_look_closer(tmp_path, monkeypatch):
     """The second round draws latents from the prior, within the region of the first guide, and data from the model."""
     x, laws = torch.tensor([0.8, -0.3, 1.1]), []
@@ -613,6 +620,7 @@ def test_second_rounds_look_closer(tmp_path, monkeypatch):
     assert ((draws.mean(0) - exact_mean(x)) / COV.diagonal().sqrt()).abs().max() < 0.4
 
 
+@pytest.mark.slow
 def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
     """mu comes before theta and is not in the guide; a new mu would not fit the theta that is kept."""
 

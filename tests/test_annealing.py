@@ -120,6 +120,7 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVIDENCES)
 def test_the_evidence_is_right_to_its_standard_error(name: str, double: None) -> None:
     """The error over the standard error has a Student t distribution of 15 degrees of freedom: there are 16 islands.
@@ -148,6 +149,7 @@ def squared() -> None:
     pyro.sample("y", dist.Normal(x.square(), 1.0), obs=torch.tensor(16.0))
 
 
+@pytest.mark.slow
 def test_both_roots_of_a_square_with_their_weights() -> None:
     x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
     density = dist.Normal(1.0, 5.0).log_prob(x) + dist.Normal(x.square(), 1.0).log_prob(torch.tensor(16.0))
@@ -182,6 +184,7 @@ def test_labellings_of_a_mixture_weigh_the_same(short: None) -> None:
     assert places[1] == pytest.approx([4, -4], abs=1)
 
 
+@pytest.mark.slow
 def test_both_modes_of_an_angle_have_their_weights() -> None:
     """The modes are half a turn apart and have equal weights."""
 
@@ -293,6 +296,7 @@ def test_a_mixture_is_fitted_to_weighted_draws() -> None:
     assert float(few.weights.sum()) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.3, 0.7])
 def test_a_narrow_mode_that_particles_miss_is_found_where_a_prior_has_its_middle(weight: float) -> None:
     """The mode has a thousandth of the prior's width, in five dimensions."""
@@ -315,6 +319,7 @@ def test_modes_on_a_lattice_are_told_apart() -> None:
     assert len(components(lambda z: 10 * (2 * math.pi * z[:, 0]).cos(), White(z), z).unique()) == 8
 
 
+@pytest.mark.slow
 def test_a_mode_at_the_cut_of_an_angle_is_one() -> None:
     def turning() -> None:
         angle = pyro.sample("angle", dist.VonMises(torch.tensor(0.0), torch.tensor(0.1)))
@@ -339,6 +344,7 @@ def test_factors_are_no_part_of_a_prior_with_discrete_latents_that_are_summed_ou
     assert abs(found.modes[0].weight - share) < 5 * found.modes[0].weight_se + 0.01
 
 
+@pytest.mark.slow
 def test_draws_at_which_a_model_breaks_down_weigh_nothing() -> None:
     """One in a thousand draws of the prior fails, so some batches have such draws and others do not."""
 
@@ -358,6 +364,7 @@ def test_draws_at_which_a_model_breaks_down_weigh_nothing() -> None:
     assert check(fragile, guide).verdict in ("trust", "reweight")
 
 
+@pytest.mark.slow
 def test_particles_of_islands_far_below_the_others_do_no_harm() -> None:
     """Most islands miss a narrow mode that has nearly all of the mass."""
 
@@ -479,6 +486,7 @@ def test_bridge_sampling_says_where_there_is_no_bridge() -> None:
     assert bridge(population, of_p, law.log_prob(z) + 7.0 - guide.log_prob(z))[1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_guide_of_one_mode_with_an_edge_is_a_trained_one(seed: int) -> None:
     def model() -> None:
@@ -492,6 +500,7 @@ def test_a_guide_of_one_mode_with_an_edge_is_a_trained_one(seed: int) -> None:
     assert check(model, found.guide).psis.ess > 1000
 
 
+@pytest.mark.slow
 def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
     def model() -> None:
         pyro.sample("x", normal(torch.zeros(2), 1.0))
@@ -521,6 +530,7 @@ def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
     assert found.log_evidence_se < found.population.log_evidence_se
 
 
+@pytest.mark.slow
 def test_a_prior_of_many_magnitudes_is_left_for_a_wide_gaussian() -> None:
     """Half of the draws of such a variance are above e⁶⁹³, and particles would never return from there."""
     y = torch.tensor([-0.6, 0.2, 0.5, 1.1])
@@ -575,6 +585,7 @@ def test_arguments_that_clash() -> None:
     assert abs(found.log_evidence - exact) < 5 * found.log_evidence_se
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters_and_of_validation(local: bool, validated: bool) -> None:
@@ -587,6 +598,7 @@ def test_in_both_modes_of_parameters_and_of_validation(local: bool, validated: b
     assert (found.draws["rate"] > 0).all()
 
 
+@pytest.mark.slow
 def test_float32_and_float64() -> None:
     found = found_in(hierarchical, number=128)
     assert found.draws["x"].dtype == torch.float32

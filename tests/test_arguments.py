@@ -217,6 +217,7 @@ def test_flows_in_half_precision_are_refused_with_the_way_out(dtype):
     assert pf.fit_density(FLOW, torch.randn(60, 3), max_epochs=1, mixed_precision=True, progress=False).steps
 
 
+@pytest.mark.slow
 def test_autocast_may_mix_dtypes_and_graphs_see_no_checks():
     x, context = torch.randn(5, 3), torch.randn(5, 2)
     expected = CONDITIONAL.log_prob(x, context).detach()

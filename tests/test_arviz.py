@@ -287,6 +287,7 @@ def growth(y: torch.Tensor, z: torch.Tensor) -> None:
     pyro.factor("nothing", torch.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "vectorize"), [(4000, "plate"), (4000, "vmap"), (400, "loop")])
 def test_predictions_follow_the_model(number, vectorize):
     """With the guide x ~ N(4.5, 1/4), predictions are y = x + e and z = 2 y + e / 2, for all data."""

@@ -62,6 +62,7 @@ def seeds_in(flow: flows.Flow) -> set[float]:
     return {number for parameter in flow.parameters() for number in parameter.detach().unique().tolist()}
 
 
+@pytest.mark.slow
 def test_threads_that_save_to_one_path_never_mix_flows(tmp_path: Path) -> None:
     file, errors, loaded, over = tmp_path / "flow.pt", [], [], threading.Event()
     pf.save(a_flow(1), file)
@@ -95,6 +96,7 @@ def test_threads_that_save_to_one_path_never_mix_flows(tmp_path: Path) -> None:
     assert names(tmp_path) == ["flow.pt"]
 
 
+@pytest.mark.slow
 def test_writers_that_look_for_abandoned_drafts_never_take_those_of_live_writers(tmp_path: Path) -> None:
     file, errors = tmp_path / "numbers", []
 

@@ -141,6 +141,7 @@ WRONG: dict[str, tuple[str, Law, set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_attacks_are_found_out(name: str) -> None:
     target, law, kinds = WRONG[name]
@@ -152,6 +153,7 @@ def test_attacks_are_found_out(name: str) -> None:
     assert found.verdict == ("do not trust" if "do not trust" in [f.verdict for f in found.findings] else "reweight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_right_guides_of_each_geometry_are_believed(name: str) -> None:
     law, scale = LAWS[name]
@@ -160,6 +162,7 @@ def test_right_guides_of_each_geometry_are_believed(name: str) -> None:
     assert found.findings == ()
 
 
+@pytest.mark.slow
 def test_missing_mass_is_measured() -> None:
     found = check(posterior(LABELS, 10.0), sampling(LABELS.first))
     assert found.missing.share == pytest.approx(0.5, abs=4 * found.missing.share_se + 0.02)
@@ -167,6 +170,7 @@ def test_missing_mass_is_measured() -> None:
     assert found.misses_a_mode
 
 
+@pytest.mark.slow
 def test_weights_that_count_unequally_ask_for_resampling() -> None:
     """The guide has the posterior's marginals, but a second arm that the posterior does not have."""
     law = CROSS.first
@@ -180,6 +184,7 @@ def test_weights_that_count_unequally_ask_for_resampling() -> None:
     torch.testing.assert_close(torch.cov(draws.T), law.covariance_matrix, atol=0.08, rtol=0)
 
 
+@pytest.mark.slow
 def test_weights_that_hardly_vary_are_believed_whatever_their_tail() -> None:
     """If weights are equal up to rounding, k-hat has no meaning."""
 
@@ -203,6 +208,7 @@ def angles() -> None:
     pyro.factor("data", parts.log_prob(angle.unsqueeze(-1)).logsumexp(-1))
 
 
+@pytest.mark.slow
 def test_a_lost_mode_of_an_angle_is_found() -> None:
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -214,6 +220,7 @@ def test_a_lost_mode_of_an_angle_is_found() -> None:
     assert found.missing.share == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
     """Draws of the prior are rarely that small."""
     parts = dist.Gamma(torch.tensor([9.0, 9.0]), torch.tensor([9e3, 0.9]))  # near .001 and 10
@@ -233,6 +240,7 @@ def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
         assert found.missing.share == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
     """The guide draws only the broad mode."""
 
@@ -248,6 +256,7 @@ def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
     assert found.missing.share == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_both_modes_of_an_angle_are_believed() -> None:
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -257,6 +266,7 @@ def test_both_modes_of_an_angle_are_believed() -> None:
     assert check(angles, guide).trusted
 
 
+@pytest.mark.slow
 def test_findings_are_data() -> None:
     finding = Finding("mean", "x", 0.5, 0.02, of="mean")
     assert finding.verdict == "do not trust"

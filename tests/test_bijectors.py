@@ -121,6 +121,7 @@ def test_derivatives_are_autograds(bijector: Bijector) -> None:
     torch.testing.assert_close(found[:2], (y.detach(), log_det.detach()), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.slow
 @every_bijector
 def test_it_increases(bijector: Bijector) -> None:
     x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
@@ -129,6 +130,7 @@ def test_it_increases(bijector: Bijector) -> None:
             assert (verb(x, params)[0].diff() > 0).all()
 
 
+@pytest.mark.slow
 @every_bijector
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(data=st.data())
@@ -269,6 +271,7 @@ def test_parameters_broadcast_against_values(
         torch.testing.assert_close((y, log_det), wanted, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.slow
 @every_bijector
 def test_gradcheck(bijector: Bijector) -> None:
     x = laws.normal(4, scale=2.0).requires_grad_()

@@ -158,6 +158,7 @@ def test_the_inverse_takes_the_evaluations_that_it_promises(monkeypatch: pytest.
     assert counts[0] / 4 == 22
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_dims", [(2, 2), (3,)], ids=str)
 def test_the_inverse_has_first_and_second_derivatives(hidden_dims: tuple[int, ...]) -> None:
     """Derivatives with respect to value, context and parameters are those of the implicit function."""
@@ -232,6 +233,7 @@ def test_the_recipe_reverses_the_features_between_layers() -> None:
     assert len(flows.bnaf(1, num_transforms=3).transforms) == 3  # a single feature has no order
 
 
+@pytest.mark.slow
 def test_one_feature_fits_narrow_modes_beside_a_gap() -> None:
     """The flow starts from a standard normal, which is 1.1 nats away."""
     target = dist.MixtureSameFamily(

@@ -235,6 +235,7 @@ def curved():
     pyro.sample("y", dist.Normal(x**2, 0.3))
 
 
+@pytest.mark.slow
 def test_a_fit_trains_all_of_a_flow_whose_weights_are_normed():
     guide = AutoFlow(curved).setup()
     for part in linears(guide.flow):
@@ -253,6 +254,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
 def test_flows_that_were_changed_are_trained_in_double(change, monkeypatch):
     taken = []
@@ -273,6 +275,7 @@ class Counted(AutoFlow):
         return super().get_posterior(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_guide_that_says_what_its_posterior_is_is_asked_for_it():
     guide = Counted(curved).setup()
     assert AutoFlow(curved).draws_from_flow

@@ -80,12 +80,14 @@ def test_the_posterior_itself_is_trusted():
     assert all(0.6 < accepted < 0.95 for accepted in found.acceptance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_right_guides_are_trusted_whatever_the_seed(seed):
     pyro.set_rng_seed(seed)
     assert check(banana, banana).trusted
 
 
+@pytest.mark.slow
 def test_the_posterior_of_hundreds_of_latents_is_trusted():
     """The distance from the middle is that of other draws than those which tell the covariance."""
 
@@ -106,6 +108,7 @@ def thousand(loc: float = 0.0, scale: float = 1.0):
     return guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loc", "scale"), [(0.0, 1.0), (0.3, 1.0), (0.0, 0.85)])
 def test_of_a_thousand_latents_some_are_judged(loc, scale):
     found = check(thousand(), thousand(loc, scale))
@@ -198,6 +201,7 @@ def test_both_modes_with_the_wrong_shares():
     assert check(two_modes(0.5), guide).verdict == "reweight"
 
 
+@pytest.mark.slow
 def test_a_guide_in_the_neck_of_a_funnel():
     def funnel() -> None:
         scale = pyro.sample("log_scale", dist.Normal(0.0, 1.5))
@@ -216,6 +220,7 @@ def test_a_guide_in_the_neck_of_a_funnel():
 # Guides of Pyro.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoFlow])
 def test_pyros_guides_are_judged(kind):
     """The posterior is a product of normals, which each guide can represent."""
@@ -279,6 +284,7 @@ def test_heavy_tails_of_the_posterior_are_no_outliers():
     assert found.trusted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters(local):
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
@@ -368,6 +374,7 @@ def test_angles_are_judged_on_the_circle():
     assert not check(model, turned).trusted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoStructured])
 def test_pyros_other_guides_run(kind):
     guide = kind(banana)
@@ -376,6 +383,7 @@ def test_pyros_other_guides_run(kind):
     assert refine(banana, guide, num_samples=20).draws["sum"].shape == (20,)
 
 
+@pytest.mark.slow
 def test_chains_that_cannot_move_are_not_believed():
     """The density is finite, but its gradient is not."""
 
@@ -421,6 +429,7 @@ def test_a_guide_without_density_far_out_misses_what_lies_there():
     assert check(model, guide).missing.share == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_prior_that_breaks_down_does_no_harm():
     """Some draws of the prior are not valid correlations."""
 
@@ -460,6 +469,7 @@ def test_heavy_tails_raise_few_false_alarms(law, seeds, allowed):
     assert alarms <= allowed
 
 
+@pytest.mark.slow
 def test_nothing_outside_is_changed():
     guide = AutoFlow(banana, lambda dim: flows.realnvp(dim, num_transforms=2))
     fit_svi(banana, guide, steps=20, progress=False)
@@ -618,6 +628,7 @@ def test_two_views_are_pooled_by_their_precision():
 # Refined draws.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["program", "AutoMultivariateNormal"])
 def test_refined_draws_are_better(kind):
     """The guide is off and far too narrow; the refined draws follow the posterior."""
@@ -677,6 +688,7 @@ def test_rough_draws_are_those_of_the_guide():
         assert abs(one.std() / other.std() - 1) < 4 / number**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [check, pf.sample, pf.anneal])
 def test_data_in_double_precision_for_latents_in_single(verb):
     """``torch.from_numpy`` returns such data."""

@@ -82,6 +82,7 @@ def test_values_and_gradients_are_those_of_one_batch(recipe: Callable[..., Flow]
             close(got, wanted)
 
 
+@pytest.mark.slow
 @sizes
 @pytest.mark.parametrize(
     "batches", [((7, 5), (5,)), ((7, 5), ()), ((7, 5), (7, 5)), ((), (7, 5)), ((5,), (7, 1)), ((1, 5), (7, 1))], ids=str
@@ -145,6 +146,7 @@ def test_the_graph_keeps_the_inputs_of_chunks_alone() -> None:
     assert kept(100) < kept(None) / 20
 
 
+@pytest.mark.slow
 def test_compiled_flows_take_chunks_of_all_sizes() -> None:
     torch._dynamo.reset()
     flow, graphs = random(flows.realnvp, 3), []

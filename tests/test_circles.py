@@ -247,6 +247,7 @@ def test_the_density_of_an_angle_has_its_period_and_integrates_to_one(low, high)
     torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_joint_density_of_angle_and_line_integrates_to_one():
     def model():
         pyro.sample("angle", dist.VonMises(torch.tensor(0.0, dtype=torch.float64), 1.0))
@@ -294,6 +295,7 @@ def seam_evidence(y: Tensor) -> float:
     return (math.log(2 * math.pi) + log_bessel(total) - constants.sum()).item()
 
 
+@pytest.mark.slow
 def test_a_posterior_across_the_seam_reaches_its_evidence():
     guide = AutoFlow(seam, small(True))
     fit(seam, guide, SEEN)
@@ -333,6 +335,7 @@ def test_a_plate_of_angles_reaches_its_evidence():
     assert evidence - weights.mean().item() < 0.2
 
 
+@pytest.mark.slow
 def test_an_angle_beside_a_line_is_fitted():
     guide = AutoFlow(angle_and_line, small(True, False))
     fit(angle_and_line, guide)

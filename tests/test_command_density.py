@@ -89,6 +89,7 @@ def nats(out: str) -> dict[str, list[float]]:
 # Valid input.
 
 
+@pytest.mark.slow
 def test_as_a_command(folder):
     """The command runs in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
@@ -102,6 +103,7 @@ def test_as_a_command(folder):
     assert pyro_flows.load("model.pt")().sample().shape == (2,)
 
 
+@pytest.mark.slow
 def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
     assert run("table.csv", "--out", "new/folder/bend.pt", epochs=30) == 0
     captured = capsys.readouterr()
@@ -404,6 +406,7 @@ def test_ctrl_c_while_the_table_is_read_is_one_line(folder, capsys, monkeypatch,
     assert capsys.readouterr().err == "python -m pyro_flows density: interrupted\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storm", [False, True], ids=["once", "again and again"])
 def test_ctrl_c_in_a_real_process_damages_nothing(storm, folder, ctrl_c):
     (folder / "model.pt").write_text("a good model")

@@ -188,6 +188,7 @@ def quick(monkeypatch, a_check) -> None:
 # Valid input.
 
 
+@pytest.mark.slow
 def test_as_a_command(folder):
     """The command runs in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
@@ -201,6 +202,7 @@ def test_as_a_command(folder):
     assert az.from_netcdf("posterior.nc").posterior["x"].shape == (1, 4000)
 
 
+@pytest.mark.slow
 def test_prints_table_diagnostics_and_verdict_and_writes_both_files(folder, capsys):
     assert run("models.py:normal", "--data", "data.json", "--out", "new/folder/answer.nc") == 0
     captured = capsys.readouterr()
@@ -220,6 +222,7 @@ def test_prints_table_diagnostics_and_verdict_and_writes_both_files(folder, caps
     assert (folder / "new" / "folder" / "answer.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_plates_name_the_dimensions(folder):
     (folder / "data.json").write_text(json.dumps({"y": [[1.0, 2.0, 0.5], [0.0, 1.0, 1.5]]}))
@@ -229,6 +232,7 @@ def test_the_plates_name_the_dimensions(folder):
     assert data.log_likelihood["y"].dims == ("chain", "draw", "class", "school")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_same_seed_gives_the_same_file(folder):
     means = []
@@ -245,11 +249,13 @@ def test_names_of_arguments_may_be_those_of_options(folder):
     assert run("models.py:clash", "--data", "data.json", "--quiet") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_without_arguments_needs_no_data(folder):
     assert run("models.py:no_arguments", "--quiet", "--flow", "nsf") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_that_observes_nothing_is_told_of(folder, capsys):
     assert run("models.py:no_arguments", "--quiet") == 0
@@ -258,6 +264,7 @@ def test_a_model_that_observes_nothing_is_told_of(folder, capsys):
     assert "Nothing is observed" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("number", ["2", "1.5"])
 def test_a_single_number_is_observed(number, folder):
@@ -294,6 +301,7 @@ def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeyp
     assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior.png"}
 
 
+@pytest.mark.slow
 def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys, monkeypatch):
     """The check of the best rung is not repeated."""
     monkeypatch.setattr(fit, "check", None)
@@ -342,6 +350,7 @@ def interrupting(last: int) -> type:
     return Interrupting
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(folder, capsys, interrupt):
     (folder / "posterior.nc").write_text("good draws")

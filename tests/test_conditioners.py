@@ -141,6 +141,7 @@ def test_the_inverse_has_autograds_gradient(
         torch.testing.assert_close(got, wanted, atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.slow
 @every_context
 def test_the_swept_inverse_can_be_differentiated_twice(context_dim: int) -> None:
     net = MADE(2, 2, (4,), context_dim, activation=nn.Tanh)

@@ -148,6 +148,7 @@ def test_a_linear_field_is_solved_by_the_exponential() -> None:
     torch.testing.assert_close(back.log_det, -found.log_det)
 
 
+@pytest.mark.slow
 @every_adaptive
 def test_adaptive_solvers_keep_their_tolerance(solver: str) -> None:
     layer, x = tight(field_of()), laws.normal(20, 3)
@@ -174,6 +175,7 @@ def test_fixed_steps_converge_at_their_order(solver: str) -> None:
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.35)
 
 
+@pytest.mark.slow
 def test_the_density_of_a_plane_integrates_to_one() -> None:
     """The field is trained, in float32 with the default tolerances."""
     torch.manual_seed(0)
@@ -189,6 +191,7 @@ def test_the_density_of_a_plane_integrates_to_one() -> None:
         assert ode_report(flow, x).round_trip.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_rows_do_not_change_each_others_answer_beyond_the_tolerance() -> None:
     """One row in 10,000 moves fast.  A mean error over the batch would allow it a hundred times the error."""
     layer = Continuous(
@@ -325,6 +328,7 @@ def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque:
     assert checked_gradients(layer, inverse, fast_mode=True, atol=1e-6)
 
 
+@pytest.mark.slow
 @in_both_ways
 def test_the_adjoint_method_finds_the_same_gradients(solver: str, inverse: bool, opaque: bool) -> None:
     field, found = field_of(2, 2, (4, 3)), []
@@ -354,6 +358,7 @@ def test_densities_and_samples_of_a_flow_have_gradients(adjoint: bool) -> None:
     assert torch.autograd.gradcheck(drawn, (context,), atol=1e-5, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_there_but_for_the_adjoint_method() -> None:
     layer = Continuous(field_of(2, 0, (4, 3)), solver="rk4", num_steps=10)
     assert torch.autograd.gradgradcheck(layer.forward_and_log_det, (laws.normal(2, 2).requires_grad_(),))
@@ -448,6 +453,7 @@ def test_no_time_lies_beyond_the_ends(inverse: bool) -> None:
     assert 0 <= min(times) < 0.01 < 0.99 < max(times) <= 1
 
 
+@pytest.mark.slow
 def test_the_adjoint_equation_may_be_solved_many_times() -> None:
     layer = Continuous(field_of(), adjoint=True, rtol=1e-4, atol=1e-4, max_num_steps=30)
     x = laws.normal(5, 3).requires_grad_()
@@ -497,6 +503,7 @@ class Sticky(Likelihood):
         return super().forward(flow, x, context)
 
 
+@pytest.mark.slow
 def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() -> None:
     x, kept = laws.normal(500, 2, dtype=torch.float32).cumsum(-1) + 3, []
     for objective in (Sticky(30, 33), Sticky(30)):
@@ -598,6 +605,7 @@ def test_errors_name_argument_and_value(build: object, error: type[Exception], m
 # ------------------------------------------------------------ objectives
 
 
+@pytest.mark.slow
 def test_the_likelihood_is_the_mean_log_density_and_its_penalties_are_the_reports() -> None:
     flow = Flow([*flows.cnf(2, 2).transforms, ActNorm(2)])
     laws.randomise(flow, scale=0.5).double()
@@ -625,6 +633,7 @@ def test_penalties_of_layers_with_and_without_a_context_add_up() -> None:
     torch.testing.assert_close(found, torch.stack(each).mean(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_penalties_make_a_field_cheaper() -> None:
     torch.manual_seed(0)
     angle = torch.rand(300) * 2 * math.pi
@@ -688,6 +697,7 @@ def test_optimal_pairs_have_the_least_distance() -> None:
     assert torch.equal(_pairs(many, many.flip(-1)).sort().values, torch.arange(len(many)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", ["independent", "optimal"])
 def test_flow_matching_finds_a_correlated_normal(pairing: str) -> None:
     """Data are standardised, then matched; the density is then exact."""
@@ -728,6 +738,7 @@ def test_a_matched_fit_goes_on_to_the_same_end(tmp_path: Any) -> None:
 # ------------------------------------------------------------ in Pyro
 
 
+@pytest.mark.slow
 def test_it_is_the_flow_of_a_guide() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -744,6 +755,7 @@ def test_it_is_the_flow_of_a_guide() -> None:
     assert guide.sample(7)["x"].shape == (7,)
 
 
+@pytest.mark.slow
 def test_it_answers_for_all_data_by_flow_matching() -> None:
     """The model is linear and normal, with the posterior N(0.8 x, 0.2)."""
 

@@ -71,6 +71,7 @@ def test_a_density_of_bad_scales_is_found_in_nats_of_the_data() -> None:
     assert (draws.T.cov() / TARGET.covariance_matrix - 1).abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_a_conditional_density_of_bad_scales_is_found() -> None:
     """y ~ N(±(c - 5000), 1): two crossing lines, with contexts in the thousands."""
     context = 5000 + 100 * normal(2000, 1, seed=1)
@@ -90,6 +91,7 @@ def test_a_conditional_density_of_bad_scales_is_found() -> None:
     assert flow(context[:5]).sample((3,)).shape == (3, 5, 1)
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_with_the_flow() -> None:
     """Contexts are sets of five numbers; x is their mean plus noise."""
     sets = 300 + 20 * normal(1000, 5, 1, seed=1)
@@ -116,6 +118,7 @@ def outlying(rows: int, seed: int, far: float = 50.0) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [flows.maf, flows.nsf, flows.nsf_ar])
 def test_outliers_do_no_harm(recipe: Any) -> None:
     """Networks are arbitrary far from the data: an affine map may send new outliers to 1e5."""
@@ -151,6 +154,7 @@ def test_only_outliers_change_the_base() -> None:
     assert quick(small(5).double(), x).guide.base.free_df.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_integers_get_a_mass() -> None:
     """The mean log-density with noise bounds the log-mass, and the entropy is a lower bound of its mean."""
     k = torch.distributions.Poisson(3.0).sample((2000,))
@@ -246,6 +250,7 @@ def test_a_data_set_in_a_loader_is_divided() -> None:
     assert dropped.steps == 2 * 2
 
 
+@pytest.mark.slow
 def test_a_loader_finds_what_a_table_does() -> None:
     x = correlated(1000)
     flow = small(2)
@@ -343,6 +348,7 @@ def test_layers_that_start_from_data_see_standardised_ones() -> None:
     assert quick(flows.nice(2).inv, x).losses.isfinite().all()  # a flow whose layers cannot be initialised from data
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on() -> None:
     flow, x, context = small(2, 1), correlated(500), normal(500, 1)
     first = quick(flow, x, context, max_epochs=8, lr=0.01)

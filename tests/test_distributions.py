@@ -171,6 +171,7 @@ def test_copies_and_states_agree(name: str, how: Callable[[nn.Module], nn.Module
         assert torch.equal(twin().log_prob(x), base().log_prob(x))
 
 
+@pytest.mark.slow
 @every_base
 @pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
 def test_flows_over_it_compile_to_one_graph(name: str, verb: str) -> None:
@@ -374,6 +375,7 @@ def modes_of_angles(sd: float) -> ModesBase:
     return base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sd", [0.5, 2.0, 30.0])
 def test_modes_of_angles_are_normalised_and_drawn_as_they_are_scored(sd: float) -> None:
     law = modes_of_angles(sd)()

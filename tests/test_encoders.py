@@ -181,6 +181,7 @@ def test_standardised_data_make_units_irrelevant(kind: Kind) -> None:
     torch.testing.assert_close(encoder(x), other(1000.0 * x - 3.0))
 
 
+@pytest.mark.slow
 @every_encoder
 def test_encoders_compile_and_map(kind: Kind) -> None:
     encoder, x = made(kind), data(kind, 3)
@@ -354,6 +355,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
             use(x, mask)
 
 
+@pytest.mark.slow
 def test_a_set_encoder_learns_what_a_set_says() -> None:
     """It learns mean, sd, maximum and size of ragged sets, also for sets larger than those in training."""
     torch.manual_seed(0)

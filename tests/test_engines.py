@@ -243,6 +243,7 @@ def test_verbs_take_models_that_do_not_broadcast(name):
     assert pf.resample(model, guide, X, Y, num_samples=10, num_weighed=30).keys() >= guide.median(X, Y).keys()
 
 
+@pytest.mark.slow
 def test_evidence_of_twins_agrees():
     """The functions agree with the exact log evidence, within standard errors: Y is Gaussian given X."""
     torch.set_default_dtype(torch.float32)
@@ -444,6 +445,7 @@ def test_the_engine_of_hidden_markov_models_is_vmap():
     torch.testing.assert_close(found["vmap"], found["loop"])
 
 
+@pytest.mark.slow
 def test_plates_that_hold_no_site_do_not_meet_the_plate_of_draws():
     """Pyro's compartmental models compute within a plate of time, and add a factor outside of it."""
 

@@ -499,6 +499,7 @@ def test_predictions_have_the_discrete_latents_of_the_posterior(parallel, by_row
     assert (draws["obs"] == DATA).all()
 
 
+@pytest.mark.slow
 def test_where_data_are_missing_predictions_draw_discrete_latents_as_the_model_does():
     def model(y=None, number=4):
         z = pyro.sample("z", dist.Normal(0.0, 0.1))

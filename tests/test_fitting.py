@@ -73,6 +73,7 @@ def test_record():
     assert "steps=60, skipped=0" in repr(fit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal, AutoMultivariateNormal])
 def test_conjugate_model_reaches_its_evidence(build):
     """Each of these guides can represent the Gaussian posterior, so the ELBO equals the evidence."""
@@ -131,6 +132,7 @@ def test_trains_modules_of_the_model():
     assert net.bias.item() != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [
@@ -307,6 +309,7 @@ both_guides = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @both_guides
 def test_many_nonfinite_steps_in_a_row_name_the_site(build):
     model, _ = poisoned(after=30)
@@ -472,6 +475,7 @@ def assert_same_run(left, right) -> None:
     assert all(torch.equal(*pair) for pair in zip(left[1], right[1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [lambda: None, lambda: Rising(num_particles=4)], ids=["default", "with a state"])
 @pytest.mark.usefixtures("hasty")
 def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
@@ -514,6 +518,7 @@ t.checkpointed(model, {file!r}, steps=100, warm_start=False)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_the_system_goes_on_in_another_process(tmp_path):
     file = tmp_path / "run"
     root = Path(__file__).resolve().parent
@@ -526,6 +531,7 @@ def test_a_run_killed_by_the_system_goes_on_in_another_process(tmp_path):
     assert_same_run(checkpointed(conjugate, file, steps=100, warm_start=False), whole)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path, capsys):
     file = tmp_path / "run"
     model, _ = ending(KeyboardInterrupt(), 90)
@@ -538,6 +544,7 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert resumed[-50:].mean() < losses[:20].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, capsys):
     whole, calls = checkpointed(conjugate, None, steps=100, warm_start=False), []

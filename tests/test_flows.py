@@ -93,6 +93,7 @@ def test_shapes_are_those_of_the_context(name: str, dim: int, context_dim: int) 
     assert isinstance(q.support.base_constraint, type(constraints.real))
 
 
+@pytest.mark.slow
 @every_recipe
 def test_values_and_contexts_broadcast(name: str) -> None:
     flow = random(name, 3, CONTEXT_DIM)
@@ -135,6 +136,7 @@ def test_samples_and_scores_belong_together(name: str, dim: int, context_dim: in
     close(log_prob, flow(context).log_prob(x.detach().clone()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["plain", "context"])
 @every_recipe
 @pytest.mark.parametrize("dim", [1, 2])
@@ -154,6 +156,7 @@ def test_the_density_integrates_to_one(name: str, dim: int, context_dim: int) ->
     assert of_draws.mean().item() == pytest.approx((mass * on_grid).sum().item(), abs=0.03)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_draws_of_another_law_have_finite_scores_that_are_kept_nowhere(name: str) -> None:
     """10,000 heavy-tailed draws, in both modes, before and after an in-place update of the tensor."""
@@ -265,6 +268,7 @@ def test_inv_is_the_opposite_direction(name: str, context_dim: int) -> None:
 # --------------------------------------------------------------------------------------------------------------- Pyro
 
 
+@pytest.mark.slow
 @every_recipe
 def test_it_expands(name: str) -> None:
     q = random(name, 3)()
@@ -288,6 +292,7 @@ def test_it_masks_and_becomes_an_event() -> None:
     close(event.log_prob(x), q.log_prob(x).sum())
 
 
+@pytest.mark.slow
 @every_recipe
 def test_it_is_a_prior_and_a_likelihood(name: str) -> None:
     prior, likelihood = random(name, 3), random(name, 2, 3)
@@ -437,6 +442,7 @@ def test_one_angle_fits_a_mixture_of_von_mises() -> None:
 # ------------------------------------------------------------------------------------------------------ copy and state
 
 
+@pytest.mark.slow
 @every_recipe
 @pytest.mark.parametrize(
     ("context_dim", "how"),
@@ -605,6 +611,7 @@ def test_couplings_are_what_coupling_recipes_are_made_of() -> None:
     assert all(isinstance(layer.inv, Coupling) for layer in start("realnvp", 2).transforms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [3e-4, 1e-3, 3e-3, 8e-3])
 @pytest.mark.parametrize("name", ["maf", "realnvp"])
 def test_affine_recipes_learn_in_a_plain_loop_of_adam_at_any_usual_rate(name: str, rate: float) -> None:

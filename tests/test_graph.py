@@ -161,6 +161,7 @@ def test_colliders_and_plates() -> None:
     assert {i: row.nonzero().flatten().tolist() for i, row in enumerate(graph)} == wanted
 
 
+@pytest.mark.slow
 def test_a_guide_with_the_graph_of_its_model_is_exact_where_the_graph_is() -> None:
     """Skewed latents are independent in the posterior, so a layer without edges is exact and finds log Z."""
     pyro.set_rng_seed(0)

@@ -361,6 +361,7 @@ def test_jit_elbo_sees_updated_parameters():
     assert losses[-20:].mean() < losses[:5].mean() - 1
 
 
+@pytest.mark.slow
 def test_neutra_and_nuts_on_a_trained_guide():
     """x ~ N(0, 1), and y = 2 has noise 1, so the posterior is N(1, 1/2)."""
 
@@ -445,6 +446,7 @@ def schools_evidence(effects, errors) -> float:
     return torch.trapezoid(log_density.exp(), log_tau).log().item()
 
 
+@pytest.mark.slow
 def test_the_default_fit_of_a_funnel_reaches_its_evidence_in_few_steps():
     guide = AutoFlow(schools)
     fit_svi(schools, guide, *SCHOOLS, steps=120, num_particles=64, progress=False)
@@ -466,6 +468,7 @@ def test_the_default_fit_of_correlated_latents_is_exact_at_once():
     assert fit.losses.mean().abs() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), Trace_ELBO(16, vectorize_particles=True)], ids=["one draw", "16 draws"])
 def test_the_default_guide_trains_under_plain_svi(elbo):
     """x ~ N(0, 1) in four dimensions, with its noisy sum observed: the sum of five normals."""
@@ -498,6 +501,7 @@ def mixture(data):
         pyro.sample("x", dist.Normal(loc[which], 0.5), obs=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["enumerated in the model", "AutoDiscreteParallel"])
 def test_guide_list_beside_a_discrete_site(guided):
     guide = AutoGuideList(mixture)
@@ -525,6 +529,7 @@ def banana() -> Flow:
     return flow.requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_flow_as_a_prior():
     """SVI and NUTS agree on the posterior."""
     prior = banana()

@@ -54,6 +54,7 @@ def draws_of(guide) -> list[torch.Tensor]:
 # Several guides in one process.
 
 
+@pytest.mark.slow
 def test_second_guide_trains():
     """The parameter store is not cleared, and the first guide stays identical."""
     first = AutoFlow(model, small)
@@ -69,6 +70,7 @@ def test_second_guide_trains():
     assert same(state(first), kept)
 
 
+@pytest.mark.slow
 def test_second_guide_list_starts_afresh():
     """AutoGuideList names its parts by position, so names are equal in every list."""
 
@@ -180,6 +182,7 @@ def test_pickling_leaves_the_live_guide_usable():
 # Difficult posteriors.
 
 
+@pytest.mark.slow
 def test_far_gaussian_is_reached_with_the_defaults():
     pyro.set_rng_seed(2)  # with half of the seeds, a step size that is too small also works
     loc, scale = torch.tensor([0.0, 10.0, -20.0, 0.0]), torch.tensor([1.0, 1.0, 0.1, 30.0])
@@ -197,6 +200,7 @@ def test_far_gaussian_is_reached_with_the_defaults():
     assert divergence + 2 * checked.log_weights.std().item() / math.sqrt(4000) < 0.1
 
 
+@pytest.mark.slow
 def test_improper_uniform_sites_start():
     def flat():
         x = pyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()))
@@ -296,6 +300,7 @@ def test_latent_in_a_subsampled_plate_is_refused():
         AutoFlow(local, small).setup()
 
 
+@pytest.mark.slow
 def test_subsampled_plate_of_observations_is_accepted():
     data = torch.linspace(1, 3, 20)
 

@@ -106,6 +106,7 @@ def test_a_fit_ends_when_it_has_converged_and_no_sooner(tmp_path):
     assert fit_svi(harder, AutoFlow(harder), progress=False).steps > fit.steps
 
 
+@pytest.mark.slow
 def test_steps_that_are_asked_for_are_all_taken():
     fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps=90, progress=False)
     assert (fit.stopped, fit.steps) == ("steps", 90)

@@ -141,6 +141,7 @@ for file in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_small_files_cost_little(tmp_path: Path) -> None:
     """The memory is measured in a separate process."""
     pf.save(small(), tmp_path / "good")

@@ -425,6 +425,7 @@ def masses(model: Dequantized, levels: int) -> Tensor:
     return found.index_add(0, cells[:, 0] * levels + cells[:, 1], density * weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [False, True], ids=["uniform", "variational"])
 def test_masses_are_bounded_from_below_and_the_bound_tightens(noise: bool) -> None:
     model, images = quantised(noise=noise), every_image(4)
@@ -611,6 +612,7 @@ def small(**options: Any) -> Dequantized:
 quick = functools.partial(fit_density, max_epochs=2, progress=False)
 
 
+@pytest.mark.slow
 def test_classes_are_learned_and_drawn(tmp_path: Path) -> None:
     x, labels = stripes(600)
     model = small(num_classes=2)
@@ -639,6 +641,7 @@ def test_images_come_as_they_come(how: str) -> None:
     assert fit.losses[-1] < fit.losses[0]
 
 
+@pytest.mark.slow
 def test_tables_of_integers_have_masses_too() -> None:
     source = torch.Generator().manual_seed(0)
     first = torch.randint(0, 10, (600, 1), generator=source)
@@ -704,6 +707,7 @@ def test_images_that_cannot_be_learned_are_refused(model: Any, x: Tensor, option
         quick(model, x, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_run_on_a_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     x, labels = stripes(200)
@@ -744,6 +748,7 @@ def test_a_run_on_a_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(again.held_out, whole.held_out)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_the_average(tmp_path: Path) -> None:
     x, labels = stripes(200)
     fits, models = [], []
@@ -832,6 +837,7 @@ def test_a_grid_shows_the_images(tmp_path: Path) -> None:
 # ------------------------------------------------------------ autoencoders
 
 
+@pytest.mark.slow
 def test_an_estimated_density_may_run_side_by_side() -> None:
     """Noise of the estimates is not reported as a fault of the model, but real faults are."""
     torch.manual_seed(0)

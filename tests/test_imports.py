@@ -45,6 +45,7 @@ def loaded() -> dict[str, set[str]]:
     return {name: set(found) for name, *found in map(str.split, run.stdout.splitlines())}
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_large():
     assert loaded()["package"] == set()
 

@@ -64,6 +64,7 @@ def names(fit: Fit) -> list[str]:
     return [rung.name for rung in fit.rungs]
 
 
+@pytest.mark.slow
 def test_a_gaussian_is_enough_for_a_gaussian():
     guide = AutoFlow(normal, small)
     fit = fit_svi(normal, guide, Y, escalate=True, progress=False)
@@ -129,6 +130,7 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives are not comparable
 
 
+@pytest.mark.slow
 def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
     def uncertain(*args, **kwargs):
         found = check(*args, **kwargs)
@@ -142,6 +144,7 @@ def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
     assert fit.samples.converged
 
 
+@pytest.mark.slow
 def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
     """A guide that is too wide for one of two modes counts as collapsed, because its chains drift."""
 
@@ -161,6 +164,7 @@ def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
     assert samples is None or not samples.converged
 
 
+@pytest.mark.slow
 def test_less_evidence_than_before_is_not_trusted():
     """A second fit with one of two modes, exactly, is not trusted after a first fit with both."""
 
@@ -180,6 +184,7 @@ def test_less_evidence_than_before_is_not_trusted():
     assert climber._compared(whole).trusted
 
 
+@pytest.mark.slow
 def test_the_best_rung_is_kept():
     climber = escalation.Ladder(never, Task(banana, banana, (), {}), {"progress": False}, None)
     right = check(banana, banana)
@@ -193,6 +198,7 @@ def test_the_best_rung_is_kept():
 # Restarts.
 
 
+@pytest.mark.slow
 def test_restarts_find_the_better_mode():
     """A single start stays at a spurious mode, tens of nats below the posterior."""
 
@@ -223,6 +229,7 @@ def test_restarts_of_flat_priors():
     assert len(fit.rungs) == 2
 
 
+@pytest.mark.slow
 def test_restarts_in_another_dtype_and_of_angles():
     """A float64 model restarts under a float32 default, and so does a model of angles, which have no Gaussian start."""
     double = Y.double()
@@ -256,6 +263,7 @@ def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
 # Interruptions, files, bad input.
 
 
+@pytest.mark.slow
 def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
     calls = []
 
@@ -339,6 +347,7 @@ def _raise(error, *_, **__):
     raise error
 
 
+@pytest.mark.slow
 def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
     fit_once = escalation.Ladder.fit
 
@@ -397,6 +406,7 @@ def test_what_cannot_be_fitted_twice_is_refused():
         fit_svi(normal, AutoFlow(normal), Y, restarts=0, progress=False)
 
 
+@pytest.mark.slow
 def test_rungs_are_told_as_they_are_made(capsys):
     fit_svi(normal, AutoFlow(normal, small), Y, steps=20, escalate=True)
     assert "1. Gaussian" in capsys.readouterr().err

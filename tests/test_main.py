@@ -74,6 +74,7 @@ def test_as_a_command(tmp_path):
     check_files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_prints_table_diagnostics_and_verdict(tmp_path, capsys):
     assert main(["--steps", "30", "--out", str(tmp_path / "new" / "folder")]) == 3
@@ -92,6 +93,7 @@ def test_prints_table_diagnostics_and_verdict(tmp_path, capsys):
     assert "30/30" in captured.err  # the progress bar
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_quiet_prints_nothing(tmp_path, capsys):
     assert main(["--steps", "3", "--quiet", "--out", str(tmp_path)]) == 3
@@ -121,6 +123,7 @@ def test_every_flow_runs(flow, tmp_path, capsys):
     check_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_realnvp_survives_its_first_steps():
     """Eight layers of scales compound, so that full first steps of Adam would overflow float32 on the funnel."""
     guide = AutoFlow(job.eight_schools, flows.realnvp)
@@ -130,6 +133,7 @@ def test_realnvp_survives_its_first_steps():
     assert fit.losses[-50:].nanmean() < 33  # the log evidence is -31.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verdict", "status"), [("trust", 0), ("reweight", 0), ("do not trust", 3)])
 @pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad for any verdict
@@ -143,6 +147,7 @@ def test_the_verdict_is_the_exit_status(verdict, status, tmp_path, capsys, monke
     check_files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, monkeypatch, ctrl_c):
     class Interrupting(loop.tqdm):
@@ -236,6 +241,7 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_nothing_half_written_is_left_behind(tmp_path, monkeypatch):
     """If the disk fills up while the picture is written, the old files stay and no draft remains."""

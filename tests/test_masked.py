@@ -81,6 +81,7 @@ def train(guide: Any, model: Callable[..., Any], *args: Any, steps: int = 150, l
 # ------------------------------------------------------------ rows removed by a mask
 
 
+@pytest.mark.slow
 def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
     """Without the mask in the guide, standard deviations reached 6,270 after 150 steps, and the loss had no bound."""
     guide = plate_guide(masked)
@@ -92,6 +93,7 @@ def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
     assert sum(losses[-20:]) / 20 < -EVIDENCE[SEEN].sum() + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [SEEN, torch.zeros(ROWS, dtype=torch.bool), torch.ones(ROWS, dtype=torch.bool), False])
 def test_the_evidence_is_that_of_the_rows_that_count(seen: Any) -> None:
     guide = plate_guide(masked).setup(Y, seen)
@@ -272,6 +274,7 @@ def chain_evidence() -> Tensor:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_encoder", [False, True])
 def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: bool) -> None:
     """The evidence is that of the steps that are present, also in Pyro's own loop, and a draw has one density."""
@@ -330,6 +333,7 @@ def test_what_is_hidden_may_stand_beside_discrete_latents() -> None:
         assert plate_guide(model, "series").setup(X, LENGTHS)(X, LENGTHS)["z_3"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_series_padded_to_one_length_are_fitted() -> None:
     """The recommended way out works: mask the observed sites, and leave the priors of the latents."""
     model = lambda x, lengths: chain(x, lengths, latents_masked=False)  # noqa: E731
@@ -338,6 +342,7 @@ def test_series_padded_to_one_length_are_fitted() -> None:
         assert guide.sample(1000, X, LENGTHS)["z_3"].std(0).max() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build", [lambda model: AutoFlow(model, small), plate_guide], ids=["AutoFlow", "AutoPlateFlow"]
 )

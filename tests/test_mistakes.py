@@ -419,6 +419,7 @@ def test_a_guide_of_rows_that_cannot_escalate_names_another_way(by_row, settings
     refused(ValueError, words, pf.fit_svi, hierarchy, by_row, Y, **settings)
 
 
+@pytest.mark.slow
 def test_exact_draws_start_from_a_guide_of_rows(by_row):
     found = pf.sample(hierarchy, by_row, Y, num_draws=100, progress=False)
     assert found.converged
@@ -472,6 +473,7 @@ def test_a_finding_of_all_mass_has_a_sentence():
     assert NEXT.keys() == WORDS.keys()
 
 
+@pytest.mark.slow
 def test_a_check_ends_with_a_next_step():
     def target():
         pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -52,6 +52,7 @@ def garch(y):
         variance = base + shock * (y[t] - mean) ** 2 + decay * variance
 
 
+@pytest.mark.slow
 def test_a_guide_is_what_it_is_for_the_stretched_twin():
     """The unconstrained spaces are the same, and so are the fits, draw by draw.
 
@@ -107,6 +108,7 @@ def test_pyros_own_training_and_prediction_take_it():
     torch.testing.assert_close(twin.median(Y)["a"], guide.median(Y)["a"], rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_stationary_garch_as_stan_writes_it():
     y = torch.tensor([0.1, -0.4, 0.8, 1.2, -0.9, 0.2, 0.5, -1.5, 0.3, 0.7])
     guide = AutoFlow(garch)

@@ -152,6 +152,7 @@ def test_chains_start_from_the_guide():
         found.initial(0)
 
 
+@pytest.mark.slow
 def test_several_chains():
     found = neutra(model, bent(), Y, check=False)
     with warnings.catch_warnings():
@@ -265,6 +266,7 @@ def test_a_guide_that_cannot_be_checked_is_refused():
     assert neutra(part, guide, check=False).site == "x_shared_latent"
 
 
+@pytest.mark.slow
 def test_the_density_of_a_model_that_sums_over_all_it_sees_is_that_of_the_base(double):
     """Under a plate of draws such a factor would count once for every draw."""
 

@@ -130,6 +130,7 @@ def test_it_trains_with_svi(build):
     assert math.isfinite(svi.evaluate_loss())
 
 
+@pytest.mark.slow
 @every_objective
 def test_it_trains_with_fit_svi(build):
     guide = AutoNormal(plain)
@@ -224,6 +225,7 @@ def test_path_elbo_has_the_value_of_pyros(model, vectorize):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda m: AutoFlow(m, small), AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("model", [plain, learned, subsampled])
 def test_path_gradients_have_the_mean_of_pyros(model, make):
@@ -235,6 +237,7 @@ def test_path_gradients_have_the_mean_of_pyros(model, make):
     agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), 60) for e in losses))
 
 
+@pytest.mark.slow
 def test_path_gradients_are_those_of_a_loop():
     guide = AutoFlow(plain, small)
     parameters = randomly(guide, 0.2)
@@ -287,6 +290,7 @@ class _Frozen(dist.TorchDistribution):
         return log_prob.detach() + (score * (value - value.detach())).sum(-1)
 
 
+@pytest.mark.slow
 def test_path_gradients_with_discrete_latents_summed_out():
     """The model is a mixture with enumerated assignments."""
 
@@ -374,6 +378,7 @@ def test_the_bound_is_the_textbooks(make, alpha):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @outside
 @every_guide
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -386,6 +391,7 @@ def test_its_gradient_has_the_mean_of_the_textbooks(make, alpha):
     agree(ours, moments(lambda: gradient(textbook(learned, guide, alpha, 5), parameters), 150))
 
 
+@pytest.mark.slow
 @outside
 def test_side_by_side_and_one_by_one_have_the_same_gradient():
     parameters = parameters_of(chain)
@@ -393,6 +399,7 @@ def test_side_by_side_and_one_by_one_have_the_same_gradient():
     agree(*(moments(lambda e=e: gradient(e.differentiable_loss(learned, chain), parameters), 100) for e in losses))
 
 
+@pytest.mark.slow
 @outside
 def test_a_point_takes_the_weights_of_a_parameter():
     """The location of a ``Delta`` is not a draw, so that its gradient is the plain one."""
@@ -576,6 +583,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(build, tmp_path):
         assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [OBJECTIVES["forward"], OBJECTIVES["tempered"]], ids=["forward", "tempered"])
 def test_a_run_goes_on_from_its_checkpoint(build, tmp_path):
     guide = AutoFlow(plain, small)

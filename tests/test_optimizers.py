@@ -165,6 +165,7 @@ def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
     assert -fit.best_loss == pytest.approx(evidence, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "num_particles"), [(FEW + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
 def test_a_killed_run_goes_on_to_the_same_end(dim, num_particles, tmp_path, monkeypatch):
     clock = itertools.count(step=60)  # each call adds a minute, so that every 50 steps end with a checkpoint

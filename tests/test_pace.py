@@ -217,6 +217,7 @@ def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_a_compiled_objective_forgets_the_paces():
     """The compiled objective stores paces as constants, so that it must be recompiled for new ones."""
     torch.manual_seed(0)
@@ -360,6 +361,7 @@ def test_plain_svi_does_not_explode_with_other_elbos(elbo):
     assert max(train(centred, pf.AutoFlow(centred), elbo=elbo)[20:]) < 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "encoder"), [(0.01, None), (0.03, None), (0.03, lambda: MLPEncoder(4, 8))])
 def test_plain_svi_does_not_explode_with_plates(lr, encoder):
     torch.manual_seed(0)
@@ -369,6 +371,7 @@ def test_plain_svi_does_not_explode_with_plates(lr, encoder):
     assert max(losses[20:]) < 3 * max(losses[:20])
 
 
+@pytest.mark.slow
 def test_an_autoencoder_holds_in_plain_svi():
     """With torch's weights for the map from encoder to location, losses rise to 4 to 30 times the first one."""
     torch.manual_seed(1)
@@ -388,6 +391,7 @@ def test_an_autoencoder_holds_in_plain_svi():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_rows_of_one_latent_hold_in_plain_svi():
     """With torch's weights for the splines of a row, losses rise to two to eight times the first one."""
     torch.manual_seed(0)
@@ -405,6 +409,7 @@ def test_rows_of_one_latent_hold_in_plain_svi():
         assert max(losses[5:]) < 1.2 * losses[0]
 
 
+@pytest.mark.slow
 def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
     def flat():
         pyro.sample("z", dist.Normal(torch.zeros(100), 1e6).to_event(1))
@@ -414,6 +419,7 @@ def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
     assert 2.5 < guide.flow().sample(torch.Size([100])).std() < 10  # a factor per layer would give about 1e3
 
 
+@pytest.mark.slow
 def test_plain_svi_reaches_the_evidence():
     """log Z of the conjugate model is that of N(0, 2 I) at the data; the flow starts at the Gaussian posterior."""
     guide = pf.AutoFlow(gaussian)
@@ -424,6 +430,7 @@ def test_plain_svi_reaches_the_evidence():
     assert 0 < loss + log_z + 0.05 < 0.15
 
 
+@pytest.mark.slow
 def test_a_long_way_to_the_posterior_leaves_no_distortions():
     """With networks that are not centred, or hidden layers at four times the pace, fits end 8 to 20 nats lower."""
     torch.manual_seed(0)

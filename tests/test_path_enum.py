@@ -79,6 +79,7 @@ def moments(loss: Any, model: Any, guide: Any, parameters: list[Tensor], number:
     return stacked.mean(0), stacked.std(0) / number**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("kind", GUIDES)
 @pytest.mark.parametrize("name", MODELS)

@@ -104,6 +104,7 @@ def test_every_recipe_comes_back(name: str, context_dim: int, dtype: torch.dtype
     same_flow(flow.inv, there_and_back(flow.inv, tmp_path), context)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_dim", [0, laws.CONTEXT_DIM])
 @pytest.mark.parametrize("name", laws.TRANSFORMS)
 def test_every_transform_comes_back(name: str, context_dim: int, tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ torch.save((flow(context).log_prob(x), guide.log_prob(values), guide._pyro_name)
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_has_the_same_bits(tmp_path: Path) -> None:
     flow = laws.randomise(flows.nsf_ar(DIM, 2, hidden_dims=(16,)).double(), scale=1.0)
     guide = stirred(AutoFlow(nested, small, name="kept").setup(Y))

@@ -468,6 +468,7 @@ def exact(y: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
     return mean, precision**-0.5, (mean + 3 * y.mean(1)) / 4, torch.tensor(1 / 4 + 1 / precision / 16).sqrt()
 
 
+@pytest.mark.slow
 @both_ways
 def test_subsampled_hierarchy_finds_the_exact_posterior(amortised):
     y = 1.5 + torch.randn(60, 1) + torch.randn(60, 3)
@@ -722,6 +723,7 @@ def hasty(monkeypatch):
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
+@pytest.mark.slow
 @both_ways
 @pytest.mark.usefixtures("hasty")
 def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
@@ -752,6 +754,7 @@ def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
     assert same(resumed[1], whole[1])
 
 
+@pytest.mark.slow
 @both_stores
 @pytest.mark.parametrize("kind", ["module", "pyro_module", "function"])
 def test_encoders_are_trained(kind, local):
@@ -953,6 +956,7 @@ def test_path_gradients_vanish_at_the_posterior(vectorize):
     assert gradients(guide, Trace_ELBO(**options), exact_model, y).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("amortised", "size"), [(True, 2), (False, None)], ids=["encoder", "rows"])
 def test_path_gradients_have_the_same_mean(amortised, size):
     y = data(4)
@@ -1192,6 +1196,7 @@ def test_given_reads_its_input():
     assert torch.equal(log_det, torch.zeros(4))
 
 
+@pytest.mark.slow
 def test_rows_start_alike_and_learn_apart():
     """Without an encoder all rows start with the same distribution, and each converges to its posterior."""
     y = torch.tensor([[-4.0], [0.0], [4.0]]).expand(3, 3)

@@ -289,6 +289,7 @@ def test_a_check_of_many_quantities_shows_the_worst_and_says_so():
     read_by_a_person(picture)
 
 
+@pytest.mark.slow
 def test_reports_take_any_names():
     """Dollars do not begin a formula, which could fail to render."""
     name = r"\frac{$a$}_$\frac$"
@@ -314,6 +315,7 @@ def test_one_image_that_is_not_finite_leaves_the_others():
     assert (shown[:, 10:] == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [flows.nsf, flows.maf, flows.cnf])
 def test_deformation_follows_the_transforms(recipe):
     flow = recipe(2, 1)

@@ -18,7 +18,7 @@ from pyro_flows.training import distributed
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
-
+pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

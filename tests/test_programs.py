@@ -138,6 +138,7 @@ def test_fit_svi_says_before_training_that_a_model_does_not_run_under_a_plate(mo
     assert guide.is_fresh
 
 
+@pytest.mark.slow
 @every_fault
 def test_without_a_plate_it_is_weighed_as_in_single_runs(model):
     y, guide = torch.tensor(1.0), AutoFlow(model)
@@ -293,6 +294,7 @@ def mixture(y):
         pyro.sample("y", dist.Normal(loc + 3 * k, 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stores", "objective"),
     [
@@ -316,6 +318,7 @@ def test_enumeration_goes_on_with_the_whole_model(stores, objective):
     assert abs(float(fit.losses[-50:].mean()) + exact) < 0.1
 
 
+@pytest.mark.slow
 def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective():
     guide = AutoFlow(poutine.block(several, hide=["k", "z_1"]))
     for model in (several, config_enumerate(several)):
@@ -341,6 +344,7 @@ def plateless(y):
     pyro.sample("obs", dist.Bernoulli(heads), obs=y)
 
 
+@pytest.mark.slow
 @in_both_stores
 @pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize(
@@ -560,6 +564,7 @@ HIDDEN = {by_hand: 2, free: 1}  # models and the number of dimensions of their p
 every_hidden = pytest.mark.parametrize("model", HIDDEN, ids=lambda model: model.__name__)
 
 
+@pytest.mark.slow
 @every_hidden
 def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
     guide = AutoFlow(model)
@@ -586,6 +591,7 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
                 use(model, guide, X, **given)
 
 
+@pytest.mark.slow
 @in_both_stores
 @every_hidden
 def test_an_objective_that_knows_the_number_of_plates_decides(model):
@@ -601,6 +607,7 @@ def test_an_objective_that_knows_the_number_of_plates_decides(model):
         assert objective.max_plate_nesting == HIDDEN[model] + 1
 
 
+@pytest.mark.slow
 def test_the_ladder_and_restarts_keep_the_number_of_plates():
     given = {"max_plate_nesting": 1, "progress": False}
     with pyro.validation_enabled(False):
@@ -695,6 +702,7 @@ def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
     assert (program.engine, program.noise.deviation) == ("plate", 0)
 
 
+@pytest.mark.slow
 def test_plates_that_one_run_shows_need_no_number():
     """A manual plate far to the left, a plate of the guide alone, and a plate that depends on the data are found."""
 

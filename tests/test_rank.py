@@ -44,6 +44,7 @@ def three_steps(layer: FlowTransform, dim: int) -> None:
         optimiser.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [

@@ -11,6 +11,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example_runs(number, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

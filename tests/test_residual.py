@@ -133,6 +133,7 @@ def test_determinants_and_solutions_are_those_of_the_whole_matrix(widths: tuple[
     torch.testing.assert_close(factors.transposed().solve(v), torch.linalg.solve(matrix.mT, v))
 
 
+@pytest.mark.slow
 def test_estimates_are_unbiased() -> None:
     """Estimates and their gradients are unbiased.  The series converges as slowly as possible, so its tail matters."""
     x = laws.normal(3, 3, scale=0.05).repeat(8, 1)
@@ -221,6 +222,7 @@ class Back(nn.Module):
         return self.layer.inverse_and_log_det(y, context)[: 2 if self.layer.is_exact else 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 3])
 @pytest.mark.parametrize("exact", [True, False], ids=["newton", "contraction"])
 def test_the_inverse_has_the_derivatives_of_the_implicit_function(dim: int, exact: bool) -> None:
@@ -251,6 +253,7 @@ def test_scores_are_carried_along_where_contexts_broadcast(widths: tuple[int, ..
 # ------------------------------------------------------------ compilers
 
 
+@pytest.mark.slow
 def test_exact_transforms_compile_to_one_graph() -> None:
     net = LipschitzMLP(3, (8,), 2, lipschitz=0.3)  # the search is short then
     layer = Residual(laws.randomise(net, scale=0.5)).double()

@@ -142,6 +142,7 @@ def bent(model, *args) -> AutoFlow:
     return guide.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["white", "base", "units", "proposals", "all"])
 def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     number = 20_000
@@ -377,6 +378,7 @@ def test_the_record_is_bounded():
     record.judge(Goal(10, 10))
 
 
+@pytest.mark.slow
 def test_chains_that_have_not_converged_say_so():
     def apart():
         with pyro.poutine.mask(mask=False):
@@ -435,6 +437,7 @@ def test_guides_that_cannot_be_sampled_are_refused():
         pf.sample(conjugate, point)
 
 
+@pytest.mark.slow
 def test_arviz_keeps_the_chains():
     found = pf.sample(conjugate, wrong, progress=False, num_chains=16, num_draws=400)
     data = pf.to_arviz(conjugate, found, posterior_predictive=True)

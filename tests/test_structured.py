@@ -157,6 +157,7 @@ def stirred(guide: Any) -> Any:
     return guide
 
 
+@pytest.mark.slow
 @every_case
 def test_the_structure_is_that_of_the_model(case: Case) -> None:
     guide = AutoStructuredFlow(case.model).setup(*case.args)
@@ -206,6 +207,7 @@ def test_copies_pickles_and_files_have_the_same_density(case: Case, tmp_path: An
     torch.testing.assert_close(fresh.log_prob(draws, *case.args), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(20, 30), (70, 30), (20, None)])
 def test_crossed_plates_may_each_be_subsampled(sizes: tuple[int | None, int | None], local_params: None) -> None:
     y = CASES["crossed"].args[0]
@@ -228,6 +230,7 @@ def exact_walk(y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return covariance @ y.double(), covariance.diagonal().sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [walk, chain])
 def test_a_walk_of_known_scale_is_found_exactly(model: Any) -> None:
     y = normal(70).cumsum(0)
@@ -338,6 +341,7 @@ def test_parts_of_minibatches_add_up_to_the_density_of_all_rows(
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), z)[0] for value in values))
 
 
+@pytest.mark.slow
 def test_training_keeps_what_the_start_has_found() -> None:
     y, mean, deviation = effects()
     found = fitted_effects(y, steps=60, num_particles=2)

@@ -29,6 +29,7 @@ def small(seen: list[int]):
     return model
 
 
+@pytest.mark.slow
 def test_fits_and_checks_of_small_models_use_one_thread_and_restore_it():
     seen: list[int] = []
     model = small(seen)

@@ -261,6 +261,7 @@ def test_a_traced_guide_is_left_alone(recwarn):
     assert not [warning for warning in recwarn if "faults" in warning.filename]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [None, Trace_ELBO()], ids=["path", "Trace_ELBO"])
 def test_fit_svi_skips_such_draws_as_losses_that_are_not_finite(objective):
     """It counts them with its usual patience for losses that are not finite, and raises its usual error."""

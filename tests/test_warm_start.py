@@ -225,6 +225,7 @@ def counts(y: Tensor):
     pyro.sample("y", dist.Poisson((noise + steps.cumsum(-1) - 1).exp()).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_beyond_512_latents_correlations_and_marginals_are_found():
     y = torch.poisson((2 * torch.randn(270) - 1).exp())
     guide = AutoFlow(counts, small)

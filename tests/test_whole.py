@@ -52,6 +52,7 @@ def test_the_density_is_that_of_all_rows(model, size):
     torch.testing.assert_close(part.model.log_prob(draws.latents, 20), draws.log_p, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_verdicts_and_evidence_are_those_of_all_rows():
     guide = AutoFlow(regression)
     pf.fit_svi(regression, guide, Y, 4, steps=100, progress=False)
