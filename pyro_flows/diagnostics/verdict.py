@@ -280,8 +280,8 @@ def check(
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         space = sound_space(task)
         alone, scope = space.task.runs_one_by_one, _looked_at(space)
-        number, count = _sizes(space.dim, alone)
-        draws = space.draw(num_samples or number, max(1, min(1000, BATCH // space.dim)))
+        number, count, at_once = _sizes(space)
+        draws = space.draw(num_samples or number, at_once)
         psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
         # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
@@ -291,7 +291,7 @@ def check(
         calm = _is_calm(psis, weighted)
         chains, directions, of_chains, acceptance = _run(space, charts, white, draws, num_chains or count, calm)
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
-        rows = row_weights(space, max(1, min(1000, BATCH // space.dim))) if scope else ()
+        rows = row_weights(space, at_once) if scope else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
     names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds, scope, rows)
@@ -312,13 +312,17 @@ def _looked_at(space: LatentSpace) -> str:
     return f"They looked at {', '.join([*whole, *parts])}, and not for other modes."
 
 
-def _sizes(dim: int, alone: bool) -> tuple[int, int]:
-    """Return the default numbers of weighted draws and of chains."""
-    usual = (1000, 16) if alone else (10_000, 256)
-    if dim <= MANY:
-        return usual
-    draws, chains = (max(least, most // dim) for least, most in zip(FEWEST, NUMBERS, strict=True))
-    return min(usual[0], draws), min(usual[1], chains)
+def _sizes(space: LatentSpace) -> tuple[int, int, int]:
+    """Return the default numbers of weighted draws, of chains, and of draws at once.
+
+    With many latents they depend on the numbers in a draw, and in the largest tensor that the model computes from it.
+    """
+    usual = (1000, 16) if space.task.runs_one_by_one else (10_000, 256)
+    if space.dim <= MANY:
+        return *usual, 1000
+    numbers = max(space.dim, space.task.model.largest)
+    draws, chains = (max(least, most // numbers) for least, most in zip(FEWEST, NUMBERS, strict=True))
+    return min(usual[0], draws), min(usual[1], chains), max(1, min(1000, BATCH // numbers))
 
 
 def _varying(space: LatentSpace, draws: Scored) -> Scored:

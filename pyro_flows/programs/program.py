@@ -169,16 +169,19 @@ class Program:
         return self.score(held, size)[TOTAL]
 
     @functools.cached_property
-    def chunk(self) -> int:
-        """The number of draws at which the largest tensor that depends on them fits into the cache."""
-        if self.engine == "loop":
-            return LARGEST
+    def largest(self) -> int:
+        """The size of the largest tensor in a run for one draw that depends on the draw; at least 1."""
         latents = {name: torch.as_tensor(site["value"]) for name, site in self.single.iter_stochastic_nodes()}
         held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
         largest, quiet = _Largest(), contextlib.suppress(Exception)  # it may not run where gradients are kept
         with torch.random.fork_rng([]), pyro.validation_enabled(False), torch.enable_grad(), quiet, largest:
             self._trace_at(held).compute_log_prob()
-        return max(1, LARGEST // largest.size)
+        return largest.size
+
+    @property
+    def chunk(self) -> int:
+        """The number of draws at which the largest tensor that depends on them fits into the cache."""
+        return LARGEST if self.engine == "loop" else max(1, LARGEST // self.largest)
 
     def score(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
         """Return the log-density of N draws under the key ``TOTAL``, and the values of some sites at the draws.
