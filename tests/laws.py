@@ -308,6 +308,7 @@ TRANSFORMS: dict[str, Kind] = {
     "scaled_linear_paced": Kind(lambda dim, _: ScaledLinear(dim, pace=0.5)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
+    "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
     "block": Kind(_block, True),
     "planar": Kind(_planar, True),
     "radial": Kind(_radial, True),
@@ -421,6 +422,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale
     return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale).to(dtype)
 
 
+def orthonormal(dim: int) -> Tensor:
+    """Return four orthonormal vectors in ``dim`` dimensions, or as many as there are, exact in every dtype."""
+    if dim < 4:
+        return torch.eye(dim)
+    signs = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    return torch.cat((torch.zeros(dim - 4, 4), signs / 2))
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module:
     """Set large random parameters: ``scale`` times standard normal in every last layer and table."""
@@ -464,6 +473,10 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             draw(part.scale, off)
             diagonal = part.scale.diagonal() if part.dense else part.scale
             diagonal.copy_(torch.where(diagonal < 0, -1, 1) + diagonal / off)
+            if part.rank:
+                part.directions.copy_(orthonormal(part.input_dim)[:, : part.rank])
+                draw(part.stretch, scale / 3)
+                part.stretch.exp_()
         elif isinstance(part, LULinear | ScaledLinear):
             # Off-diagonals shrink with the size, because otherwise the matrix would be numerically singular.
             off = scale / part.input_dim**0.5

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
-from ..guides.default_flows import DENSE
+from ..guides.default_flows import DENSE, rank_for
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
@@ -27,13 +27,14 @@ from ..programs.program import TOTAL
 from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
 from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
+from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
 from ..training import distributed
 from ..training.interrupts import watching
 
 MATCHED = 512  # latents, beyond which batch and match takes too many draws
 FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
 SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
-Start = Gaussian | BlockGaussian
+Start = Gaussian | BlockGaussian | LowRankGaussian
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 
 
@@ -42,7 +43,7 @@ def start_from_gaussian(
 ) -> Start | None:
     """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
 
-    Latents on circles have no Gaussian, and more than 4096 latents are too many for a dense one.  Ctrl-C ends the
+    Latents on circles have no Gaussian.  That of more than 4096 latents is of low rank plus diagonal.  Ctrl-C ends the
     search; the guide starts from the best Gaussian so far.
 
     Args:
@@ -67,12 +68,18 @@ def start_from_gaussian(
     return found
 
 
-def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> BlockGaussian | None:
-    """Start a guide of more latents than batch and match has draws for, unless rounds of D gradients cost too much."""
-    everything = Layout(torch.arange(guide.latent_dim).reshape(1, 1, -1), ())
-    rounds = int(min(ROUNDS, budget / SHARE / PER_LATENT / guide.latent_dim))
-    if rounds < FEWEST or guide.latent_dim > DENSE:
+def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Start | None:
+    """Start a guide of more latents than batch and match has draws for, unless too few rounds are within the budget."""
+    dim, gradients = guide.latent_dim, budget / SHARE
+    if dim > DENSE:
+        sparse = fit_low_rank(density, *guide.start, rank_for(dim), watch=watch)
+        if sparse is not None:
+            guide.start_at(sparse.loc, sparse.scale, sparse.directions, sparse.stretch)
+        return sparse
+    rounds = int(min(ROUNDS, gradients / PER_LATENT / dim))
+    if rounds < FEWEST:
         return None
+    everything = Layout(torch.arange(dim).reshape(1, 1, -1), ())
     wide = fit_blocks(density, [everything], *guide.start, rounds=rounds, watch=watch)
     if wide is not None:
         guide.start_at(wide.blocks[0].loc[0, 0], wide.blocks[0].scale[0, 0])

@@ -46,10 +46,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
     A is a matrix for up to 64 unconstrained latents, and a scale for each beyond.  It starts at ``init_scale``, and F
-    at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian, with all correlations for up to 4096 latents.  Beyond 512
-    latents F also bends each latent by a learned spline.  The guide is a Pyro ``AutoContinuous``: it works with any
-    ELBO in SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.  Latents on circles get circular splines.
-    These are von Mises latents, and latents on intervals marked ``infer={"periodic": True}``.
+    at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It has all correlations for up to 4096 latents, and beyond
+    those along up to 512 directions.  Beyond 512 latents F also bends each latent by a learned spline.  The guide is a
+    Pyro ``AutoContinuous``: it works with any ELBO in SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
+    Latents on circles get circular splines.  These are von Mises latents, and latents on intervals marked
+    ``infer={"periodic": True}``.
 
     With an encoder the guide is *amortised*: q(z | data), one network for all datasets, trained by ``fit_amortized``.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that dataset alone.
@@ -211,16 +212,22 @@ class AutoFlow(FlowGuide, AutoContinuous):
         new._build(self.flow.context_dim)
         return new
 
-    def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def start_at(
+        self, loc: Tensor, scale: Tensor, directions: Tensor | None = None, stretch: Tensor | None = None
+    ) -> None:
         """Reset the guide's affine maps, so that together they take N(0, I) to N(loc, L Lᵀ).
 
-        Angles stay the same.
+        Beyond 4096 latents L is diagonal, or ``diag(s) (I + Q (E - I) Qᵀ)`` for orthonormal directions Q.  Angles stay
+        the same.
 
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
-            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 4096 only the marginals count.
+            scale: Their Cholesky factor L, ``(latent_dim, latent_dim)``, of which only the marginals count beyond 4096
+                latents; or a diagonal s, ``(latent_dim,)``.
+            directions: The directions Q, ``(latent_dim, R)``; none by default.
+            stretch: The diagonal of E, ``(R,)``.
         """
-        start_at(self.flow, loc, scale_tril, self.circular)
+        start_at(self.flow, loc, scale, self.circular, directions, stretch)
 
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""

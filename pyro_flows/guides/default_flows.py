@@ -29,7 +29,8 @@ from ..transforms.linear import unrotated
 FEW = 32  # for eight couplings and SOAP; beyond, sixteen and Muon
 QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
 LEARNED = 64  # for a full matrix in the learned affine map
-DENSE = 4096  # for a full matrix in the map that the guide starts from
+DENSE = 4096  # for a full matrix in the map that the guide starts from; beyond, it stretches some directions
+STRETCHED, DIRECTIONS = 5_000_000, (16, 512)  # numbers in these directions, the fewest directions, and the most
 TAILED = 512  # for a base with wide tails; beyond, each latent has a spline of its own
 FACTORS = 8  # of the parents' latents that each row has coefficients for
 # The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
@@ -235,7 +236,8 @@ def assemble(
     width = torch.full_like(loc, scale / reachable)
     layers = [*flow.transforms, _learned(circular, reachable)]
     if dim > TAILED and not angles:
-        layers += [FixedAffine(dim, dense=dim <= DENSE), Elementwise(RationalQuadraticSpline(), dim)]
+        correlations = FixedAffine(dim, dense=dim <= DENSE, rank=0 if dim <= DENSE else rank_for(dim))
+        layers += [correlations, Elementwise(RationalQuadraticSpline(), dim)]
     return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
 
 
@@ -312,24 +314,40 @@ def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
     return layers, Ends(learned, None, None, fixed)
 
 
-def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[bool]) -> None:
+def rank_for(dim: int) -> int:
+    """Return the number of directions that the fixed affine map of more latents than ``DENSE`` stretches."""
+    least, most = DIRECTIONS
+    return max(least, min(most, STRETCHED // dim))
+
+
+def start_at(
+    flow: Flow,
+    loc: Tensor,
+    scale: Tensor,
+    circular: Sequence[bool],
+    directions: Tensor | None = None,
+    stretch: Tensor | None = None,
+) -> None:
     """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned layers after it.
 
-    Angles stay the same.
+    ``scale`` is L, or its diagonal; then some directions may be stretched before.  Angles stay the same.
     """
     _, ends = split(flow)
     ends.learned.load_state_dict(_learned(circular, 1.0).state_dict())
     if any(circular):
         angles = torch.as_tensor(circular, device=loc.device)
-        rows = scale_tril.masked_fill(angles.unsqueeze(-1), 0.0)
+        rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
         factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
-        loc, scale_tril = loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
+        loc, scale = loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
     if ends.correlations is not None and ends.bend is not None:
         nn.init.zeros_(ends.bend.params)
-        deviation = scale_tril.norm(dim=-1)
-        ends.correlations.set(torch.zeros_like(loc), scale_tril / deviation.unsqueeze(-1))
-        scale_tril = deviation
-    ends.fixed.set(loc, scale_tril)
+        deviation = scale.norm(dim=-1) if scale.dim() == 2 else scale
+        if directions is not None and stretch is not None:
+            deviation = deviation * (1 + directions.square() @ (stretch.square() - 1)).sqrt()
+        unit = scale / (deviation.unsqueeze(-1) if scale.dim() == 2 else deviation)
+        ends.correlations.set(torch.zeros_like(loc), unit, directions, stretch)
+        scale = deviation
+    ends.fixed.set(loc, scale)
 
 
 @torch.no_grad()

@@ -258,8 +258,12 @@ class ScaledLinear(Paced, Factored):
 class FixedAffine(VectorTransform):
     """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
 
-    Until they are set it is the identity, afterwards log|det dy/dx| = Σ_i log L_ii.  Both are parameters, so that
-    parameter stores and checkpoints hold them, but no gradient reaches them.
+    The matrix is triangular or diagonal.  With a rank R it is diagonal times a stretch of R orthonormal directions::
+
+        y = t + s ∘ (x + Q (E - I) Qᵀ x),    log|det dy/dx| = Σ_i log s_i + Σ_r log E_rr
+
+    Until they are set it is the identity.  All are parameters, so that parameter stores and checkpoints hold them, but
+    no gradient reaches them.
 
     It whitens the coordinates of the layers before it: these are then trained at one pace, even if the target is
     ill-conditioned.
@@ -267,13 +271,16 @@ class FixedAffine(VectorTransform):
     Args:
         input_dim: The number D of features.
         dense: True if the matrix is lower triangular, False if it is diagonal and takes D numbers.
+        rank: The number R of stretched directions, 0 if the matrix is dense; they take R (D + 1) numbers.
 
     Attributes:
         loc: The shift t, ``(D,)``.
-        scale: The matrix L, ``(D, D)``, or its diagonal, ``(D,)``.
+        scale: The matrix L, ``(D, D)``, or its diagonal, or the diagonal s of L's first factor, ``(D,)``.
+        directions: The directions Q, ``(D, R)``.
+        stretch: The diagonal of E, ``(R,)``.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive.
+        ValueError: If ``input_dim`` is not positive, or ``rank`` is negative, or positive for a dense matrix.
 
     Example::
 
@@ -284,46 +291,76 @@ class FixedAffine(VectorTransform):
         [3.0, 4.0]
     """
 
-    def __init__(self, input_dim: int, *, dense: bool = True) -> None:
+    def __init__(self, input_dim: int, *, dense: bool = True, rank: int = 0) -> None:
         super().__init__(input_dim)
         check_flags("FixedAffine", dense=dense)
-        self.dense = dense
+        check_integers("FixedAffine", 0, rank=rank)
+        if dense and rank:
+            raise ValueError(f"FixedAffine: rank must be 0 for a dense matrix, got {rank}. Pass dense=False.")
+        self.dense, self.rank = dense, rank
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.scale = nn.Parameter(torch.eye(input_dim) if dense else torch.ones(input_dim))
+        if rank:
+            self.directions = nn.Parameter(torch.zeros(input_dim, rank))
+            self.stretch = nn.Parameter(torch.ones(rank))
 
     @torch.no_grad()
-    def set(self, loc: Tensor, scale: Tensor) -> None:
+    def set(self, loc: Tensor, scale: Tensor, directions: Tensor | None = None, stretch: Tensor | None = None) -> None:
         """Set the map from N(0, I) to N(t, L Lᵀ), or to its marginals if the matrix is diagonal.
 
         Args:
             loc: The shift t, ``(D,)``.
             scale: The lower triangular L with a positive diagonal, ``(D, D)``, or the diagonal alone, ``(D,)``.
+            directions: The orthonormal directions, ``(D, r)``, at most ``rank`` of them; by default none.
+            stretch: The positive numbers that stretch them, ``(r,)``.
         """
         self.loc.copy_(loc)
         if self.dense != (scale.dim() == 2):
             scale = torch.diag(scale) if self.dense else scale.norm(dim=-1)
         self.scale.copy_(scale)
+        if self.rank:
+            nn.init.zeros_(self.directions)
+            nn.init.ones_(self.stretch)
+        if directions is not None and stretch is not None:
+            self.directions[:, : len(stretch)] = directions
+            self.stretch[: len(stretch)] = stretch
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        scale = self._matrix()
-        y = self.loc.detach() + (x @ scale.T if self.dense else x * scale)
-        return y, self._log_det(scale, x)
+        scale, log_det = self._matrix(), self._log_det(x)
+        if self.rank:
+            x = self._stretched(x, self.stretch.detach())
+        return self.loc.detach() + (x @ scale.T if self.dense else x * scale), log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        scale = self._matrix()
-        return self._divided(y - self.loc.detach(), scale, transposed=True), -self._log_det(scale, y)
+        away, log_det = y - self.loc.detach(), -self._log_det(y)
+        if self.rank:
+            return self._stretched(away / self._matrix(), 1 / self.stretch.detach()), log_det
+        return self._divided(away, transposed=True), log_det
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        return *self.forward_and_log_det(x), self._divided(score, self._matrix(), transposed=False)
+        if self.rank:  # the stretch is symmetric
+            score = self._stretched(score, 1 / self.stretch.detach()) / self._matrix()
+            return *self.forward_and_log_det(x), score
+        return *self.forward_and_log_det(x), self._divided(score, transposed=False)
 
     def _matrix(self) -> Tensor:
         return self.scale.detach().tril() if self.dense else self.scale.detach()
 
-    def _log_det(self, scale: Tensor, x: Tensor) -> Tensor:
-        return (scale.diagonal() if self.dense else scale).abs().log().sum().expand(x.shape[:-1])
+    def _log_det(self, x: Tensor) -> Tensor:
+        scale = self._matrix()
+        log_det = (scale.diagonal() if self.dense else scale).abs().log().sum()
+        if self.rank:
+            log_det = log_det + self.stretch.detach().log().sum()
+        return log_det.expand(x.shape[:-1])
 
-    def _divided(self, rows: Tensor, scale: Tensor, transposed: bool) -> Tensor:
+    def _stretched(self, rows: Tensor, by: Tensor) -> Tensor:
+        """Multiply the parts of rows ``(*batch, D)`` along the directions by numbers, ``(R,)``."""
+        directions = self.directions.detach()
+        return rows + (rows @ directions * (by - 1)) @ directions.T
+
+    def _divided(self, rows: Tensor, transposed: bool) -> Tensor:
         """Multiply rows ``(*batch, D)`` from the right by the inverse of the matrix, or of its transpose."""
+        scale = self._matrix()
         if not self.dense:
             return rows / scale
         matrix, flat = (scale.T if transposed else scale), rows.reshape(-1, self.input_dim)

@@ -1,0 +1,226 @@
+"""The Gaussian of low rank plus diagonal that is nearest to a density, for tens of thousands of coordinates.
+
+Its draws are z = m + S C w, with w standard normal, S diagonal, and C = I + Q (E - I) Qᵀ, which stretches R orthonormal
+directions Q by E.  In units of S let H be the mean of -∇² log p over draws.  Each round improves mean, directions and
+scales in turn.
+
+* The method of Lanczos (1950, J. Res. Nat. Bur. Standards 45) finds orthonormal directions Q and numbers Θ with
+  Qᵀ H Q = Θ, from R products of H with a vector, by differences of scores.  If the ELBO is quadratic, E = Θ^-1/2 is
+  best for these directions.  As the first vector is the mean score, the same products solve for a Newton step of the
+  mean (conjugate gradients: Hestenes, Stiefel 1952, same journal 49).
+* The ELBO is stationary in S if E[-∇ log p(z) ∘ (z - m)] = 1.  So this mean, whose noise vanishes if q is the
+  posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194), divides the square of S.
+
+Time and memory are proportional to the number of coordinates.  *Batch, match, and patch* (Modi, Cai, Saul 2024,
+arXiv:2410.22292) fits the same family by scores alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..programs.log_density import LogDensity, score_of, value_and_score
+from .gaussian import Watch
+
+PAIRS = 64  # antithetic pairs of draws of a round
+CURVED = 8  # draws of a round at which second derivatives are taken
+SHIFT = 0.5  # of differences of scores, in units of S, at first; later of the sharpest direction's deviation
+DAMPINGS = 0.0, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO
+SURE = 2.0  # standard errors by which a square of S must differ from the others to be moved apart
+FAINT, RESTARTS = 1e-4, 3  # a length that is round-off, and new vectors of Lanczos' method after such
+SLACK = 0.5  # nats by which the ELBO may fall in a step
+FIRST = 8  # directions, which double when the ELBO rises no more: many would hide that S is wrong
+MOST = 16.0  # the largest factor of a square of S in a round
+STILL = 0.03  # the root mean square change, in standard deviations, at which the search ends
+AVERAGED = 12  # rounds at most
+
+
+class LowRankGaussian(NamedTuple):
+    """A Gaussian with z = m + S (w + Q (E - I) Qᵀ w), with its fit.
+
+    Attributes:
+        loc: The mean m, ``(D,)``.
+        scale: The diagonal of S, ``(D,)``.
+        directions: The orthonormal directions Q, ``(D, R)``.
+        stretch: The diagonal of E, ``(R,)``.
+        elbo: The mean log-weight, in nats.
+        is_near: True if a guide that starts from it needs few steps.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    directions: Tensor
+    stretch: Tensor
+    elbo: float = -math.inf
+    is_near: bool = True
+
+    def place(self, w: Tensor) -> Tensor:
+        """Return the draws with some noise, ``(N, D)``."""
+        return self.loc + self.scale * self.stretched(w, self.stretch)
+
+    def stretched(self, w: Tensor, by: Tensor) -> Tensor:
+        """Return w with its parts along the directions multiplied by numbers, ``(R,)``."""
+        return w + (w @ self.directions * (by - 1)) @ self.directions.T
+
+
+def fit_low_rank(
+    density: LogDensity, loc: Tensor, scale: float, rank: int, *, rounds: int = 60, watch: Watch = bool
+) -> LowRankGaussian | None:
+    """Fit a Gaussian of low rank plus diagonal; return None if no round improves on the start.
+
+    Args:
+        density: The log-density.
+        loc: The start's mean, ``(D,)``.
+        scale: The start's standard deviation.
+        rank: The number R of directions.
+        rounds: The largest number of rounds.
+        watch: Called after each round; True ends the search.
+    """
+    most = min(rank, len(loc))
+    search = _Search(density, loc, scale, min(FIRST, most))
+    began, averaged = search.q.elbo, 1
+    for _ in range(rounds):
+        before = search.q.elbo
+        search.advance(1 / averaged)
+        rises = search.q.elbo > before + SLACK or not math.isfinite(search.q.elbo)
+        if watch() or averaged > AVERAGED or (averaged > 1 and not rises and search.step < STILL):
+            break
+        if not rises and search.rank < most:
+            search.rank = min(2 * search.rank, most)
+        else:
+            averaged += averaged > 1 or not rises
+    found = search.q
+    return found if math.isfinite(found.elbo) and not found.elbo <= began else None
+
+
+class _Search:
+    """The state of a search.
+
+    Attributes:
+        q: The Gaussian.
+        step: The root mean square change of the last round, in standard deviations: of the mean or of log S.
+    """
+
+    def __init__(self, density: LogDensity, loc: Tensor, scale: float, rank: int) -> None:
+        self.density, self.like, self.rank = density, loc, rank
+        self.step, self._shift = math.inf, SHIFT
+        none = loc.new_zeros(len(loc), 0)
+        q = LowRankGaussian(loc, torch.full_like(loc, scale), none, none[0])
+        self.q = q._replace(elbo=self._judged(q, self._noise()))
+
+    def advance(self, rate: float) -> None:
+        """Make a round that counts for a share of all so far, if it increases the ELBO."""
+        noise, q = self._noise(), self.q
+        z = q.place(noise)
+        value, score = value_and_score(self.density, z)
+        usable = value.isfinite() & score.isfinite().all(-1)
+        if usable.sum() < len(score) / 2:
+            self.q = q._replace(scale=q.scale / 2)
+            return
+        gradient = q.scale * score[usable].mean(0)
+        basis, values = self._curvature(z[usable][:CURVED], gradient, rate)
+        start, moved = self._judged(q, noise), 0.0
+        for damping in DAMPINGS:
+            damped = values * (1 + damping)
+            change = basis @ (basis.T @ gradient / damped)
+            new = q._replace(loc=q.loc + rate * q.scale * change, directions=basis, stretch=damped.rsqrt())
+            elbo = self._judged(new, noise)
+            if elbo >= start - self._slack(start) or not math.isfinite(start):
+                q, moved = new, float((basis.T @ change).mul(damped.sqrt()).norm())
+                break
+        self._rescale(q, rate, moved * len(q.loc) ** -0.5)
+
+    def _rescale(self, q: LowRankGaussian, rate: float, moved: float) -> None:
+        """Change S of a Gaussian as far as that increases the ELBO, and take the Gaussian, whose mean has moved."""
+        noise = self._noise()
+        z = q.place(noise)
+        value, score = value_and_score(self.density, z)
+        own = q.stretched(noise, q.stretch) * q.stretched(noise, 1 / q.stretch) - 1  # with mean zero
+        usable = value.isfinite() & score.isfinite().all(-1)
+        terms = _controlled((score * (q.loc - z))[usable], own[usable])
+        start, change = self._judged(q, noise), -rate / 2 * _shrunk_log(terms)
+        self.q, self.step = q._replace(elbo=start), moved
+        for _ in DAMPINGS:
+            new = q._replace(scale=q.scale * change.exp())
+            elbo = self._judged(new, noise)
+            if elbo >= start - self._slack(start) or not math.isfinite(start):
+                self.q, self.step = new._replace(elbo=elbo), max(moved, float(change.square().mean().sqrt()) / rate)
+                return
+            change = change / 4
+
+    def _curvature(self, places: Tensor, start: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """Return orthonormal directions Q, ``(D, R)``, and the diagonal of Qᵀ H Q, ``(R,)``, from a first vector.
+
+        H is blended with the present precision, and has the share ``rate``.
+        """
+        vector, restarts = start if bool(start.norm() > 0) else torch.randn_like(start), 0
+        basis = start.new_zeros(self.rank, len(start))
+        diagonal: list[float] = []
+        beside: list[float] = []
+        for place in range(self.rank):
+            basis[place] = vector / vector.norm()
+            product = self._product(places, basis[place])
+            if rate < 1:
+                present = self.q.stretched(basis[place], self.q.stretch.square().reciprocal())
+                product = torch.lerp(present, product, rate)
+            diagonal.append(float(basis[place] @ product))
+            known = basis[: place + 1]
+            for _ in range(2):  # once loses orthogonality to round-off
+                product = product - (known @ product) @ known
+            beside.append(float(product.norm()))
+            vector = product
+            if beside[-1] < FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
+                if restarts == RESTARTS:
+                    basis = basis[: place + 1]
+                    break
+                beside[-1], restarts = 0.0, restarts + 1
+                vector = torch.randn_like(start)
+                for _ in range(2):
+                    vector = vector - (known @ vector) @ known
+        size = len(basis)
+        ends = torch.tensor(beside[: size - 1], dtype=torch.float64)
+        matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + ends.diag(1) + ends.diag(-1)
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.abs().clamp_min(max(1e-6 * float(values.abs().max()), 1e-12))
+        self._shift = SHIFT / max(1.0, float(values.max()) ** 0.5)
+        return basis.T @ vectors.to(basis), values.to(basis)
+
+    def _product(self, places: Tensor, vector: Tensor) -> Tensor:
+        """Return H times a vector."""
+        shift = self._shift * self.q.scale * vector
+        forth, back = score_of(self.density, torch.cat((places + shift, places - shift))).chunk(2)
+        return self.q.scale * (back - forth).mean(0).nan_to_num(0.0) / (2 * self._shift)
+
+    def _noise(self) -> Tensor:
+        half = torch.randn(PAIRS, len(self.like), dtype=self.like.dtype, device=self.like.device)
+        return torch.cat((half, -half))
+
+    def _slack(self, elbo: float) -> float:
+        return SLACK + 16 * torch.finfo(self.q.loc.dtype).eps * abs(elbo)
+
+    @torch.no_grad()
+    def _judged(self, q: LowRankGaussian, noise: Tensor) -> float:
+        """Return the mean log-weight of the draws with some noise."""
+        log_q = -noise.square().sum(-1) / 2 - len(q.loc) / 2 * math.log(2 * math.pi)
+        log_q = log_q - q.scale.log().sum() - q.stretch.log().sum()
+        return float((self.density(q.place(noise)) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
+
+
+def _controlled(terms: Tensor, known: Tensor) -> Tensor:
+    """Return numbers at draws, ``(N, D)``, with less noise, by regression on other numbers whose mean is zero."""
+    spread = (known - known.mean(0)).square().sum(0).clamp_min(1e-12)
+    return terms - (terms * (known - known.mean(0))).sum(0) / spread * known
+
+
+def _shrunk_log(terms: Tensor) -> Tensor:
+    """Return logarithms of means of draws, ``(N, D) -> (D,)``, moved together as far as their differences are noise."""
+    if len(terms) < PAIRS:
+        return torch.zeros_like(terms.sum(0))
+    square, noise = terms.mean(0), terms.var(0) / len(terms)
+    apart = square - square.mean()
+    clear = (1 - SURE**2 * noise / apart.square().clamp_min(1e-12)).clamp_min(0)
+    return (square.mean() + apart * clear).clamp(1 / MOST, MOST).log()

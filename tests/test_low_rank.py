@@ -1,0 +1,122 @@
+"""The Gaussian of low rank plus diagonal: exact where the posterior is one, near the best Gaussian elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows.fitting.gaussian_start import start_from_gaussian
+from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.sampling.gaussian import fit_gaussian
+from pyro_flows.sampling.low_rank_gaussian import fit_low_rank
+
+DIM = 300
+
+
+def stretched_normal(dtype: torch.dtype, strong: int):
+    """Return a Gaussian of many scales, with ``strong`` directions of deviations from 1/30 to 30, and its moments."""
+    scale, loc = torch.logspace(-1, 1, DIM, dtype=dtype), 5 * torch.randn(DIM, dtype=dtype)
+    directions = torch.linalg.qr(torch.randn(DIM, strong, dtype=torch.float64))[0].to(dtype)
+    precision = torch.logspace(-3, 3, strong, dtype=dtype)
+
+    def density(z: Tensor) -> Tensor:
+        x = (z - loc) / scale
+        squares = x.square().sum(-1) + ((x @ directions).square() * (precision - 1)).sum(-1)
+        return (precision.log().sum() - squares - DIM * math.log(2 * math.pi)) / 2 - scale.log().sum()
+
+    factor = scale[:, None] * (torch.eye(DIM, dtype=dtype) + directions * (precision.rsqrt() - 1) @ directions.T)
+    return density, loc, factor @ factor.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gaussian_of_low_rank_is_found(dtype):
+    density, loc, covariance = stretched_normal(dtype, 6)
+    found = fit_low_rank(density, torch.zeros(DIM, dtype=dtype), 0.1, 40)
+    assert found is not None
+    assert found.loc.dtype == dtype
+    assert -2.0 < found.elbo < 0.5  # nats below the evidence
+    deviation = covariance.diagonal().sqrt()
+    assert ((found.loc - loc) / deviation).abs().max() < 0.05
+    mine = found.scale * (1 + found.directions.square() @ (found.stretch.square() - 1)).sqrt()
+    assert (mine / deviation - 1).abs().max() < 0.1
+
+
+def regression(dim: int, rows: int):
+    """Return the posterior of a logistic regression with more coefficients than rows."""
+    x = torch.randn(rows, dim, dtype=torch.float64)
+    y = torch.bernoulli(torch.sigmoid(x[:, :5].sum(-1)))
+
+    def density(z: Tensor) -> Tensor:
+        logits = z @ x.T
+        prior = -z.square().sum(-1) / 2 - dim / 2 * math.log(2 * math.pi)
+        return prior + (y * logits - torch.nn.functional.softplus(logits)).sum(-1)
+
+    return density
+
+
+def test_more_coefficients_than_rows():
+    density = regression(120, 20)
+    best = fit_gaussian(density, torch.zeros(120, dtype=torch.float64), 0.1)
+    found = fit_low_rank(density, torch.zeros(120, dtype=torch.float64), 0.1, 40)
+    diagonal = fit_low_rank(density, torch.zeros(120, dtype=torch.float64), 0.1, 1)
+    assert found is not None
+    assert diagonal is not None
+    assert found.elbo > best.elbo - 2
+    assert found.elbo > diagonal.elbo + 3
+
+
+def test_a_start_without_density_is_shrunk():
+    def density(z: Tensor) -> Tensor:
+        inside = (z.abs() < 1).all(-1)
+        return torch.where(inside, -z.square().sum(-1) / 2 * 1e4, -torch.inf)
+
+    found = fit_low_rank(density, torch.full((50,), 0.01), 3.0, 10)
+    assert found is not None
+    assert (found.scale * 100 - 1).abs().max() < 0.2
+
+
+def test_ctrl_c_ends_the_search_after_a_round():
+    rounds: list[int] = []
+
+    def watch() -> bool:
+        rounds.append(1)
+        return True
+
+    density, *_ = stretched_normal(torch.float64, 4)
+    assert fit_low_rank(density, torch.zeros(DIM, dtype=torch.float64), 0.1, 10, watch=watch) is not None
+    assert len(rounds) == 1
+
+
+def test_a_start_that_cannot_be_improved_is_kept():
+    assert fit_low_rank(lambda z: z.sum(-1) * 0 + math.nan, torch.zeros(5), 0.1, 2) is None
+
+
+SIZE = 4100
+
+
+def mean_of_many():
+    x = pyro.sample("x", dist.Normal(torch.arange(float(SIZE)) % 7, 0.5).to_event(1))
+    pyro.sample("y", dist.Normal(x.mean(-1), 0.001), obs=torch.tensor(3.1))
+
+
+def evidence() -> float:
+    loc = (torch.arange(SIZE, dtype=torch.float64) % 7).mean()
+    return float(dist.Normal(loc, math.hypot(0.001, 0.5 / SIZE**0.5)).log_prob(torch.tensor(3.1)))
+
+
+@pytest.mark.slow
+def test_a_guide_beyond_4096_latents_starts_from_it(tmp_path):
+    guide = pf.AutoFlow(mean_of_many).setup()
+    assert start_from_gaussian(guide, Task(mean_of_many, guide, (), {})).is_near
+    found = pf.psis(mean_of_many, guide, num_samples=200)
+    assert found.log_weights.std() < 0.1  # 30 and more without the direction of the mean
+    assert abs(found.log_evidence - evidence()) < 0.03
+    pf.save(guide, tmp_path / "guide.pt")
+    again, values = pf.load(tmp_path / "guide.pt"), guide.sample(3)
+    assert torch.equal(again.log_prob(values), guide.log_prob(values))
