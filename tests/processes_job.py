@@ -23,7 +23,17 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_flows import AutoFlow, AutoPlateFlow, Fit, Simulations, fit_amortized, fit_density, fit_svi, flows
+from pyro_flows import (
+    AutoFlow,
+    AutoPlateFlow,
+    AutoStructuredFlow,
+    Fit,
+    Simulations,
+    fit_amortized,
+    fit_density,
+    fit_svi,
+    flows,
+)
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.objectives import ForwardKL, Likelihood
 from pyro_flows.training import distributed, shards
@@ -175,6 +185,21 @@ def streamed(at: int = 0, **settings: Any) -> Found:
     return told(fit_svi(model, guide, batches, steps=12, objective=Trace_ELBO(), progress=False, **settings))
 
 
+def many_rows(checkpoint: Path) -> Found:
+    """Fit a guide whose number of draws depends on the rows in a batch."""
+    number = 60_000
+
+    def model(i: Tensor, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", number, subsample=i):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(mu, 1.0)), 1.0), obs=y)
+
+    pyro.set_rng_seed(RANK)
+    batches = DataLoader(TensorDataset(torch.arange(number), torch.randn(number)), batch_size=50_000)
+    guide = AutoStructuredFlow(model, name=f"rows_{time.monotonic_ns()}")
+    return told(fit_svi(model, guide, batches, steps=2, checkpoint=checkpoint, progress=False))
+
+
 def sharded(folder: Path) -> Found:
     """Interrupt a fit whose checkpoint is divided, resume it, and resume it once more in a copy for one process."""
     with mock.patch.object(shards, "LARGE", 45):  # the levels and their moments
@@ -282,6 +307,7 @@ def both(folder: Path) -> Found:
         "noise": noise(),
         "minibatches": minibatches(),
         "streamed": streamed(),
+        "many_rows": many_rows(folder / "many_rows"),
         "sharded": sharded(folder),
         "restarted": restarted(),
         "replayed": replayed(folder),

@@ -179,6 +179,12 @@ def test_large_tensors_of_a_checkpoint_are_divided_over_files_of_both(pair):
         job.streamed(checkpoint=folder / "shards")
 
 
+def test_the_number_of_draws_is_that_of_one_process(pair):
+    folder, found, _ = pair
+    again = job.many_rows(folder / "many_rows")  # refused as another run if the numbers differed
+    assert torch.equal(again["losses"], found[0]["many_rows"]["losses"])
+
+
 def test_what_fails_in_one_fails_in_both(pair):
     zero, one = pair[1]
     assert zero["failed"] == "Parted: process 1 of 2 has failed: KeyError: 'the step of process 1'"

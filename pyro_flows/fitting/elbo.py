@@ -80,9 +80,10 @@ class ELBOFit:
         self.objective: Any = objective or self._default(num_particles)
 
     def _default(self, num_particles: int | None) -> ELBO:
-        number, processors = num_particles or self.plan.schedule().num_particles, distributed.size()
+        processors, share = distributed.size(), 1.0
         if self._batches:  # processes share the rows of a batch, and not the draws
-            processors = 1
+            processors, share = 1, self._batches.share
+        number = num_particles or distributed.broadcast(lambda: self.plan.schedule(share=share).num_particles)
         if num_particles and num_particles % processors:
             words = f"{num_particles} are those of all {processors} processes together"
             raise ValueError(f"fit_svi: num_particles={words}; give a multiple of {processors}, or leave it out.")

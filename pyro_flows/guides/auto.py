@@ -171,7 +171,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def takes_paths(self) -> bool:
         return not self.has_circles
 
-    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
+    def schedule(self, *, near: bool = False, alone: bool = True, share: float = 1.0) -> Schedule:
         """Return the schedule that suits the guide: many draws per step, which help more than further steps.
 
         A guide that starts near the posterior needs a part of the steps.

@@ -333,7 +333,7 @@ class BlockGuide(FlowGuide):
             block.unit.copy_(UNIT * deviation.flatten())
             means.append(loc.flatten(1))
 
-    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
+    def schedule(self, *, near: bool = False, alone: bool = True, share: float = 1.0) -> Schedule:
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
 
         Only the latents outside of rows need several draws.  The largest norm of a gradient grows with the plates, as
@@ -342,7 +342,9 @@ class BlockGuide(FlowGuide):
         first, *others = self.posterior.blocks
         if not others and first.contexts is None and first.frame is None and first.packing.size > FEW:
             return schedule_of_many(first.packing.size, near=near)
-        size = sum(site["value"].numel() for _, site in self.prototype_trace.iter_stochastic_nodes())
+        of_rows = {name for packing in self.packings.values() if packing.plates for name in packing.parts}
+        sizes = {name: site["value"].numel() for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        size = sum(round(size / share) if name in of_rows else size for name, size in sizes.items())
         num_particles = max(1, min(8, NUMBERS // size)) if self._has_shared else 1
         steps, lr = (500, 0.002) if near else (4000, 0.005)
         return Schedule(steps, num_particles, lr=lr, clip_norm=1e3 * self.size_of_rows)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .default_flows import DENSE
+
 
 class Schedule(NamedTuple):
     """The number of steps and of draws per step, the step size, and the largest norm of a gradient."""
@@ -24,10 +26,13 @@ def schedule_of_many(number: int, *, near: bool) -> Schedule:
     """Return the schedule that suits one flow over more than 32 latents.
 
     Guides with about forty latents take the most steps.  A step is still cheap there, and funnels of many dimensions
-    train slowly.  A guide that starts near the posterior needs half as many.
+    train slowly.  A guide that starts near the posterior needs half as many.  Beyond 4096 latents a step is dear, and 100
+    that start near suffice to bend single latents.
     """
     steps = 2100 if number <= 64 else 1000
-    return Schedule(steps // 2 if near else steps, num_particles=256, clip_norm=1.0)
+    if near:
+        steps = steps // 2 if number <= DENSE else 100
+    return Schedule(steps, num_particles=256, clip_norm=1.0)
 
 
 class Plan:
@@ -49,12 +54,13 @@ class Plan:
         """True if path gradients suit the guide."""
         return True
 
-    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
+    def schedule(self, *, near: bool = False, alone: bool = True, share: float = 1.0) -> Schedule:
         """Return the schedule that suits the guide.
 
         Args:
             near: True if the guide starts near the posterior.
             alone: True if only the guide is trained, by many draws per step, so that SOAP takes the steps.
+            share: The share of the rows of a batch that this process has.
         """
         return Schedule()
 
