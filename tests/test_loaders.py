@@ -157,3 +157,16 @@ def test_sums_over_discrete_latents_need_batches_of_one_size() -> None:
     with pytest.raises(ValueError, match=r"as its discrete latents are summed out\. .*drop_last=True"):
         fit_svi(model, AutoFlow(model), rows(32), steps=5, num_particles=2, progress=False)
     fit_svi(model, AutoFlow(model), rows(32, drop_last=True), steps=5, num_particles=2, progress=False)
+
+
+@pytest.mark.filterwarnings("error:Found plate statements")
+def test_an_engine_that_runs_a_model_of_given_rows_warns_of_no_plate() -> None:
+    def single(i, y):
+        """Sample the levels as ``hierarchy`` does, but refuse many draws at once."""
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", N, subsample=i):
+            level = pyro.sample("level", dist.Normal(mean, WIDE))
+            pyro.sample("y", dist.Normal(level.reshape(len(y), 1), 1.0).to_event(1), obs=y)
+
+    fit = fit_svi(single, AutoStructuredFlow(single), rows(), steps=2, num_particles=3, progress=False)
+    assert fit.losses.isfinite().all()

@@ -208,7 +208,9 @@ class ELBOFit:
             self._batches.feed(self.task, is_lifted=isinstance(self._program, Lifted))
         model, guide, objective = self.task.model, self.guide, self.objective
         if hasattr(objective, "differentiable_loss"):
-            with validation_enabled(False) if self.task.has_bare_dimensions else contextlib.nullcontext():
+            # A lifted model is one factor, without the plates whose rows are given; an engine has validated it.
+            silent = self.task.has_bare_dimensions or isinstance(self._program, Lifted)
+            with validation_enabled(False) if silent else contextlib.nullcontext():
                 return objective.differentiable_loss(self._program, guide, *model.args, **model.kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
         found = objective.loss_and_grads(self._program, guide, *model.args, **model.kwargs)

@@ -26,8 +26,8 @@ def schedule_of_many(number: int, *, near: bool) -> Schedule:
     """Return the schedule that suits one flow over more than 32 latents.
 
     Guides with about forty latents take the most steps.  A step is still cheap there, and funnels of many dimensions
-    train slowly.  A guide that starts near the posterior needs half as many.  Beyond 4096 latents a step is dear, and 100
-    that start near suffice to bend single latents.
+    train slowly.  A guide that starts near the posterior needs half as many, or 100 beyond 4096 latents, where a
+    step is dear.
     """
     steps = 2100 if number <= 64 else 1000
     if near:
