@@ -47,7 +47,19 @@ import pyro_flows as pf
 from pyro_flows.guides import init_to_center
 
 OUT = posteriors.OUT / "scale_guides.md"
-COLUMNS = "program", "guide", "seconds", "step_ms", "elbo", "elbo_se", "shared", "sd_ratios", "local", "within"
+COLUMNS = (
+    "program",
+    "guide",
+    "seconds",
+    "step_ms",
+    "elbo",
+    "elbo_se",
+    "evidence",
+    "shared",
+    "sd_ratios",
+    "local",
+    "within",
+)
 OURS = {  # by name, with the steps of a fit
     "AutoStructuredFlow": (pf.AutoStructuredFlow, None),
     "AutoFlow": (pf.AutoFlow, None),
@@ -427,6 +439,7 @@ def measure(name: str, guide_name: str, program: Program, answer: dict[str, Any]
         "step_ms": f"{1000 * spent / done:.0f}",
         "elbo": f"{elbo:.2f}",
         "elbo_se": f"{elbo_se:.2f}",
+        "evidence": f"{program.evidence:.2f}" if math.isfinite(program.evidence) else "",
         "shared": f"{max(float(errors[key].max()) for key in program.shared):.3f}" if program.shared else "",
         "sd_ratios": f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else "",
         "local": f"{float(local.max()):.3f}" if len(local) else "",
@@ -436,7 +449,7 @@ def measure(name: str, guide_name: str, program: Program, answer: dict[str, Any]
     return row
 
 
-def page(rows: list[Row], evidence: dict[str, float]) -> str:
+def page(rows: list[Row]) -> str:
     """Return the page."""
     lines = [
         "# Guides of thousands of latents\n",
@@ -450,15 +463,16 @@ def page(rows: list[Row], evidence: dict[str, float]) -> str:
         "*local* is the largest error of all other latents, and *within* the share with an error below 0.15. Means are "
         "those of 2,000 to 20,000 draws, with a standard error of 0.007 to 0.02.\n",
     ]
-    for name in dict.fromkeys(row["program"] for row in rows):
+    evidence = {row["program"]: row["evidence"] for row in rows}
+    for name in evidence:
         build, sizes, _ = PROGRAMS[name]
         what = (build.__doc__ or "").splitlines()[0].removeprefix("Return ")
         lines += [
             f"## {name.capitalize()}\n",
             f"{what[0].upper()}{what[1:]} Size: {', '.join(map(str, sizes))}.",
         ]
-        if math.isfinite(evidence.get(name, math.nan)):
-            lines.append(f"The log evidence is {evidence[name]:.2f} nats.")
+        if evidence[name]:
+            lines.append(f"The log evidence is {evidence[name]} nats.")
         lines += [
             "",
             "| guide | ELBO, nats | shared | sd ratio | local | within | s |",
@@ -484,21 +498,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     file = options.out.with_suffix(".csv")
     kept = posteriors.read(file) if file.exists() else []
-    rows, evidence = [row for row in kept if row["program"] not in options.programs], {}
+    rows = [row for row in kept if row["program"] not in options.programs]
     for name in options.programs:
         build, sizes, small = PROGRAMS[name]
         pyro.set_rng_seed(0)
         sizes = small if options.quick else sizes
         program = cox(*sizes, read_points(options.pines)) if name == "cox" and options.pines else build(*sizes)
-        answer, evidence[name] = program.answer(), program.evidence
-        seconds = 1.0
+        answer, seconds = program.answer(), 1.0
         for guide_name in GUIDES.get(name, USUAL):
             rows.append(measure(name, guide_name, program, answer, seconds, options.quick))
             seconds = max(seconds, float(rows[-1]["seconds"])) if guide_name in OURS else seconds
             posteriors.write_csv(rows, COLUMNS, file)
     order = {name: place for place, name in enumerate(PROGRAMS)}
     rows.sort(key=lambda row: order[row["program"]])
-    posteriors.write(page(rows, evidence), options.out)
+    posteriors.write(page(rows), options.out)
 
 
 if __name__ == "__main__":
