@@ -1,7 +1,7 @@
 """Guides of thousands of latents, beside Pyro's own and exact answers.
 
-    python benchmarks/scale_guides.py                        # all programs, about an hour on two cores
-    python benchmarks/scale_guides.py --programs states walk # some of them
+    python benchmarks/scale_guides.py                        # all programs, two hours of one core
+    python benchmarks/scale_guides.py --programs states cox  # some of them
     python benchmarks/scale_guides.py --quick --out F        # small programs: a smoke run
 
 The programs, with data drawn from each:
@@ -10,12 +10,13 @@ The programs, with data drawn from each:
 * *volatility*: stochastic volatility of 2,500 days, with sums over grids as answer;
 * *hierarchy*: 100,000 groups of 5 rows with three shared latents, with exact integrals as answer;
 * *crossed*: 10,000 users and 1,000 items with 100,000 ratings, both plates subsampled, with the exact Gaussian;
+* *regression*: a logistic regression of 5,000 coefficients on 200 rows, without answer;
 * *cox*: a log-Gaussian Cox process on a grid of 40 x 40 cells, without answer.  ``--pines FILE`` replaces its points by
   those of a file, such as the 126 Finnish pines of Moller, Syversveen, Waagepetersen (1998).
 
-``AutoStructuredFlow``, and ``AutoFlow`` for *cox*, which has no plate and no sequence, have the defaults of
-``fit_svi``.  Pyro's guides have Adam with a step size that falls from 0.01
-to 0.0001, and as much time.  Errors are in posterior standard deviations.
+``AutoStructuredFlow``, and ``AutoFlow`` for *regression* and *cox*, which have no plate and no sequence, have the
+defaults of ``fit_svi``.  Pyro's guides have Adam with a step size that falls from 0.01 to 0.0001, and as much time.
+Errors are in posterior standard deviations.
 
 Writes ``docs/benchmarks/scale_guides.csv`` and ``.md``.
 """
@@ -48,17 +49,8 @@ from pyro_flows.guides import init_to_center
 
 OUT = posteriors.OUT / "scale_guides.md"
 COLUMNS = (
-    "program",
-    "guide",
-    "seconds",
-    "step_ms",
-    "elbo",
-    "elbo_se",
-    "evidence",
-    "shared",
-    "sd_ratios",
-    "local",
-    "within",
+    *("program", "data", "guide", "seconds", "step_ms", "elbo", "elbo_se", "evidence"),
+    *("shared", "sd_ratios", "local", "within"),
 )
 OURS = {  # by name, with the steps of a fit
     "AutoStructuredFlow": (pf.AutoStructuredFlow, None),
@@ -74,6 +66,7 @@ PYROS = {  # with our start, since Pyro's draws from priors, and some are flat
 USUAL = "AutoStructuredFlow", "AutoNormal", "AutoDiagonalNormal", "AutoLowRankMultivariateNormal"
 GUIDES = {  # of programs that do not have all the usual ones
     "crossed": ("AutoStructuredFlow", "AutoNormal"),  # the ones that take subsampled plates
+    "regression": ("AutoFlow", "AutoFlow, start alone", *USUAL[1:]),
     "cox": ("AutoFlow", "AutoFlow, start alone", *PYROS),
 }
 TOGETHER = 100  # draws at once
@@ -326,6 +319,19 @@ def crossed(users: int, items: int, ratings: int) -> Program:
     return Program(model, (y, seen, *sizes), (y, seen, None, None), ("mean",), lambda: answers, 1, math.nan, plates)
 
 
+def regression(coefficients: int, rows: int) -> Program:
+    """Return a logistic regression with more coefficients than rows: most directions have the prior."""
+    x = torch.randn(rows, coefficients)
+    weights = torch.randn(coefficients) * (torch.rand(coefficients) < 0.01)
+    y = torch.bernoulli(torch.sigmoid(0.3 * x @ weights))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+        pyro.sample("y", dist.Bernoulli(logits=0.3 * w @ x.T).to_event(1), obs=y)
+
+    return Program(model, (x, y), (x, y), (), dict, 8, math.nan)
+
+
 def cox(side: int, points: Tensor | None = None) -> Program:
     """Return a log-Gaussian Cox process in the unit square, on a grid, with its log-rates as latents.
 
@@ -359,6 +365,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Program], tuple[int, ...], tuple[int, ..
     "volatility": (volatility, (2_500,), (2_500,)),
     "hierarchy": (hierarchy, (100_000,), (100,)),
     "crossed": (crossed, (10_000, 1_000, 100_000), (90, 80, 3_000)),
+    "regression": (regression, (5_000, 200), (50, 10)),
     "cox": (cox, (40,), (8,)),
 }
 
@@ -456,14 +463,14 @@ def page(rows: list[Row]) -> str:
         "This page is for users whose models have thousands of latents. It compares `AutoStructuredFlow` and "
         "`AutoFlow` with exact answers, and with Pyro's guides in equal time.\n",
         "Reproduce with `python benchmarks/scale_guides.py`. Data are drawn from each program; with `--pines FILE`, "
-        f"*cox* has the points in that file. All runs are in float32 on {torch.get_num_threads()} threads. torch "
-        f"{torch.__version__}, Pyro {pyro.__version__}.\n",
+        f"*cox* has the points in that file. All runs are in float32, with `--threads {torch.get_num_threads()}`. "
+        f"torch {torch.__version__}, Pyro {pyro.__version__}.\n",
         "Errors are those of posterior means, in posterior standard deviations. *shared* is the largest error of a "
         "latent outside of rows and sequences, *sd ratio* the range of their standard deviations over the exact ones. "
         "*local* is the largest error of all other latents, and *within* the share with an error below 0.15. Means are "
         "those of 2,000 to 20,000 draws, with a standard error of 0.007 to 0.02.\n",
     ]
-    evidence = {row["program"]: row["evidence"] for row in rows}
+    evidence, source = ({row["program"]: row[column] for row in rows} for column in ("evidence", "data"))
     for name in evidence:
         build, sizes, _ = PROGRAMS[name]
         what = (build.__doc__ or "").splitlines()[0].removeprefix("Return ")
@@ -471,6 +478,8 @@ def page(rows: list[Row]) -> str:
             f"## {name.capitalize()}\n",
             f"{what[0].upper()}{what[1:]} Size: {', '.join(map(str, sizes))}.",
         ]
+        if source[name] != "drawn":
+            lines.append(f"The data are those of `{source[name]}`.")
         if evidence[name]:
             lines.append(f"The log evidence is {evidence[name]} nats.")
         lines += [
@@ -506,7 +515,8 @@ def main() -> None:
         program = cox(*sizes, read_points(options.pines)) if name == "cox" and options.pines else build(*sizes)
         answer, seconds = program.answer(), 1.0
         for guide_name in GUIDES.get(name, USUAL):
-            rows.append(measure(name, guide_name, program, answer, seconds, options.quick))
+            source = {"data": options.pines.name if name == "cox" and options.pines else "drawn"}
+            rows.append(source | measure(name, guide_name, program, answer, seconds, options.quick))
             seconds = max(seconds, float(rows[-1]["seconds"])) if guide_name in OURS else seconds
             posteriors.write_csv(rows, COLUMNS, file)
     order = {name: place for place, name in enumerate(PROGRAMS)}
