@@ -27,7 +27,7 @@ from pyro_flows.diagnostics.findings import worst
 from pyro_flows.diagnostics.marginal_errors import Shape
 from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.verdict import Check, judge
-from pyro_flows.sampling.chains import Chains, in_step
+from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White
 
 DIM = 5
@@ -605,52 +605,6 @@ def test_a_badly_known_mean_leaves_the_variance_unknown():
         here = here.where(~flips, -here)
         meter.record(here)
     assert not meter.drift().flagged(4.0).any()
-
-
-@pytest.mark.parametrize("slope", [0.3, 0.7, 0.995])
-def test_twins_of_few_chains_take_away_noise_and_no_error(slope):
-    """A column is a run of 32 chains: of the same process as their twins, but for its mean and standard deviation."""
-    pyro.set_rng_seed(0)
-    truth, sd, start = 0.2, 1.1, torch.randn(32, 400)
-    reference = torch.randn(20_000, 400)
-    alone, meter = DriftMeter(reference, start), DriftMeter(reference, start)
-    here = twin = start
-    for _ in range(8):
-        noise = math.sqrt(1 - slope**2) * torch.randn_like(here)
-        here, twin = truth + slope * (here - truth) + sd * noise, slope * twin + noise
-        meter.record(here, twin)
-        alone.record(here)
-    drift, without = meter.drift(), alone.drift()
-    if slope > 0.9:  # the limit is not known well enough to tell them apart
-        assert ((drift.error_se / without.error_se - 1).abs() < 0.05).double().mean() > 0.9
-        return
-    assert (drift.error_se / without.error_se).median() < 0.3
-    for found, noise, wanted in (
-        (drift.error, drift.error_se, -truth / sd),
-        (drift.variance, drift.variance_se, sd**2),
-    ):
-        assert (((found - wanted) / noise).abs() > 3).double().mean() < 0.03  # 0.003 for a normal error
-
-
-def test_chains_and_twins_of_one_density_stay_together():
-    def normal(z: Tensor) -> Tensor:
-        return -z.square().sum(-1) / 2
-
-    z = torch.randn(20, 5)
-    chains, twins = (Chains(normal, [White(z), White(2 * z)], z) for _ in range(2))
-    for adapt in (True, False):
-        for here, there in in_step(chains, twins, 3, adapt=adapt):
-            assert torch.equal(here, there)
-    assert not torch.equal(here, z)
-    state = torch.get_rng_state()
-    alone = Chains(normal, [White(z), White(2 * z)], z)
-    for _, there in in_step(alone, None, 2, adapt=False):
-        assert there is None
-    torch.set_rng_state(state)
-    again = Chains(normal, [White(z), White(2 * z)], z)
-    for _ in again.sweeps(2, adapt=False):
-        pass
-    assert torch.equal(alone.z, again.z)  # chains without twins take the same numbers
 
 
 def test_weights_see_errors_too():

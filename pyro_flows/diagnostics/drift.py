@@ -4,9 +4,6 @@ Chains leave the posterior invariant, so they drift if and only if the guide is 
 converge: if a function f decays as E[f_t | f_0] = μ + β (f_0 - μ), with β the slope of f_t in f_0, its limit is
 μ = (E[f_t] - β E[f_0]) / (1 - β).  The drift is extrapolated to this limit, with a standard error that grows if the
 chains are slow.
-
-Models that take long to run have few chains.  Each then has a *twin*, a chain of the guide's density with the same
-random numbers, whose mean is known.  It is a control variate: if the guide is nearly right, both have the same noise.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from .findings import Finding
 
 FLAG, SURE = 0.08, 0.05  # a certain error exceeds FLAG, and exceeds SURE by some standard errors
 SLOWEST = 0.95  # a larger slope tells nothing about the limit of a chain
-SLOW = 0.8  # a larger slope is not known well enough to compare a chain with its twin
 
 
 class Drift(NamedTuple):
@@ -97,30 +93,23 @@ class DriftMeter:
         self._scale = scale.where(scale > 0, 1.0)
         self._reference, self._start = self._standard(reference), self._standard(start)
         self._powers, self._count = torch.zeros(5, *start.shape, dtype=torch.float64, device=start.device), 0
-        self._of_twins: list[Tensor] = []  # the sums of first and second powers
 
-    def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
-        """Add the current quantities of the chains, ``(N, K)``, and those of their twins if there are any."""
+    def record(self, quantities: Tensor) -> None:
+        """Add the current quantities of the chains, ``(N, K)``."""
         standard = self._standard(quantities)
         for power in range(1, 5):
             self._powers[power] += standard**power
-        if of_twins is not None:
-            standard = self._standard(of_twins)
-            sums = self._of_twins or [torch.zeros_like(standard)] * 2
-            self._of_twins = [total + standard**power for power, total in enumerate(sums, 1)]
         self._count += 1
 
     def drift(self) -> Drift:
         """Return the errors that the chains show so far."""
         first, second, third, fourth = self._powers[1:] / self._count  # (N, K) each
-        twin, twin_second = [total / self._count for total in self._of_twins] or (None, None)
-        m, mean_se = arrival(self._reference, self._start, first, second, twin)
+        m, mean_se = arrival(self._reference, self._start, first, second)
         variance, variance_se = arrival(  # of squares about the mean, whose decay does not depend on the mean
             (self._reference - m).square(),
             (self._start - m).square(),
             second - 2 * m * first + m**2,
             fourth - 4 * m * third + 6 * m**2 * second - 4 * m**3 * first + m**4,
-            None if twin is None or twin_second is None else twin_second - 2 * m * twin + m**2,
         )
         variance_se = variance_se.hypot(3 * mean_se.square())  # an error of m of k standard errors adds k² mean_se²
         here = second.mean(0) - first.mean(0).square()  # for chains too slow to show the limit
@@ -131,9 +120,7 @@ class DriftMeter:
         return (quantities.double() - self._loc) / self._scale
 
 
-def arrival(
-    reference: Tensor, start: Tensor, now: Tensor, square: Tensor, twin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def arrival(reference: Tensor, start: Tensor, now: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """Return the limit of a function's mean along chains, ``(K,)``, and its standard error.
 
     Args:
@@ -141,31 +128,18 @@ def arrival(
         start: The function at the starts of the chains, ``(N, K)``.
         now: The mean of the function along each chain, ``(N, K)``.
         square: The mean of its square along each chain, ``(N, K)``.
-        twin: The mean of the function along each twin, ``(N, K)``.
     """
-    off, scale = start - start.mean(0), start.var(0, correction=0).clamp_min(1e-12)
-    slope, left = _left(now, off, scale)
-    rest, scatter, share = 1 - slope, left.var(0), torch.zeros_like(slope)
-    mean, of_slope, centre = (now.mean(0) - slope * start.mean(0)) / rest, scatter / scale, start.mean(0)
-    if twin is not None:
-        of_twin, left_of_twin = _left(twin, off, scale)
-        share = (left * left_of_twin).sum(0) / left_of_twin.square().sum(0).clamp_min(1e-12)
-        share = share.where(slope < SLOW, 0.0)
-        scatter, centre = (left - share * left_of_twin).var(0), torch.lerp(centre, reference.mean(0), share)
-        share = share * (1 - of_twin) / rest
-        mean = mean - share * ((twin.mean(0) - of_twin * start.mean(0)) / (1 - of_twin) - reference.mean(0))
+    off, moved = start - start.mean(0), now - now.mean(0)
+    scale = off.square().mean(0).clamp_min(1e-12)
+    slope = ((off * moved).mean(0) / scale).clamp(0, SLOWEST)
+    rest = 1 - slope
+    mean = (now.mean(0) - slope * start.mean(0)) / rest
+    scatter = (moved - slope * off).var(0) / len(start)
     # Few chains may miss the rare large values that make the variance of a heavy tail; the many draws contain them.
     seen = (square.mean(0) - now.mean(0).square()).clamp_min(1e-12)
-    scatter = scatter + (mean - centre).square() * of_slope  # twins have the same error of the slope
-    scatter = scatter * (reference.var(0) / seen).clamp_min(1) / rest**2 / len(start)
-    return mean, (scatter + (1 - share).square() * reference.var(0) / len(reference)).sqrt()
-
-
-def _left(now: Tensor, off: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slope of a function in its start, ``(K,)``, and what is left of each chain's deviation, ``(N, K)``."""
-    moved = now - now.mean(0)
-    slope = ((off * moved).mean(0) / scale).clamp(0, SLOWEST)
-    return slope, moved - slope * off
+    scatter = scatter * (reference.var(0) / seen).clamp_min(1)
+    of_slope = (now.mean(0) - start.mean(0)).square() * scatter / scale / rest**4
+    return mean, (scatter / rest**2 + of_slope + reference.var(0) / len(reference)).sqrt()
 
 
 def weighted_drift(quantities: Tensor, log_weights: Tensor) -> Drift:

@@ -34,7 +34,7 @@ from ..programs.latent_space import LatentSpace, Scored, sound_space
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
-from ..sampling.chains import FROZEN, Chains, in_step
+from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
 from .drift import FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import NEXT, Finding, worst
@@ -55,7 +55,6 @@ UNEQUAL = 0.4  # the total variation distance beyond which reliable weights must
 LOST = 0.05  # the largest share of the posterior's mass that a trusted guide may miss
 WORST_KHAT = 1.0  # beyond it the weights have no mean
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps to adapt steps, sweeps per block, and the most blocks
-SHORT = 4  # sweeps per block of chains with twins, which have little noise
 TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
 MANY = 1000  # latents beyond which a check looks at some of them
 LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
@@ -357,10 +356,10 @@ def _run(
         num_chains: The number of chains.
         calm: Whether the weights show no error, so that weaker evidence of the chains suffices.
     """
-    began, places = space.draw(num_chains), list[Tensor]()
+    began = space.draw(num_chains)
     chains = Chains(or_nan(space.log_p), charts, began.z)
-    twins = Chains(or_nan(space.log_q), charts, began.z) if space.dim > MANY else None
-    for z, _ in in_step(chains, twins, TRIES * ADAPT, adapt=True):
+    places = []
+    for z in chains.sweeps(TRIES * ADAPT, adapt=True):
         places.append(white.inverse(z))
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
             break
@@ -374,13 +373,12 @@ def _run(
     others = Scored(*(part[1::2] for part in draws))
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(white.inverse(some.z)[:, seen] @ axes for some in (others, began)))
-    size = SHORT if twins else BLOCK
-    for block in range(BLOCKS * BLOCK // size):
-        for both in in_step(chains, twins, size, adapt=False):
-            found = [(space.quantities(z), z) for z in both if z is not None]
-            meter.record(*(quantities for quantities, _ in found))
-            shape.record(*(_with_distance(space, white, quantities, z) for quantities, z in found))
-            compass.record(*(white.inverse(z)[:, seen] @ axes for _, z in found))
+    for block in range(BLOCKS):
+        for z in chains.sweeps(BLOCK, adapt=False):
+            quantities = space.quantities(z)
+            meter.record(quantities)
+            shape.record(_with_distance(space, white, quantities, z))
+            compass.record(white.inverse(z)[:, seen] @ axes)
         drift = meter.drift()
         right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
         if bool(right.all()) or (block > 0 and bool(drift.flagged(CERTAIN + CONTRARY * calm).any())):

@@ -208,29 +208,3 @@ class Chains:
             chances.append(float(chance.mean()))
         self.excess = own - (log_weights.logsumexp(0) - math.log(len(log_weights)))
         return places, sum(chances) / times
-
-
-def in_step(
-    chains: Chains, twins: Chains | None, number: int, *, adapt: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Sweep chains, and others with the same step sizes and random numbers; yield the places of both after each sweep.
-
-    Chains of similar densities that start at the same places stay close to each other, so that differences between
-    their means have little noise.
-
-    Args:
-        chains: The chains.
-        twins: As many chains of another density, in the same coordinates; None for none.
-        number: The number of sweeps.
-        adapt: True to adapt the step sizes to ``chains``.
-    """
-    for _ in range(number):
-        sizes, state = [(kernel.step, kernel.time) for kernel in chains.kernels], torch.get_rng_state()
-        chains.sweep(adapt=adapt)
-        if twins is not None:
-            for kernel, size in zip(twins.kernels, sizes, strict=True):
-                kernel.step, kernel.time = size
-            with torch.random.fork_rng():
-                torch.set_rng_state(state)
-                twins.sweep(adapt=adapt)
-        yield chains.z, None if twins is None else twins.z
