@@ -97,6 +97,50 @@ def test_a_start_that_cannot_be_improved_is_kept():
     assert fit_low_rank(lambda z: z.sum(-1) * 0 + math.nan, torch.zeros(5), 0.1, 2) is None
 
 
+@pytest.mark.parametrize(
+    "density",
+    [
+        lambda z: z.sum(-1),
+        lambda z: 0 * z.sum(-1),
+        lambda z: -z.abs().sum(-1),
+        lambda z: z.square().sum(-1).exp(),
+        lambda z: -1e20 * z.square().square().sum(-1),
+        lambda z: (5 * z).exp().sum(-1),
+    ],
+    ids=["linear", "flat", "laplace", "exploding", "steep", "exponential"],
+)
+@pytest.mark.parametrize("place", [0.0, 9.0, 1e3])
+def test_hostile_densities_end_the_search_without_an_error(density, place):
+    found = fit_low_rank(density, torch.full((20,), place), 0.1, 10)
+    assert found is None or all(bool(part.isfinite().all()) for part in found[:4])
+
+
+def test_the_search_ends_with_its_budget():
+    gradients = []
+
+    def counted(z: Tensor) -> Tensor:
+        gradients.append(len(z) if z.requires_grad else 0)
+        return density(z)
+
+    density, *_ = stretched_normal(torch.float64, 12)
+    fit_low_rank(counted, torch.zeros(DIM, dtype=torch.float64), 0.1, 40, budget=2000)
+    assert 2000 < sum(gradients) < 4000
+
+
+def test_a_diagonal_start_leaves_angles_alone_and_directions_need_a_place():
+    def angle():
+        pyro.sample("angle", dist.VonMises(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = pf.AutoFlow(angle).setup()
+    guide.start_at(torch.tensor([0.0, 5.0, -5.0]), torch.tensor([1.0, 2.0, 3.0]))
+    drawn = guide.sample(4000)["x"]
+    torch.testing.assert_close(drawn.mean(0), torch.tensor([5.0, -5.0]), atol=0.2, rtol=0)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.diag(torch.tensor([4.0, 9.0])), atol=0.8, rtol=0)
+    with pytest.raises(ValueError, match=r"AutoFlow.start_at: stretch must have at most 0 numbers .*, got 1"):
+        guide.start_at(torch.zeros(3), torch.ones(3), torch.eye(3)[:, :1], torch.ones(1))
+
+
 SIZE = 4100
 
 

@@ -33,6 +33,7 @@ from ..training.interrupts import watching
 
 MATCHED = 512  # latents, beyond which batch and match takes too many draws
 FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
+LEAST = 10_000  # gradients for a start of low rank
 SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
 Start = Gaussian | BlockGaussian | LowRankGaussian
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
@@ -72,7 +73,9 @@ def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watc
     """Start a guide of more latents than batch and match has draws for, unless too few rounds are within the budget."""
     dim, gradients = guide.latent_dim, budget / SHARE
     if dim > DENSE:
-        sparse = fit_low_rank(density, *guide.start, rank_for(dim), watch=watch)
+        if gradients < LEAST:
+            return None
+        sparse = fit_low_rank(density, *guide.start, rank_for(dim), budget=gradients, watch=watch)
         if sparse is not None:
             guide.start_at(sparse.loc, sparse.scale, sparse.directions, sparse.stretch)
         return sparse

@@ -226,6 +226,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 latents; or a diagonal s, ``(latent_dim,)``.
             directions: The directions Q, ``(latent_dim, R)``; none by default.
             stretch: The diagonal of E, ``(R,)``.
+
+        Raises:
+            ValueError: If there are more directions than the guide's map has, which has none for up to 4096 latents.
         """
         start_at(self.flow, loc, scale, self.circular, directions, stretch)
 

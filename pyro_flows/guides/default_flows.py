@@ -301,8 +301,11 @@ class Ends(NamedTuple):
         matrix = self.fixed.scale if self.fixed.dense else self.fixed.scale.diag()
         if self.correlations is None:
             return matrix
-        inner = self.correlations.scale
-        return matrix @ (inner if self.correlations.dense else inner.diag())
+        inner = self.correlations.scale if self.correlations.dense else self.correlations.scale.diag()
+        if self.correlations.rank:
+            directions, stretch = self.correlations.directions, self.correlations.stretch
+            inner = inner + inner @ (directions * (stretch - 1)) @ directions.T
+        return matrix @ inner
 
 
 def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
@@ -331,10 +334,19 @@ def start_at(
     """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned layers after it.
 
     ``scale`` is L, or its diagonal; then some directions may be stretched before.  Angles stay the same.
+
+    Raises:
+        ValueError: If there are more directions than the map has.
     """
     _, ends = split(flow)
+    most, given = 0 if ends.correlations is None else ends.correlations.rank, 0 if stretch is None else len(stretch)
+    if given > most:
+        raise ValueError(f"AutoFlow.start_at: stretch must have at most {most} numbers for this guide, got {given}.")
     ends.learned.load_state_dict(_learned(circular, 1.0).state_dict())
-    if any(circular):
+    if any(circular) and scale.dim() == 1:
+        angles = torch.as_tensor(circular, device=loc.device)
+        loc, scale = loc.masked_fill(angles, 0.0), scale.masked_fill(angles, 1.0)
+    elif any(circular):
         angles = torch.as_tensor(circular, device=loc.device)
         rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
         factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T

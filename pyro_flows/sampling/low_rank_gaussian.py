@@ -31,12 +31,13 @@ CURVED = 8  # draws of a round at which second derivatives are taken
 SHIFT = 0.5  # of differences of scores, in units of S, at first; later of the sharpest direction's deviation
 DAMPINGS = 0.0, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO
 SURE = 2.0  # standard errors by which a square of S must differ from the others to be moved apart
+HUGE, FLAT = 1e15, 1e-6  # the largest number of a product, and the least eigenvalue, relative to the largest or to one
 FAINT, RESTARTS = 1e-4, 3  # a length that is round-off, and new vectors of Lanczos' method after such
 SLACK = 0.5  # nats by which the ELBO may fall in a step
 FIRST = 8  # directions, which double when the ELBO rises no more: many would hide that S is wrong
 MOST = 16.0  # the largest factor of a square of S in a round
 STILL = 0.03  # the root mean square change, in standard deviations, at which the search ends
-AVERAGED = 12  # rounds at most
+ROUNDS, AVERAGED = 60, 12  # rounds at most, and those that are averaged
 
 
 class LowRankGaussian(NamedTuple):
@@ -68,7 +69,7 @@ class LowRankGaussian(NamedTuple):
 
 
 def fit_low_rank(
-    density: LogDensity, loc: Tensor, scale: float, rank: int, *, rounds: int = 60, watch: Watch = bool
+    density: LogDensity, loc: Tensor, scale: float, rank: int, *, budget: float = math.inf, watch: Watch = bool
 ) -> LowRankGaussian | None:
     """Fit a Gaussian of low rank plus diagonal; return None if no round improves on the start.
 
@@ -77,23 +78,28 @@ def fit_low_rank(
         loc: The start's mean, ``(D,)``.
         scale: The start's standard deviation.
         rank: The number R of directions.
-        rounds: The largest number of rounds.
+        budget: The number of gradients after which no further round begins.
         watch: Called after each round; True ends the search.
     """
     most = min(rank, len(loc))
     search = _Search(density, loc, scale, min(FIRST, most))
     began, averaged = search.q.elbo, 1
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         before = search.q.elbo
         search.advance(1 / averaged)
         rises = search.q.elbo > before + SLACK or not math.isfinite(search.q.elbo)
-        if watch() or averaged > AVERAGED or (averaged > 1 and not rises and search.step < STILL):
+        if (
+            watch()
+            or search.gradients > budget
+            or averaged > AVERAGED
+            or (averaged > 1 and not rises and search.step < STILL)
+        ):
             break
         if not rises and search.rank < most:
             search.rank = min(2 * search.rank, most)
         else:
             averaged += averaged > 1 or not rises
-    found = search.q
+    found = search.q._replace(is_near=averaged > 1)  # otherwise the ELBO was still rising
     return found if math.isfinite(found.elbo) and not found.elbo <= began else None
 
 
@@ -103,11 +109,12 @@ class _Search:
     Attributes:
         q: The Gaussian.
         step: The root mean square change of the last round, in standard deviations: of the mean or of log S.
+        gradients: The number of gradients so far.
     """
 
     def __init__(self, density: LogDensity, loc: Tensor, scale: float, rank: int) -> None:
         self.density, self.like, self.rank = density, loc, rank
-        self.step, self._shift = math.inf, SHIFT
+        self.step, self.gradients, self._shift = math.inf, 0, SHIFT
         none = loc.new_zeros(len(loc), 0)
         q = LowRankGaussian(loc, torch.full_like(loc, scale), none, none[0])
         self.q = q._replace(elbo=self._judged(q, self._noise()))
@@ -117,12 +124,14 @@ class _Search:
         noise, q = self._noise(), self.q
         z = q.place(noise)
         value, score = value_and_score(self.density, z)
+        self.gradients += len(z)
         usable = value.isfinite() & score.isfinite().all(-1)
-        if usable.sum() < len(score) / 2:
+        gradient = q.scale * score[usable].mean(0)
+        found = self._curvature(z[usable][:CURVED], gradient, rate) if usable.sum() >= len(z) / 2 else None
+        if found is None:
             self.q = q._replace(scale=q.scale / 2)
             return
-        gradient = q.scale * score[usable].mean(0)
-        basis, values = self._curvature(z[usable][:CURVED], gradient, rate)
+        basis, values = found
         start, moved = self._judged(q, noise), 0.0
         for damping in DAMPINGS:
             damped = values * (1 + damping)
@@ -139,6 +148,7 @@ class _Search:
         noise = self._noise()
         z = q.place(noise)
         value, score = value_and_score(self.density, z)
+        self.gradients += len(z)
         own = q.stretched(noise, q.stretch) * q.stretched(noise, 1 / q.stretch) - 1  # with mean zero
         usable = value.isfinite() & score.isfinite().all(-1)
         terms = _controlled((score * (q.loc - z))[usable], own[usable])
@@ -152,12 +162,13 @@ class _Search:
                 return
             change = change / 4
 
-    def _curvature(self, places: Tensor, start: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    def _curvature(self, places: Tensor, start: Tensor, rate: float) -> tuple[Tensor, Tensor] | None:
         """Return orthonormal directions Q, ``(D, R)``, and the diagonal of Qᵀ H Q, ``(R,)``, from a first vector.
 
-        H is blended with the present precision, and has the share ``rate``.
+        H is blended with the present precision, and has the share ``rate``.  None if a product is not finite.
         """
-        vector, restarts = start if bool(start.norm() > 0) else torch.randn_like(start), 0
+        vector, restarts = start / start.abs().max(), 0  # whose square may overflow
+        vector = vector if bool(vector.isfinite().all()) else torch.randn_like(start)
         basis = start.new_zeros(self.rank, len(start))
         diagonal: list[float] = []
         beside: list[float] = []
@@ -167,13 +178,15 @@ class _Search:
             if rate < 1:
                 present = self.q.stretched(basis[place], self.q.stretch.square().reciprocal())
                 product = torch.lerp(present, product, rate)
+            if not bool(product.isfinite().all()) or float(product.abs().max()) > HUGE:
+                return None
             diagonal.append(float(basis[place] @ product))
             known = basis[: place + 1]
             for _ in range(2):  # once loses orthogonality to round-off
                 product = product - (known @ product) @ known
             beside.append(float(product.norm()))
             vector = product
-            if beside[-1] < FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
+            if beside[-1] <= FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
                 if restarts == RESTARTS:
                     basis = basis[: place + 1]
                     break
@@ -185,15 +198,17 @@ class _Search:
         ends = torch.tensor(beside[: size - 1], dtype=torch.float64)
         matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + ends.diag(1) + ends.diag(-1)
         values, vectors = torch.linalg.eigh(matrix)
-        values = values.abs().clamp_min(max(1e-6 * float(values.abs().max()), 1e-12))
+        values = values.abs().clamp_min(FLAT * max(1.0, float(values.abs().max())))
         self._shift = SHIFT / max(1.0, float(values.max()) ** 0.5)
         return basis.T @ vectors.to(basis), values.to(basis)
 
     def _product(self, places: Tensor, vector: Tensor) -> Tensor:
-        """Return H times a vector."""
+        """Return H times a vector, by differences of scores at the draws where they are finite."""
         shift = self._shift * self.q.scale * vector
         forth, back = score_of(self.density, torch.cat((places + shift, places - shift))).chunk(2)
-        return self.q.scale * (back - forth).mean(0).nan_to_num(0.0) / (2 * self._shift)
+        self.gradients += 2 * len(places)
+        apart = back - forth
+        return self.q.scale * apart[apart.isfinite().all(-1)].mean(0) / (2 * self._shift)
 
     def _noise(self) -> Tensor:
         half = torch.randn(PAIRS, len(self.like), dtype=self.like.dtype, device=self.like.device)
