@@ -52,6 +52,7 @@ COLUMNS = (
     *("program", "data", "guide", "seconds", "step_ms", "elbo", "elbo_se", "evidence"),
     *("shared", "sd_ratios", "local", "within"),
 )
+ANSWERS = {"shared": "shared", "sd ratio": "sd_ratios", "local": "local", "within": "within"}  # columns by title
 OURS = {  # by name, with the steps of a fit
     "AutoStructuredFlow": (pf.AutoStructuredFlow, None),
     "AutoFlow": (pf.AutoFlow, None),
@@ -482,14 +483,12 @@ def page(rows: list[Row]) -> str:
             lines.append(f"The data are those of `{source[name]}`.")
         if evidence[name]:
             lines.append(f"The log evidence is {evidence[name]} nats.")
-        lines += [
-            "",
-            "| guide | ELBO, nats | shared | sd ratio | local | within | s |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in (row for row in rows if row["program"] == name):
-            cells = f"{row['elbo']} ± {row['elbo_se']} | {row['shared']} | {row['sd_ratios']}"
-            lines.append(f"| {row['guide']} | {cells} | {row['local']} | {row['within']} | {row['seconds']} |")
+        own = [row for row in rows if row["program"] == name]
+        shown = {title: column for title, column in ANSWERS.items() if any(row[column] for row in own)}
+        lines += ["", f"| {' | '.join(('guide', 'ELBO, nats', *shown, 's'))} |", f"|---|{'---:|' * (len(shown) + 2)}"]
+        for row in own:
+            cells = row["guide"], f"{row['elbo']} ± {row['elbo_se']}", *(row[column] for column in shown.values())
+            lines.append(f"| {' | '.join((*cells, row['seconds']))} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -60,6 +60,7 @@ def regression(dim: int, rows: int):
     return density
 
 
+@pytest.mark.slow
 def test_more_coefficients_than_rows():
     density = regression(120, 20)
     best = fit_gaussian(density, torch.zeros(120, dtype=torch.float64), 0.1)

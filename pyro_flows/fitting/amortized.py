@@ -279,7 +279,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
                 )
             check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
-            guide.start_at(z.median(0).values, torch.diag(_spread(z)))
+            guide.start_at(z.median(0).values, _spread(z))
             args, kwargs = simulator.arguments(simulations.data)
             initialize(Call(CALLER, simulator.model.call, args, kwargs), guide.encoder)
     return z, log_det

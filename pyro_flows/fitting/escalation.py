@@ -284,7 +284,7 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit:
             break
         again, name = guide.rebuilt(), f"start {number}"
         place = _elsewhere(LatentSpace(ladder.task), guide.start[0])
-        again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
+        again.start_at(place, torch.full_like(place, guide.start[1]))
         fit = ladder.fit(name, again)
         ladder.note(Rung(name, fit, None, fit.seconds))
     return max(ladder.rungs[before:], key=lambda rung: rung.elbo).fit

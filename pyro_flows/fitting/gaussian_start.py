@@ -65,7 +65,7 @@ def start_from_gaussian(
         if guide.latent_dim > MATCHED:
             return _start_wide(guide, density, budget, watch)
         found = fit_gaussian(density, *guide.start, budget=budget, watch=watch)
-    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
+    guide.start_at(found.loc, found.scale_tril.norm(dim=-1) if found.is_poor else found.scale_tril)
     return found
 
 

@@ -222,8 +222,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
-            scale: Their Cholesky factor L, ``(latent_dim, latent_dim)``, of which only the marginals count beyond 4096
-                latents; or a diagonal s, ``(latent_dim,)``.
+            scale: Their Cholesky factor L, ``(latent_dim, latent_dim)``, or a diagonal s, ``(latent_dim,)``.  Only
+                the marginals of L count beyond 4096 latents.
             directions: The directions Q, ``(latent_dim, R)``; none by default.
             stretch: The diagonal of E, ``(R,)``.
 

@@ -343,14 +343,15 @@ def start_at(
     if given > most:
         raise ValueError(f"AutoFlow.start_at: stretch must have at most {most} numbers for this guide, got {given}.")
     ends.learned.load_state_dict(_learned(circular, 1.0).state_dict())
-    if any(circular) and scale.dim() == 1:
+    if any(circular):
         angles = torch.as_tensor(circular, device=loc.device)
-        loc, scale = loc.masked_fill(angles, 0.0), scale.masked_fill(angles, 1.0)
-    elif any(circular):
-        angles = torch.as_tensor(circular, device=loc.device)
-        rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
-        factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
-        loc, scale = loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
+        loc = loc.masked_fill(angles, 0.0)
+        if scale.dim() == 1:
+            scale = scale.masked_fill(angles, 1.0)
+        else:
+            rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
+            factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
+            scale = factor * factor.diagonal().sign()
     if ends.correlations is not None and ends.bend is not None:
         nn.init.zeros_(ends.bend.params)
         deviation = scale.norm(dim=-1) if scale.dim() == 2 else scale

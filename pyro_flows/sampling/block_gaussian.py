@@ -52,6 +52,11 @@ SLACK = 0.5  # nats by which the ELBO may fall in a step
 Watch = Callable[[], bool]
 
 
+def slack(elbo: float, like: Tensor) -> float:
+    """Return the nats by which an ELBO may fall in a step: noise of draws, and round-off of large sums."""
+    return SLACK + 16 * torch.finfo(like.dtype).eps * abs(elbo)
+
+
 class Layout(NamedTuple):
     """The latents of a block in the packed vector.
 
@@ -258,15 +263,11 @@ class _Search:
                 rate /= 2
                 continue
             elbo = self._judged(moved, noise)
-            if elbo >= start - self._slack(start) or not math.isfinite(start):
+            if elbo >= start - slack(start, self.like) or not math.isfinite(start):
                 self.step = self._size(blocks, change / rate)
                 self.loc, self.precision, self.blocks, self.elbo = self.loc + change, precision, moved, elbo
                 return True
         return False
-
-    def _slack(self, elbo: float) -> float:
-        """Return the nats by which the ELBO may fall in a step: noise of draws, and round-off of large sums."""
-        return SLACK + 16 * torch.finfo(self.like.dtype).eps * abs(elbo)
 
     def _size(self, blocks: list[Conditional], change: Tensor) -> float:
         """Return the root mean square of a step in standard deviations, of the block in which it is largest."""

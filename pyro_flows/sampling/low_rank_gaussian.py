@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from ..programs.log_density import LogDensity, score_of, value_and_score
+from ..transforms.linear import stretched
+from .block_gaussian import SLACK, slack
 from .gaussian import Watch
 
 PAIRS = 64  # antithetic pairs of draws of a round
@@ -33,7 +35,6 @@ DAMPINGS = 0.0, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the
 SURE = 2.0  # standard errors by which a square of S must differ from the others to be moved apart
 HUGE, FLAT = 1e15, 1e-6  # the largest number of a product, and the least eigenvalue, relative to the largest or to one
 FAINT, RESTARTS = 1e-4, 3  # a length that is round-off, and new vectors of Lanczos' method after such
-SLACK = 0.5  # nats by which the ELBO may fall in a step
 FIRST = 8  # directions, which double when the ELBO rises no more: many would hide that S is wrong
 MOST = 16.0  # the largest factor of a square of S in a round
 STILL = 0.03  # the root mean square change, in standard deviations, at which the search ends
@@ -65,7 +66,7 @@ class LowRankGaussian(NamedTuple):
 
     def stretched(self, w: Tensor, by: Tensor) -> Tensor:
         """Return w with its parts along the directions multiplied by numbers, ``(R,)``."""
-        return w + (w @ self.directions * (by - 1)) @ self.directions.T
+        return stretched(w, self.directions, by)
 
 
 def fit_low_rank(
@@ -138,7 +139,7 @@ class _Search:
             change = basis @ (basis.T @ gradient / damped)
             new = q._replace(loc=q.loc + rate * q.scale * change, directions=basis, stretch=damped.rsqrt())
             elbo = self._judged(new, noise)
-            if elbo >= start - self._slack(start) or not math.isfinite(start):
+            if elbo >= start - slack(start, self.like) or not math.isfinite(start):
                 q, moved = new, float((basis.T @ change).mul(damped.sqrt()).norm())
                 break
         self._rescale(q, rate, moved * len(q.loc) ** -0.5)
@@ -157,7 +158,7 @@ class _Search:
         for _ in DAMPINGS:
             new = q._replace(scale=q.scale * change.exp())
             elbo = self._judged(new, noise)
-            if elbo >= start - self._slack(start) or not math.isfinite(start):
+            if elbo >= start - slack(start, self.like) or not math.isfinite(start):
                 self.q, self.step = new._replace(elbo=elbo), max(moved, float(change.square().mean().sqrt()) / rate)
                 return
             change = change / 4
@@ -182,18 +183,14 @@ class _Search:
                 return None
             diagonal.append(float(basis[place] @ product))
             known = basis[: place + 1]
-            for _ in range(2):  # once loses orthogonality to round-off
-                product = product - (known @ product) @ known
-            beside.append(float(product.norm()))
-            vector = product
+            vector = _across(product, known)
+            beside.append(float(vector.norm()))
             if beside[-1] <= FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
                 if restarts == RESTARTS:
                     basis = basis[: place + 1]
                     break
                 beside[-1], restarts = 0.0, restarts + 1
-                vector = torch.randn_like(start)
-                for _ in range(2):
-                    vector = vector - (known @ vector) @ known
+                vector = _across(torch.randn_like(start), known)
         size = len(basis)
         ends = torch.tensor(beside[: size - 1], dtype=torch.float64)
         matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + ends.diag(1) + ends.diag(-1)
@@ -214,15 +211,19 @@ class _Search:
         half = torch.randn(PAIRS, len(self.like), dtype=self.like.dtype, device=self.like.device)
         return torch.cat((half, -half))
 
-    def _slack(self, elbo: float) -> float:
-        return SLACK + 16 * torch.finfo(self.q.loc.dtype).eps * abs(elbo)
-
     @torch.no_grad()
     def _judged(self, q: LowRankGaussian, noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
         log_q = -noise.square().sum(-1) / 2 - len(q.loc) / 2 * math.log(2 * math.pi)
         log_q = log_q - q.scale.log().sum() - q.stretch.log().sum()
         return float((self.density(q.place(noise)) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
+
+
+def _across(vector: Tensor, known: Tensor) -> Tensor:
+    """Return what is left of a vector without its parts along orthonormal rows, ``(n, D)``."""
+    for _ in range(2):  # once loses orthogonality to round-off
+        vector = vector - (known @ vector) @ known
+    return vector
 
 
 def _controlled(terms: Tensor, known: Tensor) -> Tensor:

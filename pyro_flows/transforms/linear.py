@@ -255,6 +255,11 @@ class ScaledLinear(Paced, Factored):
         return columns.T.reshape(y.shape), -log_scale.sum().expand(y.shape[:-1])
 
 
+def stretched(rows: Tensor, directions: Tensor, by: Tensor) -> Tensor:
+    """Multiply the parts of rows ``(*batch, D)`` along orthonormal directions, ``(D, R)``, by numbers, ``(R,)``."""
+    return rows + (rows @ directions * (by - 1)) @ directions.T
+
+
 class FixedAffine(VectorTransform):
     """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
 
@@ -328,35 +333,30 @@ class FixedAffine(VectorTransform):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scale, log_det = self._matrix(), self._log_det(x)
         if self.rank:
-            x = self._stretched(x, self.stretch.detach())
+            x = stretched(x, self.directions.detach(), self.stretch.detach())
         return self.loc.detach() + (x @ scale.T if self.dense else x * scale), log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         away, log_det = y - self.loc.detach(), -self._log_det(y)
         if self.rank:
-            return self._stretched(away / self._matrix(), 1 / self.stretch.detach()), log_det
+            return stretched(away / self._matrix(), self.directions.detach(), 1 / self.stretch.detach()), log_det
         return self._divided(away, transposed=True), log_det
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if self.rank:  # the stretch is symmetric
-            score = self._stretched(score, 1 / self.stretch.detach()) / self._matrix()
-            return *self.forward_and_log_det(x), score
+            score = stretched(score, self.directions.detach(), 1 / self.stretch.detach())
+            return *self.forward_and_log_det(x), score / self._matrix()
         return *self.forward_and_log_det(x), self._divided(score, transposed=False)
 
     def _matrix(self) -> Tensor:
         return self.scale.detach().tril() if self.dense else self.scale.detach()
 
     def _log_det(self, x: Tensor) -> Tensor:
-        scale = self._matrix()
+        scale = self.scale.detach()
         log_det = (scale.diagonal() if self.dense else scale).abs().log().sum()
         if self.rank:
             log_det = log_det + self.stretch.detach().log().sum()
         return log_det.expand(x.shape[:-1])
-
-    def _stretched(self, rows: Tensor, by: Tensor) -> Tensor:
-        """Multiply the parts of rows ``(*batch, D)`` along the directions by numbers, ``(R,)``."""
-        directions = self.directions.detach()
-        return rows + (rows @ directions * (by - 1)) @ directions.T
 
     def _divided(self, rows: Tensor, transposed: bool) -> Tensor:
         """Multiply rows ``(*batch, D)`` from the right by the inverse of the matrix, or of its transpose."""
