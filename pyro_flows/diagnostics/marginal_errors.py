@@ -53,16 +53,21 @@ class ShapeMeter:
         self._levels = _quantiles(reference)
         self._reference, self._start = self._below(reference[:FEW]), self._below(start)
         self._total, self._count = torch.zeros_like(self._start), 0
+        self._of_twins: Tensor | None = None
 
-    def record(self, quantities: Tensor) -> None:
-        """Add the current quantities of the chains, ``(N, K)``."""
+    def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
+        """Add the current quantities of the chains, ``(N, K)``, and always or never those of their twins."""
         self._total += self._below(quantities)
+        if of_twins is not None:
+            own = self._below(of_twins)
+            self._of_twins = own if self._of_twins is None else self._of_twins + own
         self._count += 1
 
     def shape(self) -> Shape:
         """Return the errors that the chains show so far."""
-        mean = self._total / self._count
-        found, noise = (part.reshape(len(LEVELS), -1) for part in arrival(self._reference, self._start, mean, mean))
+        mean, twin = self._total / self._count, None if self._of_twins is None else self._of_twins / self._count
+        arrived = arrival(self._reference, self._start, mean, mean, twin)
+        found, noise = (part.reshape(len(LEVELS), -1) for part in arrived)
         return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)
 
     def _below(self, quantities: Tensor) -> Tensor:

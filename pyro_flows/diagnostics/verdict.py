@@ -36,17 +36,17 @@ from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
-from .drift import FLAG, SURE, Drift, DriftMeter, weighted_drift
+from .drift import CERTAIN, FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import NEXT, Finding, worst
 from .importance import Psis, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_modes import Missing, search
 from .outliers import outliers
 from .row_weights import RowWeights, row_weights
+from .suspects import Suspects, suspects
 
 LIMIT = 0.1  # the largest error of trusted draws, in standard deviations
 BENT = 0.3  # the same along whitened directions, which show correlations and far tails
-CERTAIN = 3.0  # standard errors by which a certain error exceeds what is sure to be right
 DOUBT = 2.5  # standard errors of an error beyond LIMIT that chains alone must show
 CALM = 0.5  # k-hat below which weights that show no error count for more
 CONTRARY = 2.0  # additional standard errors that chains must then show
@@ -54,11 +54,12 @@ OUTSIDE = 0.002  # the share of draws without a density that numerical overflow 
 UNEQUAL = 0.4  # the total variation distance beyond which reliable weights must be used
 LOST = 0.05  # the largest share of the posterior's mass that a trusted guide may miss
 WORST_KHAT = 1.0  # beyond it the weights have no mean
-ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps to adapt steps, sweeps per block, and the most blocks
+ADAPT, BLOCK, SWEEPS = 4, 10, 50  # sweeps to adapt steps, sweeps per block, and the most afterwards
+SHORT = 5  # sweeps per block of chains with twins, which have little noise
 TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
 MANY = 1000  # latents beyond which a check looks at some of them
 LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
-NUMBERS = 10_000_000, 200_000  # of weighted draws and of chains, about
+NUMBERS = 10_000_000, 100_000  # of weighted draws and of chains, about
 FEWEST = 500, 32  # draws and chains of many latents
 BATCH = 20_000_000  # numbers of draws that are found at once
 
@@ -279,8 +280,9 @@ def check(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         space = sound_space(task)
-        alone, scope = space.task.runs_one_by_one, _looked_at(space)
-        number, count, at_once = _sizes(space)
+        alone, (number, count, at_once) = space.task.runs_one_by_one, _sizes(space)
+        suspected = suspects(space, at_once) if space.dim > MANY else None
+        scope = _looked_at(space, suspected)
         draws = space.draw(num_samples or number, at_once)
         psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
@@ -289,7 +291,10 @@ def check(
         weighted = weighted_drift(draws.quantities, psis.smoothed)
         of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
         calm = _is_calm(psis, weighted)
-        chains, directions, of_chains, acceptance = _run(space, charts, white, draws, num_chains or count, calm)
+        charts = [suspected.chart] if suspected else charts
+        chains, directions, of_chains, acceptance = _run(
+            space, charts, white, draws, num_chains or count, calm, suspected
+        )
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
         rows = row_weights(space, at_once) if scope else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
@@ -298,18 +303,19 @@ def check(
     return replace(seen, findings=tuple(judge(seen)))
 
 
-def _looked_at(space: LatentSpace) -> str:
-    """Keep all quantities of small sites and a random part of the others, if there are many latents; say which."""
-    if space.dim <= MANY:
+def _looked_at(space: LatentSpace, suspected: Suspects | None) -> str:
+    """Keep all quantities of small sites, suspects, and a random part of the others, if there are many; say which."""
+    if suspected is None:
         return ""
     sites, sizes = space.read.sites, Counter(space.read.sites)
     small = torch.tensor([sizes[site] <= SMALL for site in sites])
     chosen = torch.rand(len(sites)).masked_fill(small, -1).argsort()[: max(LOOKED, int(small.sum()))]
+    chosen = torch.cat((chosen, suspected.quantities.cpu()))
     space.read.keep(torch.zeros(len(sites), dtype=torch.bool).index_fill(0, chosen, True))
     kept = Counter(space.read.sites)
     whole = [f"all of {site!r}" for site, size in sizes.items() if kept[site] == size]
     parts = [f"{kept[site]} of the {size:,} numbers of {site!r}" for site, size in sizes.items() if kept[site] < size]
-    return f"They looked at {', '.join([*whole, *parts])}, and not for other modes."
+    return f"They looked at {', '.join([*whole, *parts])}, the most suspect and random ones, and not for other modes."
 
 
 def _sizes(space: LatentSpace) -> tuple[int, int, int]:
@@ -338,13 +344,25 @@ def _varying(space: LatentSpace, draws: Scored) -> Scored:
 
 
 def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
-    """Append the squared distance of z from the centre, 0 if some latents are angles: ``(N, K) -> (N, K + 1)``."""
+    """Append the squared distance of z from the centre: ``(N, K) -> (N, K + 1)``.
+
+    It is 0 if some latents are angles, and with many latents, whose small errors add up in it.
+    """
     distance = white.inverse(z).square().sum(-1, keepdim=True)
-    return torch.cat((quantities, torch.zeros_like(distance) if space.read.angles else distance), -1)
+    if space.read.angles or space.dim > MANY:
+        distance = torch.zeros_like(distance)
+    return torch.cat((quantities, distance), -1)
 
 
+@torch.no_grad()
 def _run(
-    space: LatentSpace, charts: list[Coordinates], white: White, draws: Scored, num_chains: int, calm: bool
+    space: LatentSpace,
+    charts: list[Coordinates],
+    white: White,
+    draws: Scored,
+    num_chains: int,
+    calm: bool,
+    suspected: Suspects | None,
 ) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from new draws of the guide until their drift is decided.
 
@@ -355,35 +373,56 @@ def _run(
         draws: Draws of the guide.
         num_chains: The number of chains.
         calm: Whether the weights show no error, so that weaker evidence of the chains suffices.
+        suspected: The directions to look at, if there are many latents.
     """
-    began = space.draw(num_chains)
-    chains = Chains(or_nan(space.log_p), charts, began.z)
-    places = []
+    began, places = space.draw(num_chains), list[Tensor]()
+    chains = _chains(space, charts, began.z, suspected is not None and space.has_log_q)
     for z in chains.sweeps(TRIES * ADAPT, adapt=True):
-        places.append(white.inverse(z))
+        places.append(white.inverse(z[:num_chains]))
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
             break
-    seen = torch.randperm(space.dim)[:LOOKED] if space.dim > MANY else torch.arange(space.dim)
-    covariance = torch.cov(torch.cat(places)[:, seen].T).reshape(len(seen), len(seen))
-    extremes = torch.linalg.eigh(covariance).eigenvectors[:, [0, -1]]
-    axes = torch.cat((torch.eye(len(seen)).to(extremes), extremes), -1)
+    chart, axes = (suspected.chart, suspected.directions) if suspected else (white, _axes(torch.cat(places)))
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
-    meter = DriftMeter(draws.quantities, began.quantities)
     others = Scored(*(part[1::2] for part in draws))
+    meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
-    compass = DriftMeter(*(white.inverse(some.z)[:, seen] @ axes for some in (others, began)))
-    for block in range(BLOCKS):
-        for z in chains.sweeps(BLOCK, adapt=False):
+    compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
+    size = SHORT if len(chains.z) > num_chains else BLOCK
+    for block in range(SWEEPS // size):
+        for z in chains.sweeps(size, adapt=False):
             quantities = space.quantities(z)
-            meter.record(quantities)
-            shape.record(_with_distance(space, white, quantities, z))
-            compass.record(white.inverse(z)[:, seen] @ axes)
-        drift = meter.drift()
-        right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
-        if bool(right.all()) or (block > 0 and bool(drift.flagged(CERTAIN + CONTRARY * calm).any())):
+            meter.record(*quantities.split(num_chains))
+            shape.record(*_with_distance(space, white, quantities, z).split(num_chains))
+            compass.record(*(chart.inverse(z) @ axes).split(num_chains))
+        drift, along = meter.drift(), compass.drift().unless_beyond(BENT, compass.so_far())
+        right = bool((drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT).all())
+        clear = suspected is None or bool((along.errors + along.noise < BENT).all())
+        off = bool(drift.flagged(CERTAIN + CONTRARY * calm).any())
+        bent = suspected is not None and bool(along.beyond(BENT).any())
+        if (right and clear) or (block > 0 and (off or bent)):
             break
-    return drift, compass.drift(), shape.shape(), chains.acceptance
+    return drift, along, shape.shape(), chains.acceptance
+
+
+def _chains(space: LatentSpace, charts: list[Coordinates], z: Tensor, have_twins: bool) -> Chains:
+    """Return chains of the posterior from z, ``(N, D)``, and after them their twins, of the guide, if asked for."""
+    log_p, log_q = or_nan(space.log_p), or_nan(space.log_q)
+    if not have_twins:
+        return Chains(log_p, charts, z)
+
+    def both(z: Tensor) -> Tensor:
+        first, second = z.chunk(2)
+        return torch.cat((log_p(first), log_q(second)))
+
+    return Chains(both, charts, torch.cat((z, z)), groups=2)
+
+
+def _axes(x: Tensor) -> Tensor:
+    """Return all directions of whitened places ``(N, D)``, and the two in which they spread least and most."""
+    covariance = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    extremes = torch.linalg.eigh(covariance).eigenvectors[:, [0, -1]]
+    return torch.cat((torch.eye(len(covariance)).to(extremes), extremes), -1)
 
 
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
@@ -463,16 +502,16 @@ def _misshapen(seen: Check) -> Iterator[Finding]:
         yield shape.worst([*seen.names, "the distance from the middle"], verdict)
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
     apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
-    if seen.psis.reliable and apart > UNEQUAL:
+    if seen.psis.reliable and apart > UNEQUAL and not seen.scope:  # small errors of many latents add up
         yield Finding("weights", "", apart, verdict="reweight")
 
 
 def _doubts(seen: Check) -> list[Finding]:
     """Return the gravest doubt about draws without a certain error, or nothing."""
     psis, chains, directions, names = seen.psis, seen.chains, seen.directions, seen.names
-    bent = directions.errors - 3 * directions.noise > BENT
+    bent = directions.beyond(BENT)
+    labels = [f"whitened direction {i}" for i in range(len(directions.error))]
     if bool(bent.any()):
-        labels = [f"whitened direction {i}" for i in range(len(directions.error))]
         return [directions.worst(labels, bent, "whitened")]
     if psis.khat >= WORST_KHAT and not psis.even and not seen.scope:
         return [Finding("tails", "", psis.khat)]
@@ -480,6 +519,8 @@ def _doubts(seen: Check) -> list[Finding]:
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False for NaN too, from chains that overflowed
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
+    if seen.scope and not bool((directions.noise <= BENT).all()):
+        return [directions.worst(labels, directions.noise > BENT, "unclear")]
     doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + _more(seen)) * chains.noise)
     doubtful[1] &= chains.variance > 1  # guides that are too narrow, which weights cannot show
     return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []

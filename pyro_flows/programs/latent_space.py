@@ -188,6 +188,16 @@ class LatentSpace:
         found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held, len(z))
         return found[OWN] + _total(changes.values())
 
+    @functools.cached_property
+    def has_log_q(self) -> bool:
+        """True if the guide has a density at vectors that it did not draw."""
+        with torch.no_grad():
+            z = self.draw_alone(2, 2)
+            try:
+                return bool(self.log_q(z.flip(0)).isfinite().all())
+            except (NotImplementedError, KeyError):  # its transform has no inverse
+                return False
+
     def latents(self, z: Tensor) -> Values:
         """Return the model's latents at z: each ``(N, *shape)``."""
         return self._place(z)[0]

@@ -43,6 +43,7 @@ class HMC:
         coordinates: The coordinates.
         dim: The number D of dimensions.
         max_steps: The largest number of leapfrog steps per transition.
+        groups: The number of groups of chains, one after another in N, that share their random numbers.
 
     Attributes:
         step: The step size ε.
@@ -50,10 +51,14 @@ class HMC:
         acceptance: The mean acceptance of the latest transition.
         gradients: The number of gradients so far; one evaluation for all chains counts as one.
         divergences: The number of divergent trajectories so far, summed over chains.
+
+    Steps adapt to the first group.  ``acceptance`` and ``divergences`` are those of that group.
     """
 
-    def __init__(self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8) -> None:
-        self.density, self.coordinates, self.max_steps = density, coordinates, max_steps
+    def __init__(
+        self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8, groups: int = 1
+    ) -> None:
+        self.density, self.coordinates, self.max_steps, self.groups = density, coordinates, max_steps, groups
         self.step, self.time = 1.2 * dim**-0.25, QUARTER
         self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
         self._count, self._first, self._second = 0, 0.0, 0.0
@@ -70,11 +75,12 @@ class HMC:
         start = self._latest
         if start is None or start.z is not z or start.coordinates is not self.coordinates:
             start = self._state(self.coordinates.inverse(z))
-        factor = LEAST + (MOST - LEAST) * torch.rand(len(z), 1, dtype=z.dtype, device=z.device)
+        first = len(z) // self.groups  # the chains of the first group
+        factor = LEAST + (MOST - LEAST) * self._shared(torch.rand_like(start.x[:first, :1]))
         count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
         size = min(self.step, self.time / count) * factor  # (N, 1)
         self.gradients += 1 + count
-        momentum = torch.randn_like(start.x)
+        momentum = self._shared(torch.randn_like(start.x[:first]))
         energy = start.log_p - momentum.square().sum(-1) / 2
         end = start
         for _ in range(count):
@@ -82,14 +88,19 @@ class HMC:
             end = self._state(end.x + size * momentum)
             momentum = momentum + size / 2 * end.score
         error = (end.log_p - momentum.square().sum(-1) / 2 - energy).nan_to_num(-math.inf, math.inf, -math.inf)
-        self.divergences += int((error < -DIVERGED).sum())
+        self.divergences += int((error[:first] < -DIVERGED).sum())
         chance = error.clamp_max(0).exp()
-        taken = torch.rand_like(chance) < chance
-        self.acceptance = float(chance.mean())
+        taken = self._shared(torch.rand_like(chance[:first])) < chance
+        self.acceptance = float(chance[:first].mean())
         if adapt:
-            self._adapt(start.x, end.x, momentum, chance, count * size.squeeze(-1))
+            times = count * size.squeeze(-1)
+            self._adapt(*(part[:first] for part in (start.x, end.x, momentum, chance, times)))
         self._latest = start.replaced(taken, end)
         return self._latest.z, self._latest.log_p - self._latest.log_det
+
+    def _shared(self, numbers: Tensor) -> Tensor:
+        """Return random numbers of one group for all groups."""
+        return torch.cat([numbers] * self.groups)
 
     def _adapt(self, x: Tensor, end: Tensor, momentum: Tensor, chance: Tensor, times: Tensor) -> None:
         """Adapt the step size to the acceptance, and the travel time by a step of Adam."""
@@ -145,6 +156,7 @@ class Chains:
         coordinates: The coordinates to move in: the first set in each sweep, the others in every second sweep.
         z: The chains' starts, ``(N, D)``.
         max_steps: The largest number of leapfrog steps per transition.
+        groups: The number of groups of chains that share their random numbers.
 
     Attributes:
         z: The chains' current places, ``(N, D)``.
@@ -154,9 +166,16 @@ class Chains:
         count: The number of sweeps so far.
     """
 
-    def __init__(self, density: LogDensity, coordinates: Sequence[Coordinates], z: Tensor, max_steps: int = 8) -> None:
+    def __init__(
+        self,
+        density: LogDensity,
+        coordinates: Sequence[Coordinates],
+        z: Tensor,
+        max_steps: int = 8,
+        groups: int = 1,
+    ) -> None:
         self.z, self.log_p = z, torch.full(z.shape[:1], math.nan).to(z)
-        self.kernels = [HMC(density, one, z.shape[1], max_steps) for one in coordinates]
+        self.kernels = [HMC(density, one, z.shape[1], max_steps, groups) for one in coordinates]
         self.excess = torch.zeros_like(self.log_p)
         self.count = 0
 

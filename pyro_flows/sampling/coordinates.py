@@ -1,7 +1,8 @@
 """Coordinates x in which Markov chains move through vectors z, each with the log-determinant of dz/dx.
 
 In the base coordinates of a good guide the posterior is nearly normal, and a transition forgets where it started.
-Where the guide is poor, directions that mix slowly in its base mix fast in whitened coordinates.
+Where the guide is poor, directions that mix slowly in its base mix fast in whitened coordinates.  Wide directions of
+many latents are stretched.
 
 A hierarchy has a narrow neck where its scales are small, and step sizes that suit the rest are too large to enter it.
 The non-centred parametrisation measures effects in units of their priors' scales.  It has no neck, unless the data
@@ -22,6 +23,7 @@ from ..programs.engines import Site
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import innermost
 from ..programs.log_density import or_nan
+from ..transforms.linear import stretched
 
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
 FIRST = 4096  # draws by which a hierarchy is recognised
@@ -105,6 +107,29 @@ class Base:
         return guide.call.get_transform(*guide.args, **guide.kwargs)  # type: ignore[attr-defined]
 
 
+class Stretched:
+    """Coordinates x of vectors that have C x in other coordinates, where C stretches orthonormal directions.
+
+    Args:
+        chart: The other coordinates.
+        directions: The directions, ``(D, R)``.
+        by: The stretch of each, ``(R,)``.
+    """
+
+    def __init__(self, chart: Coordinates, directions: Tensor, by: Tensor) -> None:
+        self._chart, self._directions, self._by = chart, directions, by
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self._chart.forward(stretched(x, self._directions, self._by))
+        return z, log_det + self._by.log().sum()
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return stretched(self._chart.inverse(z), self._directions, 1 / self._by)
+
+    def whitened(self, z: Tensor) -> Stretched:
+        return self
+
+
 class NonCentred:
     """Whitened coordinates of z after z = loc + scale x for each real latent whose prior has these parameters.
 
@@ -171,7 +196,7 @@ class NonCentred:
         return torch.cat([found[name].reshape(len(z), -1, 2) for name in self._names], 1).to(z).unbind(-1)
 
 
-Coordinates = White | Base | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
+Coordinates = White | Base | Stretched | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
 
 
 def _columns(space: LatentSpace, names: list[str]) -> Tensor:

@@ -4,10 +4,10 @@ Its draws are z = m + S C w, with w standard normal, S diagonal, and C = I + Q (
 directions Q by E.  In units of S let H be the mean of -∇² log p over draws.  Each round improves mean, directions and
 scales in turn.
 
-* The method of Lanczos (1950, J. Res. Nat. Bur. Standards 45) finds orthonormal directions Q and numbers Θ with
-  Qᵀ H Q = Θ, from R products of H with a vector, by differences of scores.  If the ELBO is quadratic, E = Θ^-1/2 is
-  best for these directions.  As the first vector is the mean score, the same products solve for a Newton step of the
-  mean (conjugate gradients: Hestenes, Stiefel 1952, same journal 49).
+* The method of Lanczos (:mod:`.lanczos`) finds orthonormal directions Q and numbers Θ with Qᵀ H Q = Θ, from R products
+  of H with a vector, by differences of scores.  If the ELBO is quadratic, E = Θ^-1/2 is best for these directions.  As
+  the first vector is the mean score, the same products solve for a Newton step of the mean (conjugate gradients:
+  Hestenes, Stiefel 1952, J. Res. Nat. Bur. Standards 49).
 * The ELBO is stationary in S if E[-∇ log p(z) ∘ (z - m)] = 1.  So this mean, whose noise vanishes if q is the
   posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194), divides the square of S.
 
@@ -27,14 +27,14 @@ from ..programs.log_density import LogDensity, score_of, value_and_score
 from ..transforms.linear import stretched
 from .block_gaussian import SLACK, slack
 from .gaussian import Watch
+from .lanczos import lanczos
 
 PAIRS = 64  # antithetic pairs of draws of a round
 CURVED = 8  # draws of a round at which second derivatives are taken
 SHIFT = 0.5  # of differences of scores, in units of S, at first; later of the sharpest direction's deviation
 DAMPINGS = 0.0, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO
 SURE = 2.0  # standard errors by which a square of S must differ from the others to be moved apart
-HUGE, FLAT = 1e15, 1e-6  # the largest number of a product, and the least eigenvalue, relative to the largest or to one
-FAINT, RESTARTS = 1e-4, 3  # a length that is round-off, and new vectors of Lanczos' method after such
+FLAT = 1e-6  # the least eigenvalue, relative to the largest or to one
 FIRST = 8  # directions, which double when the ELBO rises no more: many would hide that S is wrong
 MOST = 16.0  # the largest factor of a square of S in a round
 STILL = 0.03  # the root mean square change, in standard deviations, at which the search ends
@@ -168,36 +168,19 @@ class _Search:
 
         H is blended with the present precision, and has the share ``rate``.  None if a product is not finite.
         """
-        vector, restarts = start / start.abs().max(), 0  # whose square may overflow
-        vector = vector if bool(vector.isfinite().all()) else torch.randn_like(start)
-        basis = start.new_zeros(self.rank, len(start))
-        diagonal: list[float] = []
-        beside: list[float] = []
-        for place in range(self.rank):
-            basis[place] = vector / vector.norm()
-            product = self._product(places, basis[place])
-            if rate < 1:
-                present = self.q.stretched(basis[place], self.q.stretch.square().reciprocal())
-                product = torch.lerp(present, product, rate)
-            if not bool(product.isfinite().all()) or float(product.abs().max()) > HUGE:
-                return None
-            diagonal.append(float(basis[place] @ product))
-            known = basis[: place + 1]
-            vector = _across(product, known)
-            beside.append(float(vector.norm()))
-            if beside[-1] <= FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
-                if restarts == RESTARTS:
-                    basis = basis[: place + 1]
-                    break
-                beside[-1], restarts = 0.0, restarts + 1
-                vector = _across(torch.randn_like(start), known)
-        size = len(basis)
-        ends = torch.tensor(beside[: size - 1], dtype=torch.float64)
-        matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + ends.diag(1) + ends.diag(-1)
-        values, vectors = torch.linalg.eigh(matrix)
+
+        def blended(vector: Tensor) -> Tensor:
+            product = self._product(places, vector)
+            present = self.q.stretched(vector, self.q.stretch.square().reciprocal())
+            return product if rate == 1 else torch.lerp(present, product, rate)
+
+        found = lanczos(blended, start, self.rank)
+        if found is None:
+            return None
+        basis, values = found
         values = values.abs().clamp_min(FLAT * max(1.0, float(values.abs().max())))
         self._shift = SHIFT / max(1.0, float(values.max()) ** 0.5)
-        return basis.T @ vectors.to(basis), values.to(basis)
+        return basis, values
 
     def _product(self, places: Tensor, vector: Tensor) -> Tensor:
         """Return H times a vector, by differences of scores at the draws where they are finite."""
@@ -217,13 +200,6 @@ class _Search:
         log_q = -noise.square().sum(-1) / 2 - len(q.loc) / 2 * math.log(2 * math.pi)
         log_q = log_q - q.scale.log().sum() - q.stretch.log().sum()
         return float((self.density(q.place(noise)) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
-
-
-def _across(vector: Tensor, known: Tensor) -> Tensor:
-    """Return what is left of a vector without its parts along orthonormal rows, ``(n, D)``."""
-    for _ in range(2):  # once loses orthogonality to round-off
-        vector = vector - (known @ vector) @ known
-    return vector
 
 
 def _controlled(terms: Tensor, known: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""Quantities and directions in which a guide of many latents is most likely wrong, told by scores.
+
+A check of many latents cannot follow all of them, and random ones miss a few that are wrong.  Scores at some draws see
+all D base coordinates x of the guide at once.  Let g be the gradient of log p - log q.  By Stein's identity E[g] and
+E[x ∘ g] are 0 if the guide q is the posterior p.  Otherwise they predict errors of means and of variances:
+
+* The mean is off by H⁻¹ E[g], a Newton step with H the mean of -∇² log p.
+* The variance of a coordinate is off by a factor of 1 / (1 - E[x ∘ g]), apart from correlations.
+
+The method of Lanczos finds E[g] in few products with H, and with it the directions in which the posterior is widest and
+narrowest.  A chain crosses a wide direction slowly, and hardly moves any single latent meanwhile.
+
+Predictions only say what to look at.  Chains then measure it.
+
+Measuring Sample Quality with Stein's Method (Gorham, Mackey 2015, arXiv:1506.03039).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..programs.latent_space import LatentSpace
+from ..programs.log_density import LogDensity, or_nan, score_of
+from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates
+from ..sampling.lanczos import lanczos
+
+DRAWS, CURVED = 64, 16  # at which scores are taken, and products with H
+PRODUCTS, SHIFT = 24, 0.5  # with H, and the distance between their scores
+EXTREMES = 2  # directions at each end of H
+SUSPECTED = 16  # quantities for their means, and for their standard deviations
+WIDEST = 30.0  # the largest predicted standard deviation, in units of x
+
+
+class Suspects(NamedTuple):
+    """What to look at.
+
+    Attributes:
+        chart: The coordinates x of a D-vector z.
+        directions: Directions of x, ``(D, A)``: the widest and the narrowest, and that of the predicted error of means.
+        quantities: The places of quantities among all, ``(B,)``.
+    """
+
+    chart: Coordinates
+    directions: Tensor
+    quantities: Tensor
+
+
+@torch.no_grad()
+def suspects(space: LatentSpace, at_once: int) -> Suspects:
+    """Return what scores predict to be wrong.
+
+    Args:
+        space: The guide's space, with all of its quantities.
+        at_once: The largest number of draws to run at once.
+    """
+    z = space.draw_alone(DRAWS, at_once)
+    (chart, *_), _ = guide_coordinates(space, z)
+    x = chart.inverse(z)
+    score, log_q = _score(space, chart, at_once), or_nan(space.log_q)
+    own = score_of(lambda x: _over(chart, x, log_q), x) if space.has_log_q else -x  # as for a normal guide
+    slope = score(x) - own  # g
+    usable = slope.isfinite().all(-1)
+    if usable.sum() < DRAWS // 2:
+        return Suspects(chart, x[:0].T, torch.zeros(0, dtype=torch.long))
+    z, x, slope, own = z[usable], x[usable], slope[usable], own[usable]
+    some, there = x[:CURVED], (slope + own)[:CURVED]
+    signs = SHIFT * torch.tensor([1.0, -1.0]).to(x).repeat(CURVED)[: len(some), None]
+
+    def product(vector: Tensor) -> Tensor:
+        change = (there - score(some + signs * vector)) / signs
+        return change[change.isfinite().all(-1)].mean(0)
+
+    basis, values = lanczos(product, slope.mean(0), PRODUCTS) or (x[:0].T, x[:0, 0])
+    values = values.clamp_min(WIDEST**-2)
+    off = slope.mean(0) - basis @ ((1 - 1 / values) * (basis.T @ slope.mean(0)))
+    ends = [*range(len(values))]
+    chosen = sorted({*ends[:EXTREMES], *ends[-EXTREMES:]})
+    directions = torch.cat((basis[:, chosen], off[:, None]), -1)
+    directions = directions[:, directions.norm(dim=0) > 0]
+    directions = directions / directions.norm(dim=0)
+    wider = (1 - (x * slope).mean(0)).clamp(WIDEST**-2, WIDEST**2).rsqrt()
+    quantities = _moved_most(space, z, chart.forward(off + wider * x)[0], at_once)
+    return Suspects(Stretched(chart, basis, values.rsqrt()), directions, quantities)
+
+
+def _over(chart: Coordinates, x: Tensor, log_density: LogDensity) -> Tensor:
+    """Return a log-density of z over the coordinates x."""
+    z, log_det = chart.forward(x)
+    return log_density(z) + log_det
+
+
+def _score(space: LatentSpace, chart: Coordinates, at_once: int) -> LogDensity:
+    """Return the posterior's score over the coordinates, ``(N, D) -> (N, D)``."""
+    log_p = or_nan(space.log_p)
+    return lambda x: torch.cat([score_of(lambda part: _over(chart, part, log_p), part) for part in x.split(at_once)])
+
+
+def _moved_most(space: LatentSpace, here: Tensor, there: Tensor, at_once: int) -> Tensor:
+    """Return the places of the quantities whose mean or spread differs most between vectors z, ``(N, D)``."""
+    before, after = (torch.cat([space.quantities(part) for part in z.split(at_once)]).double() for z in (here, there))
+    spread = before.std(0)
+    of_mean = (after - before).mean(0).abs() / spread
+    of_spread = (after.std(0) / spread).log().abs()
+    worst = [off.nan_to_num(0, 0, 0).topk(min(SUSPECTED, len(off))).indices for off in (of_mean, of_spread)]
+    return torch.cat(worst).unique()

@@ -1,0 +1,77 @@
+"""The method of Lanczos, and coordinates that it stretches."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+
+from pyro_flows.sampling.coordinates import Stretched, White
+from pyro_flows.sampling.lanczos import lanczos
+
+DIM = 200
+
+
+def symmetric(values: torch.Tensor) -> torch.Tensor:
+    """Return a matrix with these eigenvalues and random eigenvectors."""
+    vectors, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=values.dtype))
+    return vectors * values @ vectors.T
+
+
+def spread(*outside: float) -> torch.Tensor:
+    """Return eigenvalues between 1 and 2, and some outside."""
+    return torch.cat((torch.tensor(outside), torch.linspace(1, 2, DIM - len(outside)))).double()
+
+
+def test_extreme_eigenvalues_are_found_in_few_products():
+    pyro.set_rng_seed(0)
+    matrix = symmetric(spread(-3.0, 0.01, 50.0))
+    basis, values = lanczos(matrix.__matmul__, torch.randn(DIM).double(), 24)
+    assert basis.shape == (DIM, 24)
+    for value in (-3.0, 0.01, 50.0):
+        near = (values - value).abs().argmin()
+        assert abs(values[near] - value) < 1e-6
+        assert torch.allclose(matrix @ basis[:, near], values[near] * basis[:, near], atol=1e-5)
+    assert torch.allclose(basis.T @ basis, torch.eye(24).double(), atol=1e-12)
+    assert torch.allclose(basis.T @ matrix @ basis, values.diag(), atol=1e-10)
+    assert torch.equal(values, values.sort().values)
+
+
+def test_a_linear_equation_is_solved_by_the_first_vector():
+    pyro.set_rng_seed(0)
+    matrix, right = symmetric(spread(0.05, 30.0)), torch.randn(DIM).double()
+    basis, values = lanczos(matrix.__matmul__, right, 30)
+    assert torch.allclose(basis @ (basis.T @ right / values), torch.linalg.solve(matrix, right), atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(DIM), torch.full((DIM,), torch.inf), torch.ones(DIM)])
+def test_other_directions_are_found_when_a_space_is_complete(start):
+    """All vectors are eigenvectors of the identity."""
+    basis, values = lanczos(lambda vector: vector, start, 24)
+    assert 1 <= basis.shape[1] <= 24
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
+    assert torch.allclose(values, torch.ones(len(values)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e20])
+def test_no_directions_of_a_product_that_is_not_finite(bad):
+    assert lanczos(lambda vector: bad * vector, torch.ones(DIM), 5) is None
+
+
+def test_few_dimensions_have_few_directions():
+    basis, values = lanczos(torch.diag(torch.tensor([1.0, 2.0])).__matmul__, torch.ones(2), 24)
+    assert basis.shape == (2, 2)
+    assert torch.allclose(values, torch.tensor([1.0, 2.0]))
+
+
+def test_stretched_coordinates_are_a_change_of_variables():
+    pyro.set_rng_seed(0)
+    directions, _ = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64))
+    chart = Stretched(White(3 * torch.randn(100, 6).double() + 1), directions, torch.tensor([0.1, 2.0, 30.0]).double())
+    x = torch.randn(4, 6).double()
+    z, log_det = chart.forward(x)
+    assert torch.allclose(chart.inverse(z), x, atol=1e-10)
+    for row, found in zip(x, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda row: chart.forward(row[None])[0][0], row)
+        assert torch.allclose(jacobian.slogdet().logabsdet, found)
+    assert chart.whitened(z) is chart
