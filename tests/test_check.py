@@ -523,6 +523,24 @@ def test_a_prior_that_breaks_down_does_no_harm():
     assert check(model, guide).verdict in ("trust", "reweight", "do not trust")
 
 
+def test_a_deterministic_site_of_a_model_that_breaks_down_does_no_harm():
+    """Some draws of the guide have no positive scale, so the model raises."""
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.Normal(1.0, 0.5))
+        pyro.deterministic("square", scale.square())
+        if bool((scale <= 0).any()):
+            raise ValueError("a scale with invalid values")
+        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("scale", dist.Normal(0.8, 0.4))
+
+    found = check(model, guide, num_samples=300, num_chains=16, vectorize="plate")
+    assert found.names == ["scale", "square"]
+    assert found.verdict != "trust"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("law", "seeds", "allowed"), [("t", 12, 1), ("funnel", 6, 3)])
 def test_heavy_tails_raise_few_false_alarms(law, seeds, allowed):

@@ -119,6 +119,13 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(tmp_path: Path
         assert torch.equal(one, other)
 
 
+def test_a_run_resumes_on_batches_of_the_same_size_alone(tmp_path: Path) -> None:
+    settings = {"steps": 5, "num_particles": 1, "checkpoint": tmp_path / "run", "progress": False}
+    fit_svi(hierarchy, AutoStructuredFlow(hierarchy), rows(), **settings)
+    with pytest.raises(ValueError, match=r"is of another run \(data=.*batches"):
+        fit_svi(hierarchy, AutoStructuredFlow(hierarchy), rows(8), **settings)
+
+
 def test_mistakes_are_named() -> None:
     guide = AutoStructuredFlow(hierarchy)
     with pytest.raises(ValueError, match="two DataLoaders"):

@@ -190,6 +190,7 @@ class ELBOFit:
         own = {name: getattr(objective, name, None) for name in SETTINGS} | self.marks
         args = self._batches.others if self._batches else model.args
         data = fingerprint((*args, *model.kwargs.values()))
+        data += [f"{self._batches.steps} batches"] if self._batches else []
         return Settings(
             caller="fit_svi",
             steps=asked["steps"] or getattr(objective, "num_steps", None) or schedule.steps,

@@ -206,7 +206,7 @@ class LatentSpace:
     def values(self, z: Tensor) -> Values:
         """Return the model's latents and deterministic sites at z: each ``(N, *shape)``."""
         latents, derived = self.latents(z), self.read.derived
-        found = self.task.model.score(latents, len(z), derived) if derived else {}
+        found = self._score(latents, len(z)) if derived else {}
         return {**latents, **{name: found[name] for name in derived}}
 
     @torch.no_grad()
