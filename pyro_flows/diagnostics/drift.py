@@ -7,8 +7,9 @@ chains are slow.
 
 A model that takes long to run has few chains.  Each then has a *twin*, a chain of the guide's density with the same
 start and random numbers, and a known mean.  It is a control variate: if the guide is nearly right, both have nearly the
-same noise (Goodman, Lin 2009, *Coupling Control Variates for Markov Chain Monte Carlo*, Journal of Computational Physics
-228).
+same noise.
+
+Coupling Control Variates for Markov Chain Monte Carlo (Goodman, Lin 2009, Journal of Computational Physics 228).
 """
 
 from __future__ import annotations

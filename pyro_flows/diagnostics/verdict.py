@@ -7,8 +7,9 @@ Three tests look at the draws, and none needs the true posterior:
 * short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
 * a population annealed from the prior finds mass that lies far away (:mod:`.missing_modes`).
 
-Beyond 1,000 latents the first two look at some quantities: at all numbers of small sites, such as scales, and at a
-random part of the others.  The last is left out.  So is k-hat, which says little of so many latents together.
+Beyond 1,000 latents the first two look at some quantities: at all numbers of small sites, such as scales, at those
+that scores suspect (:mod:`.suspects`), and at random ones.  The last is left out.  So are k-hat and other measures in
+which small errors of many latents add up.
 
 Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
 function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is
@@ -77,7 +78,9 @@ class Check:
         psis: k-hat, effective sample size, log evidence and weights, as a :class:`~pyro_flows.Psis`.
         chains: The guide's errors, estimated by short chains from its draws.
         directions: The same along D + 2 directions of the unconstrained space, whitened by the guide's draws: the D
-            coordinates, and the two in which the chains spread most and least while their steps were adapted.
+            coordinates, and the two in which the chains spread most and least while their steps were adapted.  With
+            more than 1,000 latents, along those in which the posterior is widest and narrowest, and along the predicted
+            error of the mean.
         weighted: The guide's errors, estimated by the weights.
         shapes: The errors of the guide's distribution functions, estimated by chains and by weights.  Each has
             ``error`` and ``error_se``, ``(K + 1,)``, for the K quantities and for the distance from the centre.
@@ -231,10 +234,11 @@ def check(
     standard error, and the chains run until it is small enough.
 
     Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, and no marginal
-    distribution has a wrong shape.  A check costs less than a fit.
+    distribution has a wrong shape.  A check takes hundreds of gradients of the model's density, each
+    at hundreds of draws.
 
-    With more than 1,000 latents it looks at about 100 quantities: all numbers of small sites, and a random part of the
-    others.  It does not search for missing mass then, and refuses no draws for their k-hat.
+    With more than 1,000 latents it looks at 100 to 150 quantities: all numbers of small sites, those of the others that
+    scores suspect, and random ones.  It does not search for missing mass then, and refuses no draws for their k-hat.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.
