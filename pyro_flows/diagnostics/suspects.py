@@ -100,7 +100,7 @@ def _score(space: LatentSpace, chart: Coordinates, at_once: int) -> LogDensity:
 
 def _moved_most(space: LatentSpace, here: Tensor, there: Tensor, at_once: int) -> Tensor:
     """Return the places of the quantities whose mean or spread differs most between vectors z, ``(N, D)``."""
-    before, after = (torch.cat([space.quantities(part) for part in z.split(at_once)]).double() for z in (here, there))
+    before, after = (torch.cat([space.quantities(part) for part in z.split(at_once)]) for z in (here, there))
     spread = before.std(0)
     of_mean = (after - before).mean(0).abs() / spread
     of_spread = (after.std(0) / spread).log().abs()
