@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -29,6 +30,7 @@ from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
 from pyro_flows.diagnostics.marginal_errors import Shape
 from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
+from pyro_flows.diagnostics.spreads import SpreadMeter
 from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White
@@ -145,6 +147,7 @@ def tied(loc: float = 0.0, sd: float = 1.0, apart: bool = False):
     return guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_slow_direction_of_many_latents_is_crossed(seed):
     """Chains of 300 latents cross their common part slowly, so that none seems to move while noise is small."""
@@ -181,6 +184,72 @@ def test_a_few_wrong_ones_of_many_latents_are_found():
     assert abs(drift.error[found.names.index("x[17]")] - 0.6) < 0.1
     assert abs(drift.ratio[found.names.index("x[2345]")] - 0.6) < 0.1
     assert not found.trusted
+
+
+class MultivariateStudentT(dist.TorchDistribution):
+    """A t of 1,100 dimensions with unit scales and few degrees of freedom."""
+
+    arg_constraints: ClassVar[dict] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, df: float, batch_shape: torch.Size = torch.Size()):  # noqa: B008
+        self.df = df
+        super().__init__(batch_shape, torch.Size([1100]), validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return MultivariateStudentT(self.df, torch.Size(batch_shape))
+
+    def sample(self, sample_shape=torch.Size()):  # noqa: B008
+        shape = torch.Size(sample_shape) + self.batch_shape
+        chi2 = torch.distributions.Chi2(self.df).sample(shape)
+        return torch.randn(*shape, 1100) * (self.df / chi2).sqrt().unsqueeze(-1)
+
+    def log_prob(self, value):
+        return -(self.df + 1100) / 2 * torch.log1p(value.square().sum(-1) / self.df)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("df", [3.0, 10.0])
+def test_a_scale_that_many_latents_share_is_too_slow_to_judge(df):
+    """A guide of the typical scale fits where it draws, but its standard deviations are too small."""
+
+    def model() -> None:
+        pyro.sample("x", MultivariateStudentT(df))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(1100), 0.85).to_event(1))
+
+    pyro.set_rng_seed(0)
+    (finding,) = check(model, guide, num_chains=32).findings
+    assert (finding.kind, finding.quantity) == ("slow", "x")
+    assert "share a scale" in str(finding)
+    assert check(model, model, num_chains=32).trusted  # its weights are all the same
+
+
+def test_spreads_of_fast_and_of_slow_chains():
+    pyro.set_rng_seed(0)
+    start, reference = 1 + 0.05 * torch.randn(50, 3), 1 + 0.05 * torch.randn(1000, 3)
+    meter, step = SpreadMeter(["fast", "wide", "slow"], reference, start), torch.tensor([1.0, 1.2, 1.0])
+    place = start
+    for _ in range(5):
+        place = torch.where(torch.arange(3) < 2, step + 0.05 * torch.randn(50, 3), place + 0.05 * torch.randn(50, 3))
+        meter.record(place)
+    found = meter.spreads()
+    assert found.are_clear(0.05, 10.0).tolist() == [True, False, False]
+    assert found.slowness[:2] == pytest.approx([1.0, 1.0], abs=0.5)
+    assert found.slowness[2] > 10  # the means of 5 sweeps of a walk
+    assert abs(found.error[1] - 0.1) < 4 * found.noise[1]
+    assert len(SpreadMeter([], reference[:, :0], start[:, :0]).spreads().error) == 0
+
+
+@pytest.mark.slow
+def test_angles_among_many_latents_are_judged():
+    def model() -> None:
+        pyro.sample("angle", dist.VonMises(torch.zeros(600), 2.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(600), 1.0).to_event(1))
+
+    pyro.set_rng_seed(0)
+    assert check(model, model, num_chains=32).trusted
 
 
 def test_many_latents_of_a_guide_without_a_density_elsewhere_are_judged():

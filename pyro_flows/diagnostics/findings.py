@@ -30,6 +30,7 @@ class Finding:
     ``"blind"``      no search for modes was possible     NaN
     ``"frozen"``     chains that hardly move              their acceptance
     ``"unclear"``    an undecided mean or sd              its error or noise
+    ``"slow"``       a common scale that is undecided     variance of chains' means, 1 if they are fast
     ``"doubt"``      a mean or sd that chains doubt       as for ``"mean"`` or ``"sd"``
     ``"evidence"``   more evidence by another fit         the difference, in nats
     ===============  ===================================  ==============================================
@@ -94,6 +95,8 @@ WORDS = {
     "blind": "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
     "frozen": "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
     "unclear": "It cannot be told whether the draws are right ({f.moment}).",
+    "slow": "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
+    "chains change slowly.",
     "doubt": "The chains doubt that the draws are right ({f.moment}).",
     "evidence": "Mass is missing: the rung {f.quantity!r} has found {f.size:.2f} nats more evidence.",
 }
@@ -114,6 +117,7 @@ NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be truste
     "tails": "Fit with more steps=, or give AutoFlow a base with wider tails.",
     "blind": "Choose a prior closer to what the data allow.",
     "frozen": "Remove hard edges of the model, or gradients that are not finite.",
+    "slow": f"Give AutoFlow a base with wider tails, or use {EXACT}.",
     "unclear": "Check again with num_samples=40_000 and num_chains=1024.",
     "doubt": "Check again with num_samples=40_000 and num_chains=1024.",
 }

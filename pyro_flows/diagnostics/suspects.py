@@ -7,8 +7,8 @@ E[x ∘ g] are 0 if the guide q is the posterior p.  Otherwise they predict erro
 * The mean is off by H⁻¹ E[g], a Newton step with H the mean of -∇² log p.
 * The variance of a coordinate is off by a factor of 1 / (1 - E[x ∘ g]), apart from correlations.
 
-The method of Lanczos finds E[g] in few products with H, and with it the directions in which the posterior is widest and
-narrowest.  A chain crosses a wide direction slowly, and hardly moves any single latent meanwhile.
+The method of Lanczos solves for the step in few products with H, and finds the directions in which the posterior is
+widest and narrowest.  A chain crosses a wide direction slowly, and hardly moves any single latent meanwhile.
 
 Predictions only say what to look at.  Chains then measure it.
 
@@ -73,14 +73,16 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
         change = (there - score(some + signs * vector)) / signs
         return change[change.isfinite().all(-1)].mean(0)
 
-    basis, values = lanczos(product, slope.mean(0), PRODUCTS) or (x[:0].T, x[:0, 0])
+    off, other = slope.mean(0), torch.randn_like(slope[0])  # without which latents that have no error would be missed
+    start = off / off.norm().clamp_min(1e-30) + other / other.norm()
+    basis, values = lanczos(product, start, PRODUCTS) or (x[:0].T, x[:0, 0])
     values = values.clamp_min(WIDEST**-2)
-    off = slope.mean(0) - basis @ ((1 - 1 / values) * (basis.T @ slope.mean(0)))
+    off = off - basis @ ((1 - 1 / values) * (basis.T @ off))
     ends = [*range(len(values))]
     chosen = sorted({*ends[:EXTREMES], *ends[-EXTREMES:]})
     directions = torch.cat((basis[:, chosen], off[:, None]), -1)
-    directions = directions[:, directions.norm(dim=0) > 0]
-    directions = directions / directions.norm(dim=0)
+    lengths = directions.norm(dim=0)
+    directions = (directions / lengths)[:, lengths > 0]
     wider = (1 - (x * slope).mean(0)).clamp(WIDEST**-2, WIDEST**2).rsqrt()
     quantities = _moved_most(space, z, chart.forward(off + wider * x)[0], at_once)
     return Suspects(Stretched(chart, basis, values.rsqrt()), directions, quantities)

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -44,6 +44,7 @@ from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_modes import Missing, search
 from .outliers import outliers
 from .row_weights import RowWeights, row_weights
+from .spreads import SpreadMeter, Spreads
 from .suspects import Suspects, suspects
 
 LIMIT = 0.1  # the largest error of trusted draws, in standard deviations
@@ -61,6 +62,7 @@ TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
 MANY = 1000  # latents beyond which a check looks at some of them
 LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
 NUMBERS = 10_000_000, 100_000  # of weighted draws and of chains, about
+SLOWEST = 10.0  # the variance of means of chains, in units of independent sweeps, beyond which a spread is unknown
 FEWEST = 500, 32  # draws and chains of many latents
 BATCH = 20_000_000  # numbers of draws that are found at once
 
@@ -92,6 +94,8 @@ class Check:
             ``(K,)``.
         acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
         seconds: The wall time.
+        spreads: If there are more than 1,000 latents, the errors of the spread of each site's numbers together, as a
+            :class:`~pyro_flows.diagnostics.Spreads`.
         scope: What was looked at, in words, if there are more than 1,000 latents; otherwise empty.
         rows: Then, for each set of plates with many rows, what the weights of single rows show: the largest ``khat``
             of a row, and the ``name``, ``error`` and ``noise`` of the mean that is wrong by the most standard errors.
@@ -118,6 +122,7 @@ class Check:
     outliers: Tensor
     acceptance: list[float]
     seconds: float
+    spreads: Spreads | None = None
     scope: str = ""
     rows: tuple[RowWeights, ...] = ()
 
@@ -296,14 +301,19 @@ def check(
         of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
         calm = _is_calm(psis, weighted)
         charts = [suspected.chart] if suspected else charts
-        chains, directions, of_chains, acceptance = _run(
-            space, charts, white, draws, num_chains or count, calm, suspected
-        )
+        met = _run(space, charts, white, draws, num_chains or count, calm, suspected)
+        directions = met.directions
+        if suspected and psis.reliable and not space.read.angles:
+            along = suspected.chart.inverse(draws.z) @ suspected.directions
+            directions = directions.pooled_with(weighted_drift(along.detach(), psis.smoothed))
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
         rows = row_weights(space, at_once) if scope else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
-    names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
-    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds, scope, rows)
+    names, shapes, seconds = space.read.names, (met.shape, of_weights), time.perf_counter() - start
+    seen = Check(
+        *((), psis, met.chains, directions, weighted, shapes, names, missing, rare, met.acceptance, seconds),
+        *(met.spreads if suspected else None, scope, rows),
+    )
     return replace(seen, findings=tuple(judge(seen)))
 
 
@@ -358,6 +368,16 @@ def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tens
     return torch.cat((quantities, distance), -1)
 
 
+class _Met(NamedTuple):
+    """The errors that chains show, as in :class:`Check`."""
+
+    chains: Drift
+    directions: Drift
+    shape: Shape
+    spreads: Spreads
+    acceptance: list[float]
+
+
 @torch.no_grad()
 def _run(
     space: LatentSpace,
@@ -367,7 +387,7 @@ def _run(
     num_chains: int,
     calm: bool,
     suspected: Suspects | None,
-) -> tuple[Drift, Drift, Shape, list[float]]:
+) -> _Met:
     """Run chains from new draws of the guide until their drift is decided.
 
     Args:
@@ -388,10 +408,11 @@ def _run(
     chart, axes = (suspected.chart, suspected.directions) if suspected else (white, _axes(torch.cat(places)))
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
-    others = Scored(*(part[1::2] for part in draws))
+    others, squares = Scored(*(part[1::2] for part in draws)), _Squares(space, white)
     meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
+    spread = SpreadMeter(squares.names, *(squares(some.z) for some in (others, began)))
     size = SHORT if len(chains.z) > num_chains else BLOCK
     for block in range(SWEEPS // size):
         for z in chains.sweeps(size, adapt=False):
@@ -399,14 +420,39 @@ def _run(
             meter.record(*quantities.split(num_chains))
             shape.record(*_with_distance(space, white, quantities, z).split(num_chains))
             compass.record(*(chart.inverse(z) @ axes).split(num_chains))
-        drift, along = meter.drift(), compass.drift().unless_beyond(BENT, compass.so_far())
+            spread.record(*squares(z).split(num_chains))
+        drift, along, wide = meter.drift(), compass.drift().unless_beyond(BENT, compass.so_far()), spread.spreads()
         right = bool((drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT).all())
-        clear = suspected is None or bool((along.errors + along.noise < BENT).all())
         off = bool(drift.flagged(CERTAIN + CONTRARY * calm).any())
-        bent = suspected is not None and bool(along.beyond(BENT).any())
-        if (right and clear) or (block > 0 and (off or bent)):
+        if suspected:
+            right &= bool((along.errors + along.noise < BENT).all() and wide.are_clear(LIMIT, SLOWEST).all())
+            off |= bool(along.beyond(BENT).any())
+        if right or (block > 0 and off):
             break
-    return drift, along, shape.shape(), chains.acceptance
+    return _Met(drift, along, shape.shape(), wide, chains.acceptance)
+
+
+class _Squares:
+    """Function that returns the mean square of each large site's whitened coordinates, ``(N, D) -> (N, S)``.
+
+    Args:
+        space: The guide's space.
+        white: Its whitened coordinates.
+
+    Attributes:
+        names: The names of the sites; none if there are few latents, or if some are angles.
+    """
+
+    def __init__(self, space: LatentSpace, white: White) -> None:
+        sizes = Counter(space.coordinates if space.dim > MANY and not space.read.angles else [])
+        self.names = [name for name, size in sizes.items() if size > SMALL]
+        own = [[name == site for site in space.coordinates] for name in self.names]
+        self._share = torch.tensor(own).reshape(len(own), space.dim).to(white.loc)  # (S, D)
+        self._share /= self._share.sum(-1, keepdim=True)
+        self._white = white
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._white.inverse(z).square() @ self._share.T if self.names else z[:, :0]
 
 
 def _chains(space: LatentSpace, charts: list[Coordinates], z: Tensor, have_twins: bool) -> Chains:
@@ -519,12 +565,17 @@ def _doubts(seen: Check) -> list[Finding]:
         return [directions.worst(labels, bent, "whitened")]
     if psis.khat >= WORST_KHAT and not psis.even and not seen.scope:
         return [Finding("tails", "", psis.khat)]
+    if seen.spreads and not psis.even:
+        hidden = ~seen.spreads.are_clear(LIMIT, SLOWEST)
+        for name, slowness in compress(zip(seen.spreads.names, seen.spreads.slowness, strict=True), hidden):
+            return [Finding("slow", name, float(slowness))]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False for NaN too, from chains that overflowed
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
-    if seen.scope and not bool((directions.noise <= BENT).all()):
-        return [directions.worst(labels, directions.noise > BENT, "unclear")]
+    dim = (directions.noise > BENT) & (directions.variance > 1)
+    if seen.scope and bool(dim.any()):
+        return [directions.worst(labels, dim, "unclear")]
     doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + _more(seen)) * chains.noise)
     doubtful[1] &= chains.variance > 1  # guides that are too narrow, which weights cannot show
     return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []
