@@ -814,14 +814,14 @@ def test_errors_so_far_of_slow_chains_are_certain():
     assert all(torch.equal(a, b) for a, b in zip(same, drift, strict=True))
 
 
-def test_groups_of_chains_share_their_random_numbers():
+def test_chains_and_their_twins_share_random_numbers():
     def normal(z: Tensor) -> Tensor:
         return -z.square().sum(-1) / 2
 
     z = torch.randn(20, 5)
     charts = [White(z), White(2 * z)]
     pyro.set_rng_seed(0)
-    chains = Chains(normal, charts, torch.cat((z, z)), groups=2)
+    chains = Chains(normal, charts, torch.cat((z, z)), twin=lambda x, z, log_det: normal(z) + log_det)
     for adapt in (True, False):
         for places in chains.sweeps(3, adapt=adapt):
             assert torch.equal(*places.chunk(2))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
-from pyro_flows.sampling.coordinates import Stretched, White
+import pyro_flows as pf
+from pyro_flows.programs.latent_space import sound_space
+from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.sampling.coordinates import Base, Stretched, White, guide_coordinates, guide_density
 from pyro_flows.sampling.lanczos import lanczos
 
 DIM = 200
@@ -75,3 +80,35 @@ def test_stretched_coordinates_are_a_change_of_variables():
         jacobian = torch.autograd.functional.jacobian(lambda row: chart.forward(row[None])[0][0], row)
         assert torch.allclose(jacobian.slogdet().logabsdet, found)
     assert chart.whitened(z) is chart
+
+
+def hierarchy() -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Gamma(2.0, mean.exp()))
+
+
+GUIDES = AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal
+GUIDES = *GUIDES, pf.AutoFlow, pf.AutoStructuredFlow
+
+
+@pytest.mark.parametrize("is_stretched", [False, True])
+@pytest.mark.parametrize("kind", GUIDES)
+def test_the_density_of_a_guide_over_its_coordinates(kind, is_stretched):
+    pyro.set_rng_seed(0)
+    guide = kind(hierarchy)
+    guide()
+    for param in guide.parameters():
+        param.data += 0.1 * torch.rand_like(param)
+    space = sound_space(Task(hierarchy, guide, (), {}))
+    chart, *_ = guide_coordinates(space, space.draw(500).z)[0]
+    assert isinstance(chart, White if kind in GUIDES[:1] + GUIDES[3:4] else Base)  # which have no transform
+    if is_stretched:
+        directions, _ = torch.linalg.qr(torch.randn(6, 2))
+        chart = Stretched(chart, directions, torch.tensor([0.5, 3.0]))
+    z = space.draw(7).z
+    x = chart.inverse(z)
+    z, log_det = chart.forward(x)
+    found = guide_density(space, chart)(x, z, log_det)
+    assert found.shape == (7,)
+    assert torch.allclose(found, space.log_q(z) + log_det, atol=1e-3)

@@ -96,6 +96,25 @@ class Drift(NamedTuple):
         return Finding(kind or of, names[i], float(size[i]), float(noise[i]), of=of)
 
 
+class Mean:
+    """Running mean of tensors of one shape.
+
+    Attributes:
+        count: The number of tensors so far.
+    """
+
+    def __init__(self) -> None:
+        self._total, self.count = torch.zeros(()), 0
+
+    def add(self, value: Tensor) -> None:
+        """Add a tensor."""
+        self._total, self.count = value + self._total.to(value.device), self.count + 1
+
+    def __call__(self) -> Tensor:
+        """Return the mean."""
+        return self._total / self.count
+
+
 class DriftMeter:
     """Accumulator that compares N chains with the guide.
 
@@ -110,23 +129,20 @@ class DriftMeter:
         self._scale = scale.where(scale > 0, 1.0)
         self._reference, self._start = self._standard(reference), self._standard(start)
         self._exponents = torch.arange(1, 5).to(start.device)[:, None, None]
-        self._powers, self._count = self._start.new_zeros(4, *start.shape), 0
-        self._of_twins: Tensor | None = None  # the sums of powers up to the second
+        self._powers, self._of_twins = Mean(), Mean()  # the latter up to the second power
 
     def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
         """Add the current quantities of the chains, ``(N, K)``, and always or never those of their twins."""
-        self._powers += self._standard(quantities) ** self._exponents
+        self._powers.add(self._standard(quantities) ** self._exponents)
         if of_twins is not None:
-            own = self._standard(of_twins) ** self._exponents[:2]
-            self._of_twins = own if self._of_twins is None else self._of_twins + own
-        self._count += 1
+            self._of_twins.add(self._standard(of_twins) ** self._exponents[:2])
 
     def drift(self) -> Drift:
         """Return the errors that the chains show so far."""
         if not self._start.shape[1]:
             return Drift(*self._start[:1].expand(4, 0))
-        first, second, third, fourth = self._powers / self._count  # (N, K) each
-        twin, square = (None, None) if self._of_twins is None else self._of_twins / self._count
+        first, second, third, fourth = self._powers()  # (N, K) each
+        twin, square = self._of_twins() if self._of_twins.count else (None, None)
         m, mean_se = arrival(self._reference, self._start, first, second, twin)
         variance, variance_se = arrival(  # of squares about the mean, whose decay does not depend on the mean
             (self._reference - m).square(),
@@ -144,7 +160,7 @@ class DriftMeter:
         """Return the errors without extrapolation, which are smaller if the chains have not arrived."""
         if not self._start.shape[1]:
             return self.drift()
-        first, second = self._powers[:2] / self._count
+        first, second, *_ = self._powers()
         m = first.mean(0)
         squares, of_guide = second - 2 * m * first + m**2, (self._reference - m).square()
         number, drawn = len(first), len(of_guide)

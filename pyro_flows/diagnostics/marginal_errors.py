@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .drift import arrival
+from .drift import Mean, arrival
 from .findings import Finding
 
 LEVELS = 0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975
@@ -52,20 +52,17 @@ class ShapeMeter:
     def __init__(self, reference: Tensor, start: Tensor) -> None:
         self._levels = _quantiles(reference)
         self._reference, self._start = self._below(reference[:FEW]), self._below(start)
-        self._total, self._count = torch.zeros_like(self._start), 0
-        self._of_twins: Tensor | None = None
+        self._shares, self._of_twins = Mean(), Mean()
 
     def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
         """Add the current quantities of the chains, ``(N, K)``, and always or never those of their twins."""
-        self._total += self._below(quantities)
+        self._shares.add(self._below(quantities))
         if of_twins is not None:
-            own = self._below(of_twins)
-            self._of_twins = own if self._of_twins is None else self._of_twins + own
-        self._count += 1
+            self._of_twins.add(self._below(of_twins))
 
     def shape(self) -> Shape:
         """Return the errors that the chains show so far."""
-        mean, twin = self._total / self._count, None if self._of_twins is None else self._of_twins / self._count
+        mean, twin = self._shares(), self._of_twins() if self._of_twins.count else None
         arrived = arrival(self._reference, self._start, mean, mean, twin)
         found, noise = (part.reshape(len(LEVELS), -1) for part in arrived)
         return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)

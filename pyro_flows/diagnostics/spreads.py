@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .drift import arrival
+from .drift import Mean, arrival
 
 
 class Spreads(NamedTuple):
@@ -47,25 +47,22 @@ class SpreadMeter:
 
     def __init__(self, names: list[str], reference: Tensor, start: Tensor) -> None:
         self._names, self._reference, self._start = names, reference.double(), start.double()
-        self._powers, self._count = torch.zeros_like(self._start).expand(2, *start.shape).clone(), 0
-        self._of_twins: Tensor | None = None
+        self._powers, self._of_twins = Mean(), Mean()
 
     def record(self, squares: Tensor, of_twins: Tensor | None = None) -> None:
         """Add the current mean squares of the chains, ``(N, S)``, and always or never those of their twins."""
-        squares = squares.double()
-        self._powers += torch.stack((squares, squares.square()))
+        self._powers.add(torch.stack((squares.double(), squares.double().square())))
         if of_twins is not None:
-            self._of_twins = of_twins.double() + (0 if self._of_twins is None else self._of_twins)
-        self._count += 1
+            self._of_twins.add(of_twins.double())
 
     def spreads(self) -> Spreads:
         """Return the errors that the chains show so far, after two sweeps at least."""
         if not self._names:
             return Spreads([], *self._start[:1].expand(3, 0))
-        first, second = self._powers / self._count
-        twin = None if self._of_twins is None else self._of_twins / self._count
+        (first, second), number = self._powers(), self._powers.count
+        twin = self._of_twins() if self._of_twins.count else None
         mean, noise = arrival(self._reference, self._start, first, second, twin)
         centre = self._reference.mean(0)
-        within = (second - first.square()).mean(0) * self._count / (self._count - 1)
-        slowness = self._count * first.var(0) / within.clamp_min(1e-30)
+        within = (second - first.square()).mean(0) * number / (number - 1)
+        slowness = number * first.var(0) / within.clamp_min(1e-30)
         return Spreads(self._names, (mean / centre - 1) / 2, noise / centre / 2, slowness)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, score_of
-from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates
+from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates, guide_density
 from ..sampling.lanczos import lanczos
 
 DRAWS, CURVED = 64, 16  # at which scores are taken, and products with H
@@ -59,8 +59,8 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
     z = space.draw_alone(DRAWS, at_once)
     (chart, *_), _ = guide_coordinates(space, z)
     x = chart.inverse(z)
-    score, log_q = _score(space, chart, at_once), or_nan(space.log_q)
-    own = score_of(lambda x: _over(chart, x, log_q), x) if space.has_log_q else -x  # as for a normal guide
+    score, log_q = _score(space, chart, at_once), guide_density(space, chart)
+    own = score_of(lambda x: log_q(x, *chart.forward(x)), x) if log_q else -x  # as for a normal guide
     slope = score(x) - own  # g
     usable = slope.isfinite().all(-1)
     if usable.sum() < DRAWS // 2:
@@ -80,24 +80,24 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
     off = off - basis @ ((1 - 1 / values) * (basis.T @ off))
     ends = [*range(len(values))]
     chosen = sorted({*ends[:EXTREMES], *ends[-EXTREMES:]})
-    directions = torch.cat((basis[:, chosen], off[:, None]), -1)
+    stretched = Stretched(chart, basis, values.rsqrt())
+    directions = torch.cat((basis[:, chosen], stretched.outwards(off[None]).T), -1)
     lengths = directions.norm(dim=0)
     directions = (directions / lengths)[:, lengths > 0]
     wider = (1 - (x * slope).mean(0)).clamp(WIDEST**-2, WIDEST**2).rsqrt()
     quantities = _moved_most(space, z, chart.forward(off + wider * x)[0], at_once)
-    return Suspects(Stretched(chart, basis, values.rsqrt()), directions, quantities)
-
-
-def _over(chart: Coordinates, x: Tensor, log_density: LogDensity) -> Tensor:
-    """Return a log-density of z over the coordinates x."""
-    z, log_det = chart.forward(x)
-    return log_density(z) + log_det
+    return Suspects(stretched, directions, quantities)
 
 
 def _score(space: LatentSpace, chart: Coordinates, at_once: int) -> LogDensity:
     """Return the posterior's score over the coordinates, ``(N, D) -> (N, D)``."""
     log_p = or_nan(space.log_p)
-    return lambda x: torch.cat([score_of(lambda part: _over(chart, part, log_p), part) for part in x.split(at_once)])
+
+    def over(x: Tensor) -> Tensor:
+        z, log_det = chart.forward(x)
+        return log_p(z) + log_det
+
+    return lambda x: torch.cat([score_of(over, part) for part in x.split(at_once)])
 
 
 def _moved_most(space: LatentSpace, here: Tensor, there: Tensor, at_once: int) -> Tensor:

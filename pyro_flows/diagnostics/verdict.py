@@ -36,7 +36,7 @@ from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.coordinates import Coordinates, White, guide_coordinates
+from ..sampling.coordinates import Coordinates, White, guide_coordinates, guide_density
 from .drift import CERTAIN, FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import NEXT, Finding, worst
 from .importance import Psis, weigh
@@ -400,7 +400,9 @@ def _run(
         suspected: The directions to look at, if there are many latents.
     """
     began, places = space.draw(num_chains), list[Tensor]()
-    chains = _chains(space, charts, began.z, suspected is not None and space.has_log_q)
+    twin = guide_density(space, suspected.chart) if suspected else None
+    start = began.z if twin is None else torch.cat((began.z, began.z))
+    chains = Chains(or_nan(space.log_p), charts, start, twin=twin)
     for z in chains.sweeps(TRIES * ADAPT, adapt=True):
         places.append(white.inverse(z[:num_chains]))
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
@@ -413,7 +415,7 @@ def _run(
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
     spread = SpreadMeter(squares.names, *(squares(some.z) for some in (others, began)))
-    size = SHORT if len(chains.z) > num_chains else BLOCK
+    size = SHORT if twin else BLOCK
     for block in range(SWEEPS // size):
         for z in chains.sweeps(size, adapt=False):
             quantities = space.quantities(z)
@@ -453,19 +455,6 @@ class _Squares:
 
     def __call__(self, z: Tensor) -> Tensor:
         return self._white.inverse(z).square() @ self._share.T if self.names else z[:, :0]
-
-
-def _chains(space: LatentSpace, charts: list[Coordinates], z: Tensor, have_twins: bool) -> Chains:
-    """Return chains of the posterior from z, ``(N, D)``, and after them their twins, of the guide, if asked for."""
-    log_p, log_q = or_nan(space.log_p), or_nan(space.log_q)
-    if not have_twins:
-        return Chains(log_p, charts, z)
-
-    def both(z: Tensor) -> Tensor:
-        first, second = z.chunk(2)
-        return torch.cat((log_p(first), log_q(second)))
-
-    return Chains(both, charts, torch.cat((z, z)), groups=2)
 
 
 def _axes(x: Tensor) -> Tensor:

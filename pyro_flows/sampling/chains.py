@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..programs.latent_space import Scored
 from ..programs.log_density import LogDensity
-from .coordinates import Coordinates
+from .coordinates import Coordinates, GuideDensity
 
 FROZEN = 0.2  # mean acceptance below which chains hardly move
 TARGET = 0.8  # the mean acceptance that adaptation aims at
@@ -43,7 +43,8 @@ class HMC:
         coordinates: The coordinates.
         dim: The number D of dimensions.
         max_steps: The largest number of leapfrog steps per transition.
-        groups: The number of groups of chains, one after another in N, that share their random numbers.
+        twin: The log-density of twins over x, given x, z and log|dz/dx|; None for chains without twins.  The second
+            half of the N chains are the twins.  They share the random numbers of the first half.
 
     Attributes:
         step: The step size ε.
@@ -52,13 +53,18 @@ class HMC:
         gradients: The number of gradients so far; one evaluation for all chains counts as one.
         divergences: The number of divergent trajectories so far, summed over chains.
 
-    Steps adapt to the first group.  ``acceptance`` and ``divergences`` are those of that group.
+    Steps adapt to chains that are no twins.  ``acceptance`` and ``divergences`` are those of such chains.
     """
 
     def __init__(
-        self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8, groups: int = 1
+        self,
+        density: LogDensity,
+        coordinates: Coordinates,
+        dim: int,
+        max_steps: int = 8,
+        twin: GuideDensity | None = None,
     ) -> None:
-        self.density, self.coordinates, self.max_steps, self.groups = density, coordinates, max_steps, groups
+        self.density, self.coordinates, self.max_steps, self.twin = density, coordinates, max_steps, twin
         self.step, self.time = 1.2 * dim**-0.25, QUARTER
         self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
         self._count, self._first, self._second = 0, 0.0, 0.0
@@ -75,7 +81,7 @@ class HMC:
         start = self._latest
         if start is None or start.z is not z or start.coordinates is not self.coordinates:
             start = self._state(self.coordinates.inverse(z))
-        first = len(z) // self.groups  # the chains of the first group
+        first = len(z) if self.twin is None else len(z) // 2
         factor = LEAST + (MOST - LEAST) * self._shared(torch.rand_like(start.x[:first, :1]))
         count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
         size = min(self.step, self.time / count) * factor  # (N, 1)
@@ -99,8 +105,8 @@ class HMC:
         return self._latest.z, self._latest.log_p - self._latest.log_det
 
     def _shared(self, numbers: Tensor) -> Tensor:
-        """Return random numbers of one group for all groups."""
-        return torch.cat([numbers] * self.groups)
+        """Return random numbers of chains for all, twins included."""
+        return numbers if self.twin is None else torch.cat((numbers, numbers))
 
     def _adapt(self, x: Tensor, end: Tensor, momentum: Tensor, chance: Tensor, times: Tensor) -> None:
         """Adapt the step size to the acceptance, and the travel time by a step of Adam."""
@@ -125,7 +131,11 @@ class HMC:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             z, log_det = self.coordinates.forward(leaf)
-            log_p = self.density(z) + log_det
+            if self.twin is None:
+                log_p = self.density(z) + log_det
+            else:
+                (_, own_z, own_det), twins = zip(*(part.chunk(2) for part in (leaf, z, log_det)), strict=True)
+                log_p = torch.cat((self.density(own_z) + own_det, self.twin(*twins)))
             (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
         finite = log_p.isfinite() & score.isfinite().all(-1)
         log_p = log_p.detach().where(finite, -math.inf)
@@ -156,7 +166,7 @@ class Chains:
         coordinates: The coordinates to move in: the first set in each sweep, the others in every second sweep.
         z: The chains' starts, ``(N, D)``.
         max_steps: The largest number of leapfrog steps per transition.
-        groups: The number of groups of chains that share their random numbers.
+        twin: The log-density of twins, as for :class:`HMC`, in the only set of coordinates.
 
     Attributes:
         z: The chains' current places, ``(N, D)``.
@@ -172,10 +182,10 @@ class Chains:
         coordinates: Sequence[Coordinates],
         z: Tensor,
         max_steps: int = 8,
-        groups: int = 1,
+        twin: GuideDensity | None = None,
     ) -> None:
         self.z, self.log_p = z, torch.full(z.shape[:1], math.nan).to(z)
-        self.kernels = [HMC(density, one, z.shape[1], max_steps, groups) for one in coordinates]
+        self.kernels = [HMC(density, one, z.shape[1], max_steps, twin) for one in coordinates]
         self.excess = torch.zeros_like(self.log_p)
         self.count = 0
 

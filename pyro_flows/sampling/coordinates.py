@@ -14,6 +14,8 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, Transform
@@ -117,14 +119,23 @@ class Stretched:
     """
 
     def __init__(self, chart: Coordinates, directions: Tensor, by: Tensor) -> None:
-        self._chart, self._directions, self._by = chart, directions, by
+        self.chart, self._directions, self._by = chart, directions, by
+
+    def inwards(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the other coordinates, and the log-determinant of the change."""
+        return stretched(x, self._directions, self._by), self._by.log().sum()
+
+    def outwards(self, x: Tensor) -> Tensor:
+        """Return these coordinates, given the others."""
+        return stretched(x, self._directions, 1 / self._by)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self._chart.forward(stretched(x, self._directions, self._by))
-        return z, log_det + self._by.log().sum()
+        own, change = self.inwards(x)
+        z, log_det = self.chart.forward(own)
+        return z, log_det + change
 
     def inverse(self, z: Tensor) -> Tensor:
-        return stretched(self._chart.inverse(z), self._directions, 1 / self._by)
+        return self.outwards(self.chart.inverse(z))
 
     def whitened(self, z: Tensor) -> Stretched:
         return self
@@ -197,6 +208,7 @@ class NonCentred:
 
 
 Coordinates = White | Base | Stretched | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
+GuideDensity = Callable[[Tensor, Tensor, Tensor], Tensor]  # the log-density of x, (N,), given x, z and log|dz/dx|
 
 
 def _columns(space: LatentSpace, names: list[str]) -> Tensor:
@@ -215,6 +227,25 @@ def _has_loc_and_scale(site: Site) -> bool:
     """True if each value of a site has its own location and scale: it is loc + scale times a standardised variable."""
     fn = innermost(site["fn"])
     return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
+
+
+def guide_density(space: LatentSpace, coordinates: Coordinates) -> GuideDensity | None:
+    """Return the guide's log-density over coordinates; None if it is unknown at vectors that the guide did not draw.
+
+    In base coordinates it needs no inverse, which some flows find one dimension after another.
+    """
+    inner = coordinates.chart if isinstance(coordinates, Stretched) else coordinates
+    guide = space.task.guide
+    if isinstance(inner, Base) and hasattr(guide.call, "get_base_dist"):
+
+        def of_base(x: Tensor, z: Tensor, log_det: Tensor) -> Tensor:
+            own, change = coordinates.inwards(x) if isinstance(coordinates, Stretched) else (x, 0.0)
+            log_prob = guide.call.get_base_dist().log_prob(own)  # type: ignore[attr-defined]
+            return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
+
+        return of_base
+    log_q = or_nan(space.log_q)
+    return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
 
 
 def guide_coordinates(space: LatentSpace, z: Tensor) -> tuple[list[Coordinates], White]:
