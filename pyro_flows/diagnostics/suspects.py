@@ -35,7 +35,7 @@ WIDEST = 30.0  # the largest predicted standard deviation, in units of x
 
 
 class Suspects(NamedTuple):
-    """What to look at.
+    """Quantities and directions to look at.
 
     Attributes:
         chart: The coordinates x of a D-vector z.
