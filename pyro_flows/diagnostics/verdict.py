@@ -94,8 +94,9 @@ class Check:
             ``(K,)``.
         acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
         seconds: The wall time.
-        spreads: If there are more than 1,000 latents, the errors of the spread of each site's numbers together, as a
-            :class:`~pyro_flows.diagnostics.Spreads`.
+        spreads: If there are more than 1,000 latents, the errors of the root mean square of each large site: the
+            ``names`` of S sites, the relative ``error`` and its ``noise``, and the ``slowness`` of the chains, ``(S,)``
+            each.
         scope: What was looked at, in words, if there are more than 1,000 latents; otherwise empty.
         rows: Then, for each set of plates with many rows, what the weights of single rows show: the largest ``khat``
             of a row, and the ``name``, ``error`` and ``noise`` of the mean that is wrong by the most standard errors.
