@@ -297,11 +297,11 @@ def check(
         psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
         # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
-        charts, white = guide_coordinates(space, draws.z[::2])
+        half = draws.z[::2]
+        charts, white = ([suspected.chart], White(half)) if suspected else guide_coordinates(space, half)
         weighted = weighted_drift(draws.quantities, psis.smoothed)
         of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
         calm = _is_calm(psis, weighted)
-        charts = [suspected.chart] if suspected else charts
         met = _run(space, charts, white, draws, num_chains or count, calm, suspected)
         directions = met.directions
         if suspected and psis.reliable and not space.read.angles:
@@ -310,11 +310,9 @@ def check(
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
         rows = row_weights(space, at_once) if scope else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
-    names, shapes, seconds = space.read.names, (met.shape, of_weights), time.perf_counter() - start
-    seen = Check(
-        *((), psis, met.chains, directions, weighted, shapes, names, missing, rare, met.acceptance, seconds),
-        *(met.spreads if suspected else None, scope, rows),
-    )
+    of_all = (met.chains, directions, weighted, (met.shape, of_weights), space.read.names)
+    spent = time.perf_counter() - start
+    seen = Check((), psis, *of_all, missing, rare, met.acceptance, spent, met.spreads, scope, rows)
     return replace(seen, findings=tuple(judge(seen)))
 
 
@@ -375,7 +373,7 @@ class _Met(NamedTuple):
     chains: Drift
     directions: Drift
     shape: Shape
-    spreads: Spreads
+    spreads: Spreads | None
     acceptance: list[float]
 
 
@@ -405,10 +403,12 @@ def _run(
     start = began.z if twin is None else torch.cat((began.z, began.z))
     chains = Chains(or_nan(space.log_p), charts, start, twin=twin)
     for z in chains.sweeps(TRIES * ADAPT, adapt=True):
-        places.append(white.inverse(z[:num_chains]))
+        places.append(z)
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
             break
-    chart, axes = (suspected.chart, suspected.directions) if suspected else (white, _axes(torch.cat(places)))
+    chart, axes = (
+        (suspected.chart, suspected.directions) if suspected else (white, _axes(white.inverse(torch.cat(places))))
+    )
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
     others, squares = Scored(*(part[1::2] for part in draws)), _Squares(space, white)
@@ -432,7 +432,7 @@ def _run(
             off |= bool(along.beyond(BENT).any())
         if right or (block > 0 and off):
             break
-    return _Met(drift, along, shape.shape(), wide, chains.acceptance)
+    return _Met(drift, along, shape.shape(), wide if suspected else None, chains.acceptance)
 
 
 class _Squares:
@@ -556,9 +556,11 @@ def _doubts(seen: Check) -> list[Finding]:
     if psis.khat >= WORST_KHAT and not psis.even and not seen.scope:
         return [Finding("tails", "", psis.khat)]
     if seen.spreads and not psis.even:
-        hidden = ~seen.spreads.are_clear(LIMIT, SLOWEST)
-        for name, slowness in compress(zip(seen.spreads.names, seen.spreads.slowness, strict=True), hidden):
-            return [Finding("slow", name, float(slowness))]
+        for name, error, noise, slowness in zip(*seen.spreads, strict=True):
+            if slowness >= SLOWEST:
+                return [Finding("slow", name, float(slowness))]
+            if error.abs() + noise >= LIMIT:
+                return [Finding("unclear", f"all of {name}", 1 / (1 + float(error)), float(noise), of="sd")]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False for NaN too, from chains that overflowed
     if not bool(told.all()):
