@@ -109,7 +109,7 @@ SEEDS = 4
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the training, and weight few draws of guides."""
-    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(100, lr=0.01))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, **_: Schedule(100, lr=0.01))
     monkeypatch.setattr(mode_covering, "DRAWS", 5000)
 
 

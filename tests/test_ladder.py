@@ -119,7 +119,7 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
 
     monkeypatch.setattr(escalation, "_deepened", spy)
     settings = {"num_particles": 16, "progress": False}
-    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, **_: Schedule(20))
     fit = fit_svi(banana, AutoFlow(banana, small), steps=40, escalate=True, **settings)
     assert names(fit) == ["Gaussian", "flow", "deeper and longer", "annealed", "exact draws"]
     assert len(deepened[0].flow.transforms) == 4 + 8 + 2
@@ -254,7 +254,7 @@ def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
 
     monkeypatch.setattr(escalation, "check", distrust)
-    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, **_: Schedule(20))
     fit = fit_svi(turning, AutoFlow(turning), steps=20, escalate=True, progress=False)
     assert names(fit) == ["flow", "deeper and longer", "annealed", "exact draws"]
     assert len({id(rung.fit.guide) for rung in fit.rungs[:3]}) == 3
@@ -285,7 +285,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
 @pytest.mark.slow
 def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(escalation, "check", distrust)
-    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, **_: Schedule(20))
     settings = {"steps": 30, "num_particles": 16, "escalate": True, "progress": False}
     settings["checkpoint"] = tmp_path / "run.pt"
     first = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
