@@ -9,6 +9,7 @@ The programs, with data drawn from each:
 * *states*: a linear-Gaussian state space of 10,000 steps, with the Kalman smoother as answer;
 * *volatility*: stochastic volatility of 2,500 days, with sums over grids as answer;
 * *hierarchy*: 100,000 groups of 5 rows with three shared latents, with exact integrals as answer;
+* *multilevel*: 50,000 visits to 10,000 doctors in 2,000 hospitals, all by indices, with exact integrals as answer;
 * *crossed*: 10,000 users and 1,000 items with 100,000 ratings, both plates subsampled, with the exact Gaussian;
 * *regression*: a logistic regression of 5,000 coefficients on 200 rows, without answer;
 * *cox*: a log-Gaussian Cox process on a grid of 40 x 40 cells, without answer.  ``--pines FILE`` replaces its points by
@@ -274,6 +275,108 @@ def integrals(y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
+def multilevel(hospitals: int, doctors: int, visits: int) -> Program:
+    """Return visits to doctors in hospitals, each level by an index, and exact integrals over the shared latents."""
+    of_doctor, of_visit = torch.randint(hospitals, (doctors,)), torch.randint(doctors, (visits,))
+    level = 1 + 0.5 * torch.randn(hospitals)
+    effect = level[of_doctor] + 0.3 * torch.randn(doctors)
+    data = effect[of_visit] + torch.randn(visits)
+
+    def model(y: Tensor, of_doctor: Tensor, of_visit: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        between = pyro.sample("between", dist.LogNormal(0.0, 1.0))
+        within = pyro.sample("within", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("hospitals", hospitals):
+            hospital = pyro.sample("hospital", dist.Normal(mean, between))
+        with pyro.plate("doctors", len(of_doctor)):
+            doctor = pyro.sample("doctor", dist.Normal(hospital[..., of_doctor], within))
+        with pyro.plate("visits", len(y)):
+            pyro.sample("y", dist.Normal(doctor[..., of_visit], 1.0), obs=y)
+
+    levels = Levels(data.double(), of_doctor, of_visit, hospitals)
+    answers, evidence = levels.integrals()
+    args = data, of_doctor, of_visit
+    return Program(model, args, args, ("mean", "between", "within"), lambda: answers, None, evidence)
+
+
+class Levels:
+    """Exact integrals of *multilevel*, for standard deviations exp(b) of hospitals and exp(w) of doctors within them.
+
+    Args:
+        y: The visits.
+        of_doctor: The hospital of each doctor.
+        of_visit: The doctor of each visit.
+        hospitals: The number of hospitals.
+    """
+
+    def __init__(self, y: Tensor, of_doctor: Tensor, of_visit: Tensor, hospitals: int) -> None:
+        self._of_doctor, self._none = of_doctor, y.new_zeros(hospitals)
+        self._number = torch.bincount(of_visit, minlength=len(of_doctor)).double()
+        self._sum = y.new_zeros(len(of_doctor)).index_add(0, of_visit, y)
+        seen = self._number.clamp_min(1)
+        rest = y.square().sum() - (self._sum.square() / seen).sum()  # within doctors
+        self._constant = -rest / 2 - len(y) / 2 * math.log(2 * math.pi)
+
+    def _given(self, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the log-density of the data, the mean's place and precision, and the hospitals' s and precision."""
+        share = 1 / (1 + self._number * (2 * w).exp())  # of the noise in the variance of a doctor's visits
+        precision = self._none.index_add(0, self._of_doctor, self._number * share)
+        score = self._none.index_add(0, self._of_doctor, self._sum * share)
+        own = (-2 * b).exp()
+        total = precision + own
+        spread = (self._sum.square() * share / self._number.clamp_min(1)).sum()
+        for_mean = (own - own**2 / total).sum() + 1 / 25
+        pull = (own * score / total).sum()
+        log_p = (share.log().sum() - spread - (total / own).log().sum() + (score**2 / total).sum()) / 2
+        log_p = log_p + (pull**2 / for_mean - for_mean.log() - math.log(25)) / 2
+        log_p = log_p + self._constant - (b**2 + w**2) / 2 - math.log(2 * math.pi)
+        return log_p, pull / for_mean, for_mean, score, total
+
+    def integrals(self) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+        """Return moments of all latents and the log evidence, by sums over a grid of b and w."""
+        place = torch.tensor([-0.7, -1.2], dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.LBFGS([place], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = -self._given(*place)[0]
+            value.backward()
+            return value
+
+        optimiser.step(loss)
+        hessian = torch.autograd.functional.hessian(lambda p: -self._given(*p)[0], place.detach())
+        step, factor = 0.4, torch.linalg.cholesky(hessian.inverse())
+        axis = step * torch.arange(-15, 16, dtype=torch.float64)
+        grid = place.detach() + torch.cartesian_prod(axis, axis) @ factor.T
+        heights = torch.stack([self._given(b, w)[0] for b, w in grid])
+        evidence = heights.logsumexp(0) + factor.diagonal().log().sum() + 2 * math.log(step)
+        first: dict[str, Any] = dict.fromkeys(("mean", "between", "within", "hospital", "doctor"), 0.0)
+        second = dict(first)
+        for (b, w), weight in zip(grid, heights.softmax(0), strict=True):
+            for name, (mean, variance) in self._moments(b, w).items():
+                first[name] = first[name] + weight * mean
+                second[name] = second[name] + weight * (variance + mean**2)
+        return {name: (mean, (second[name] - mean**2).sqrt()) for name, mean in first.items()}, float(evidence)
+
+    def _moments(self, b: Tensor, w: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the mean and the variance of each latent."""
+        _, mean, for_mean, score, total = self._given(b, w)
+        gain = (-2 * b).exp() / total
+        hospital, of_hospital = (score / total + gain * mean), 1 / total + gain**2 / for_mean
+        own = (-2 * w).exp()
+        gain = own / (own + self._number)
+        doctor = self._sum / (own + self._number) + gain * hospital[self._of_doctor]
+        of_doctor = 1 / (own + self._number) + gain**2 * of_hospital[self._of_doctor]
+        zero = torch.zeros_like(b)
+        return {
+            "mean": (mean, 1 / for_mean),
+            "between": (b.exp(), zero),
+            "within": (w.exp(), zero),
+            "hospital": (hospital, of_hospital),
+            "doctor": (doctor, of_doctor),
+        }
+
+
 def crossed(users: int, items: int, ratings: int) -> Program:
     """Return effects of users and items with few ratings, both subsampled, and the exact Gaussian."""
     kind, good, noise = 0.6, 0.8, 1.0
@@ -365,6 +468,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Program], tuple[int, ...], tuple[int, ..
     "states": (states, (10_000,), (100,)),
     "volatility": (volatility, (2_500,), (2_500,)),
     "hierarchy": (hierarchy, (100_000,), (100,)),
+    "multilevel": (multilevel, (2_000, 10_000, 50_000), (70, 90, 300)),
     "crossed": (crossed, (10_000, 1_000, 100_000), (90, 80, 3_000)),
     "regression": (regression, (5_000, 200), (50, 10)),
     "cox": (cox, (40,), (8,)),

@@ -167,7 +167,7 @@ def brief(monkeypatch):
     for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
         monkeypatch.setattr(missing_modes, name, number)
     monkeypatch.setattr(missing_modes, "EFFORT", missing_modes.EFFORT._replace(gradients=40))
-    monkeypatch.setattr(verdict, "BLOCKS", 1)
+    monkeypatch.setattr(verdict, "SWEEPS", verdict.BLOCK)
 
 
 def pair(name):

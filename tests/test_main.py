@@ -39,7 +39,7 @@ def quick(monkeypatch):
         return with_verdict(check(*args, num_samples=200, num_chains=16), "do not trust")
 
     monkeypatch.setattr(verdict, "search", lambda *_: Missing(0.0, 0.0))
-    for name, number in {"ADAPT": 2, "TRIES": 1, "BLOCK": 2, "BLOCKS": 1}.items():
+    for name, number in {"ADAPT": 2, "TRIES": 1, "BLOCK": 2, "SWEEPS": 2}.items():
         monkeypatch.setattr(verdict, name, number)
     monkeypatch.setattr(job, "check", coarse)
     monkeypatch.setattr(job, "SHOWN", 4000)

@@ -143,7 +143,7 @@ class Check:
                 return f"{str(finding)[:-1]}, {mend}"
         largest = max(0.01, float(self._moments.errors.max()))
         if self.scope:
-            found = f"Weights and chains find no error of a mean or sd beyond {largest:.2f} sd. {self.scope}"
+            found = f"No error of a mean or sd beyond {largest:.2f} sd was found. {self.scope}"
             return (
                 f"{found} Weights of single rows have a k-hat of at most {', '.join(map(str, self.rows))}."
                 if self.rows
@@ -328,7 +328,8 @@ def _looked_at(space: LatentSpace, suspected: Suspects | None) -> str:
     kept = Counter(space.read.sites)
     whole = [f"all of {site!r}" for site, size in sizes.items() if kept[site] == size]
     parts = [f"{kept[site]} of the {size:,} numbers of {site!r}" for site, size in sizes.items() if kept[site] < size]
-    return f"They looked at {', '.join([*whole, *parts])}, the most suspect and random ones, and not for other modes."
+    seen = f"{', '.join([*whole, *parts])}, the most suspect and random ones"
+    return f"Weights and chains looked at {seen}, and not for other modes."
 
 
 def _sizes(space: LatentSpace) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -47,7 +48,7 @@ from .masked import RowMasks, masks_of_all
 from .moving_supports import check_supports, moving_supports
 from .packing import Packing, place
 from .start_location import settle_start
-from .structure import Structure
+from .structure import Nesting, Structure, check_nestings
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
 WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
@@ -119,6 +120,7 @@ class BlockGuide(FlowGuide):
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
+        check_nestings(call.owner, self.structure, found.rows)
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.size_of_rows = max((rows.full_size for rows in found.rows.values()), default=1)
         self.posterior = Blocks(scale)
@@ -134,7 +136,8 @@ class BlockGuide(FlowGuide):
     def _block(self, name: str, packing: Packing, call: Call, found: Found) -> Block:
         """Build the block of some latents, which depends on the blocks before it."""
         blocks, key, order = self.posterior.blocks, packing.plates, self._order(packing)
-        parents = [i for i, b in enumerate(blocks) if b.permute is None and {*b.packing.plates} <= {*key}]
+        nestings = self._nestings(key)
+        parents = [i for i, b in enumerate(blocks) if b.permute is None and _is_around(b.packing.plates, key, nestings)]
         width = num_given = sum(blocks[parent].packing.size for parent in parents)
         start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
         contexts, linear = None, False
@@ -158,7 +161,13 @@ class BlockGuide(FlowGuide):
             frame = Frame(first[:, order], self.posterior.scale, num_given, shared)
         elif by_row:
             frame = Frame(torch.zeros_like(first)[:, None], 1.0, num_given, shared)
-        return Block(name, packing, flow, contexts, parents, frame, order, WIDE * self.posterior.scale)
+        return Block(name, packing, flow, contexts, parents, nestings, frame, order, WIDE * self.posterior.scale)
+
+    def _nestings(self, key: Key) -> list[Nesting]:
+        """Return the nestings by an index of the rows of some plates; of plates with two ways to an outer one, none."""
+        found = [nesting for plate in key for nesting in self.structure.outside(plate) if nesting.outer not in key]
+        ways = Counter(nesting.outer for nesting in found)
+        return [nesting for nesting in found if ways[nesting.outer] == 1]
 
     def _contexts(self, key: Key) -> RowContexts:
         return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None)
@@ -219,7 +228,12 @@ class BlockGuide(FlowGuide):
             key = tuple(frame.name for frame in frames_of(site, self.row_plates))
             groups.setdefault((key, self.structure.group(name)), []).append(site)
         found = {}
-        for key, which in sorted(groups, key=lambda group: (len(group[0]), group[1])):  # parents first
+
+        def depth(group: tuple[Key, int]) -> tuple[int, int]:
+            key, which = group
+            return len({*key}.union(*({part.outer for part in self.structure.outside(plate)} for plate in key))), which
+
+        for key, which in sorted(groups, key=depth):  # parents first
             group = groups[key, which]
             words = [*key, SHARED] if which < 0 else [*key, group[0]["name"], "steps"]
             found["_".join(words)] = Packing(owner, group, key)
@@ -243,7 +257,7 @@ class BlockGuide(FlowGuide):
                 contexts.restore(*rows)
                 width += contexts.width
             check_fits(flow, packing.size, width)
-            block = Block(name, packing, flow, contexts, parents, Frame.of(frame), order, 1.0)
+            block = Block(name, packing, flow, contexts, parents, self._nestings(key), Frame.of(frame), order, 1.0)
             block.unit.data.copy_(unit)
             self.posterior.blocks.append(block)
 
@@ -308,8 +322,8 @@ class BlockGuide(FlowGuide):
         Without all rows of a subsampled plate, each starts from the average over the rows of the minibatch.
 
         Args:
-            blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``, for all rows
-                or for those that the guide was set up with.
+            blocks: For each block its distribution given its parents, for all rows or for those that the guide was set
+                up with: see :class:`~pyro_flows.sampling.block_gaussian.Conditional`.
         """
         means: list[Tensor] = []
         whole = all(len(found.loc) == block.number for block, found in zip(self.posterior.blocks, blocks, strict=True))
@@ -326,8 +340,9 @@ class BlockGuide(FlowGuide):
                 origin = torch.cat((none[0], *given), -1)
                 gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
                 size = block.frame.num_shared
-                stretch, turn = found.stretch[..., :size], found.turn[..., :size]
-                parts = [origin, loc, gain, scale, stretch, found.matrix, turn]
+                lean = found.lean.reshape(*loc.shape, *found.lean.shape[2:])
+                stretch, turn, lean = (slope[..., :size] for slope in (found.stretch, found.turn, lean))
+                parts = [origin, loc, gain, scale, stretch, found.matrix, turn, lean]
                 block.frame.set(*(parts if len(loc) == block.number else [p.mean(0, keepdim=True) for p in parts]))
             deviation = scale.square().sum(-1).mean(0).sqrt()  # (T, d)
             block.unit.copy_(UNIT * deviation.flatten())
@@ -449,3 +464,9 @@ class BlockGuide(FlowGuide):
             for encoder in self._encoders.values():
                 stack.enter_context(at_rest(encoder))
             return [block.contexts.of_all(call) if block.contexts else BlockRows() for block in self.posterior.blocks]
+
+
+def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:
+    """True if each row of the plates of a key lies in a row of some plates, in at most one of them by an index."""
+    by_index = {*plates} - {*key}
+    return len(by_index) <= 1 and by_index <= {nesting.outer for nesting in nestings}

@@ -7,7 +7,7 @@ Variational Inference (Hoffman, Blei 2014, arXiv:1404.4114).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from .frame import Frame
 from .guide_call import Key
 from .masked import RowMasks
 from .packing import Packing
+from .structure import Nesting
 
 Masks = Mapping[Key, RowMasks]
 
@@ -65,6 +66,7 @@ class Block(nn.Module):
         flow: The flow over the vector.
         contexts: The contexts of the rows; None outside of all rows.
         parents: The places of the blocks on which this one depends.
+        nestings: The nestings by an index of the plates of its rows.
         frame: The Gaussian that follows the flow, or None.
         order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
         unit: The unit of the block's latents, as other blocks see them.
@@ -77,13 +79,14 @@ class Block(nn.Module):
         flow: Flow,
         contexts: RowContexts | None,
         parents: Sequence[int],
+        nestings: Sequence[Nesting],
         frame: Frame | None,
         order: Tensor | None,
         unit: float,
     ) -> None:
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
-        self.parents = tuple(parents)
+        self.parents, self.nestings = tuple(parents), tuple(nestings)
         self.order = order
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
@@ -121,8 +124,41 @@ class Block(nn.Module):
 
     def rows_of(self, parent: Block, sizes: tuple[int, ...]) -> Tensor:
         """Return for each row of plates of some sizes the row of a parent that it belongs to."""
-        kept = [n if plate in parent.packing.plates else 1 for plate, n in zip(self.packing.plates, sizes, strict=True)]
-        return torch.arange(math.prod(kept)).reshape(kept).expand(sizes).flatten()
+        number = dict(zip(self.packing.plates, sizes, strict=True))
+        row = dict(zip(number, torch.meshgrid(*map(torch.arange, sizes), indexing="ij") if sizes else (), strict=True))
+        found = torch.zeros(sizes, dtype=torch.long)
+        for plate, size in zip(parent.packing.plates, parent.sizes, strict=True):
+            if plate not in row:
+                nesting = self._nesting(plate)
+                row[plate], number[plate] = nesting.rows[row[nesting.plate]], size
+            found = found * number[plate] + row[plate]
+        return found.flatten()
+
+    def _nesting(self, outer: str) -> Nesting:
+        return next(nesting for nesting in self.nestings if nesting.outer == outer)
+
+    def from_parent(self, parent: Block, vectors: Tensor, places: Tensor | None) -> Tensor:
+        """Return for each row the vector of the parent's row that it belongs to, aligned.
+
+        Args:
+            parent: The parent.
+            vectors: The vectors of its rows, aligned.
+            places: The places of the rows of this block, or None for all in their order.
+        """
+        alone = vectors.dim() - 1 == parent.packing.depth  # without a batch
+        for plate, dim in zip(parent.packing.plates, parent.packing.dims, strict=True):
+            if plate in self.packing.plates:
+                continue
+            nesting = self._nesting(plate)
+            axis = self.packing.plates.index(nesting.plate)
+            rows, own = nesting.rows.to(vectors.device), self.packing.dims[axis]
+            if places is not None:
+                first = places.movedim(axis, 0).reshape(places.shape[axis], -1)[:, 0]
+                rows = rows[first.to(rows.device) // math.prod(self.sizes[axis + 1 :]) % self.sizes[axis]]
+            vectors = vectors.index_select(dim - 1, rows)
+            vectors = vectors.reshape(*(1,) * (1 - own - vectors.dim()), *vectors.shape).transpose(dim - 1, own - 1)
+            vectors = vectors.reshape(vectors.shape[-1 - self.packing.depth :]) if alone else vectors
+        return vectors
 
     def start(self, *, whole: bool) -> Tensor:
         """Return the start of the rows' vectors, ``(rows, size)``; rows that were not seen have that of the first."""
@@ -176,11 +212,16 @@ class Blocks(nn.Module):
     def at(self, block: Block, rows: BlockRows, drawn: Sequence[Drawn]) -> FlowDistribution:
         """Return the distribution of a block's vectors for some rows, given the blocks before it."""
         parents = [drawn[parent] for parent in block.parents]
+
+        def of_parents(vectors: Iterable[Tensor]) -> list[Tensor]:
+            pairs = zip(parents, vectors, strict=True)
+            return [block.from_parent(parent.block, z, rows.places) for parent, z in pairs]
+
         context = _joined(
             [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1)],
-            [parent.relative for parent in parents],
+            of_parents(parent.relative for parent in parents),
         )
-        given = _joined([parent.z for parent in parents]) if block.frame is not None else None
+        given = _joined(of_parents(parent.z for parent in parents)) if block.frame is not None else None
         return block.at(context, rows.places, given)
 
     def draw(self, size: int, rows: Sequence[BlockRows]) -> dict[str, Tensor]:

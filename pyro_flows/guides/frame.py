@@ -2,11 +2,14 @@
 
 For the latents z of row i, given the latents p of the block's parents, among them the latents g outside of all rows::
 
-    z_i = μ_i + M_i (p - p_i) + e_i,    e_it = A_it(g) e_i,t-1 + L_it(g) w_it,
-    A_it(g) = A_it + Σ_k B_itk (g - g_i)_k,    L_it(g) = L_it diag exp(s_it (g - g_i))
+    z_i = μ_i + M_i(g) (p - p_i) + e_i,    e_it = A_it(g) e_i,t-1 + L_it(g) w_it,
+    M_i(g) = M_i + Σ_k C_ik (g - g_i)_k,    A_it(g) = A_it + Σ_k B_itk (g - g_i)_k,
+    L_it(g) = L_it diag exp(s_it (g - g_i))
 
 with w from the block's flow, and p_i the place of the parents at which the row has mean μ_i.  So the flow is trained in
-coordinates in which the posterior is nearly standard normal, and funnels have straight walls.
+coordinates in which the posterior is nearly standard normal, and funnels have straight walls.  The gain of a row in the
+latents of an outer row depends on scales, which are among g: the C.  Thousands of rows with a constant gain would each
+cost few nats away from the middle of g, and all together make g too narrow.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Frame(nn.Module):
         self.stretch = nn.Parameter(start.new_zeros(*start.shape, num_shared))
         self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
         self.turn = nn.Parameter(start.new_zeros(*eye.shape, num_shared)) if several else None
+        inner = num_given - num_shared
+        self.lean = nn.Parameter(start.new_zeros(*start.shape, inner, num_shared)) if inner and num_shared else None
 
     @property
     def is_set(self) -> bool:
@@ -53,7 +58,7 @@ class Frame(nn.Module):
 
     def parts(self) -> Parts:
         """Return the tensors that a file holds, for :meth:`of`."""
-        return self.origin, self.loc, self.gain, self.scale, self.stretch, self.matrix, self.turn
+        return self.origin, self.loc, self.gain, self.scale, self.stretch, self.matrix, self.turn, self.lean
 
     @classmethod
     def of(cls, parts: Any) -> Frame | None:
@@ -67,7 +72,7 @@ class Frame(nn.Module):
 
     @torch.no_grad()
     def set(self, *parts: Any) -> None:
-        """Set all tensors, in the order of :meth:`parts`; those that a single step lacks may be given."""
+        """Set all tensors, in the order of :meth:`parts`; those that this frame lacks may be given."""
         for own, new in zip(self.parts(), parts, strict=True):
             if own is not None:
                 own.copy_(new)
@@ -86,6 +91,9 @@ class Frame(nn.Module):
         away = given - self.origin.detach()[places]
         along, shared = away[..., None, :, None], away[..., None, : self.num_shared, None]
         loc = loc + (self.gain.detach()[places] @ along).squeeze(-1)
+        if self.lean is not None:
+            bent = (self.lean.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)  # (*batch, T, d, inner)
+            loc = loc + (bent @ along[..., self.num_shared :, :]).squeeze(-1)
         scale = scale * (self.stretch.detach()[places] @ shared).exp().mT
         if matrix is not None and self.turn is not None:
             matrix = matrix + (self.turn.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)

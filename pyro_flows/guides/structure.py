@@ -1,4 +1,4 @@
-"""The structure of a posterior, read from its log-density: independent rows of plates, and sequences.
+"""The structure of a posterior, read from its log-density: independent rows of plates, nestings, and sequences.
 
 Two latents are independent given all others if and only if the mixed second derivative of the log-density vanishes
 everywhere.  It is found by differences of scores at two random points, for all latents that one group of latents
@@ -8,7 +8,7 @@ touches at once.  So couplings that no graph of sites shows are seen too, such a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..programs.log_density import or_nan, score_of
 from .discrete import summed
-from .guide_call import Call, Key, frames_of
+from .guide_call import Call, Key, Rows, frames_of
 from .packing import Packing
 
 FEW = 64  # the largest number of latents that one flow takes whatever their structure
@@ -48,16 +48,51 @@ class Sequence(NamedTuple):
         return torch.argsort(steps, stable=True).reshape(self.steps, -1)
 
 
+class Nesting(NamedTuple):
+    """Rows of a plate that each belong to a row of another plate by an index, such as ``h[hospital_of_doctor]``.
+
+    Attributes:
+        plate: The plate.
+        outer: The other plate.
+        rows: The row of the other plate that each row belongs to, ``(rows,)``.
+    """
+
+    plate: str
+    outer: str
+    rows: Tensor
+
+
 class Structure(NamedTuple):
     """The structure of a posterior.
 
     Attributes:
         plates: The plates whose rows are independent given the latents outside.
         sequences: The sequences among latents that share their rows.
+        nestings: The nestings of plates by an index, at most one for each plate.
     """
 
     plates: tuple[str, ...] = ()
     sequences: tuple[Sequence, ...] = ()
+    nestings: tuple[Nesting, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[Any]) -> Structure:
+        """Return a structure from nested tuples of its parts, in their order."""
+        plates, sequences, nestings = (*map(tuple, parts), (), (), ())[:3]
+        return cls(plates, tuple(Sequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings))
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return the structure as nested tuples, for :meth:`of`."""
+        return self.plates, *(tuple(tuple(part) for part in parts) for parts in (self.sequences, self.nestings))
+
+    def outside(self, plate: str) -> tuple[Nesting, ...]:
+        """Return the nestings of a plate in all plates around it by an index, the next one first."""
+        found, at = list[Nesting](), plate
+        while step := next((nesting for nesting in self.nestings if nesting.plate == at), None):
+            rows = step.rows[found[-1].rows] if found else step.rows
+            found.append(Nesting(plate, step.outer, rows))
+            at = step.outer
+        return tuple(found)
 
     def group(self, name: str) -> int:
         """Return the index of the sequence that a site belongs to, or -1."""
@@ -81,7 +116,23 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
     look = _Look(call)
     plates = look.independent_plates(subsampled)
     sequences = [found for sites in look.blocks(plates).values() for found in look.sequences(sites, plates)]
-    return Structure(tuple(plates), tuple(sequences))
+    return Structure(tuple(plates), tuple(sequences), tuple(look.nestings(plates, subsampled)))
+
+
+def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:
+    """Raise ValueError if nestings do not fit the plates of a model, given their rows in a run."""
+    for plate, outer, index in structure.nestings:
+        for name in (plate, outer):
+            if name not in structure.plates or name not in rows:
+                has = ", ".join(name for name in structure.plates if name in rows) or "none"
+                raise ValueError(f"{owner}: structure has a nesting of {plate!r} in {outer!r}. Its plates are {has}.")
+            if rows[name].size < rows[name].full_size or rows[name].chosen is not None:
+                fault = f"plate {name!r} takes some of its rows, so that no index can nest {plate!r} in {outer!r}"
+                raise ValueError(f"{owner}: {fault}. Let it take all rows, or leave the nesting out of structure=.")
+        size, number = rows[plate].full_size, rows[outer].full_size
+        if index.shape != (size,) or not bool(((index >= 0) & (index < number)).all()):
+            wanted = f"one index of {outer!r} for each row of {plate!r}, ({size},), from 0 to {number - 1}"
+            raise ValueError(f"{owner}: the rows of a nesting must be {wanted}, got shape {tuple(index.shape)}.")
 
 
 def _plates(site: dict[str, Any]) -> list[Any]:
@@ -189,6 +240,58 @@ class _Look:
         """Return the index along an axis of each number of a site."""
         shape = self.places[name].shape
         return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    def nestings(self, plates: Iterable[str], subsampled: Collection[str]) -> list[Nesting]:
+        """Return for each plate the one whose rows its own belong to by an index, if there is one.
+
+        Of several it is the one with most rows.  Subsampled plates have none.
+        """
+        single = {key[0]: sites for key, sites in self.blocks(plates).items() if len(key) == 1}
+        blocks = {plate: sites for plate, sites in single.items() if plate not in subsampled}
+        found = Structure()
+        sizes = {plate: 1 + int(self._rows(sites[0], (plate,))[plate].max()) for plate, sites in blocks.items()}
+        for outer in sorted(blocks, key=lambda plate: -sizes[plate]) if len(blocks) > 1 else ():
+            responses = self._responses(outer, blocks[outer], sizes[outer])
+            for plate in blocks:
+                circular = plate == outer or any(nesting.outer == plate for nesting in found.outside(outer))
+                if circular or found.outside(plate):
+                    continue
+                rows = self._outer_rows(plate, blocks[plate], sizes[plate], responses)
+                if rows is not None:
+                    found = found._replace(nestings=(*found.nestings, Nesting(plate, outer, rows)))
+        return list(found.nestings)
+
+    def _responses(self, outer: str, sites: list[str], size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row."""
+        found = []
+        for digit in range((size - 1).bit_length()):
+            ones = {name: self._rows(name, (outer,))[outer] >> digit & 1 for name in sites}
+            zero, one = (
+                self.coupled(torch.cat([self.places[name][ones[name] == value] for name in sites])) for value in (0, 1)
+            )
+            found.append((zero, one))
+        return found
+
+    def _outer_rows(
+        self, plate: str, sites: list[str], size: int, responses: list[tuple[Tensor, Tensor]]
+    ) -> Tensor | None:
+        """Return the row of another plate to which each row of a plate is coupled; None if some have several.
+
+        Rows that are coupled to none belong to the first.
+        """
+
+        def any_in_row(coupled: Tensor) -> Tensor:
+            found = torch.zeros(size, dtype=torch.long)
+            for name in sites:
+                row = self._rows(name, (plate,))[plate].flatten()
+                found = found.index_add(0, row, coupled[self.places[name]].flatten().long())
+            return found > 0
+
+        pairs = [(any_in_row(zero), any_in_row(one)) for zero, one in responses]
+        seen = torch.stack([zero | one for zero, one in pairs])
+        if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in pairs):
+            return None
+        return sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), torch.zeros(size, dtype=torch.long))
 
     def sequences(self, sites: list[str], plates: Iterable[str]) -> list[Sequence]:
         """Return the sequences among sites with the same rows: those of one length together, if they are local."""

@@ -18,7 +18,7 @@ from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
 from .default_flows import FACTORS
 from .guide_call import Call, Key
-from .structure import Sequence, Structure, read_structure
+from .structure import Structure, read_structure
 
 
 class AutoStructuredFlow(BlockGuide):
@@ -31,7 +31,8 @@ class AutoStructuredFlow(BlockGuide):
     - Latents g outside of plates have one flow.
     - The rows i of a plate p are independent given the latents outside.  They share one conditional flow, and each has
       a learned context c.  There may be several plates, nested or crossed, each subsampled or not.  Rows of a nested
-      plate depend on the latents in their own row of the outer plate.
+      plate depend on the latents in their own row of the outer plate.  So do rows that belong to a row of another
+      plate by an index, as in ``dist.Normal(hospital[hospital_of_doctor], 1)``, if neither plate is subsampled.
     - Latents along a sequence s of steps, such as the states of a ``pyro.markov`` chain or of a random walk, or the
       lines of a grid, have a flow that is linear and convolutional along the sequence.
 
@@ -51,7 +52,7 @@ class AutoStructuredFlow(BlockGuide):
         embedding_dim: The width of the learned vector of each row.
         init_loc_fn: The strategy for the start, as for ``AutoFlow``.
         init_scale: The scale of each unconstrained latent at the start, by default as for ``AutoPlateFlow``.
-        structure: The plates with independent rows, and the sequences; by default they are found.
+        structure: The plates with independent rows, the sequences and the nestings; by default they are found.
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
@@ -106,8 +107,7 @@ class AutoStructuredFlow(BlockGuide):
             raise ValueError(f"{type(self).__name__}: {fault}. Give encoders={{{missing[0]!r}: ...}}, or leave it out.")
         self._semi_amortized, self._given_structure = tuple(semi_amortized), structure
         if structure is not None:
-            plates, sequences = structure
-            self.structure = Structure(tuple(plates), tuple(Sequence(*sequence) for sequence in sequences))
+            self.structure = Structure.of(structure)
             self.row_plates = self.structure.plates
 
     def _read(self, call: Call) -> Structure:
@@ -142,7 +142,5 @@ class AutoStructuredFlow(BlockGuide):
         return self._build_local is not None or contexts.encoder is not None or num_given > FACTORS
 
     def parts(self) -> dict[str, Any]:
-        plates, sequences = self.structure
-        structure = tuple(plates), tuple(tuple(sequence) for sequence in sequences)
         encoders = {"encoders": tuple(self._encoders.items()), "semi_amortized": self._semi_amortized}
-        return super().parts() | encoders | {"structure": structure}
+        return super().parts() | encoders | {"structure": self.structure.parts()}

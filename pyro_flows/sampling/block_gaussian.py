@@ -11,9 +11,9 @@ share no neighbour (Curtis, Powell, Reid 1974, *On the Estimation of Sparse Jaco
 blocks, the last one first, costs as much as P has numbers.
 
 One block may be the *root*, whose latents g all others share, such as the scale of a prior.  Given g the others are
-Gaussian with means and scales that depend on g to first order.  So q is no Gaussian: it follows a funnel.  The root is
-fitted to log p(g, z(g, w)) + log|dz/dw|, where the others move with g: a Laplace approximation nested in another (Rue,
-Martino, Chopin 2009, JRSS B 71).
+Gaussian, with means, scales and gains that depend on g to first order.  So q is no Gaussian: it follows a funnel.  The
+root is fitted to log p(g, z(g, w)) + log|dz/dw|, where the others move with g: a Laplace approximation nested in
+another (Rue, Martino, Chopin 2009, JRSS B 71).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ BEND = 0.7  # standard deviations of the root by which it is moved to see how th
 SLACK = 0.5  # nats by which the ELBO may fall in a step
 
 Watch = Callable[[], bool]
+Bends = tuple[Tensor, Tensor, Tensor]  # derivatives in the root's latents: of A, of log diag L, and of gains
 
 
 def slack(elbo: float, like: Tensor) -> float:
@@ -107,6 +108,7 @@ class Conditional(NamedTuple):
         scale: The lower triangular matrices L there, ``(N, T, d, d)``.
         turn: The derivative of A in the root's latents, ``(N, T, d, d, G)``.
         stretch: That of the logarithm of the diagonal of L, ``(N, T, d, G)``; it multiplies columns of L.
+        lean: That of the gains of all P latents of parents but the root, ``(N, T d, P, G)``.
     """
 
     loc: Tensor
@@ -115,6 +117,7 @@ class Conditional(NamedTuple):
     scale: Tensor
     turn: Tensor
     stretch: Tensor
+    lean: Tensor
 
     def deviation(self, w: Tensor, root: Tensor) -> Tensor:
         """Return e for noise w ``(S, N, T, d)`` and deviations of the root from its mean, ``(S, G)``."""
@@ -318,20 +321,22 @@ class _Search:
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
                 shift = (gain @ away[parent][:, row].unsqueeze(-1)).squeeze(-1)
                 e = e + shift.reshape(e.shape)
+            if above := [away[parent][:, row] for parent, row in self._other_parents(place)]:
+                shift = torch.einsum("nipg,snp,sg->sni", block.lean, torch.cat(above, -1), root)
+                e = e + shift.reshape(e.shape)
             parts.append((block.loc + e).flatten(1))
             away.append(e.flatten(-2))
         order = torch.cat([layout.places.flatten() for layout in self.layouts])
         return torch.cat(parts, -1)[:, torch.argsort(order)]
 
-    def _bends(self, noise: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Return for each block the derivatives of A and of log diag L in the root's latents.
+    def _bends(self, noise: Tensor) -> list[Bends] | None:
+        """Return for each block the derivatives of A, log diag L and gains in the root's latents.
 
         They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
         Return None if there is no such distribution at one side.
         """
         size = BEND * self.precision[0].diagonal[0, 0].inverse().diagonal().sqrt()
-        turns: list[list[Tensor]] = [[] for _ in self.layouts]
-        stretches: list[list[Tensor]] = [[] for _ in self.layouts]
+        found = [list[Bends]() for _ in self.layouts]
         for own in torch.diag(size):
             sides = []
             for side in (own, -own):
@@ -342,12 +347,18 @@ class _Search:
                 except LinAlgError:
                     return None
             for place, (forth, back) in enumerate(zip(*sides, strict=True)):
-                turns[place].append((forth.matrix - back.matrix) / (2 * own.sum()))
-                logs = [block.scale.diagonal(dim1=-2, dim2=-1).log() for block in (forth, back)]
-                stretches[place].append((logs[0] - logs[1]) / (2 * own.sum()))
-        return [
-            (torch.stack(turn, -1), torch.stack(stretch, -1)) for turn, stretch in zip(turns, stretches, strict=True)
-        ]
+                pairs = zip(self._coefficients(place, forth), self._coefficients(place, back), strict=True)
+                turn, stretch, lean = ((high - low) / (2 * own.sum()) for high, low in pairs)
+                found[place].append((turn, stretch, lean))
+        stacked = [[torch.stack(parts, -1) for parts in zip(*of_block, strict=True)] for of_block in found]
+        return [(turn, stretch, lean) for turn, stretch, lean in stacked]
+
+    def _coefficients(self, place: int, block: Conditional) -> Bends:
+        """Return what depends on the root in a block's distribution: A, log diag L, and gains of its other parents."""
+        pairs = zip(self.layouts[place].parents, block.gains, strict=True)
+        gains = [gain for (parent, _), gain in pairs if parent or not self.has_root]
+        none = block.loc.new_zeros(len(block.loc), block.loc[0].numel(), 0)
+        return block.matrix, block.scale.diagonal(dim1=-2, dim2=-1).log(), torch.cat((none, *gains), -1)
 
     def _of_root(self, noise: Tensor) -> tuple[Tensor, Precision]:
         """Return the mean score of the root, where the other blocks move with it, and minus its mean derivative."""
@@ -509,7 +520,7 @@ class _Search:
         self,
         precision: list[Precision],
         loc: Tensor,
-        bends: list[tuple[Tensor, Tensor]] | None = None,
+        bends: list[Bends] | None = None,
         rate: float = 1.0,
     ) -> list[Conditional]:
         """Return the distribution of each block given its parents, by elimination of the last block first.
@@ -531,8 +542,8 @@ class _Search:
             layout, own = self.layouts[place], left[place]
             diagonal = own.diagonal if own.diagonal.shape[1] > 1 else _positive(own.diagonal)
             matrix, scale = _forwards(diagonal, own.lower)
-            turn, stretch = self._bent(place, bends, rate)
-            block = Conditional(loc[layout.places], (), matrix, scale, turn, stretch)
+            bent = self._bent(place, bends, rate)
+            block = Conditional(loc[layout.places], (), matrix, scale, *bent)
             solved = [-_solved_columns(block, cross) for cross in own.cross]
             for (parent, row), cross in zip(layout.parents, own.cross, strict=True):
                 if parent == 0 and self.has_root:
@@ -547,17 +558,23 @@ class _Search:
             found.append(block._replace(gains=tuple(solved)))
         return found[::-1]
 
-    def _bent(self, place: int, bends: list[tuple[Tensor, Tensor]] | None, rate: float) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of a block's A and log diag L in the root's latents."""
+    def _bent(self, place: int, bends: list[Bends] | None, rate: float) -> Bends:
+        """Return the derivatives of a block's A, log diag L and gains in the root's latents."""
         if not hasattr(self, "blocks"):
             rows, steps, width = self.layouts[place].places.shape
+            above = sum(self.layouts[parent].places[0].numel() for parent, _ in self._other_parents(place))
             turn = self.loc.new_zeros(rows, steps, width, width, len(self.root))
-            return turn, turn[:, :, :, 0]
+            return turn, turn[:, :, :, 0], self.loc.new_zeros(rows, steps * width, above, len(self.root))
         own = self.blocks[place]
+        old = own.turn, own.stretch, own.lean
         if bends is None or (place == 0 and self.has_root):
-            return own.turn, own.stretch
-        turn, stretch = bends[place]
-        return torch.lerp(own.turn, turn, rate), torch.lerp(own.stretch, stretch, rate)
+            return old
+        turn, stretch, lean = (torch.lerp(mine, theirs, rate) for mine, theirs in zip(old, bends[place], strict=True))
+        return turn, stretch, lean
+
+    def _other_parents(self, place: int) -> list[tuple[int, Tensor]]:
+        """Return the parents of a block but the root, and the row of them that each row belongs to."""
+        return [(parent, row) for parent, row in self.layouts[place].parents if parent or not self.has_root]
 
     def _solved(self, blocks: list[Conditional], x: Tensor, damping: float, joint: Tensor | None) -> Tensor:
         """Return the natural gradient from a gradient ``(D,)``; that of the root counts the moves of all blocks.
