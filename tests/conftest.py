@@ -1,15 +1,29 @@
-"""Setup of every test: one seed, an empty parameter store, validation on, one thread."""
+"""Setup of every test: one seed, an empty parameter store, validation on, one thread; and tests in turns."""
 
 from __future__ import annotations
 
 import io
 import signal
+import zlib
 
 import pyro
 import pytest
 import torch
 
 from pyro_flows import atomic_files
+
+TURNS = 20
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--turn", type=int, help=f"run one test in {TURNS}, others for other numbers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (turn := config.getoption("--turn")) is not None:
+        chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % TURNS == turn % TURNS]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 def pytest_sessionstart() -> None:
