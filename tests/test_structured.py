@@ -312,12 +312,12 @@ def test_the_index_of_rows_is_found() -> None:
     """Rows of a chain of plates, and rows that do not depend on any other."""
     _, school, teacher = args = CASES["classes"].args
     found = AutoStructuredFlow(classes).setup(*args).structure
-    assert {(nesting.plate, nesting.outer) for nesting in found.nestings} == {
+    assert [(nesting.plate, nesting.outer) for nesting in found.nestings] == [
         ("teachers", "schools"),
         ("classes", "teachers"),
-    }
-    torch.testing.assert_close({n.plate: n.rows for n in found.nestings}, {"teachers": school, "classes": teacher})
-    torch.testing.assert_close([n.rows for n in found.outside("classes")], [teacher, school[teacher]])
+        ("classes", "schools"),
+    ]
+    torch.testing.assert_close([n.rows for n in found.nestings], [school, teacher, school[teacher]])
 
     def alone(y, school):
         with pyro.plate("schools", 70):
@@ -330,6 +330,87 @@ def test_the_index_of_rows_is_found() -> None:
     y, school = CASES["ragged"].args
     (nesting,) = AutoStructuredFlow(alone).setup(y, school).structure.nestings
     torch.testing.assert_close(nesting.rows, school.index_fill(0, torch.tensor(3), 0))
+
+
+def test_a_row_that_belongs_to_two_chains_is_nested_in_one() -> None:
+    """Patients of a doctor may belong to another hospital than the doctor: then hospitals are crossed with them."""
+    home, doctor, other = index(70, 150), index(150, 400), index(69, 400)
+
+    def model(y):
+        with pyro.plate("hospitals", 70):
+            hospital = pyro.sample("hospital", dist.Normal(0.0, 1.0))
+        with pyro.plate("doctors", 150):
+            skill = pyro.sample("skill", dist.Normal(hospital[..., home], 1.0))
+        with pyro.plate("patients", 400):
+            patient = pyro.sample("patient", dist.Normal(skill[..., doctor], 1.0))
+            pyro.sample("y", dist.Normal(patient + hospital[..., other], 0.5), obs=y)
+
+    found = AutoStructuredFlow(model).setup(normal(400)).structure
+    assert [(nesting.plate, nesting.outer) for nesting in found.nestings] == [
+        ("doctors", "hospitals"),
+        ("patients", "doctors"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["scales", "covariates", "counts"])
+def test_an_index_is_found_whatever_the_scales_of_rows(kind: str) -> None:
+    school, size = index(70, 300), torch.arange(300) % 5
+    covariate = torch.linspace(-1000, 1000, 300)
+
+    def model(y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0)).unsqueeze(-1)
+        with pyro.plate("schools", 70):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupils", 300):
+            scale = torch.where(size == 0, 0.03, 30.0) if kind == "scales" else torch.tensor(1.0)
+            pupil = pyro.sample("pupil", dist.Normal(level[..., school], scale))
+            along = slope * covariate if kind == "covariates" else 0.0
+            if kind == "counts":
+                pyro.sample("y", dist.Poisson((pupil + 2.0 * size).exp()), obs=y.abs().round())
+            else:
+                pyro.sample("y", dist.Normal(pupil + along, scale), obs=y)
+
+    (nesting,) = AutoStructuredFlow(model).setup(normal(300)).structure.nestings
+    torch.testing.assert_close(nesting.rows, school)
+
+
+def test_plates_that_are_given_all_rows_or_hold_both_sides_still_fit() -> None:
+    school = index(70, 150)
+
+    def model(y, rows=None, both=True):
+        outer = pyro.plate("schools", 70, dim=-2)
+        inner = pyro.plate("pupils", 150, subsample=rows, dim=-1)
+        with outer:
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        if both:
+            with outer, inner:
+                taste = pyro.sample("taste", dist.Normal(0.0, 1.0))
+        with inner as i:
+            own = level[..., school[i], 0].unsqueeze(-2)
+            pupil = pyro.sample("pupil", dist.Normal(own, 1.0))
+            liked = taste[..., school[i], torch.arange(len(i))].unsqueeze(-2) if both else 0.0
+            pyro.sample("y", dist.Normal(pupil + liked, 1.0), obs=y[i])
+
+    guide = AutoStructuredFlow(model)
+    fit_svi(model, guide, normal(150), steps=2, progress=False)
+    assert len(guide.structure.nestings) == 1
+    assert AutoStructuredFlow(model).setup(normal(150), torch.randperm(150), False).structure.nestings == ()
+
+
+def test_outer_rows_must_all_be_there() -> None:
+    school = index(70, 150)
+
+    def model(y, size=None):
+        with pyro.plate("schools", 70, size) as rows:
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupils", 150):
+            own = torch.zeros(*level.shape[:-1], 70).index_copy(-1, rows, level)[..., school]
+            pupil = pyro.sample("pupil", dist.Normal(own, 1.0))
+            pyro.sample("y", dist.Normal(pupil, 1.0), obs=y)
+
+    guide = AutoStructuredFlow(model).setup(normal(150))
+    with pytest.raises(ValueError, match="plate 'schools' takes 20 of its 70 rows"):
+        guide(normal(150), 20)
 
 
 def test_rows_of_two_others_are_not_nested() -> None:
@@ -392,9 +473,10 @@ def test_a_gain_depends_on_the_scale_of_the_rows() -> None:
         ),
         (index(99, 150), (), "from 0 to 69"),
         (index(70, 150), (20,), "plate 'pupils' takes some of its rows"),
+        (index(70, 150).tolist(), (), "from 0 to 69, got list"),
     ],
 )
-def test_nestings_must_fit_the_model(rows: Tensor, sizes: tuple[int, ...], message: str) -> None:
+def test_nestings_must_fit_the_model(rows: Any, sizes: tuple[int, ...], message: str) -> None:
     def model(y, school, size=None):
         with pyro.plate("schools", 70):
             level = pyro.sample("level", dist.Normal(0.0, 1.0))
@@ -406,6 +488,9 @@ def test_nestings_must_fit_the_model(rows: Tensor, sizes: tuple[int, ...], messa
     structure = Structure(("schools", "pupils"), nestings=(Nesting("pupils", "schools", rows),))
     with pytest.raises(ValueError, match=message):
         AutoStructuredFlow(model, structure=structure).setup(*args, *sizes)
+    both = Nesting("pupils", "schools", rows), Nesting("schools", "pupils", rows)
+    with pytest.raises(ValueError, match="have a cycle among pupils, schools"):
+        AutoStructuredFlow(model, structure=Structure(("schools", "pupils"), nestings=both)).setup(*args)
     structure = Structure(("pupils",), nestings=(Nesting("pupils", "towns", rows),))
     with pytest.raises(ValueError, match=r"a nesting of 'pupils' in 'towns'. Its plates are pupils"):
         AutoStructuredFlow(model, structure=structure).setup(*args)

@@ -117,10 +117,10 @@ class BlockGuide(FlowGuide):
         if not call.latents:
             raise ValueError(f"{call.owner}: the model has no latents.")
         settle_start(call, choose=self._chooses_start)
+        check_nestings(call.owner, self.structure, found.rows)
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
-        check_nestings(call.owner, self.structure, found.rows)
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.size_of_rows = max((rows.full_size for rows in found.rows.values()), default=1)
         self.posterior = Blocks(scale)
@@ -230,8 +230,7 @@ class BlockGuide(FlowGuide):
         found = {}
 
         def depth(group: tuple[Key, int]) -> tuple[int, int]:
-            key, which = group
-            return len({*key}.union(*({part.outer for part in self.structure.outside(plate)} for plate in key))), which
+            return sum(map(self.structure.depth, group[0])), group[1]
 
         for key, which in sorted(groups, key=depth):  # parents first
             group = groups[key, which]
@@ -467,6 +466,5 @@ class BlockGuide(FlowGuide):
 
 
 def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:
-    """True if each row of the plates of a key lies in a row of some plates, in at most one of them by an index."""
-    by_index = {*plates} - {*key}
-    return len(by_index) <= 1 and by_index <= {nesting.outer for nesting in nestings}
+    """True if each row of the plates of a key lies in a row of some plates, or of a single plate by an index."""
+    return {*plates} <= {*key} or (len(plates) == 1 and any(plates[0] == nesting.outer for nesting in nestings))

@@ -127,15 +127,16 @@ class Block(nn.Module):
         number = dict(zip(self.packing.plates, sizes, strict=True))
         row = dict(zip(number, torch.meshgrid(*map(torch.arange, sizes), indexing="ij") if sizes else (), strict=True))
         found = torch.zeros(sizes, dtype=torch.long)
-        for plate, size in zip(parent.packing.plates, parent.sizes, strict=True):
-            if plate not in row:
-                nesting = self._nesting(plate)
-                row[plate], number[plate] = nesting.rows[row[nesting.plate]], size
+        if nesting := self._nesting_in(parent):
+            return nesting.rows[row[nesting.plate]].flatten()
+        for plate in parent.packing.plates:
             found = found * number[plate] + row[plate]
         return found.flatten()
 
-    def _nesting(self, outer: str) -> Nesting:
-        return next(nesting for nesting in self.nestings if nesting.outer == outer)
+    def _nesting_in(self, parent: Block) -> Nesting | None:
+        """Return the nesting by an index in a parent, or None if its plates are among those of this block."""
+        apart = {*parent.packing.plates} - {*self.packing.plates}
+        return next((nesting for nesting in self.nestings if nesting.outer in apart), None)
 
     def from_parent(self, parent: Block, vectors: Tensor, places: Tensor | None) -> Tensor:
         """Return for each row the vector of the parent's row that it belongs to, aligned.
@@ -145,20 +146,21 @@ class Block(nn.Module):
             vectors: The vectors of its rows, aligned.
             places: The places of the rows of this block, or None for all in their order.
         """
+        nesting = self._nesting_in(parent)
+        if nesting is None:
+            return vectors
+        axis, (dim,) = self.packing.plates.index(nesting.plate), parent.packing.dims
+        if vectors.shape[dim - 1] != parent.number:
+            fault = f"plate {nesting.outer!r} takes {vectors.shape[dim - 1]} of its {parent.number} rows"
+            raise ValueError(f"{fault}, but rows of {nesting.plate!r} belong to all of them. Let it take all rows.")
+        rows, own = nesting.rows.to(vectors.device), self.packing.dims[axis]
+        if places is not None:
+            first = places.movedim(axis, 0).reshape(places.shape[axis], -1)[:, 0]
+            rows = rows[first.to(rows.device) // math.prod(self.sizes[axis + 1 :]) % self.sizes[axis]]
         alone = vectors.dim() - 1 == parent.packing.depth  # without a batch
-        for plate, dim in zip(parent.packing.plates, parent.packing.dims, strict=True):
-            if plate in self.packing.plates:
-                continue
-            nesting = self._nesting(plate)
-            axis = self.packing.plates.index(nesting.plate)
-            rows, own = nesting.rows.to(vectors.device), self.packing.dims[axis]
-            if places is not None:
-                first = places.movedim(axis, 0).reshape(places.shape[axis], -1)[:, 0]
-                rows = rows[first.to(rows.device) // math.prod(self.sizes[axis + 1 :]) % self.sizes[axis]]
-            vectors = vectors.index_select(dim - 1, rows)
-            vectors = vectors.reshape(*(1,) * (1 - own - vectors.dim()), *vectors.shape).transpose(dim - 1, own - 1)
-            vectors = vectors.reshape(vectors.shape[-1 - self.packing.depth :]) if alone else vectors
-        return vectors
+        vectors = vectors.index_select(dim - 1, rows)
+        vectors = vectors.reshape(*(1,) * (1 - own - vectors.dim()), *vectors.shape).transpose(dim - 1, own - 1)
+        return vectors.reshape(vectors.shape[-1 - self.packing.depth :]) if alone else vectors
 
     def start(self, *, whole: bool) -> Tensor:
         """Return the start of the rows' vectors, ``(rows, size)``; rows that were not seen have that of the first."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..transforms.recurrence import Process
 
+LEANS = 16  # the largest number of shared latents on which gains depend
 Parts = tuple[Tensor | None, ...]  # the tensors of a frame, in the order of Frame.set
 
 
@@ -49,7 +50,8 @@ class Frame(nn.Module):
         self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
         self.turn = nn.Parameter(start.new_zeros(*eye.shape, num_shared)) if several else None
         inner = num_given - num_shared
-        self.lean = nn.Parameter(start.new_zeros(*start.shape, inner, num_shared)) if inner and num_shared else None
+        leans = inner > 0 and 0 < num_shared <= LEANS
+        self.lean = nn.Parameter(start.new_zeros(*start.shape, inner, num_shared)) if leans else None
 
     @property
     def is_set(self) -> bool:
@@ -92,8 +94,8 @@ class Frame(nn.Module):
         along, shared = away[..., None, :, None], away[..., None, : self.num_shared, None]
         loc = loc + (self.gain.detach()[places] @ along).squeeze(-1)
         if self.lean is not None:
-            bent = (self.lean.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)  # (*batch, T, d, inner)
-            loc = loc + (bent @ along[..., self.num_shared :, :]).squeeze(-1)
+            products = away[..., self.num_shared :, None] * away[..., None, : self.num_shared]
+            loc = loc + (self.lean.detach()[places].flatten(-2) @ products.flatten(-2)[..., None, :, None]).squeeze(-1)
         scale = scale * (self.stretch.detach()[places] @ shared).exp().mT
         if matrix is not None and self.turn is not None:
             matrix = matrix + (self.turn.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)

@@ -16,9 +16,10 @@ from ..arguments import suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
+from .couplings import read_structure
 from .default_flows import FACTORS
 from .guide_call import Call, Key
-from .structure import Structure, read_structure
+from .structure import Structure
 
 
 class AutoStructuredFlow(BlockGuide):

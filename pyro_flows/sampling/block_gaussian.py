@@ -321,7 +321,8 @@ class _Search:
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
                 shift = (gain @ away[parent][:, row].unsqueeze(-1)).squeeze(-1)
                 e = e + shift.reshape(e.shape)
-            if above := [away[parent][:, row] for parent, row in self._other_parents(place)]:
+            above = [away[parent][:, row] for parent, row in self._other_parents(place)]
+            if above and block.lean.any():
                 shift = torch.einsum("nipg,snp,sg->sni", block.lean, torch.cat(above, -1), root)
                 e = e + shift.reshape(e.shape)
             parts.append((block.loc + e).flatten(1))

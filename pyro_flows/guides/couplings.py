@@ -1,0 +1,329 @@
+"""The structure of a posterior, read from the couplings of latents in its log-density.
+
+Two latents are independent given all others if and only if the mixed second derivative of the log-density vanishes
+everywhere.  It is found by differences of scores at two random points, for all latents that one group of latents
+touches at once.  So couplings that no graph of sites shows are seen too, such as a ``factor`` of neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from pyro import validation_enabled
+from torch import Tensor
+
+from ..programs.log_density import or_nan, score_of
+from .discrete import summed
+from .guide_call import Call, Key, frames_of
+from .packing import Packing
+from .structure import Nesting, Sequence, Structure, takes_all
+
+FEW = 64  # the largest number of latents that one flow takes whatever their structure
+SHORT = 8  # the smallest number of steps of a sequence
+LOCAL = 8  # a sequence couples steps at most 1 / LOCAL of its length apart
+POINTS = 2  # at which couplings are looked for
+SHIFT = 0.1  # by which latents are moved, in the unconstrained space
+FAINT = 1e-4  # a coupling this small, relative to the largest one, is round-off
+NUMBERED = re.compile(r"(.*?)(\d+)$")
+
+
+def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
+    """Return the structure of the posterior of a model's latents.
+
+    Subsampled plates and those with an encoder always have rows.  Few latents are left to one flow, and so are plates
+    whose rows are few.
+
+    Args:
+        call: The call of the guide.
+        encoded: The plates with an encoder.
+    """
+    frames = [frame for site in call.latents.values() for frame in _plates(site)]
+    subsampled = {frame.name for frame in frames if _is_subsampled(frame) or frame.name in encoded}
+    if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= FEW:
+        return Structure()
+    look = _Look(call)
+    plates = look.independent_plates(subsampled)
+    sequences = [found for sites in look.blocks(plates).values() for found in look.sequences(sites, plates)]
+    rows = call._replace(plates=tuple(plates)).look(until=()).rows
+    partial = {name for name in plates if not takes_all(rows[name])}.union(encoded)
+    return Structure(tuple(plates), tuple(sequences), tuple(look.nestings(plates, partial)))
+
+
+def _plates(site: dict[str, Any]) -> list[Any]:
+    """Return the frames of the plates that are dimensions of a site with several rows."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size != 1]
+
+
+def _is_subsampled(frame: Any) -> bool:
+    return frame.full_size is not None and frame.size < frame.full_size
+
+
+class _Track(NamedTuple):
+    """Sites that may be a sequence: the number of steps, and the step of each of their numbers, by site."""
+
+    steps: int
+    of: dict[str, Tensor]
+
+
+class _Look:
+    """A look at the couplings between the packed, unconstrained latents of a model.
+
+    Attributes:
+        places: For each site the places of its numbers in the vector, of the shape of its unconstrained value.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        packing = Packing(call.owner, call.latents.values())
+        program, size = summed(call), packing.size
+        order, self.places = (
+            torch.arange(size).split([part.size for part in packing.parts.values()]),
+            dict[str, Tensor](),
+        )
+        for (name, part), chunk in zip(packing.parts.items(), order, strict=True):
+            self.places[name] = chunk.reshape(part.batch + part.event)
+        self._depths = {name: len(part.batch) for name, part in packing.parts.items()}
+
+        def density(z: Tensor) -> Tensor:
+            changes = (log_det for *_, log_det in packing.unpack(z.reshape(len(z), *ones, size)))
+            total = program.log_prob(packing.values(z), len(z))
+            return sum((change.reshape(len(z), -1).sum(-1) for change in changes), total)
+
+        ones = (1,) * max(self._depths.values())
+        self._density, self._start = or_nan(density), packing.start
+
+    def coupled(self, moved: Tensor) -> Tensor:
+        """Return True for the latents whose scores change if others, at some places, are moved, ``(D,)``."""
+        found = [change > noise.clamp_min(FAINT * float(change.max())) for change, noise in self._changes(moved)]
+        return torch.stack(found).any(0)
+
+    @torch.no_grad()
+    def _changes(self, moved: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the changes of all scores if latents at some places are moved, and their round-off, at each point."""
+        found = []
+        with self.call.same_draws(), validation_enabled(False):
+            torch.manual_seed(0)
+            for _ in range(POINTS):
+                point = self._start + 0.5 * torch.randn_like(self._start)
+                step = torch.zeros_like(point)
+                step[moved] = SHIFT * (1 + torch.rand(len(moved))).to(point)
+                back, forth = score_of(self._density, torch.stack((point - step, point + step))).cpu()
+                change = (forth - back).abs().nan_to_num(0.0)
+                found.append((change, 64 * torch.finfo(change.dtype).eps * torch.maximum(back.abs(), forth.abs())))
+        return found
+
+    def blocks(self, plates: Iterable[str]) -> dict[Key, list[str]]:
+        """Return the sites of each set of some plates."""
+        found: dict[Key, list[str]] = {}
+        for name, site in self.call.latents.items():
+            found.setdefault(tuple(frame.name for frame in frames_of(site, {*plates})), []).append(name)
+        return found
+
+    def independent_plates(self, subsampled: set[str]) -> list[str]:
+        """Return the plates whose rows are independent given the rest, and that have more than a few latents."""
+        frames = [frame for site in self.call.latents.values() for frame in _plates(site)]
+        plates = list(dict.fromkeys(frame.name for frame in frames))
+        while True:
+            blocks = self.blocks(plates)
+            tied = {plate for key, sites in blocks.items() for plate in self._tied(key, sites)} - subsampled
+            if not tied:
+                break
+            plates = [plate for plate in plates if plate not in tied]
+        large = {key for key, sites in blocks.items() if sum(self.places[name].numel() for name in sites) > FEW}
+        kept = subsampled.union(*large)
+        return [plate for plate in plates if plate in kept]
+
+    def _tied(self, key: Key, sites: list[str]) -> Iterator[str]:
+        """Yield the plates of a block whose rows depend on each other."""
+        rows = {name: self._rows(name, key) for name in sites}
+        middle = {plate: max(int(rows[sites[0]][plate].max()), 0) // 2 for plate in key}
+        moved = [
+            self.places[name][torch.stack([rows[name][plate] == middle[plate] for plate in key]).all(0)]
+            for name in sites
+            if key
+        ]
+        if not moved:
+            return
+        coupled = self.coupled(torch.cat(moved))
+        for plate in key:
+            if any(bool((coupled[self.places[name]] & (rows[name][plate] != middle[plate])).any()) for name in sites):
+                yield plate
+
+    def _rows(self, name: str, key: Key) -> dict[str, Tensor]:
+        """Return the row in each plate of each number of a site."""
+        frames = frames_of(self.call.latents[name], key)
+        return {frame.name: self._along(name, self._depths[name] + frame.dim) for frame in frames}
+
+    def _along(self, name: str, axis: int) -> Tensor:
+        """Return the index along an axis of each number of a site."""
+        shape = self.places[name].shape
+        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    def nestings(self, plates: Iterable[str], without: Collection[str]) -> list[Nesting]:
+        """Return the nestings of plates by an index, but for some plates.
+
+        A plate is nested in another one if each of its rows is coupled to at most one row there.
+        """
+        blocks = self.blocks(plates)
+        rows = {plate for key in blocks for plate in key}.difference(without)
+        outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in rows]
+        if len(rows) < 2 or not outer_plates:
+            return []
+        sites = {plate: [name for key in blocks if plate in key for name in blocks[key]] for plate in plates}
+        own = torch.zeros(POINTS, len(self._start))
+        for plate in rows:
+            places = torch.cat([self.places[name].flatten() for name in sites[plate]])
+            own[:, places] = torch.stack([change[places] for change, _ in self._changes(places)])
+        found: dict[str, dict[str, Tensor]] = {plate: {} for plate in rows}
+        for outer in outer_plates:
+            touched = self._touched(outer, blocks[(outer,)], own)
+            for plate in rows - {outer}:
+                index = self._outer_rows(plate, sites[plate], touched)
+                if index is not None:
+                    found[plate][outer] = index
+        chosen: dict[str, dict[str, Tensor]] = {}
+        for plate in plates:
+            if plate in rows:
+                _choose(plate, found, chosen, ())
+        return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
+
+    def _touched(self, outer: str, sites: list[str], own: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.
+
+        Args:
+            outer: The plate.
+            sites: The sites of its rows.
+            own: The changes of scores if their own rows are moved, at each point.
+        """
+        found = []
+        size = 1 + max(int(self._rows(name, (outer,))[outer].max()) for name in sites)
+        for digit in range((size - 1).bit_length()):
+            digits = {name: self._rows(name, (outer,))[outer] >> digit & 1 for name in sites}
+            moved = [torch.cat([self.places[name][digits[name] == value] for name in sites]) for value in (0, 1)]
+            zero, one = (
+                torch.stack([c > torch.maximum(n, FAINT * o) for (c, n), o in zip(changes, own, strict=True)]).any(0)
+                for changes in map(self._changes, moved)
+            )
+            found.append((zero, one))
+        return found
+
+    def _outer_rows(self, plate: str, sites: list[str], touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Return the row of another plate to which each row of a plate is coupled, -1 for none.
+
+        Return None if some are coupled to several rows, or all to none.
+        """
+        rows = {name: self._rows(name, (plate,))[plate].flatten() for name in sites}
+        size = 1 + max(int(row.max()) for row in rows.values())
+
+        def any_in_row(coupled: Tensor) -> Tensor:
+            found = torch.zeros(size, dtype=torch.long)
+            for name, row in rows.items():
+                found = found.index_add(0, row, coupled[self.places[name]].flatten().long())
+            return found > 0
+
+        pairs = [(any_in_row(zero), any_in_row(one)) for zero, one in touched]
+        seen = torch.stack([zero | one for zero, one in pairs])
+        if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in pairs):
+            return None
+        index = sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), torch.zeros(size, dtype=torch.long))
+        return index.where(seen[0], -1)
+
+    def sequences(self, sites: list[str], plates: Iterable[str]) -> list[Sequence]:
+        """Return the sequences among sites with the same rows: those of one length together, if they are local."""
+        tracks: dict[int, list[_Track]] = {}
+        for track in self._tracks(sites, plates):
+            tracks.setdefault(track.steps, []).append(track)
+        found: list[Sequence] = []
+        for steps, parts in tracks.items():
+            whole = _Track(steps, {name: step for part in parts for name, step in part.of.items()})
+            for track in [whole] if self._is_local(whole, plates) else parts:
+                if sum(self.places[name].numel() for name in track.of) > FEW:
+                    found.append(self._sequence(track, plates))
+        return found
+
+    def _sequence(self, track: _Track, plates: Iterable[str]) -> Sequence:
+        """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
+        reach = self._reach(track, plates)
+        size = next((size for size in range(max(1, reach), 4 * reach + 1) if track.steps % size == 0), 1)
+        of = tuple((step[self._first_row(name, plates)] // size).flatten() for name, step in track.of.items())
+        return Sequence(tuple(track.of), track.steps // size, of)
+
+    def _tracks(self, sites: list[str], plates: Iterable[str]) -> Iterator[_Track]:
+        """Yield the local sequences of sites that are numbered, and of single sites."""
+        families: dict[str, list[str]] = {}
+        for name in sites:
+            if matched := NUMBERED.match(name):
+                families.setdefault(matched[1], []).append(name)
+        taken = set[str]()
+        for names in families.values():
+            if len(names) >= SHORT and len({self.places[name].shape for name in names}) == 1:
+                of = {name: torch.full_like(self.places[name], step) for step, name in enumerate(names)}
+                if self._is_local(track := _Track(len(names), of), plates):
+                    taken |= {*names}
+                    yield track
+        for name in (name for name in sites if name not in taken):
+            yield from self._best_axis(name, plates)
+
+    def _best_axis(self, name: str, plates: Iterable[str]) -> list[_Track]:
+        """Return the axis of a site along which it is a local sequence, with the fewest coupled numbers; or none."""
+        shape, found = self.places[name].shape, []
+        rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], {*plates})}
+        for axis in range(len(shape)):
+            if axis not in rows and shape[axis] >= SHORT:
+                track = _Track(shape[axis], {name: self._along(name, axis)})
+                if self._is_local(track, plates):
+                    found.append((max(1, self._reach(track, plates)) / shape[axis], track))
+        return [min(found, key=lambda pair: pair[0])[1]] if found else []
+
+    def _is_local(self, track: _Track, plates: Iterable[str]) -> bool:
+        return self._reach(track, plates) <= track.steps // LOCAL
+
+    def _reach(self, track: _Track, plates: Iterable[str]) -> int:
+        """Return the largest number of steps between coupled latents of a sequence, seen from a few steps."""
+        places = torch.cat([self.places[name][self._first_row(name, plates)].flatten() for name in track.of])
+        steps = torch.cat([step[self._first_row(name, plates)].flatten() for name, step in track.of.items()])
+        farthest = 0
+        for step in {track.steps // 2, track.steps // 3, track.steps - 1 - track.steps // 5}:
+            coupled = self.coupled(places[steps == step])[places]
+            farthest = max(farthest, int((steps[coupled] - step).abs().max()) if coupled.any() else 0)
+        return farthest
+
+    def _first_row(self, name: str, plates: Iterable[str]) -> tuple[slice | int, ...]:
+        """Return the index of a site's numbers in the first row of each plate."""
+        index: list[slice | int] = [slice(None)] * self.places[name].dim()
+        for frame in frames_of(self.call.latents[name], {*plates}):
+            index[self._depths[name] + frame.dim] = 0
+        return tuple(index)
+
+
+def _choose(
+    plate: str, found: dict[str, dict[str, Tensor]], chosen: dict[str, dict[str, Tensor]], inside: tuple[str, ...]
+) -> None:
+    """Choose the plates around a plate: those in which the index of each follows from that of the next one.
+
+    Otherwise an outer row would be coupled to several rows of another one through the rows inside.
+
+    Args:
+        plate: The plate.
+        found: For each plate, the row of each other plate to which its rows are coupled, -1 for none.
+        chosen: The choices so far, for each plate the rows of those around it.
+        inside: Plates that must not be around this one.
+    """
+    if plate in chosen:
+        return
+    chains: list[dict[str, Tensor]] = [{}]
+    for outer, rows in found[plate].items():
+        if outer in (*inside, plate):
+            continue
+        _choose(outer, found, chosen, (*inside, plate))
+        chain = {outer: rows.clamp_min(0)}
+        for above, index in chosen.get(outer, {}).items():
+            own, composed = found[plate].get(above), index[rows.clamp_min(0)]
+            if own is not None and bool(((own < 0) | (own == composed)).all()):
+                chain[above] = composed
+        chains.append(chain)
+    # The longest chain; if there are several, that with most rows in use.
+    chosen[plate] = max(chains, key=lambda chain: (len(chain), sum(len(index.unique()) for index in chain.values())))
