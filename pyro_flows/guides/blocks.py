@@ -126,9 +126,9 @@ class Block(nn.Module):
         """Return for each row of plates of some sizes the row of a parent that it belongs to."""
         number = dict(zip(self.packing.plates, sizes, strict=True))
         row = dict(zip(number, torch.meshgrid(*map(torch.arange, sizes), indexing="ij") if sizes else (), strict=True))
-        found = torch.zeros(sizes, dtype=torch.long)
         if nesting := self._nesting_in(parent):
             return nesting.rows[row[nesting.plate]].flatten()
+        found = torch.zeros(sizes, dtype=torch.long)
         for plate in parent.packing.plates:
             found = found * number[plate] + row[plate]
         return found.flatten()

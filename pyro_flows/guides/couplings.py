@@ -168,26 +168,25 @@ class _Look:
         A plate is nested in another one if each of its rows is coupled to at most one row there.
         """
         blocks = self.blocks(plates)
-        rows = {plate for key in blocks for plate in key}.difference(without)
-        outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in rows]
-        if len(rows) < 2 or not outer_plates:
+        whole = [plate for plate in plates if plate not in without and any(plate in key for key in blocks)]
+        outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in whole]
+        if len(whole) < 2 or not outer_plates:
             return []
-        sites = {plate: [name for key in blocks if plate in key for name in blocks[key]] for plate in plates}
+        sites = {plate: [name for key in blocks if plate in key for name in blocks[key]] for plate in whole}
         own = torch.zeros(POINTS, len(self._start))
-        for plate in rows:
+        for plate in whole:
             places = torch.cat([self.places[name].flatten() for name in sites[plate]])
             own[:, places] = torch.stack([change[places] for change, _ in self._changes(places)])
-        found: dict[str, dict[str, Tensor]] = {plate: {} for plate in rows}
+        found: dict[str, dict[str, Tensor]] = {plate: {} for plate in whole}
         for outer in outer_plates:
             touched = self._touched(outer, blocks[(outer,)], own)
-            for plate in rows - {outer}:
-                index = self._outer_rows(plate, sites[plate], touched)
+            for plate in whole:
+                index = None if plate == outer else self._outer_rows(plate, sites[plate], touched)
                 if index is not None:
                     found[plate][outer] = index
         chosen: dict[str, dict[str, Tensor]] = {}
-        for plate in plates:
-            if plate in rows:
-                _choose(plate, found, chosen, ())
+        for plate in whole:
+            _choose(plate, found, chosen, ())
         return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
 
     def _touched(self, outer: str, sites: list[str], own: Tensor) -> list[tuple[Tensor, Tensor]]:
