@@ -121,10 +121,8 @@ def test_of_a_thousand_latents_some_are_judged(loc, scale):
     assert 100 <= len(found.names) <= 132
     assert "shared" in found.names
     parts = f"all of 'shared', {len(found.names) - 1} of the 1,100 numbers of 'x'"
-    assert (
-        found.scope
-        == f"Weights and chains looked at {parts}, the most suspect and random ones, and not for other modes."
-    )
+    seen = f"{parts}, the most suspect and random ones"
+    assert found.scope == f"Weights and chains looked at {seen}, and not for other modes."
     assert found.scope in found.reason or not found.trusted
     assert "missing=?" in repr(found)
 

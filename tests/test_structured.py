@@ -489,7 +489,7 @@ def test_nestings_must_fit_the_model(rows: Any, sizes: tuple[int, ...], message:
     with pytest.raises(ValueError, match=message):
         AutoStructuredFlow(model, structure=structure).setup(*args, *sizes)
     both = Nesting("pupils", "schools", rows), Nesting("schools", "pupils", rows)
-    with pytest.raises(ValueError, match="have a cycle among pupils, schools"):
+    with pytest.raises(ValueError, match=r"have the cycle (pupils, schools, pupils|schools, pupils, schools)"):
         AutoStructuredFlow(model, structure=Structure(("schools", "pupils"), nestings=both)).setup(*args)
     structure = Structure(("pupils",), nestings=(Nesting("pupils", "towns", rows),))
     with pytest.raises(ValueError, match=r"a nesting of 'pupils' in 'towns'. Its plates are pupils"):

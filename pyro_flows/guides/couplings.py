@@ -79,10 +79,8 @@ class _Look:
         self.call = call
         packing = Packing(call.owner, call.latents.values())
         program, size = summed(call), packing.size
-        order, self.places = (
-            torch.arange(size).split([part.size for part in packing.parts.values()]),
-            dict[str, Tensor](),
-        )
+        order = torch.arange(size).split([part.size for part in packing.parts.values()])
+        self.places: dict[str, Tensor] = {}
         for (name, part), chunk in zip(packing.parts.items(), order, strict=True):
             self.places[name] = chunk.reshape(part.batch + part.event)
         self._depths = {name: len(part.batch) for name, part in packing.parts.items()}

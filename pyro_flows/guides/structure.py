@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,10 @@ class Structure(NamedTuple):
     @classmethod
     def of(cls, parts: Iterable[Any]) -> Structure:
         """Return a structure from nested tuples of its parts, in their order."""
-        plates, sequences, nestings = (*map(tuple, parts), (), (), ())[:3]
-        return cls(plates, tuple(Sequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings))
+        plates, sequences, nestings = parts
+        return cls(
+            tuple(plates), tuple(Sequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings)
+        )
 
     def parts(self) -> tuple[Any, ...]:
         """Return the structure as nested tuples, for :meth:`of`."""
@@ -82,11 +85,11 @@ class Structure(NamedTuple):
 
 def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:
     """Raise ValueError if nestings do not fit the plates of a model, given their rows in a run."""
-    inside = {nesting.outer for nesting in structure.nestings}
-    while inner := {nesting.outer for nesting in structure.nestings if nesting.plate in inside} & inside:
-        if inner == inside:
-            raise ValueError(f"{owner}: the nestings in structure have a cycle among {', '.join(sorted(inside))}.")
-        inside = inner
+    outer_plates = {n.plate: [own.outer for own in structure.outside(n.plate)] for n in structure.nestings}
+    try:
+        TopologicalSorter(outer_plates).prepare()
+    except CycleError as error:
+        raise ValueError(f"{owner}: the nestings in structure have the cycle {', '.join(error.args[1])}.") from None
     for plate, outer, index in structure.nestings:
         for name in (plate, outer):
             if name not in structure.plates or name not in rows:
