@@ -27,6 +27,7 @@ from .fitting import Mode as Mode
 from .fitting import anneal as anneal
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
+from .fitting import fit_likelihood as fit_likelihood
 from .fitting import fit_svi as fit_svi
 from .fitting import sample as sample
 from .flows import Flow as Flow

@@ -31,7 +31,7 @@ from pyro_flows import (
 NAMES = {
     pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow Mode OdeReport Psis "
     "Samples Simulations Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized "
-    "fit_density fit_svi flows "
+    "fit_density fit_likelihood fit_svi flows "
     "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
     "round_off sample save save_images simulate to_arviz",
     bijectors: " ".join(
@@ -45,7 +45,7 @@ NAMES = {
     "Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
-    flows: " ".join(sorted({"Dequantized", "Flow", "ffjord", *RECIPES, *IMAGES})),
+    flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),
     objectives: " ".join(
         sorted(
             {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
@@ -57,7 +57,7 @@ NAMES = {
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     training: "Fit",
-    fitting: "Annealed Mode anneal fit_amortized fit_density fit_svi sample",
+    fitting: "Annealed Mode anneal fit_amortized fit_density fit_likelihood fit_svi sample",
     sampling: "Samples",
     persistence: "load save",
     programs: "Simulations simulate",

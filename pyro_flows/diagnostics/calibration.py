@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, joined
-from ..encoders.base import at_rest
+from ..guides.scored import OfDatasets
 from ..programs.plate_nesting import runs_programs
-from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
 
@@ -133,7 +132,8 @@ def calibrate(
 
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
-        guide: An ``AutoFlow`` with an encoder.  Or a function that takes the model's arguments with data, and returns
+        guide: An ``AutoFlow`` with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder``; of its rows, one at
+            random counts for each dataset.  Or a function that takes the model's arguments with data, and returns
             an ``AutoFlow`` fitted to them; it is called for each dataset.
         *args: The model's arguments without the data.
         num_simulations: The number M of datasets, at least 20.
@@ -167,11 +167,12 @@ def calibrate(
     """
     kwargs = joined("calibrate", kwargs, model_kwargs)
     check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
-    amortised = getattr(guide, "encoder", None) is not None
+    amortised = bool(getattr(guide, "is_amortised", False))
     if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
         raise ValueError(
-            "calibrate: guide must be an AutoFlow with an encoder, or a function that fits a guide to a dataset, "
-            f"got {type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
+            "calibrate: guide must be an AutoFlow with an encoder, an AutoPlateFlow with a global_encoder, or a "
+            f"function that fits a guide to a dataset, got {type(guide).__name__}"
+            f"{' without an encoder' if hasattr(guide, 'is_amortised') else ''}."
         )
     if amortised and guide.prototype_trace is None:
         raise ValueError("calibrate: the guide was never trained. Fit it first: fit_amortized(model, guide).")
@@ -181,45 +182,39 @@ def calibrate(
     parts = []
     for start in range(0, num_simulations, size):
         rows = known.take(slice(start, start + size))
-        fitted, posterior = _posterior(guide, amortised, simulator, rows)
-        parts.append(_compare(fitted, posterior, rows.latents, num_samples))
+        posterior = _posterior(guide, amortised, simulator, rows)
+        parts.append(_compare(posterior, rows.latents, num_samples))
     ranks, coverage, truth, draws = map(torch.cat, zip(*parts, strict=True))
-    sites = fitted.prototype_trace.stochastic_nodes
-    names = [label for name in sites for label in labels_of(name, known.latents[name].shape[1:])]
     tarp = _tarp(truth, draws)
     rank_p = torch.tensor([uniformity(column, num_samples) for column in ranks.T], dtype=torch.float64)
     sbc_p = min(1.0, float(rank_p.min()) * len(rank_p))
     coverage_p, tarp_p = uniformity(coverage, num_samples), uniformity(tarp, num_samples)
-    return Calibration(names, ranks, coverage, tarp, rank_p, sbc_p, coverage_p, tarp_p)
+    return Calibration(posterior.labels, ranks, coverage, tarp, rank_p, sbc_p, coverage_p, tarp_p)
 
 
-def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> tuple[Any, Any]:
-    """Return the guide of some datasets and its distribution over unconstrained latents."""
+def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> OfDatasets:
+    """Return the posterior of some datasets."""
     if amortised:
         args, kwargs = simulator.arguments(rows.data)
-        with at_rest(guide.encoder):
-            return guide, guide.flow(guide.context(*args, **kwargs))
+        return guide.of_datasets(*args, **kwargs)
     args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)
     if not hasattr(fitted, "pack"):
         raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
-    return fitted, fitted.get_posterior(*args, **kwargs).expand((1,))
+    return fitted.of_datasets(*args, **kwargs)
 
 
-def _compare(guide: Any, posterior: Any, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
+def _compare(posterior: OfDatasets, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
     """Place the truths of M datasets among S draws.
 
     Returns:
         Ranks ``(M, K)``, coverage ``(M,)``, and the unconstrained truths ``(M, D)`` and draws ``(M, S, D)``.
     """
-    truths = {name: latents[name] for name in guide.prototype_trace.stochastic_nodes}
-    truth, truth_det = guide.pack(truths)
-    z = posterior.sample((num_samples,))
-    values = guide.unpack(z)
-    _, det = guide.pack(values)
-    ranks = torch.cat([(values[n] < t).double().mean(0).reshape(len(truth), -1) for n, t in truths.items()], 1)
-    higher = posterior.log_prob(z) + det > posterior.log_prob(truth) + truth_det
+    truths, draws = posterior.pick(latents), posterior.sample(num_samples)
+    truth, z = posterior.vectors(truths), posterior.vectors(draws)
+    ranks = torch.cat([(draws[n] < t).double().mean(0).reshape(len(truth), -1) for n, t in truths.items()], 1)
+    higher = posterior.log_prob(draws) > posterior.log_prob(truths)
     return ranks, higher.double().mean(0), truth, z.transpose(0, 1)
 
 

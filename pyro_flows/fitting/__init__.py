@@ -4,6 +4,7 @@ from .amortized import fit_amortized as fit_amortized
 from .annealing import anneal as anneal
 from .density import fit_density as fit_density
 from .exact_draws import sample as sample
+from .likelihood import fit_likelihood as fit_likelihood
 from .mode_covering import Annealed as Annealed
 from .mode_covering import Mode as Mode
 from .svi import fit_svi as fit_svi

@@ -20,31 +20,34 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_integers, check_numbers, check_program, check_tensors, joined, quoted
 from ..data.batches import Batch, divided
-from ..guides import AutoFlow
-from ..guides.contexts import initialize
+from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.guide_call import Call
+from ..guides.scored import Packed
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import distributed
 from ..training.checkpoint import Checkpoint, check_path, fingerprint
 from ..training.loop import Fit
+from .plate_rows import PlateRows
 from .row_training import RowLoss, checked, format_of, train_on_rows
 from .truncated import Truncated
 
 CALLER = "fit_amortized"
+NUMBERS = 10_000_000  # numbers of data from which encoders are standardised
 
 
 @distributed.collective
 @runs_programs
 def fit_amortized(
     model: Callable[..., Any],
-    guide: AutoFlow,
+    guide: AutoFlow | AutoPlateFlow,
     *args: Any,
     num_simulations: int = 10_000,
     simulations: Simulations | None = None,
     rounds: int = 1,
     observed: dict[str, Tensor] | None = None,
+    num_rows: tuple[int, int] | None = None,
     objective: nn.Module | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
@@ -73,6 +76,12 @@ def fit_amortized(
 
         loss = -E log q(latents | data),    (latents, data) drawn from the model
 
+    A hierarchy takes an ``AutoPlateFlow`` with an encoder of the rows of its plate and a ``global_encoder``.  One guide
+    then serves datasets with any number of rows: each step sees a random part of the simulated rows.  The loss counts
+    the latents outside of the plate, and of those inside the latents of one row::
+
+        loss = -E [log q(g | data) + log q(l_i | data, g)],    row i at random
+
     The guide's fixed affine map standardises latents, and its Jacobian is part of the density.  ``Standardize`` layers
     standardise data; the encoders of ``pyro_flows.encoders`` begin with one.
 
@@ -82,7 +91,7 @@ def fit_amortized(
 
     Args:
         model: A Pyro model whose data arguments are None by default.
-        guide: An ``AutoFlow`` of it with an encoder.
+        guide: An ``AutoFlow`` of it with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder`` too.
         *args: The model's arguments without the data.
         num_simulations: The number of simulations in all rounds together, at least 20.
         simulations: Existing simulations, such as those of :func:`~pyro_flows.simulate`, in place of one round.
@@ -90,14 +99,16 @@ def fit_amortized(
             posterior of ``observed``, so that simulations serve that dataset: truncated sequential neural posterior
             estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
         observed: The data of interest, by the names of the model's arguments; for more than one round.
-        objective: The loss of latents, ``objective(guide.flow, z, context)``; the default is
+        num_rows: For an ``AutoPlateFlow``, the smallest and the largest number of rows in a step; by default from 1 to
+            all rows of a simulation.  The guide warns if it is used for other numbers.
+        objective: The loss of latents, ``objective(flow, z, context)`` for each flow of the guide; the default is
             ``objectives.Likelihood()``.  ``objectives.FlowMatching()`` with a continuous flow,
             ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is flow matching posterior estimation (Dax et al. 2023,
             arXiv:2305.17161).
         max_epochs: The largest number of passes through the simulations in a round; the step size falls to zero by
             then.  By default 200, and fewer beyond 10,000 simulations.
-        batch_size: The number of simulations per step; by default 256, and fewer if there are few.  Several processes
-            share them, and also the simulations to draw.
+        batch_size: The number of simulations per step; by default 256, or 64 hierarchies, and fewer if there are few.
+            Several processes share them, and also the simulations to draw.
         lr: The largest step size.
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are held out to judge the states.
@@ -144,7 +155,7 @@ def fit_amortized(
     check_integers(CALLER, rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
     check_integers(CALLER, optional=True, max_epochs=max_epochs, batch_size=batch_size)
     check_program(model=model)
-    _check_guide(guide)
+    _check_guide(guide, num_rows, rounds)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_numbers(CALLER, above=0, lr=lr, clip_norm=clip_norm)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
@@ -168,7 +179,7 @@ def fit_amortized(
         known = known.join(new) if known else new
         fit = train_on_rows(
             guide,
-            _rows(simulator, guide, known, loss, held_out, batch_size),
+            _rows(simulator, guide, known, num_rows, loss, held_out, batch_size),
             max_epochs=max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known))))),
             patience=patience,
             diagnose=lambda: "the guide's density of simulated latents",
@@ -183,12 +194,19 @@ def fit_amortized(
     return fit
 
 
-def _check_guide(guide: Any) -> None:
-    if not isinstance(guide, AutoFlow) or guide.encoder is None:
+def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> None:
+    """Raise ValueError for a guide that is not amortised, or settings that suit only another guide."""
+    if not (isinstance(guide, AutoFlow | AutoPlateFlow) and guide.is_amortised):
+        got = f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}"
+        if isinstance(guide, AutoPlateFlow):
+            got += " without a global_encoder. Give both, AutoPlateFlow(..., encoder=..., global_encoder=...)"
         raise ValueError(
-            f"{CALLER}: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
-            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}."
+            f"{CALLER}: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got {got}."
         )
+    if isinstance(guide, AutoFlow) and num_rows is not None:
+        raise ValueError(f"{CALLER}: num_rows={num_rows} is for an AutoPlateFlow, got AutoFlow. Leave it out.")
+    if isinstance(guide, AutoPlateFlow) and rounds > 1:
+        raise ValueError(f"{CALLER}: rounds={rounds} is for an AutoFlow, got AutoPlateFlow. Use rounds=1.")
 
 
 def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
@@ -236,30 +254,43 @@ def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str
 
 
 def _rows(
-    simulator: Simulator, guide: AutoFlow, known: Simulations, objective: nn.Module, share: float, size: int | None
+    simulator: Simulator,
+    guide: AutoFlow | AutoPlateFlow,
+    known: Simulations,
+    num_rows: tuple[int, int] | None,
+    objective: nn.Module,
+    share: float,
+    size: int | None,
 ) -> RowLoss:
     """Return the loss of simulations, with a share held out.
 
     A batch holds the indices of some simulations, ``(N, 1)``.
     """
-    z, log_det = _standardise(simulator, guide, known)
+    packed = _standardise(simulator, guide, known)
+    in_nats = getattr(objective, "in_nats", False)
+    plate_rows = PlateRows(CALLER, simulator, guide, num_rows) if isinstance(guide, AutoPlateFlow) else None
+    if plate_rows is not None:
+        size = size or min(64, max(1, len(known) // 20))
+        guide.row_range = (plate_rows.least, plate_rows.most)
 
     def loss(batch: Batch) -> Tensor:
         index = batch[0][:, 0]
-        args, kwargs = simulator.arguments(known.take(index).data)
-        context = guide.context(*args, **kwargs)
-        if context is None or context.shape[:-1] != index.shape:
-            shape = None if context is None else tuple(context.shape)
-            raise ValueError(f"{CALLER}: the encoder must return shape ({len(index)}, context_dim), got {shape}.")
-        found = objective(guide.flow, z[index], context)
-        return found - log_det[index].mean() if getattr(objective, "in_nats", False) else found
+        data, part = known.take(index).data, [(z[index], log_det[index]) for z, log_det in packed]
+        args, kwargs = simulator.arguments(data)
+        if plate_rows is not None:
+            args, kwargs, part = plate_rows.some(data, part)
+        terms = []
+        for flow, z, context, log_det in guide.scored(part, *args, **kwargs):
+            found = objective(flow, z, context)
+            terms.append(found - log_det.mean() if in_nats else found)
+        return sum(terms[1:], terms[0])
 
     train, judge = divided((torch.arange(len(known)).unsqueeze(-1), None), share, size)
-    return RowLoss(train, judge, loss, fingerprint((z, *known.data.values())))
+    return RowLoss(train, judge, loss, fingerprint((*(z for z, _ in packed), *known.data.values())))
 
 
-def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:
-    """Set up and standardise the guide; return the packed latents ``(N, latent_dim)`` and log|det| of the packing."""
+def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulations: Simulations) -> Packed:
+    """Set up and standardise the guide; return the packed latents and log|det| of the packing."""
     for name, value in simulations.data.items():
         check_draws(CALLER, "data argument", name, value)
     args, kwargs = simulator.arguments(simulations.row(0))
@@ -269,20 +300,23 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
             raise ValueError(f"{CALLER}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(CALLER, "latent site", name, simulations.latents[name])
     args, kwargs = simulator.arguments(simulations.row(1))
-    guide.check_same(Call(CALLER, simulator.model.call, args, kwargs, guide.prototype_trace))
+    guide.check_same(Call(CALLER, simulator.model.call, args, kwargs, guide.prototype_trace, guide.row_plates))
     with torch.no_grad():
-        z, log_det = guide.pack(simulations.latents)
-        for name, column in zip(guide.coordinates, z.T, strict=True):
-            if bad := int((~column.isfinite()).sum()):
-                raise ValueError(
-                    f"{CALLER}: latent site {name!r} has {bad} of {len(z)} draws at an end of its support."
-                )
-            check_draws(CALLER, "latent site", name, column)
+        packed = guide.packed(simulations.latents)
+        flat = [z.flatten(0, -2) for z, _ in packed]
+        for packing, vectors in zip(guide.packings.values(), flat, strict=True):
+            for name, column in zip(packing.coordinates, vectors.T, strict=True):
+                if bad := int((~column.isfinite()).sum()):
+                    raise ValueError(
+                        f"{CALLER}: latent site {name!r} has {bad} of {len(column)} draws at an end of its support."
+                    )
+                check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
-            guide.start_at(z.median(0).values, _spread(z))
-            args, kwargs = simulator.arguments(simulations.data)
-            initialize(Call(CALLER, simulator.model.call, args, kwargs), guide.encoder)
-    return z, log_det
+            guide.start_at_draws([z.median(0).values for z in flat], [_spread(z) for z in flat])
+            some = simulations.take(slice(max(20, NUMBERS // simulations.numbers)))
+            args, kwargs = simulator.arguments(some.data)
+            guide.initialize_encoders(Call(CALLER, simulator.model.call, args, kwargs))
+    return packed
 
 
 def _spread(z: Tensor) -> Tensor:

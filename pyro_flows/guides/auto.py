@@ -7,7 +7,7 @@ Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,18 +23,20 @@ from ..encoders.base import at_rest
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.chunks import chunk_for
 from ..flows.distribution import FlowDistribution
-from ..transforms import Compose, Conditioned, View
+from ..programs.quantities import labels_of
+from ..transforms import Compose, View
 from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
-from .contexts import check_finite, encode, width_for_one
-from .default_flows import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
+from .contexts import check_finite, encode, initialize, width_for_one
+from .default_flows import FEW, assemble, bound, built, check_recipes, default_for, is_untrained, start_at
 from .default_training import Schedule, schedule_of_many
 from .guide_call import Call
 from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
 from .packing import Packing, place
+from .scored import OfDatasets, Packed, Scored
 from .start_location import settle_start
 
 
@@ -115,7 +117,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
-        amortised = self.encoder is not None
+        amortised = self.is_amortised
         with validation_enabled(False) if amortised else nullcontext():
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
             check_latents(self._call(args, kwargs))  # before Pyro refuses a discrete site with a shorter error
@@ -232,6 +234,53 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         start_at(self.flow, loc, scale, self.circular, directions, stretch)
 
+    # Training on simulations, for a guide with an encoder.
+
+    @property
+    def is_amortised(self) -> bool:
+        """True if there is an encoder: the posterior is a function of the data."""
+        return self.encoder is not None
+
+    def packed(self, values: dict[str, Tensor]) -> Packed:
+        """Return the packed latents of N simulations, ``(N, latent_dim)``, with log|det| of the packing ``(N,)``."""
+        return [self.pack(values)]
+
+    def start_at_draws(self, locs: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        """Start from the location and scale of the packed latents of simulations."""
+        self.start_at(locs[0], scales[0])
+
+    def initialize_encoders(self, call: Call) -> None:
+        """Initialise the ``Standardize`` layers of the encoder from the data of a call."""
+        initialize(call, self.encoder)
+
+    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[Scored]:
+        """Return the packed latents of N simulations with the contexts of their data, the model's arguments."""
+        ((z, log_det),) = packed
+        context = self.context(*args, **kwargs)
+        if context is None or context.shape[:-1] != z.shape[:-1]:
+            shape = None if context is None else tuple(context.shape)
+            raise ValueError(f"AutoFlow: the encoder must return shape ({len(z)}, context_dim), got {shape}.")
+        return [Scored(self.flow, z, context, log_det)]
+
+    def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
+        """Return the posterior of each of M datasets, or of the one dataset of a guide without an encoder."""
+        with at_rest(self.encoder):
+            q = self.flow(self.context(*args, **kwargs))
+        q = q if q.batch_shape else q.expand((1,))
+
+        def log_prob(values: dict[str, Tensor]) -> Tensor:
+            z, log_det = self.pack(values, *args, **kwargs)
+            return q.log_prob(z) + log_det
+
+        sites = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        return OfDatasets(
+            [label for name, value in sites.items() for label in labels_of(name, value.shape)],
+            lambda latents: {name: latents[name] for name in sites},
+            lambda number: self._layout(self._call(args, kwargs)).values(q.sample((number,))),
+            log_prob,
+            lambda values: self.pack(values, *args, **kwargs)[0],
+        )
+
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""
         if self.encoder is None:
@@ -248,9 +297,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         seen = self._context_at_rest(args, kwargs)
         if seen is None or seen.dim() != 1:
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
-        new, context = copy.deepcopy(self), nn.Parameter(seen.clone())
-        layers = [Conditioned(t, context) if t.context_dim else t for t in new.flow.transforms]
-        new.encoder, new.flow = None, Flow(layers, new.flow.base)
+        new = copy.deepcopy(self)
+        new.encoder, new.flow = None, bound(new.flow, seen)
         return new
 
     def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:

@@ -6,12 +6,12 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from torch import Tensor, nn
 
 from ..arguments import check_integers, check_numbers, check_tensors
@@ -32,7 +32,7 @@ from .default_flows import (
     autoencoder_flow,
     built,
     check_recipes,
-    default_flow,
+    default_for,
     is_untrained,
     local_flow,
     permutes,
@@ -106,8 +106,18 @@ class BlockGuide(FlowGuide):
     def _read(self, call: Call) -> Structure:
         """Return the structure of the guide, for the latents of a prototype."""
 
+    @property
+    def is_amortised(self) -> bool:
+        """True if the whole posterior is a function of the data, of any dataset: it can be trained on simulations."""
+        return False
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        with validation_enabled(False) if self.is_amortised else nullcontext():
+            super()._setup_prototype(*args, **kwargs)
+            self._set_up_blocks(args, kwargs)
+
+    def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Build the blocks of the prototype's latents."""
         self.structure = self._read(self._call(args, kwargs))
         self.row_plates = self.structure.plates
         call = self._call(args, kwargs)
@@ -116,7 +126,8 @@ class BlockGuide(FlowGuide):
         check_latents(call)
         if not call.latents:
             raise ValueError(f"{call.owner}: the model has no latents.")
-        settle_start(call, choose=self._chooses_start)
+        if not self.is_amortised:  # trained on draws: the data may have no density
+            settle_start(call, choose=self._chooses_start)
         check_nestings(call.owner, self.structure, found.rows)
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
@@ -138,7 +149,8 @@ class BlockGuide(FlowGuide):
         blocks, key, order = self.posterior.blocks, packing.plates, self._order(packing)
         nestings = self._nestings(key)
         parents = [i for i, b in enumerate(blocks) if b.permute is None and _is_around(b.packing.plates, key, nestings)]
-        width = num_given = sum(blocks[parent].packing.size for parent in parents)
+        num_given = sum(blocks[parent].packing.size for parent in parents)
+        width = num_given if key else self._shared_width(call)
         start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
         contexts, linear = None, False
         if key:
@@ -168,6 +180,10 @@ class BlockGuide(FlowGuide):
         found = [nesting for plate in key for nesting in self.structure.outside(plate) if nesting.outer not in key]
         ways = Counter(nesting.outer for nesting in found)
         return [nesting for nesting in found if ways[nesting.outer] == 1]
+
+    def _shared_width(self, call: Call) -> int:
+        """Return the width of the context of the latents outside of all rows."""
+        return 0
 
     def _contexts(self, key: Key) -> RowContexts:
         return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None)
@@ -205,13 +221,14 @@ class BlockGuide(FlowGuide):
             flow = built(owner, "sequence_flow", None, lambda _, n=0: sequence_flow(steps, each, n), size, width)
             return assemble_local(flow, torch.zeros_like(start[0]), 1.0, by_row=by_row)
         if contexts is None:
-            flow = built(owner, "global_flow", self._build_global, default_flow, size)
+            flow = built(owner, "global_flow", self._build_global, default_for((), width), size, width)
             return assemble(flow, None, start[0], scale)
         if linear is not None:
             return assemble_local(rows_flow(size, width, linear), start.mean(0), scale, by_row=False)
         default = local_flow if width > contexts.width or by_row else autoencoder_flow
+        default = default_for((), width) if self.is_amortised else default
         flow = built(owner, "local_flow", self._build_local, default, size, width)
-        return assemble_local(flow, start.mean(0), scale, by_row=by_row)
+        return assemble_local(flow, start.mean(0), scale, by_row=by_row, paced=not self.is_amortised)
 
     def _order(self, packing: Packing) -> Tensor | None:
         """Return the places of each step of a sequence in a row's vector, ``(T, d)``; None if it is no sequence."""
@@ -248,16 +265,19 @@ class BlockGuide(FlowGuide):
         self.size_of_rows = size_of_rows
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
-        for (name, packing), (flow, parents, frame, unit, rows) in zip(self.packings.items(), blocks, strict=True):
+        for (name, packing), (flow, parents, frame, unit, rows, pooled) in zip(
+            self.packings.items(), blocks, strict=True
+        ):
             width = sum(self.posterior.blocks[parent].packing.size for parent in parents)
             key, contexts, order = packing.plates, None, self._order(packing)
             if rows is not None:
                 contexts = self._contexts(key)
                 contexts.restore(*rows)
                 width += contexts.width
-            check_fits(flow, packing.size, width)
+            check_fits(flow, packing.size, width if key else flow.context_dim)
             block = Block(name, packing, flow, contexts, parents, self._nestings(key), Frame.of(frame), order, 1.0)
             block.unit.data.copy_(unit)
+            block.is_pooled = pooled
             self.posterior.blocks.append(block)
 
     # The default training.
@@ -374,13 +394,14 @@ class BlockGuide(FlowGuide):
         # The model enters the plates itself, so it must be run before the guide does.
         all_rows = {name: plates[name].indices for name in self._inner_plates}
         masks = self._calls.masks(call, all_rows)
+        shared = self._shared(call, masks)
         for block in posterior.blocks:
             key, mask = block.packing.plates, masks.get(block.packing.plates, RowMasks())
             with ExitStack() as stack:
                 indices = {name: stack.enter_context(plates[name]) for name in key}
                 stack.enter_context(poutine.mask(mask=mask.rows))
                 inside = [plates[name] for name in key]
-                rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else BlockRows()
+                rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else shared
                 q = posterior.at(block, rows, drawn)
                 z = self._draw(block.name, q, indices)
             drawn.append(Drawn(block, z, q))
@@ -423,11 +444,10 @@ class BlockGuide(FlowGuide):
         check_integers(f"{type(self).__name__}.sample", num_samples=num_samples)
         self._check_arguments("sample", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
-        self.check_same(call)
-        rows = self._all_rows(call)
-        size = max(
-            1, LARGEST // sum(sum(part.start.numel() for part in p.parts.values()) for p in self.packings.values())
-        )
+        found = self.check_same(call)
+        rows = self._all_rows(call, found)
+        numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
+        size = max(1, LARGEST // (numbers * self.posterior.batch_of(rows).numel()))
         return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -440,12 +460,13 @@ class BlockGuide(FlowGuide):
         self._check_arguments("log_prob", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
-        return self.posterior.log_prob(values, self._all_rows(call), masks_of_all(found) if found else {})
+        return self.posterior.log_prob(values, self._all_rows(call, found), masks_of_all(found) if found else {})
 
     def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
         """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""
         call = self.setup(*args, **kwargs)._call(args, kwargs)
-        return BlockTransform(self.posterior, self._all_rows(call))
+        found = self.check_same(call) if self.is_amortised else None
+        return BlockTransform(self.posterior, self._all_rows(call, found))
 
     def _check_arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise TypeError if a guide that is set up lacks arguments of its model, on whose rows its answers depend."""
@@ -457,12 +478,22 @@ class BlockGuide(FlowGuide):
         self._check_arguments("quantiles", args, kwargs)
         return super().quantiles(quantiles, *args, **kwargs)
 
-    def _all_rows(self, call: Call) -> list[BlockRows]:
-        """Return all rows of each block."""
+    def _all_rows(self, call: Call, found: Found | None) -> list[BlockRows]:
+        """Return all rows of each block, for a call whose model has some sites."""
         with ExitStack() as stack:
             for encoder in self._encoders.values():
                 stack.enter_context(at_rest(encoder))
-            return [block.contexts.of_all(call) if block.contexts else BlockRows() for block in self.posterior.blocks]
+            shared = self._shared(call, masks_of_all(found) if found and self.is_amortised else {})
+            return [block.contexts.of_all(call) if block.contexts else shared for block in self.posterior.blocks]
+
+    def _shared(self, call: Call, masks: Mapping[Key, RowMasks]) -> BlockRows:
+        """Return the context of the latents outside of all rows, if they depend on the data.
+
+        Args:
+            call: The call.
+            masks: The masks of the rows.
+        """
+        return BlockRows()
 
 
 def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:

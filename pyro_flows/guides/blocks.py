@@ -51,9 +51,13 @@ class Drawn:
 
         In units of the flow's width, what was learned of other blocks would be wrong whenever the flow gets narrower.
         The unit is wide: many rows leave shared latents a narrow distribution, within which noise in what was learned
-        then matters little.
+        then matters little.  If shared latents depend on a context, their middle differs from dataset to dataset; they
+        are relative to the start.
         """
-        middle, _ = chained(self.q.runs, self.z.new_zeros(self.block.packing.size), self.q.context)
+        if self.block.is_pooled:
+            middle = self.block.flow.transforms[-1].loc.detach()
+        else:
+            middle, _ = chained(self.q.runs, self.z.new_zeros(self.block.packing.size), self.q.context)
         return (self.z - middle) / self.block.unit.detach()
 
 
@@ -70,6 +74,9 @@ class Block(nn.Module):
         frame: The Gaussian that follows the flow, or None.
         order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
         unit: The unit of the block's latents, as other blocks see them.
+
+    Attributes:
+        is_pooled: True if the latents lie outside of all rows, and depend on the data, or did before :meth:`bind`.
     """
 
     def __init__(
@@ -87,7 +94,7 @@ class Block(nn.Module):
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
         self.parents, self.nestings = tuple(parents), tuple(nestings)
-        self.order = order
+        self.order, self.is_pooled = order, contexts is None and flow.context_dim > 0
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
@@ -170,14 +177,20 @@ class Block(nn.Module):
     def parts(self) -> tuple[Any, ...]:
         """Return the parts of the block that a file holds."""
         frame = None if self.frame is None else self.frame.parts()
-        return self.flow, self.parents, frame, self.unit, None if self.contexts is None else self.contexts.parts()
+        rows = None if self.contexts is None else self.contexts.parts()
+        return self.flow, self.parents, frame, self.unit, rows, self.is_pooled
 
-    def aligned(self, rows: Tensor, trailing: int) -> Tensor:
-        """Put tensors ``(*rows, ...)`` with so many trailing dimensions at the dimensions of the rows' plates."""
-        shape = [1] * self.packing.depth
-        for dim, size in zip(self.packing.dims, rows.shape, strict=False):
+    def aligned(self, rows: Tensor, trailing: int, depth: int = 0) -> Tensor:
+        """Put tensors ``(*batch, *rows, ...)`` with so many trailing dimensions at the dimensions of the rows' plates.
+
+        If there is a batch, there are at least ``depth`` dimensions between the batch and the trailing ones.
+        """
+        end = rows.dim() - trailing
+        batch, sizes = rows.shape[: end - len(self.packing.dims)], rows.shape[end - len(self.packing.dims) : end]
+        shape = [1] * max(self.packing.depth, depth if batch else 0)
+        for dim, size in zip(self.packing.dims, sizes, strict=True):
             shape[dim] = size
-        return rows.reshape((*shape, *rows.shape[rows.dim() - trailing :]))
+        return rows.reshape((*batch, *shape, *rows.shape[end:]))
 
     def at(self, context: Tensor | None, places: Tensor | None, given: Tensor | None) -> FlowDistribution:
         """Return the distribution of the rows' vectors.
@@ -220,21 +233,31 @@ class Blocks(nn.Module):
             return [block.from_parent(parent.block, z, rows.places) for parent, z in pairs]
 
         context = _joined(
-            [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1)],
+            [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1, self.depth)],
             of_parents(parent.relative for parent in parents),
         )
         given = _joined(of_parents(parent.z for parent in parents)) if block.frame is not None else None
         return block.at(context, rows.places, given)
 
     def draw(self, size: int, rows: Sequence[BlockRows]) -> dict[str, Tensor]:
-        """Sample the sites for some rows of each block, each ``(size, *site_shape)``."""
-        drawn, found = list[Drawn](), dict[str, Tensor]()
+        """Sample the sites for some rows of each block, ``(size, *batch, *site_shape)`` for a batch of datasets."""
+        drawn, found, batch = list[Drawn](), dict[str, Tensor](), self.batch_of(rows)
         for block, own in zip(self.blocks, rows, strict=True):
             q, depth = self.at(block, own, drawn), block.packing.depth
-            z = q.sample(() if block.parents else (size, *(1,) * (self.depth - depth)))  # parents' draws have the size
+            ones = () if batch else (1,) * (self.depth - depth)
+            z = q.sample(() if block.parents else (size, *ones))  # parents' draws have the size
             drawn.append(Drawn(block, z, q))
-            found.update(block.packing.values(z.reshape(size, *z.shape[z.dim() - 1 - depth :])))
+            found.update(block.packing.values(z.reshape(size, *batch, *z.shape[z.dim() - 1 - depth :])))
         return found
+
+    def batch_of(self, rows: Sequence[BlockRows]) -> torch.Size:
+        """Return the shape of a batch of datasets whose rows have some contexts; ``()`` for one dataset."""
+        found = [
+            own.contexts.shape[: own.contexts.dim() - 1 - len(block.packing.dims)]
+            for block, own in zip(self.blocks, rows, strict=True)
+            if own.contexts is not None
+        ]
+        return found[0] if found else torch.Size()
 
     @property
     def depth(self) -> int:
@@ -274,11 +297,12 @@ class Blocks(nn.Module):
             change = change + _counted(log_det, mask, depth)
         batch = torch.broadcast_shapes(*(z.shape[:-1] for z in packed))
         vectors = torch.cat([z.expand(*batch, -1) for z in packed], -1)
+        chunk = None if self.batch_of(rows) else chunk_for(vectors.shape[-1])  # each dataset has contexts of its own
 
         def of_vectors(z: Tensor, _: None) -> Tensor:
             return self._log_prob(z, shapes, rows, masks)
 
-        return in_chunks(of_vectors, chunk_for(vectors.shape[-1]), vectors, None, 1) + change
+        return in_chunks(of_vectors, chunk, vectors, None, 1) + change
 
     def _log_prob(
         self, vectors: Tensor, shapes: Sequence[torch.Size], rows: Sequence[BlockRows], masks: Masks

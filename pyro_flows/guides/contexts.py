@@ -26,11 +26,11 @@ from ..vjp import graph_of
 from .guide_call import Call, Key, Rows, frame_of
 
 
-def check_encoder(owner: str, encoder: object) -> None:
+def check_encoder(owner: str, encoder: object, name: str = "encoder") -> None:
     """Raise TypeError unless an encoder is None or can be called; a class is refused too."""
     if encoder is not None and (isinstance(encoder, type) or not callable(encoder)):
         words = "a network or function of the model's arguments, such as encoders.MLPEncoder(input_dim, context_dim)"
-        raise TypeError(f"{owner}: encoder must be {words}, got {encoder!r:.100}.")
+        raise TypeError(f"{owner}: {name} must be {words}, got {encoder!r:.100}.")
 
 
 def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
@@ -171,7 +171,8 @@ class BlockRows(NamedTuple):
 
     Attributes:
         places: Their places among all rows that the block was set up for, ``(*rows)``; None if there is no frame.
-        contexts: Their contexts, ``(*rows, width)``; None for latents outside of all rows.
+        contexts: Their contexts, ``(*rows, width)``, or ``(*batch, *rows, width)`` for a batch of datasets.  None for
+            latents outside of all rows, unless they depend on the data.
     """
 
     places: Tensor | None = None
@@ -258,7 +259,7 @@ class RowContexts(Paced):
         if places is None:
             return nn.functional.pad(context, (0, self.embedding.embedding_dim))
         vectors = self.paced(self.embedding(places.to(self.embedding.weight.device)))
-        return torch.cat((context, vectors.to(context)), -1)
+        return torch.cat((context, vectors.to(context).expand(*context.shape[:-1], -1)), -1)
 
     def _places(self, call: Call, plate: Any, indices: Tensor) -> Tensor | None:
         """Return the indices of the rows that a plate takes, or None if it is given other data of rows."""
@@ -277,7 +278,10 @@ class RowContexts(Paced):
         return flat
 
     def of_all(self, call: Call) -> BlockRows:
-        """Return all rows in the arguments; an encoder's vectors belong to as many rows as they were made for."""
+        """Return all rows in the arguments, of one dataset or, with an encoder, of a batch of them.
+
+        An encoder's vectors belong to as many rows as they were made for.
+        """
         if self.embedding is not None and self.encoder is None:
             for plate, rows in call.look(until=()).rows.items() if call.model is not None else ():
                 if plate in self.plates:
@@ -286,7 +290,7 @@ class RowContexts(Paced):
             return BlockRows(places, self.paced(self.embedding.weight).reshape(*self.sizes, -1))
         context = self._encode(call)
         check_finite(call.owner, context)
-        known = torch.arange(self.number, device=context.device) if len(context) == self.number else None
+        known = torch.arange(self.number, device=context.device) if context.shape[-2] == self.number else None
         return BlockRows(None, self._corrected(context, known))
 
     def _check_known(self, call: Call, plate: str, full_size: int) -> None:
@@ -304,8 +308,9 @@ class RowContexts(Paced):
 
         The last is the number of all rows.
         """
-        all_rows = numbers[-1] if numbers else len(context)
-        if context.dim() != 2 or len(context) not in (*numbers, all_rows):
+        found = context.shape[-2] if context.dim() >= 2 else 0
+        all_rows = numbers[-1] if numbers else found
+        if (context.dim() != 2 and (numbers or context.dim() < 2)) or found not in (*numbers, all_rows):
             plate = self.plates[0]
             wanted = f"one vector for each of the {all_rows} rows of plate {plate!r}, ({all_rows}, context_dim)"
             raise ValueError(f"{call.owner}: the encoder must return {wanted}, got shape {tuple(context.shape)}.")

@@ -21,7 +21,16 @@ from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, Sta
 from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
-from ..transforms import ActNorm, Coupling, Elementwise, FixedAffine, FlowTransform, Recurrence, ScaledLinear
+from ..transforms import (
+    ActNorm,
+    Conditioned,
+    Coupling,
+    Elementwise,
+    FixedAffine,
+    FlowTransform,
+    Recurrence,
+    ScaledLinear,
+)
 from ..transforms.base import chained
 from ..transforms.linear import unrotated
 
@@ -241,12 +250,13 @@ def assemble(
     return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
 
 
-def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
+def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, paced: bool = True) -> Flow:
     """Return a recipe's flow for the latents of a row, followed by a fixed affine map.
 
     With ``by_row`` another affine map lies between them; its parameters are the first numbers of the context.
     """
-    set_pace(flow)
+    if paced:
+        set_pace(flow)
     dim, width = len(loc), torch.full_like(loc, scale)
     own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []
     return _ending([*flow.transforms, *own], flow.base, loc, width, dense=False)
@@ -258,6 +268,12 @@ def _ending(layers: Sequence[FlowTransform], base: nn.Module, loc: Tensor, scale
     made = Flow([*layers, fixed], base).to(device=loc.device, dtype=loc.dtype)
     fixed.set(loc, scale)
     return made
+
+
+def bound(flow: Flow, context: Tensor) -> Flow:
+    """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
+    held = nn.Parameter(context.detach().clone())
+    return Flow([Conditioned(t, held) if t.context_dim else t for t in flow.transforms], flow.base)
 
 
 def set_pace(flow: Flow) -> None:

@@ -7,15 +7,29 @@ arXiv:2111.03144).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from pyro import validation_enabled
+from torch import Tensor, nn
 
 from ..arguments import suggests_recipes
+from ..encoders import Standardize
+from ..encoders.base import at_rest
+from ..encoders.standardize import learning
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
+from ..programs.error_text import warn_user
+from ..programs.quantities import labels_of
 from .block_guide import BlockGuide
-from .guide_call import Call
+from .blocks import Drawn
+from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe
+from .default_flows import bound, start_at
+from .guide_call import Call, Key
+from .masked import RowMasks
+from .scored import EACH, OfDatasets, Packed, Scored
 from .structure import Structure
 
 
@@ -33,15 +47,23 @@ class AutoPlateFlow(BlockGuide):
     If all latents lie in the plate, the model is a variational autoencoder; with latents outside too it is a hierarchy.
     If none lie in the plate, the guide is that of ``AutoFlow``.
 
+    With a ``global_encoder`` as well, the whole posterior is amortised, q(g | c_1, …, c_n) Π_i q(l_i | c_i, g): one
+    guide for the hierarchies of all datasets, with any number of rows, trained by ``fit_amortized``.  Then
+    ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that dataset alone.
+
     Args:
         model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.
         plate: The name of the plate.
         encoder: A network or function from the model's arguments to a context for each row, ``(rows, context_dim)``.
             Of arguments with one row for each row of a subsampled plate it gets the rows of the minibatch only.
+        global_encoder: A network from the contexts of all rows, ``(*batch, rows, context_dim)``, to a context of the
+            latents outside of the plate, ``(*batch, global_dim)``, such as ``encoders.SetEncoder``.  It is also given
+            ``mask=``, ``(*batch, rows)``, if the model masks rows.
         local_flow: A recipe for the rows' latents, called with their number and the width of the context, such as
             ``flows.iaf``.  By default affine couplings, or splines for a single latent, and then an affine map that
             depends on the context.
-        global_flow: A recipe for the other latents, called with their number; by default as for ``AutoFlow``.
+        global_flow: A recipe for the other latents, called with their number, and with ``global_dim`` if there is a
+            ``global_encoder``; by default as for ``AutoFlow``.
         embedding_dim: The width of the learned vector of each row, without an encoder.
         init_loc_fn: The strategy for the start, as for ``AutoFlow``.
         init_scale: The scale of each unconstrained latent at the start.  By default 0.1, or 1 if all lie in the plate.
@@ -49,8 +71,9 @@ class AutoPlateFlow(BlockGuide):
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
-        TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
-        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range.  At :meth:`setup`, if the model lacks
+        TypeError: If a recipe or an encoder cannot be called; at :meth:`setup`, if a recipe fails.
+        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range, or there is a ``global_encoder`` without
+            an ``encoder``.  At :meth:`setup`, if the model lacks
             the plate, or another plate that holds latents is subsampled.  If a latent is discrete with infinite
             support, is an angle or has no fixed support.  If a mask divides an event, or hides a part of a row that
             visible sites depend on.  The error names the site or plate.  If the model's density is not finite at the
@@ -74,7 +97,7 @@ class AutoPlateFlow(BlockGuide):
         {'mean': (), 'level': (2,)}
     """
 
-    settings = "encoder", "init_scale", "plate", "embedding_dim"
+    settings = "encoder", "global_encoder", "init_scale", "plate", "embedding_dim"
 
     @suggests_recipes(nsf, nsf_ar, realnvp, cnf)
     def __init__(
@@ -83,8 +106,9 @@ class AutoPlateFlow(BlockGuide):
         plate: str,
         *,
         encoder: Callable[..., Tensor] | None = None,
+        global_encoder: Callable[..., Tensor] | None = None,
         local_flow: Callable[..., Flow] | None = None,
-        global_flow: Callable[[int], Flow] | None = None,
+        global_flow: Callable[..., Flow] | None = None,
         embedding_dim: int = 8,
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
@@ -92,10 +116,188 @@ class AutoPlateFlow(BlockGuide):
     ) -> None:
         encoders = {} if encoder is None else {plate: encoder}
         super().__init__(model, encoders, local_flow, global_flow, embedding_dim, init_loc_fn, init_scale, name)
+        check_encoder("AutoPlateFlow", global_encoder, "global_encoder")
+        if global_encoder is not None and encoder is None:
+            fault = "global_encoder takes the contexts of an encoder of the rows, got encoder=None"
+            raise ValueError(
+                f"AutoPlateFlow: {fault}. Give encoder=, a network from the data to a vector for each row."
+            )
+        self.global_encoder = global_encoder
+        self.row_range: tuple[int, int] | None = None  # the numbers of rows in training on simulations
         self.plate, self.row_plates, self.structure = plate, (plate,), Structure((plate,))
 
     def _read(self, call: Call) -> Structure:
         return self.structure
 
+    @property
+    def is_amortised(self) -> bool:
+        """True if there is a ``global_encoder``: the whole posterior is a function of the data."""
+        return self.global_encoder is not None
+
+    def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._set_up_blocks(args, kwargs)
+        if self.is_amortised and not (self._has_shared and self.posterior.blocks[-1].contexts):
+            fault = (
+                f"global_encoder is for latents outside of plate {self.plate!r} and in it, of which one kind is missing"
+            )
+            raise ValueError(f"AutoPlateFlow: {fault}. Use AutoFlow(model, encoder=...) for latents of one kind.")
+
+    def _shared_width(self, call: Call) -> int:
+        if not self.is_amortised:
+            return 0
+        contexts = probe(call, self._encoders[self.plate])
+        shape = tuple(self._pooled(contexts, None).shape)
+        if len(shape) != 1:
+            fault = f"for contexts of shape {tuple(contexts.shape)} global_encoder must return one vector (n,)"
+            raise ValueError(f"AutoPlateFlow: {fault}, got shape {shape}.")
+        return shape[0]
+
+    def _shared(self, call: Call, masks: Mapping[Key, RowMasks]) -> BlockRows:
+        if not self.is_amortised:
+            return BlockRows()
+        rows = self._row_contexts(call)
+        self._check_range(rows.shape[-2])
+        mask = masks.get((self.plate,), RowMasks()).rows
+        counts = None if mask is True else torch.as_tensor(mask).flatten().expand(rows.shape[:-1])
+        return BlockRows(None, self._pooled(rows, counts))
+
+    def _row_contexts(self, call: Call) -> Tensor:
+        """Return the contexts of all rows, ``(*batch, rows, width)``."""
+        return cast(Tensor, self.posterior.blocks[-1].contexts.of_all(call).contexts)
+
+    def _check_range(self, number: int) -> None:
+        """Warn of a number of rows on which the guide was not trained."""
+        if self.row_range and not self.row_range[0] <= number <= self.row_range[1]:
+            least, most = self.row_range
+            fault = (
+                f"the data have {number} rows of plate {self.plate!r}, and the guide was trained on {least} to {most}"
+            )
+            warn_user(f"AutoPlateFlow: {fault}. Train it with fit_amortized(..., num_rows=...) that holds {number}.")
+
+    def _pooled(self, contexts: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the context of all rows, ``(*batch, global_dim)``, from their contexts ``(*batch, rows, width)``."""
+        network: Any = self.global_encoder
+        return network(contexts) if mask is None else network(contexts, mask=mask)
+
+    # Training on simulations.
+
+    def packed(self, values: dict[str, Tensor]) -> Packed:
+        """Return the vectors of each block in N simulations, ``(N, *rows, size)``, with log|det| of the packing."""
+        return [block.packing.pack(values) for block in self.posterior.blocks]
+
+    @torch.no_grad()
+    def start_at_draws(self, locs: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        """Start from the location and scale of the vectors of each block in simulations."""
+        for block, loc, scale in zip(self.posterior.blocks, locs, scales, strict=True):
+            if block.contexts is None:
+                start_at(block.flow, loc, scale, [False] * block.packing.size)
+            else:
+                block.flow.transforms[-1].set(loc, scale)
+            block.unit.copy_(scale)
+
+    def initialize_encoders(self, call: Call) -> None:
+        """Initialise the ``Standardize`` layers of both encoders from the data of a call."""
+        for encoder in self._encoders.values():
+            initialize(call, encoder)
+        if isinstance(self.global_encoder, nn.Module):
+            fresh = [part for part in self.global_encoder.modules() if isinstance(part, Standardize) and part.is_fresh]
+            with at_rest(self.global_encoder), learning(fresh) if fresh else nullcontext():
+                self._pooled(encode(call, self._encoders[self.plate]), None)
+
+    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[Scored]:
+        """Return the vectors of N simulations with the contexts of their data, the model's arguments.
+
+        Of the rows of each dataset, some are picked at random.
+        """
+        call = self._call(args, kwargs)
+        contexts = self._row_contexts(call)  # (N, rows, width)
+        number, size = contexts.shape[:2]
+        picked = torch.randperm(size, device=contexts.device)[:EACH]
+        owns = BlockRows(None, self._pooled(contexts, None)), BlockRows(None, contexts[:, picked])
+        drawn, found = list[Drawn](), list[Scored]()
+        for block, own, (z, log_det) in zip(self.posterior.blocks, owns, packed, strict=True):
+            if block.packing.dims:
+                axis = block.packing.dims[0]
+                z, log_det = z.index_select(axis - 1, picked), log_det.index_select(axis, picked)
+            aligned = z.reshape(number, *(1,) * (self.posterior.depth - block.packing.depth), *z.shape[1:])
+            q = self.posterior.at(block, own, drawn)
+            drawn.append(Drawn(block, aligned, q))
+            context = q.context.expand(*aligned.shape[:-1], -1).flatten(0, -2)
+            found.append(Scored(block.flow, aligned.flatten(0, -2), context, log_det.flatten()))
+        return found
+
+    @torch.no_grad()
+    def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
+        """Return the posterior, for each of M datasets, of the latents outside of the plate and in one random row."""
+        of_shared, of_rows = self.posterior.blocks
+        rows = self._all_rows(self._call(args, kwargs), None)
+        contexts = cast(Tensor, rows[1].contexts)  # (M, rows, width)
+        number, size, width = contexts.shape
+        picked = torch.randint(size, (number,), device=contexts.device)
+        own = contexts.gather(1, picked.reshape(-1, 1, 1).expand(-1, 1, width))
+        owns = [rows[0], BlockRows(None, own)]
+
+        def pick(latents: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = {name: latents[name] for name in of_shared.packing.parts}
+            for name, part in of_rows.packing.parts.items():
+                value, axis = latents[name], of_rows.packing.dims[0] - part.event_dim
+                place = picked.reshape(-1, *(1,) * (value.dim() - 1)).expand(
+                    *value.shape[:axis], 1, *value.shape[axis:][1:]
+                )
+                found[name] = value.gather(axis, place)
+            return found
+
+        def vectors(values: dict[str, Tensor]) -> Tensor:
+            flat = []
+            for block in self.posterior.blocks:
+                z, _ = block.packing.pack(values)
+                flat.append(z.reshape(*z.shape[: z.dim() - 1 - block.packing.depth], -1))
+            return torch.cat(flat, -1)
+
+        labels = [
+            label for name, part in of_shared.packing.parts.items() for label in labels_of(name, part.start.shape)
+        ]
+        for name, part in of_rows.packing.parts.items():
+            shape = list(part.start.shape)
+            del shape[of_rows.packing.dims[0] - part.event_dim]
+            labels += labels_of(f"{name}[row]", torch.Size(shape))
+        return OfDatasets(
+            labels,
+            pick,
+            lambda samples: self.posterior.draw(samples, owns),
+            lambda values: self.posterior.log_prob(values, owns, {}),
+            vectors,
+        )
+
+    @torch.no_grad()
+    def bind(self, *args: Any, **kwargs: Any) -> AutoPlateFlow:
+        """Return a copy for the one dataset in the arguments, without encoders, to be checked or trained further."""
+        if not self.is_amortised or self.prototype_trace is None:
+            reason = "was never set up; train it by fit_amortized" if self.is_amortised else "has no global_encoder"
+            raise ValueError(f"AutoPlateFlow.bind: the guide {reason}.")
+        call = self._call(args, kwargs)
+        rows = self._all_rows(call, self.check_same(call))
+        if self.posterior.batch_of(rows):
+            raise ValueError("AutoPlateFlow.bind: give one dataset, for which the encoder returns one vector per row.")
+        new = copy.deepcopy(self)
+        new._encoders, new.global_encoder = {}, None
+        with validation_enabled(False):
+            super(BlockGuide, new)._setup_prototype(*args, **kwargs)
+        new.packings = new._layouts(new._call(args, kwargs).latents)
+        for block, own, packing in zip(new.posterior.blocks, rows, new.packings.values(), strict=True):
+            block.packing, seen = packing, cast(Tensor, own.contexts)
+            if block.contexts is None:
+                block.flow = bound(block.flow, seen)
+            else:
+                block.contexts = RowContexts(packing.plates, None)
+                block.contexts.restore(seen.shape[-1], seen.clone(), (len(seen),))
+                new.size_of_rows = len(seen)
+        return new
+
     def parts(self) -> dict[str, Any]:
-        return super().parts() | {"plate": self.plate, "encoder": self._encoders.get(self.plate)}
+        found = super().parts() | {"plate": self.plate, "encoder": self._encoders.get(self.plate)}
+        return found | {"global_encoder": self.global_encoder, "row_range": self.row_range}
+
+    def _restore(self, *args: Any, row_range: tuple[int, int] | None = None, **parts: Any) -> None:
+        self.row_range = row_range
+        super()._restore(*args, **parts)

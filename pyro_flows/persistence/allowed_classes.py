@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
-from ..flows import Dequantized, Flow
+from ..flows import Dequantized, Flow, Mixed
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from ..guides.circles import Circle
 from ..guides.loaded import Site
@@ -32,7 +32,14 @@ class Kind(NamedTuple):
     build: Callable[..., Any]
 
 
-ROOTS = "flows.Flow", "flows.Dequantized", "guides.AutoFlow", "guides.AutoPlateFlow", "guides.AutoStructuredFlow"
+ROOTS = (
+    "flows.Flow",
+    "flows.Dequantized",
+    "flows.Mixed",
+    "guides.AutoFlow",
+    "guides.AutoPlateFlow",
+    "guides.AutoStructuredFlow",
+)
 BASES = {  # distributions that ``FixedBase`` may hold, with the attributes that define them
     "Cauchy": ("loc", "scale"),
     "Gumbel": ("loc", "scale"),
@@ -56,7 +63,13 @@ def _own() -> Iterator[Kind]:
         for name, found in vars(package).items():
             if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
-    for part, found in (("flows", Flow), ("flows", Dequantized), ("guides", Site), ("guides", Circle)):
+    for part, found in (
+        ("flows", Flow),
+        ("flows", Dequantized),
+        ("flows", Mixed),
+        ("guides", Site),
+        ("guides", Circle),
+    ):
         yield Kind(found, f"{part}.{found.__name__}", arguments_of, found)
     for guide in (AutoFlow, AutoPlateFlow, AutoStructuredFlow):
         yield Kind(guide, f"guides.{guide.__name__}", guide.parts, guide.from_parts)

@@ -17,7 +17,7 @@ from torch import Tensor, nn, serialization
 
 from ..arguments import as_file
 from ..atomic_files import save_tensors, write_atomically
-from ..flows import Dequantized, Flow
+from ..flows import Dequantized, Flow, Mixed
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from .allowed_classes import BY_TYPE, ROOTS
 from .module_state import check_comes_back, marks_of, restore, state_of
@@ -30,7 +30,7 @@ Guide = AutoFlow | AutoPlateFlow | AutoStructuredFlow
 _settings_of_torch = threading.Lock()  # torch has one setting for all threads
 
 
-def save(flow_or_guide: Flow | Dequantized | Guide, path: str | os.PathLike[str]) -> None:
+def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathLike[str]) -> None:
     """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
 
     A guide is saved without its model; after loading it draws and scores latents.  A flow keeps its dtypes, its frozen
@@ -42,7 +42,7 @@ def save(flow_or_guide: Flow | Dequantized | Guide, path: str | os.PathLike[str]
     ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
 
     Args:
-        flow_or_guide: A ``Flow`` or ``Dequantized`` flow, or an ``AutoFlow``, ``AutoPlateFlow`` or
+        flow_or_guide: A ``Flow``, ``Dequantized`` or ``Mixed`` flow, or an ``AutoFlow``, ``AutoPlateFlow`` or
             ``AutoStructuredFlow`` that was set up.
         path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
             A symbolic link stays, and the file that it points to is replaced; its mode is kept.
@@ -69,8 +69,8 @@ def save(flow_or_guide: Flow | Dequantized | Guide, path: str | os.PathLike[str]
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
-            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized flow, an AutoFlow, "
-            f"an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
+            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized or Mixed flow, an "
+            f"AutoFlow, an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
         )
     spec = describe(flow_or_guide)
     parts = kind.arguments(flow_or_guide) if kind.type is not Flow else {"the flow": flow_or_guide}
@@ -95,7 +95,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Returns:
-        A ``Flow``, a ``Dequantized`` flow, or one of the guides.
+        A ``Flow``, a ``Dequantized`` or ``Mixed`` flow, or one of the guides.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -21,6 +21,7 @@ from .allowed_classes import BY_NAME, BY_TYPE
 
 UNSIZED = (
     "flows.Dequantized",
+    "flows.Mixed",
     "guides.AutoPlateFlow",
     "guides.AutoStructuredFlow",
     "guides.Site",

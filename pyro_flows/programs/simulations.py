@@ -55,6 +55,11 @@ class Simulations:
         groups = (self.latents, other.latents), (self.data, other.data)
         return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
 
+    @property
+    def numbers(self) -> int:
+        """The number of numbers in a dataset."""
+        return sum(value[:1].numel() for value in self.data.values())
+
     def __len__(self) -> int:
         return len(next(iter(self.data.values())))
 

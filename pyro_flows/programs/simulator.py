@@ -87,6 +87,7 @@ class Simulator:
 
     Attributes:
         model: The model as a :class:`~.program.Program`.
+        given: The arguments that are given, by their names.
         sites: For each argument that holds data, the site that observes it.
 
     Raises:
@@ -99,7 +100,7 @@ class Simulator:
         check_program(model=model)
         self._signature = signature_of(model)
         try:
-            self._given = self._signature.bind(*args, **kwargs).arguments
+            self.given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             self._refuse(
                 f"{error}. An argument that holds data must be optional, `def model(x=None)`, and is not given here. "
@@ -129,12 +130,12 @@ class Simulator:
     def _open(self) -> list[str]:
         """The arguments that are None unless data are given."""
         parameters = self._signature.parameters.items()
-        return [name for name, p in parameters if self._given.get(name, p.default) is None]
+        return [name for name, p in parameters if self.given.get(name, p.default) is None]
 
     def arguments(self, data: dict[str, Tensor]) -> tuple[Args, Kwargs]:
         """Return the model's arguments, with data."""
         bound = self._signature.bind_partial()
-        bound.arguments.update({**self._given, **data})
+        bound.arguments.update({**self.given, **data})
         return bound.args, bound.kwargs
 
     def _find_data(self) -> dict[str, str]:

@@ -1,0 +1,263 @@
+"""Neural likelihood estimation: the density of a simulator's output, learned from simulations, for any Pyro model.
+
+Maximises E log q(x | θ) over parameters θ of a proposal and their simulations x.  Sequential Neural Likelihood
+(Papamakarios, Sterratt, Murray 2019, arXiv:1805.07226), in one round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..arguments import (
+    check_choice,
+    check_flags,
+    check_integers,
+    check_numbers,
+    check_tensors,
+    quoted,
+    suggests_keywords,
+)
+from ..bijectors import Affine
+from ..conditioners import MLP
+from ..data.batches import Batch, divided
+from ..encoders import Standardize
+from ..flows import Flow, nsf_ar
+from ..flows.mixed import Mixed
+from ..objectives import Likelihood
+from ..programs.simulations import check_draws
+from ..training import distributed
+from ..training.checkpoint import Checkpoint, check_path, design, fingerprint
+from ..transforms import Elementwise
+from .initialization import start
+from .row_training import RowLoss, train_on_rows
+
+CALLER = "fit_likelihood"
+SIMULATE = 10_000  # parameters to simulate at once
+MOST = 1000  # categories of an entry
+
+
+@distributed.collective
+@suggests_keywords
+def fit_likelihood(
+    simulator: Callable[[Tensor], Tensor] | None,
+    prior: Distribution | None = None,
+    *,
+    num_simulations: int = 10_000,
+    simulations: tuple[Tensor, Tensor] | None = None,
+    flow: Callable[[int, int], Flow] | None = None,
+    discrete: Sequence[int] = (),
+    positive: Sequence[int] = (),
+    max_epochs: int = 100,
+    batch_size: int | None = None,
+    lr: float = 2e-3,
+    held_out: float = 0.1,
+    patience: int = 20,
+    on_nonfinite: str = "skip",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Flow | Mixed:
+    """Learn the likelihood of a simulator, and return it as a conditional distribution for any Pyro model.
+
+    The loss is a mean over simulations, least if q is the likelihood at each parameter that the prior draws::
+
+        loss = -E log q(x | θ),    θ ~ prior,  x ~ simulator(θ)
+
+    The likelihood then stands in a model as any other distribution does, also in plates and with other sites around it:
+    ``pyro.sample("x", likelihood(theta), obs=x)``, with ``theta`` of shape ``(*batch, P)``.  Use single trials as rows:
+    a plate multiplies them, and errors of their density add up over the rows.
+
+    The prior here is where simulations are spent; the model may have another.  Outside of the region that it covers the
+    likelihood is an extrapolation, so choose it wider than any posterior.
+
+    Args:
+        simulator: A function from parameters ``(N, P)`` to one draw of data for each, ``(N, D)`` or ``(N,)``.
+        prior: The distribution of the parameters, of event shape ``(P,)``; independent parameters may be a batch.
+        num_simulations: The number N of simulations, at least 20.
+        simulations: Existing parameters ``(N, P)`` and data ``(N, D)``, in place of ``simulator`` and ``prior``.
+        flow: A recipe, called with the number of entries that are not discrete and with the width of the context, such
+            as ``flows.nsf``.  By default autoregressive splines, and then an affine map that depends on the parameters.
+        discrete: The entries of x that are categories 0, 1, …, by index.
+        positive: The entries of x that are positive, such as durations, by index.
+        max_epochs: The largest number of passes through the simulations; the step size falls to zero by then.
+        batch_size: The number of simulations per step; by default 256, and fewer if there are few.
+        lr: The largest step size.
+        held_out: The share of the simulations that are held out to judge the states.
+        patience: The number of epochs without an improvement on these after which to stop.
+        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite; ``"raise"`` raises an error.
+        checkpoint: A file for the state of the run, from which the same call resumes; the simulations are kept in a
+            second file beside it.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow`, or a :class:`~pyro_flows.flows.Mixed` if some entries are discrete or
+        positive.  ``likelihood(theta)`` is a distribution over ``(D,)``, with densities in nats of x as given.
+
+    Raises:
+        TypeError: If the data are no tensors.
+        ValueError: If an argument is out of its range, or the simulator returns another number of rows.  If data are
+            constant or not finite, a discrete entry holds other numbers than 0, 1, … or a positive one is not positive.
+        FloatingPointError: If the loss or gradients stay non-finite.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow
+        >>> def simulator(theta):  # one draw for each row of theta
+        ...     return theta + 0.5 * torch.randn(theta.shape)
+        >>> prior = dist.Uniform(torch.full((1,), -3.0), 3.0)
+        >>> likelihood = fit_likelihood(simulator, prior, num_simulations=200, max_epochs=2, progress=False)
+        >>> def model(x):
+        ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("row", len(x)):
+        ...         pyro.sample("x", likelihood(theta.expand(len(x))[..., None]), obs=x)
+        >>> guide = AutoFlow(model).setup(torch.randn(10, 1))
+    """
+    check_integers(CALLER, 20, num_simulations=num_simulations)
+    check_integers(CALLER, max_epochs=max_epochs, patience=patience)
+    check_integers(CALLER, optional=True, batch_size=batch_size)
+    check_flags(CALLER, progress=progress)
+    check_numbers(CALLER, above=0, lr=lr)
+    check_numbers(CALLER, above=0, below=1, held_out=held_out)
+    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
+    file = check_path(CALLER, "checkpoint", checkpoint, ".simulations")
+    theta, x = _given(simulations) if simulations is not None else _kept(file, simulator, prior, num_simulations)
+    for what, name, value in (("the simulated", "theta", theta), ("the simulated", "x", x)):
+        for place, column in enumerate(value.T):
+            check_draws(CALLER, what, f"{name}[:, {place}]", column)
+    made = _build(flow, theta, x, tuple(discrete), tuple(positive))
+    train, judge = divided((x, theta), held_out, batch_size)
+    objective = Likelihood()
+
+    def loss(batch: Batch) -> Tensor:
+        return objective(made, *batch)
+
+    train_on_rows(
+        made,
+        RowLoss(train, judge, loss, fingerprint((theta, x))),
+        max_epochs=max_epochs,
+        patience=patience,
+        diagnose=lambda: "the density of the simulations",
+        show="{:.3f} nats".format,
+        marks={"model": design(made)},
+        caller=CALLER,
+        lr=lr,
+        clip_norm=5.0,
+        on_nonfinite=on_nonfinite,
+        progress=progress,
+        checkpoint=file,
+    )
+    return made
+
+
+def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
+    """Build the default flow of :func:`fit_likelihood`, x = A_θ(T_θ(u)).
+
+    The last layer A_θ is an affine map that depends on the parameters alone.  Many simulators have noise whose shape
+    hardly depends on the parameters, around a place that does.
+    """
+    layers = nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
+    place = MLP(context_dim, input_dim, Affine().num_params, hidden_dims=(64, 64), activation=nn.SiLU, skip=True)
+    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return existing parameters and data as tables, or raise an error that names the fault."""
+    if not (isinstance(simulations, tuple | list) and len(simulations) == 2):
+        raise ValueError(f"{CALLER}: simulations must be (theta, x), got {quoted(simulations)}.")
+    theta, x = (_table("simulations", value) for value in simulations)
+    if len(theta) != len(x) or len(x) < 20:
+        raise ValueError(
+            f"{CALLER}: simulations must hold as many theta as x, at least 20, got {len(theta)}, {len(x)}."
+        )
+    return theta, x
+
+
+def _table(name: str, value: Any) -> Tensor:
+    """Return values ``(N,)`` or ``(N, D)`` as a floating table ``(N, D)``."""
+    check_tensors(CALLER, name, {name: value})
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    value = value.unsqueeze(-1) if value.dim() == 1 else value
+    if value.dim() != 2:
+        raise ValueError(f"{CALLER}: {name} must have shape (N, D), got {tuple(value.shape)}. Flatten each row.")
+    return value.detach()
+
+
+def _kept(
+    file: Any, simulator: Callable[[Tensor], Tensor] | None, prior: Distribution | None, number: int
+) -> tuple[Tensor, Tensor]:
+    """Return the simulations that are kept with a checkpoint, or run and keep them."""
+    beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), {"steps": 0, "number": number})
+    kept = beside.read()
+    if kept is not None:
+        return kept["theta"], kept["x"]
+    if not callable(simulator) or not isinstance(prior, Distribution):
+        got = f"got {quoted(simulator)} and {quoted(prior)}. Or give simulations=(theta, x)"
+        raise ValueError(f"{CALLER}: simulator must be a function of parameters, and prior a distribution, {got}.")
+    theta, x = distributed.broadcast(lambda: _simulate(simulator, prior, number))
+    beside.save({"theta": theta, "x": x})
+    return theta, x
+
+
+@torch.no_grad()
+def _simulate(simulator: Callable[[Tensor], Tensor], prior: Distribution, number: int) -> tuple[Tensor, Tensor]:
+    """Draw parameters and simulate their data, in parts."""
+    if len(prior.batch_shape) + len(prior.event_shape) > 1:
+        shape = tuple(prior.batch_shape + prior.event_shape)
+        raise ValueError(f"{CALLER}: prior must draw vectors (P,), got draws of shape {shape}. Flatten them.")
+    theta = _table("prior", prior.sample((number,)))
+    parts = []
+    for part in theta.split(SIMULATE):
+        x = _table("simulator", simulator(part))
+        if len(x) != len(part):
+            must = f"simulator must return one row for each of the {len(part)} parameters it is given"
+            raise ValueError(f"{CALLER}: {must}, got {len(x)}. Loop over them and stack the results if it takes one.")
+        parts.append(x)
+    return theta, torch.cat(parts)
+
+
+def _build(
+    recipe: Callable[[int, int], Flow] | None,
+    theta: Tensor,
+    x: Tensor,
+    discrete: Sequence[int],
+    positive: Sequence[int],
+) -> Flow | Mixed:
+    """Build and start the distribution of the rows of x, ``(N, D)``, given parameters ``(N, P)``."""
+    places = range(x.shape[1])
+    for name, chosen in (("discrete", discrete), ("positive", positive)):
+        if wrong := [place for place in chosen if place not in places]:
+            raise ValueError(f"{CALLER}: {name} must hold indices below {x.shape[1]}, got {quoted(wrong[0])}.")
+    for place in positive:
+        if (x[:, place] <= 0).any():
+            low = x[:, place].min().item()
+            raise ValueError(f"{CALLER}: entry {place} must be positive, got {low:.6g}. Take it out of positive=.")
+    numbers = tuple(_categories(place, x[:, place]) if place in discrete else 0 for place in places)
+    width, size = theta.shape[1] + sum(numbers), numbers.count(0)
+    made = (recipe or likelihood_flow)(size, width).to(x) if size else None
+    if made is not None and not (discrete or positive):
+        start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
+        return made
+    mixed = Mixed(made, numbers, theta.shape[1], positive=positive).to(x)
+    standardize = cast(Standardize, mixed.standardize)
+    standardize.initialize(theta)
+    if made is not None:
+        y, _, _ = mixed.real(x)
+        start(made, y, mixed.inputs(x, standardize(theta)), (y.mean(0), y.std(0)), heavy_tails=False)
+    return mixed
+
+
+def _categories(place: int, column: Tensor) -> int:
+    """Return the number of categories 0, 1, … in a column."""
+    if (column != column.round()).any() or (column < 0).any() or column.max() >= MOST:
+        raise ValueError(
+            f"{CALLER}: discrete entry {place} must hold integers from 0 to {MOST - 1}, got {column.min().item():.6g} "
+            f"to {column.max().item():.6g}. Number its categories, or take it out of discrete=."
+        )
+    return max(2, int(column.max()) + 1)
