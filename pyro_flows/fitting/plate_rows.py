@@ -42,6 +42,8 @@ class PlateRows:
             if frame := frame_of(node, guide.plate):
                 self.axes[argument] = frame.dim - node["fn"].event_dim
         self.full: int = guide.posterior.blocks[-1].number
+        self.least: int
+        self.most: int
         self.least, self.most = numbers or (1, self.full)
         if not 1 <= self.least <= self.most <= self.full:
             wanted = f"(least, most), from 1 to the {self.full} rows of plate {guide.plate!r} in the simulations"

@@ -222,7 +222,7 @@ class AutoPlateFlow(BlockGuide):
             aligned = z.reshape(number, *(1,) * (self.posterior.depth - block.packing.depth), *z.shape[1:])
             q = self.posterior.at(block, own, drawn)
             drawn.append(Drawn(block, aligned, q))
-            context = q.context.expand(*aligned.shape[:-1], -1).flatten(0, -2)
+            context = cast(Tensor, q.context).expand(*aligned.shape[:-1], -1).flatten(0, -2)
             found.append(Scored(block.flow, aligned.flatten(0, -2), context, log_det.flatten()))
         return found
 
