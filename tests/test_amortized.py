@@ -38,7 +38,7 @@ from pyro_flows import (
 )
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
-from pyro_flows.encoders import MLPEncoder, SetEncoder
+from pyro_flows.encoders import Arguments, GRUEncoder, MLPEncoder, SetEncoder
 from pyro_flows.fitting import truncated
 from pyro_flows.programs import Simulations
 from pyro_flows.programs.simulator import Simulator
@@ -135,6 +135,30 @@ def test_many_data_sets_at_once(trained):
     assert scores.shape == (50, 6)
     alone = torch.stack([guide.log_prob({"theta": draws[:, i]}, x) for i, x in enumerate(xs)], 1)
     torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
+
+
+def series(x=None, times=None, mask=None):
+    """Noisy values of a line at random times, some of them missing."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    times = pyro.sample("times", dist.Uniform(0.0, 5.0).expand([6]).to_event(1), obs=times)
+    mask = pyro.sample("mask", dist.Bernoulli(0.7).expand([6]).to_event(1), obs=mask)
+    noise = dist.Normal((slope[..., None] * times)[..., None], 0.5).mask(mask[..., None].bool())
+    return pyro.sample("x", noise.to_event(2), obs=x)
+
+
+def test_an_encoder_takes_some_of_the_models_arguments():
+    """A mask of a model may be drawn by it, as zeros and ones; an argument that is left out is None."""
+    pyro.set_rng_seed(0)
+    guide = AutoFlow(series, small, encoder=Arguments(GRUEncoder(1, 4, 8), 0, times=1, mask=2))
+    quick(series, guide)
+    assert not guide.encoder.network.standardize.is_fresh
+    drawn = simulate(series, num_simulations=3).data
+    assert guide.sample(5, drawn["x"], drawn["times"], drawn["mask"])["slope"].shape == (5, 3)
+    x, times, mask = (drawn[name][0] for name in ("x", "times", "mask"))
+    net = guide.encoder.network
+    assert torch.equal(guide.context(x, times, mask), net(x, times, mask.bool()))
+    assert torch.equal(guide.context(x, mask=mask), net(x, mask=mask))  # not the mask as times
+    assert psis(series, guide, x, times, mask, num_samples=25).log_weights.isfinite().all()
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -31,6 +31,8 @@ INTEGERS = {
     "CausalTransformer: num_heads": lambda v: conditioners.CausalTransformer(4, 3, 2, num_heads=v),
     "ClassEmbedding: num_classes": lambda v: encoders.ClassEmbedding(v, 2),
     "SetEncoder: num_moments": lambda v: encoders.SetEncoder(2, 2, num_moments=v),
+    "GRUEncoder: hidden_dim": lambda v: encoders.GRUEncoder(2, 2, v),
+    "TransformerEncoder: num_layers": lambda v: encoders.TransformerEncoder(2, 2, num_layers=v),
     "MixtureBase: num_components": lambda v: distributions.MixtureBase(2, v),
     "ActNorm: input_dim": lambda v: transforms.ActNorm(v),
     "Squeezed: factor": lambda v: transforms.Squeezed(transforms.PerPixel(transforms.LULinear(4), (2, 2)), v),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.encoders import ConvEncoder, Encoder, MLPEncoder, SetEncoder, Standardize
+from pyro_flows.encoders import (
+    Arguments,
+    ConvEncoder,
+    Encoder,
+    Flatten,
+    GRUEncoder,
+    Identity,
+    MLPEncoder,
+    SetEncoder,
+    Standardize,
+    TransformerEncoder,
+)
 
 CONTEXT_DIM = 6
 
@@ -60,6 +72,23 @@ ENCODERS: dict[str, Kind] = {
         lambda: ConvEncoder((2, 5, 11), CONTEXT_DIM, (4, 8), 16, activation=nn.SiLU),
         (2, 5, 11),
         {"image_shape": (2, 5, 11), "channels": (4, 8), "hidden_dim": 16, "activation": nn.SiLU},
+    ),
+    "flat_image": Kind(lambda: Flatten([1, 2, 3]), (1, 2, 3), {"image_shape": (1, 2, 3)}),
+    "identity": Kind(lambda: Identity([2, 3]), (2, 3), {"data_shape": (2, 3)}),
+    "gru": Kind(
+        lambda: GRUEncoder(2, CONTEXT_DIM, 8),
+        (5, 2),
+        {"num_features": 2, "hidden_dim": 8, "num_layers": 1},
+    ),
+    "gru_deep": Kind(
+        lambda: GRUEncoder(1, CONTEXT_DIM, 8, num_layers=2),
+        (3, 1),
+        {"num_features": 1, "hidden_dim": 8, "num_layers": 2},
+    ),
+    "transformer": Kind(
+        lambda: TransformerEncoder(2, CONTEXT_DIM, 8, num_heads=2),
+        (5, 2),
+        {"num_features": 2, "hidden_dim": 8, "num_layers": 2, "num_heads": 2},
     ),
 }
 every_encoder = pytest.mark.parametrize("kind", ENCODERS.values(), ids=ENCODERS.keys())
@@ -146,8 +175,11 @@ def test_copies_pickles_and_strict_states_are_the_same_function(kind: Kind) -> N
 @every_encoder
 def test_arguments_are_kept_under_their_names(kind: Kind) -> None:
     encoder = kind.build()
+    assert encoder.context_dim == CONTEXT_DIM
+    taken = inspect.signature(type(encoder)).parameters
     arguments = {**kind.arguments, "context_dim": CONTEXT_DIM}
-    assert {name: getattr(encoder, name) for name in arguments} == arguments
+    arguments = {name: arguments[name] for name in taken}
+    assert {name: getattr(encoder, name) for name in taken} == arguments
     again = type(encoder)(**arguments)
     assert [p.shape for p in again.parameters()] == [p.shape for p in encoder.parameters()]
 
@@ -270,6 +302,30 @@ def test_data_of_another_width_are_not_spread_over_all(shape: tuple[int, ...]) -
         Standardize((2,))(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1)], ids=str)
+def test_a_mask_of_entries_standardises_each_feature_by_its_own_entries(shape: tuple[int, ...]) -> None:
+    x = 5.0 + 3.0 * laws.normal(50, 2, 4)
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    x = x if len(shape) == 2 else x.mT
+    mask = mask if len(shape) == 2 else mask.mT
+    standardize = Standardize(shape).double()
+    standardize.initialize(torch.where(mask, x, torch.nan), mask)
+    place = x.dim() - len(shape)
+    for k in range(2 if shape else 1):
+        column = x.select(place, k)[mask.select(place, k)] if shape else x[mask]
+        torch.testing.assert_close(standardize.loc.flatten()[k], column.mean())
+        torch.testing.assert_close(standardize.scale.flatten()[k], column.std(correction=0))
+
+
+def test_a_feature_that_is_hidden_everywhere_keeps_the_identity() -> None:
+    standardize = Standardize((2,))
+    standardize.initialize(torch.tensor([[1.0, 9.0], [3.0, 9.0]]), torch.tensor([[True, False], [True, False]]))
+    assert standardize.loc.tolist() == [2.0, 0.0]
+    assert standardize.scale.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"^Standardize: data must hold at least one row"):
+        standardize.initialize(torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.bool))
+
+
 def test_the_standardisation_is_shown() -> None:
     encoder = MLPEncoder(6, 1)
     encoder.initialize(torch.tensor([2.5, 0.0]).repeat(3)[None])
@@ -327,6 +383,7 @@ def test_what_forward_makes_of_the_data_is_what_is_standardised() -> None:
 def test_a_full_mask_is_no_mask() -> None:
     encoder, x = encoded_sets()
     assert torch.equal(encoder(x, torch.ones(3, 7, dtype=torch.bool)), encoder(x))
+    assert torch.equal(encoder(x, torch.ones(3, 7)), encoder(x))  # as a Bernoulli distribution draws it
 
 
 def test_an_empty_set_has_a_context() -> None:
@@ -346,7 +403,9 @@ def test_the_size_of_a_set_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(3, 7), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)], ids=str
+    "mask",
+    [torch.full((3, 7), 0.5), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)],
+    ids=["a half", "short", "no batch"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
     encoder, x = encoded_sets()
@@ -382,6 +441,189 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
         assert (error < 0.3).all(), error
 
 
+# ------------------------------------------------------------ series
+
+SERIES = {"gru": GRUEncoder, "transformer": TransformerEncoder}
+every_series = pytest.mark.parametrize("build", SERIES.values(), ids=SERIES.keys())
+BuildSeries = type[GRUEncoder] | type[TransformerEncoder]
+
+
+def encoded_series(build: BuildSeries, length: int = 6) -> tuple[Encoder, Tensor, Tensor]:
+    """Return an initialised encoder with series ``(4, length, 2)`` and their times."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = build(2, CONTEXT_DIM, 8).double()
+    x, times = 30.0 + 7.0 * laws.normal(4, length, 2, seed=4), 1e3 + laws.normal(4, length, seed=5).exp().cumsum(-1)
+    encoder.initialize(x, times)
+    return encoder, x, times
+
+
+def random_mask(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+
+
+@every_series
+@pytest.mark.parametrize("filler", [0.0, -1e300, torch.nan, torch.inf])
+def test_missing_steps_are_as_if_removed(build: BuildSeries, filler: float) -> None:
+    encoder, x, times = encoded_series(build)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    filled = torch.where(mask[..., None], x, filler).requires_grad_()
+    when = torch.where(mask, times, filler).requires_grad_()
+    context = encoder(filled, when, mask)
+    rows = zip(x, times, mask, strict=True)
+    torch.testing.assert_close(context, torch.stack([encoder(row[m], t[m]) for row, t, m in rows]))
+    context.square().sum().backward()
+    assert torch.equal(filled.grad.abs().sum(-1) > 0, mask)
+    assert when.grad.isfinite().all()
+    assert (when.grad[~mask] == 0).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    assert torch.equal(encoder(filled, when, mask.double()), context)  # as a Bernoulli distribution draws it
+    assert torch.equal(encoder(filled, when, mask[..., None].expand(x.shape)), context)
+
+
+@every_series
+def test_padding_changes_nothing(build: BuildSeries) -> None:
+    encoder, x, _ = encoded_series(build)
+    padded = torch.cat((x, torch.full((4, 3, 2), torch.nan)), 1)
+    mask = (torch.arange(9) < 6).expand(4, 9)
+    torch.testing.assert_close(encoder(padded, mask=mask), encoder(x))
+    assert torch.equal(encoder(x, mask=mask[:, :6]), encoder(x))
+
+
+@every_series
+@pytest.mark.parametrize("filler", [-1e300, torch.nan])
+def test_missing_entries_do_not_matter(build: BuildSeries, filler: float) -> None:
+    encoder, x, times = encoded_series(build)
+    mask = random_mask(4, 6, 2)
+    filled = torch.where(mask, x, filler).requires_grad_()
+    context = encoder(filled, times, mask)
+    assert torch.equal(context, encoder(x, times, mask))
+    assert (context - encoder(x, times)).abs().amin(0).max() > 1e-4
+    context.square().sum().backward()
+    assert torch.equal(filled.grad != 0, mask)
+    fresh = build(2, CONTEXT_DIM, 8).double()
+    fresh.initialize(filled.detach(), times, mask)
+    wanted = torch.stack([x[..., k][mask[..., k]].mean() for k in range(2)])
+    torch.testing.assert_close(fresh.standardize.loc.detach(), wanted)
+
+
+@every_series
+def test_units_of_time_do_not_matter_but_times_do(build: BuildSeries) -> None:
+    encoder, x, times = encoded_series(build)
+    other = copy.deepcopy(encoder)
+    other.initialize(x, 60.0 * times - 5.0)
+    torch.testing.assert_close(other(x, 60.0 * times - 5.0), encoder(x, times))
+    assert (encoder(x, times) - encoder(x)).abs().min() > 1e-5
+    torch.testing.assert_close(encoder(x, times[0]), encoder(x, times[:1].expand(4, 6)))
+    torch.testing.assert_close(encoder(x, times.long()), encoder(x, times.long().double()))
+
+
+@every_series
+def test_seconds_since_1970_keep_their_gaps(build: BuildSeries) -> None:
+    """Networks of float32 see gaps of a second, whose times differ in float64 only."""
+    _, x, times = encoded_series(build)
+    narrow, later = build(2, CONTEXT_DIM, 8), 1.7e9 + times
+    narrow.initialize(x.float(), times)
+    again = copy.deepcopy(narrow)
+    again.initialize(x.float(), later)
+    gaps = [
+        net.standardize_steps(net.standardize, x.float(), t, None).features[..., -3:-1]
+        for net, t in ((narrow, times), (again, later))
+    ]
+    torch.testing.assert_close(*gaps, atol=1e-3, rtol=1e-3)
+
+
+@every_series
+@pytest.mark.parametrize("length", [0, 1, 40])
+def test_series_of_any_length_have_a_context(build: BuildSeries, length: int) -> None:
+    encoder, _, _ = encoded_series(build)
+    for batch in ((), (3,), (0,), (2, 3)):
+        x = laws.normal(*batch, length, 2)
+        context = encoder(x, times=torch.arange(length))
+        assert context.shape == (*batch, CONTEXT_DIM)
+        assert context.isfinite().all()
+    fresh = build(2, CONTEXT_DIM, 8).double()
+    if length:
+        fresh.initialize(laws.normal(3, length, 2))
+        assert all(p.isfinite().all() for p in fresh.parameters())
+    else:
+        with pytest.raises(ValueError, match=r"^Standardize: data must hold at least one row"):
+            fresh.initialize(laws.normal(3, 0, 2))
+
+
+@every_series
+def test_times_and_masks_that_do_not_fit_are_refused(build: BuildSeries) -> None:
+    encoder, x, times = encoded_series(build)
+    name = build.__name__
+    for use in (encoder, encoder.initialize):
+        with pytest.raises(ValueError, match=rf"^{name}: times must have shape \(4, 6\) or \(6,\), .* got \(4, 5\)\.$"):
+            use(x, times[:, 1:])
+        for mask in (random_mask(6), random_mask(4, 6, 1), torch.full((4, 6), 0.5)):
+            match = rf"^{name}: mask must be torch.bool of shape \(4, 6, 2\) or \(4, 6\), .* got torch\."
+            with pytest.raises(ValueError, match=match):
+                use(x, times, mask)
+
+
+@pytest.mark.slow
+@every_series
+def test_encoders_of_series_compile_and_map_with_masks(build: BuildSeries) -> None:
+    encoder, x, times = encoded_series(build)
+    mask = random_mask(4, 6, 2)
+    torch.testing.assert_close(torch.func.vmap(encoder)(x, times, mask), encoder(x, times, mask))
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, times, mask), encoder(x, times, mask))
+
+
+# ------------------------------------------------------------ the choice of arguments
+
+
+class Recorded(nn.Module):
+    """Network that returns its arguments."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return args, kwargs
+
+
+@pytest.mark.parametrize(
+    ("places", "named", "wanted"),
+    [
+        ((0,), {}, (("a",), {})),
+        ((1, 0), {}, (("b", "a"), {})),
+        ((0,), {"mask": 1}, (("a",), {"mask": "b"})),
+        ((0,), {"mask": 5}, (("a",), {"mask": None})),
+        (("size",), {"times": "size", "mask": "none"}, (("n",), {"times": "n", "mask": None})),
+        ((), {"network": 0, "positions": 1}, ((), {"network": "a", "positions": "b"})),
+    ],
+)
+def test_arguments_are_chosen_by_position_or_name(
+    places: tuple[int | str, ...], named: dict[str, int | str], wanted: object
+) -> None:
+    choice = Arguments(Recorded(), *places, **named)
+    for found in (choice, copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
+        assert found("a", "b", size="n") == wanted
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Arguments(None, 0), "network must be a network or a function, got None"),
+        (lambda: Arguments(MLPEncoder, 0), "network must be a network or a function, got <class .*"),
+        (lambda: Arguments(Recorded(), -1), "positions must be integers of at least 0, or names .*, got -1"),
+        (lambda: Arguments(Recorded(), True), "positions must be integers of at least 0, or names .*, got True"),
+        (lambda: Arguments(Recorded(), 0, mask=1.5), "mask must be an integer of at least 0, or the name .*, got 1.5"),
+        (lambda: Arguments(Recorded()), "positions must name an argument of the model, got none. Give 0 for the first"),
+    ],
+)
+def test_a_choice_that_names_no_argument_is_refused(build: Callable[[], Arguments], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^Arguments: {message}\\.$"):
+        build()
+
+
+def test_the_choice_is_shown() -> None:
+    assert "Arguments(\n  0, 'size', mask=2" in repr(Arguments(nn.Linear(1, 1), 0, "size", mask=2))
+
+
 # ------------------------------------------------------------ errors
 
 
@@ -394,6 +636,14 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
         (lambda: MLPEncoder(2, 2, (8, 0)), r"MLPEncoder: hidden_dims must be a sequence .* .*got \(8, 0\)"),
         (lambda: SetEncoder(0, 2), "SetEncoder: element_dim must be an integer of at least 1, got 0"),
         (lambda: SetEncoder(2, 2, num_queries=0), "SetEncoder: num_queries must be an integer of at least 1, got 0"),
+        (lambda: GRUEncoder(0, 2), "GRUEncoder: num_features must be an integer of at least 1, got 0"),
+        (lambda: GRUEncoder(1, 2, num_layers=0), "GRUEncoder: num_layers must be an integer of at least 1, got 0"),
+        (lambda: TransformerEncoder(1, 0), "TransformerEncoder: context_dim must be an integer of at least 1, got 0"),
+        (
+            lambda: TransformerEncoder(1, 2, 6, num_heads=4),
+            "TransformerEncoder: hidden_dim must be a multiple of num_heads = 4, got 6",
+        ),
+        (lambda: Identity((2, 0)), r"Identity: data_shape must be a tuple of positive integers .*, got \(2, 0\)"),
         (lambda: ConvEncoder((0, 8, 8), 2), r"ConvEncoder: image_shape must be .*, got \(0, 8, 8\)"),
         (lambda: ConvEncoder((8, 8), 2), r"ConvEncoder: image_shape must be \(channels, height, width\), got \(8, 8\)"),
         (lambda: ConvEncoder((1, 8, 8), 2, ()), r"ConvEncoder: channels must be a sequence .*, got \(\)"),

@@ -36,7 +36,15 @@ from pyro_flows import AutoFlow, AutoPlateFlow, Flow, flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
-from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
+from pyro_flows.encoders import (
+    Arguments,
+    ConvEncoder,
+    GRUEncoder,
+    Identity,
+    MLPEncoder,
+    SetEncoder,
+    TransformerEncoder,
+)
 from pyro_flows.guides.default_flows import affine_couplings
 from pyro_flows.persistence.allowed_classes import BASES, BY_NAME
 from pyro_flows.persistence.spec import build, describe
@@ -50,6 +58,9 @@ ENCODERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mlp": (MLPEncoder(3, 2, (8,), activation=nn.Tanh), (3,)),
     "set": (SetEncoder(3, 2, (8,), num_queries=2, num_moments=3), (5, 3)),
     "image": (ConvEncoder((1, 8, 8), 2, (4,), 8), (1, 8, 8)),
+    "identity": (Identity((2,)), (2,)),
+    "gru": (GRUEncoder(3, 2, 8, num_layers=2), (5, 3)),
+    "transformer": (TransformerEncoder(3, 2, 8, num_layers=1, num_heads=2), (5, 3)),
 }
 
 
@@ -148,6 +159,7 @@ def test_every_encoder_comes_back(name: str, tmp_path: Path) -> None:
 def test_no_public_class_is_left_out() -> None:
     """Every public class has a line in a registry, because a class without one would be saved untested."""
     found: set[str] = {"distributions.FixedBase", "conditioners.Given", "encoders.Standardize"}  # tested further below
+    found |= {"encoders.Arguments"}  # tested with guides
     found |= {"transforms.Sigmoid", "encoders.ClassEmbedding", "encoders.Flatten"}  # tested with models of images
     found |= {"conditioners.GivenLinear"}  # tested with structured guides
     builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
@@ -698,6 +710,13 @@ def amortised(x: Tensor | None = None) -> None:
         pyro.sample("x", dist.Normal(mean, log_scale.exp()), obs=x)
 
 
+def series(n: int, x: Tensor, size: int | None = None, mask: Tensor | None = None, *, times: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    log_scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0))
+    noise = dist.Normal(mean, log_scale.exp()).expand([n, 1]).mask(mask[:, None])
+    pyro.sample("x", noise.to_event(2), obs=x)
+
+
 def hierarchy(y: Tensor, size: int | None = None) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     with pyro.plate("group", len(y), subsample_size=size, dim=-2) as rows:
@@ -835,6 +854,20 @@ def test_an_amortised_guide_comes_back(tmp_path: Path) -> None:
     same_guide(bound, there_and_back(bound, tmp_path), (), ())
     same_guide(bound, again.bind(x), (), ())
     same_as_a_guide(amortised, bound, again.bind(x), x)
+
+
+def test_a_choice_of_arguments_comes_back(tmp_path: Path) -> None:
+    x, times, mask = torch.randn(5, 1), torch.rand(5).cumsum(0), torch.arange(5) < 4
+    encoder = Arguments(GRUEncoder(1, 2, 8), 1, "times", mask=3)
+    guide = AutoFlow(series, small_local, encoder=encoder).setup(5, x, mask=mask, times=times)
+    encoder.network.initialize(5 + torch.randn(9, 5, 1))
+    again = there_and_back(stirred(guide), tmp_path)
+    assert (again.encoder.positions, again.encoder.named) == ((1, "times"), {"mask": 3})
+    wanted = guide.context(5, x, mask=mask, times=times)
+    assert bits(again.context(5, x, None, mask, times=times), wanted)
+    assert not bits(again.context(5, x, times=times), wanted)
+    with pytest.raises(ValueError, match=r"by position to a guide that was loaded, got mask= by name\. Give None for"):
+        again.context(5, x, mask=mask, times=times)
 
 
 @pytest.mark.parametrize("size", [None, 2])

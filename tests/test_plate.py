@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_arviz
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
-from pyro_flows.encoders import MLPEncoder, Standardize
+from pyro_flows.encoders import Arguments, MLPEncoder, Standardize
 from pyro_flows.guides.blocks import Drawn
 from pyro_flows.guides.frame import Frame
 from pyro_flows.objectives import PathELBO
@@ -547,6 +547,15 @@ def test_rows_never_seen_are_encoded():
     torch.testing.assert_close(guide.log_prob(values, new), trace.log_prob_sum(), rtol=1e-4, atol=1e-3)
     assert guide.median(new)["level"].shape == (40,)
     assert guide.quantiles([0.1, 0.9], new)["level"].shape == (2, 40)
+
+
+def test_an_encoder_of_rows_takes_some_of_the_models_arguments():
+    y = data(6)
+    encoder = Arguments(MLPEncoder(y.shape[-1], 3, (8,)), 0)
+    guide = plate_flow(hierarchy, "group", encoder=encoder)
+    fit_svi(hierarchy, guide, y, 2, steps=2, progress=False)
+    assert not encoder.network.standardize.is_fresh
+    assert guide.sample(7, data(9))["level"].shape == (7, 9)
 
 
 def test_rows_never_seen_need_an_encoder():

@@ -39,7 +39,8 @@ NAMES = {
     ),
     conditioners: "CausalTransformer Conditioner ConvNet Given GivenLinear LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
-    encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
+    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity MLPEncoder SetEncoder "
+    "Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "
     "Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",

@@ -74,7 +74,7 @@ class Encoder(nn.Module, ABC):
     def initialize(self, *data: Any, **named: Any) -> None:
         """Set the standardisation from data, once, before training.
 
-        It is set from the data that ``forward`` passes to the layer ``standardize``.
+        Every ``Standardize`` layer is set from the data that ``forward`` passes to it.
 
         Args:
             *data: The arguments of ``forward``, such as a batch of data ``(*batch, *data_shape)``.
@@ -83,7 +83,7 @@ class Encoder(nn.Module, ABC):
         Raises:
             ValueError: If the data do not end with ``data_shape``, are empty, or hold NaN or infinite values.
         """
-        with learning([self.standardize]):
+        with learning([part for part in self.modules() if isinstance(part, Standardize)]):
             self(*data, **named)
 
     def check_data(self, x: Tensor) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_integers, check_sizes
 from .base import Encoder
+from .masks import as_mask
 from .mlp import hidden_layers
+from .pooling import pooling_weights
 from .standardize import Standardize
 
 
@@ -36,7 +38,8 @@ class SetEncoder(Encoder):
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If a size is below 1.  In use, if data or mask have another shape, or the mask is not boolean.
+        ValueError: If a size is below 1.  In use, if data or mask have another shape, or a mask holds other numbers
+            than 0 and 1.
 
     Example::
 
@@ -83,32 +86,22 @@ class SetEncoder(Encoder):
 
         Args:
             x: Sets of shape ``(*batch, n, element_dim)``.
-            mask: Of shape ``(*batch, n)``, True for elements of the set; other values are ignored, NaN included.  A set
-                may be empty.
+            mask: Of shape ``(*batch, n)``, True or 1 for elements of the set; other values are ignored, NaN included.
+                A set may be empty.
 
         Returns:
             Contexts of shape ``(*batch, context_dim)``.
 
         Raises:
-            ValueError: If data or mask have another shape, or the mask is not boolean.
+            ValueError: If data or mask have another shape, or a mask holds other numbers than 0 and 1.
         """
         self.check_data(x)
-        if mask is None:
-            mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-            wanted = f"torch.bool of shape {tuple(x.shape[:-1])}, for data of shape {tuple(x.shape)}"
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise ValueError(f"{type(self).__name__}: mask must be {wanted}, got {got}.")
-        there = mask[..., None]  # (*batch, n, 1)
+        there = as_mask(type(self).__name__, x, mask, x.shape[:-1])
         # Zeroed before any product: a weight of zero would not silence a NaN.
-        x = self.standardize(x, mask).masked_fill(~there, 0.0)
+        x = self.standardize(x, there).masked_fill(~there[..., None], 0.0)
         h = self.phi(x)  # (*batch, n, H)
-        scores = self.queries(h)  # (*batch, n, Q)
-        # The lowest finite number, not -inf: the softmax of an empty set would be NaN.  There the mask makes it zero.
-        attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-2) * there
-        size = there.sum(-2).to(h.dtype)  # (*batch, 1)
-        average = there / size.clamp(min=1.0)[..., None]
-        weights = torch.cat((average, attention), -1)  # (*batch, n, 1 + Q)
+        weights = pooling_weights(self.queries(h), there)  # (*batch, n, 1 + Q)
+        average, size = weights[..., :1], there.sum(-1, keepdim=True).to(h.dtype)
         pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
         a = self.linear(x)
         mean = average.mT @ a  # (*batch, 1, M)

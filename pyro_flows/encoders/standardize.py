@@ -50,7 +50,7 @@ class Standardize(nn.Module):
         Args:
             x: Data of shape ``(*batch, *shape)``, with any size in place of a size of 1 in ``shape``; of any real
                 dtype.
-            mask: Of shape ``batch``; only :meth:`initialize` uses it.
+            mask: Of shape ``batch``, or of the shape of x; only :meth:`initialize` uses it.
 
         Returns:
             Of the shape of x and the dtype of this module.
@@ -65,35 +65,41 @@ class Standardize(nn.Module):
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set location and scale to the mean and the standard deviation of data.
 
-        A feature that is constant in the data gets the scale 1.
+        A feature that is constant in the data gets the scale 1.  A feature that the mask hides everywhere keeps the
+        location 0 too.
 
         Args:
             x: Data of shape ``(*batch, *shape)``, at least one row.
-            mask: Of shape ``batch`` and boolean; only the rows where it is True count.
+            mask: Boolean.  Of shape ``batch``: only the rows where it is True count.  Of the shape of x: only the
+                entries where it is True count.
 
         Raises:
             ValueError: If the data do not fit ``shape``, are empty, or hold values that are NaN or infinite in the
                 dtype of this module.
         """
-        x = x if mask is None else x[mask]
-        self._check(x)
-        if x.numel() == 0:
-            raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(x.shape)}.")
+        seen = x if mask is None else x[mask]
+        entries = mask if mask is not None and mask.shape == x.shape else None
+        self._check(seen if entries is None else x)
+        if seen.numel() == 0:
+            raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(seen.shape)}.")
         # First in the network's own dtype, which is what it will use; then the sums in full precision, on the CPU,
         # since not every device has float64.
-        x = x.to(self.loc.dtype).to("cpu", torch.float64)
-        if bad := x.numel() - int(x.isfinite().sum()):
-            got = f"{bad} NaN or infinite of {x.numel()}"
+        seen = seen.to(self.loc.dtype).to("cpu", torch.float64)
+        if bad := seen.numel() - int(seen.isfinite().sum()):
+            got = f"{bad} NaN or infinite of {seen.numel()}"
             raise ValueError(f"Standardize: data must be finite in {self.loc.dtype}, got {got}.")
-        rows = x.reshape(-1, *x.shape[x.dim() - len(self.shape) :])
+        if entries is not None:  # those that do not count are NaN, which the sums below leave out
+            seen = torch.full(x.shape, torch.nan, dtype=torch.float64).masked_scatter(entries.cpu(), seen)
+        rows = seen.reshape(-1, *seen.shape[seen.dim() - len(self.shape) :])
         shared = (0, *(place for place, size in enumerate(self.shape, start=1) if size == 1))
-        low, high = rows.amin(shared, keepdim=True)[0], rows.amax(shared, keepdim=True)[0]
+        low = rows.nan_to_num(nan=torch.inf).amin(shared, keepdim=True)[0]
+        high = rows.nan_to_num(nan=-torch.inf).amax(shared, keepdim=True)[0]
         # Round-off must not push the mean out of the data: a constant feature would seem to vary.
-        loc = rows.mean(shared, keepdim=True)[0].clamp(low, high)
+        loc = rows.nanmean(shared, keepdim=True)[0].clamp(low, high)
         spread = torch.where(high > low, high - low, 1.0)  # divided out, lest the squares of huge values overflow
-        relative = ((rows - loc) / spread).square().mean(shared, keepdim=True)[0].sqrt()
+        relative = ((rows - loc) / spread).square().nanmean(shared, keepdim=True)[0].sqrt()
         scale = (relative * spread).to(self.scale.dtype)
-        self.loc.copy_(loc)
+        self.loc.copy_(loc.nan_to_num(nan=0.0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     def _check(self, x: Tensor) -> None:

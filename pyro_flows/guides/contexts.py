@@ -17,7 +17,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from ..conditioners.base import Paced
-from ..encoders import Standardize
+from ..encoders import Arguments, Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.plate_minibatches import Shuffled
@@ -40,7 +40,9 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
         TypeError: If the encoder fails without arguments, or on data that are no tensors.
         ValueError: If it fails otherwise, or returns no floating tensor of that width.
     """
-    places, names = _arranged(call)
+    places, names = _arranged(call, gaps=isinstance(encoder, Arguments))
+    if call.model is None and isinstance(encoder, Arguments):
+        _check_names(call.owner, encoder, names)
     try:
         context = encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -64,10 +66,11 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
     return context
 
 
-def _arranged(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call in the order of the model's signature, so that encoders need no names.
 
-    Keyword-only arguments of the model keep their names.
+    Keyword-only arguments of the model keep their names.  With ``gaps`` an argument that was left out before others is
+    None, so that positions are those in the signature.
     """
     try:
         signature = signature_of(call.model)
@@ -75,9 +78,23 @@ def _arranged(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
         return call.args, call.kwargs
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if gaps and (given := [n for n in bound.arguments if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]):
+        names = list(kinds)
+        for name in names[: names.index(given[-1])]:
+            bound.arguments.setdefault(name, None)
     named = bound.kwargs  # with those after an argument that was left out, which Python passes by name
     by_name = {n: v for n, v in named.items() if kinds.get(n) is not inspect.Parameter.POSITIONAL_OR_KEYWORD}
     return (*bound.args, *(value for name, value in named.items() if name not in by_name)), by_name
+
+
+def _check_names(owner: str, encoder: Arguments, names: Iterable[str]) -> None:
+    """Raise ValueError for keyword arguments without a position, which a guide without a model cannot find."""
+    for name in names:
+        if name not in (*encoder.positions, *encoder.named.values()):
+            must = "the arguments of the model must be given by position to a guide that was loaded"
+            raise ValueError(
+                f"{owner}: {must}, got {name}= by name. Give it by position, with None for those left out."
+            )
 
 
 def check_finite(owner: str, context: Tensor | None) -> None:

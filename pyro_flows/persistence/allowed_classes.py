@@ -61,7 +61,9 @@ def _own() -> Iterator[Kind]:
     for package in (bijectors, conditioners, encoders, transforms, distributions):
         part = package.__name__.rpartition(".")[2]
         for name, found in vars(package).items():
-            if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
+            if found is encoders.Arguments:
+                yield Kind(found, f"{part}.{name}", _parts_of_choice, _choice)
+            elif isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
     for part, found in (
         ("flows", Flow),
@@ -73,6 +75,14 @@ def _own() -> Iterator[Kind]:
         yield Kind(found, f"{part}.{found.__name__}", arguments_of, found)
     for guide in (AutoFlow, AutoPlateFlow, AutoStructuredFlow):
         yield Kind(guide, f"guides.{guide.__name__}", guide.parts, guide.from_parts)
+
+
+def _parts_of_choice(value: encoders.Arguments) -> dict[str, Any]:
+    return {"network": value.network, "positions": value.positions, "named": tuple(value.named.items())}
+
+
+def _choice(network: Any, positions: Any, named: Any) -> encoders.Arguments:
+    return encoders.Arguments(network, *positions, **dict(named))
 
 
 def _is_abstract(found: type) -> bool:

@@ -1,0 +1,86 @@
+"""The choice of the model's arguments that an encoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import is_integer, quoted
+
+
+class Arguments(nn.Module):
+    """A network of some of the model's arguments; a guide calls its encoder with all of them.
+
+    An argument is told by its position in the signature of the model, from 0, or by its name if it is keyword-only.  An
+    argument that a call leaves out is None.
+
+    Args:
+        network: A network or function from these arguments to contexts.
+        *positions: The positions or names of the arguments that ``network`` takes by position.
+        **named: The positions or names of the arguments that it takes by name.
+
+    Raises:
+        TypeError: If ``network`` cannot be called, or a position is neither an integer of at least 0 nor a name.
+        ValueError: If there are no positions.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro_flows import AutoFlow
+        >>> from pyro_flows.encoders import SetEncoder
+        >>> def model(n, x=None, mask=None):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     mask = pyro.sample("mask", dist.Bernoulli(0.7).expand([n]).to_event(1), obs=mask)
+        ...     values = dist.Normal(mean[..., None, None].expand(*mask.shape, 1), 1.0).mask(mask[..., None].bool())
+        ...     return pyro.sample("x", values.to_event(2), obs=x)
+        >>> guide = AutoFlow(model, encoder=Arguments(SetEncoder(1, context_dim=4), 1, mask=2))
+        >>> x, mask = torch.randn(20, 1), torch.arange(20) < 15
+        >>> guide.sample(5, 20, x, mask)["mean"].shape
+        torch.Size([5])
+        >>> Arguments(SetEncoder(1, context_dim=4), 1.5)
+        Traceback (most recent call last):
+        TypeError: Arguments: positions must be integers of at least 0, or names of arguments of the model, got 1.5.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], /, *positions: int | str, **named: int | str) -> None:
+        super().__init__()
+        if isinstance(network, type) or not callable(network):
+            raise TypeError(f"Arguments: network must be a network or a function, got {quoted(network)}.")
+        for found in positions:
+            if not _is_place(found):
+                must = "integers of at least 0, or names of arguments of the model"
+                raise TypeError(f"Arguments: positions must be {must}, got {quoted(found)}.")
+        for name, found in named.items():
+            if not _is_place(found):
+                must = "an integer of at least 0, or the name of an argument of the model"
+                raise TypeError(f"Arguments: {name} must be {must}, got {quoted(found)}.")
+        if not positions and not named:
+            raise ValueError("Arguments: positions must name an argument of the model, got none. Give 0 for the first.")
+        self.network, self.positions, self.named = network, positions, named
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Encode some of the arguments.
+
+        Args:
+            *args: The positional arguments of the model, in its order.
+            **kwargs: Its keyword-only arguments.
+
+        Returns:
+            The contexts of the network, ``(*batch, context_dim)``.
+        """
+
+        def find(place: int | str) -> Any:
+            if isinstance(place, str):
+                return kwargs.get(place)
+            return args[place] if place < len(args) else None
+
+        return self.network(*map(find, self.positions), **{name: find(place) for name, place in self.named.items()})
+
+    def extra_repr(self) -> str:
+        return ", ".join([*map(repr, self.positions), *(f"{name}={place!r}" for name, place in self.named.items())])
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, str) or is_integer(value, 0)

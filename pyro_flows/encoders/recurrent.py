@@ -1,0 +1,117 @@
+"""Recurrent encoders of time series."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..arguments import check_integers
+from .base import Encoder
+from .mlp import hidden_layers
+from .pooling import pooling_weights
+from .series import StepFeatures
+from .standardize import Standardize
+
+
+class GRUEncoder(Encoder):
+    """A gated recurrent network from series ``(*batch, T, num_features)`` to contexts ``(*batch, context_dim)``::
+
+        r, u = σ(W_r f_t + U_r h_{t-1}), σ(W_u f_t + U_u h_{t-1}),    n = tanh(W_n f_t + r (U_n h_{t-1}))
+        h_t = (1 - u) n + u h_{t-1},    c = ρ(h_T, mean of h_t, log(1 + T))
+
+    The features f_t of a step are its standardised values, an indicator of each entry that is there, the entry before
+    each, the log of the gap since then, and the standardised time.  So series may be of any length, at irregular times,
+    and with missing entries.
+
+    Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation (Cho et al. 2014,
+    arXiv:1406.1078).  Indicators and gaps: Recurrent Neural Networks for Multivariate Time Series with Missing Values
+    (Che, Purushotham, Cho, Sontag, Liu 2016, arXiv:1606.01865).
+
+    Args:
+        num_features: The number of features of a step.
+        context_dim: The width of the context.
+        hidden_dim: The width of the state h, and of the hidden layer of ρ.
+        num_layers: The number of recurrent layers; each reads the states of the one before.
+
+    Raises:
+        ValueError: If a size is below 1.  In use, if data, times or mask have another shape.
+
+    Example::
+
+        >>> import torch
+        >>> x = torch.randn(10, 25, 2)  # 10 series of 25 pairs
+        >>> times = torch.rand(10, 25).cumsum(-1)
+        >>> encoder = GRUEncoder(2, context_dim=8)
+        >>> encoder.initialize(x, times)
+        >>> encoder(x, times).shape
+        torch.Size([10, 8])
+        >>> lengths = torch.randint(1, 26, (10, 1))
+        >>> encoder(x, times, mask=torch.arange(25) < lengths).shape  # the first few steps of each
+        torch.Size([10, 8])
+        >>> missing = torch.rand(10, 25, 2) < 0.3
+        >>> x[missing] = torch.nan
+        >>> encoder(x, times, mask=~missing).isfinite().all()
+        tensor(True)
+    """
+
+    def __init__(self, num_features: int, context_dim: int, hidden_dim: int = 64, *, num_layers: int = 1) -> None:
+        check_integers("GRUEncoder", num_features=num_features, context_dim=context_dim)
+        check_integers("GRUEncoder", hidden_dim=hidden_dim, num_layers=num_layers)
+        super().__init__((None, num_features), context_dim, Standardize((num_features,)))
+        self.num_features, self.hidden_dim, self.num_layers = num_features, hidden_dim, num_layers
+        self.standardize_steps = StepFeatures("GRUEncoder", num_features)
+        widths = (self.standardize_steps.width, *(hidden_dim,) * num_layers)
+        self.layers = nn.ModuleList(_Layer(width, hidden_dim) for width in widths[:-1])
+        self.rho = hidden_layers("GRUEncoder", 2 * hidden_dim + 1, hidden_dim, activation=nn.SiLU)
+        self.output = nn.Linear(hidden_dim, context_dim)
+
+    def forward(self, x: Tensor, times: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Encode series.
+
+        Args:
+            x: Series of shape ``(*batch, T, num_features)``, in the order of time.  T may be 0.
+            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.
+            mask: True or 1 for steps that are there, of shape ``(*batch, T)``, or for their entries, of the shape of x.
+                Other values and times are ignored, NaN included; a step without any entry is not there.
+
+        Returns:
+            Contexts of shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If data, times or mask have another shape, or a mask holds other numbers than 0 and 1.
+        """
+        self.check_data(x)
+        steps = self.standardize_steps(self.standardize, x, times, mask)
+        h = steps.features
+        for layer in self.layers:
+            h = layer(h)
+        mean = pooling_weights(h[..., :0], steps.there)  # (*batch, T, 1)
+        last = steps.there & ~F.pad(steps.there[..., 1:], (0, 1))  # no step in an empty series, so that h_T is 0
+        pooled = (torch.cat((last.unsqueeze(-1), mean), -1).mT @ h).flatten(-2)
+        return self.output(self.rho(torch.cat((pooled, steps.log_number), -1)))
+
+
+class _Layer(nn.Module):
+    """A gated recurrent layer, from the features of all steps to its states after them.
+
+    It is written out, since torch's own can neither be compiled nor mapped by ``torch.func``.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.from_input = nn.Linear(input_dim, 3 * hidden_dim)
+        self.from_state = nn.Linear(hidden_dim, 3 * hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the states ``(*batch, T, hidden_dim)`` after each of the steps, ``(*batch, T, input_dim)``."""
+        inputs = self.from_input(x)
+        h = inputs.new_zeros(*x.shape[:-2], self.hidden_dim)
+        states = []
+        for given in inputs.unbind(-2):
+            (a, b, c), (d, e, f) = given.chunk(3, -1), self.from_state(h).chunk(3, -1)
+            update, new = (b + e).sigmoid(), (c + (a + d).sigmoid() * f).tanh()
+            h = new + update * (h - new)
+            states.append(h)
+        return torch.stack(states, -2)
