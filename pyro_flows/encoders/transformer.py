@@ -129,6 +129,6 @@ class _Layer(nn.Module):
         # The lowest finite number, not -inf: the attention in a series of no steps would be NaN.
         bias = torch.zeros_like(there, dtype=h.dtype).masked_fill(~there, torch.finfo(h.dtype).min)
         bias = bias[..., None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # (*batch, heads, T, d)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         h = h + self.mixed(attended.transpose(-2, -3).flatten(-2))
         return h + self.feed(h)
