@@ -18,11 +18,12 @@ class GRUEncoder(Encoder):
     """A gated recurrent network from series ``(*batch, T, num_features)`` to contexts ``(*batch, context_dim)``::
 
         r, u = σ(W_r f_t + U_r h_{t-1}), σ(W_u f_t + U_u h_{t-1}),    n = tanh(W_n f_t + r (U_n h_{t-1}))
-        h_t = (1 - u) n + u h_{t-1},    c = ρ(h_T, mean of h_t, log(1 + T))
+        h_t = (1 - u) n + u h_{t-1},    c = ρ(h_T, mean of h_t, moments of x, log(1 + T))
 
-    The features f_t of a step are its standardised values, an indicator of each entry that is there, the entry before
-    each, the log of the gap since then, and the standardised time.  So series may be of any length, at irregular times,
-    and with missing entries.
+    The features f_t of a step are its values, standardised by all data and by its own series, and an indicator of each
+    value that is there.  They also hold the value before each, its products with the new one, the log of the gap
+    between, and the standardised time.  The moments are the mean and the log standard deviation of each feature of the
+    series.  So series may be of any length, at irregular times, and with missing entries.
 
     Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation (Cho et al. 2014,
     arXiv:1406.1078).  Indicators and gaps: Recurrent Neural Networks for Multivariate Time Series with Missing Values
@@ -63,7 +64,7 @@ class GRUEncoder(Encoder):
         self.standardize_steps = StepFeatures("GRUEncoder", num_features)
         widths = (self.standardize_steps.width, *(hidden_dim,) * num_layers)
         self.layers = nn.ModuleList(_Layer(width, hidden_dim) for width in widths[:-1])
-        self.rho = hidden_layers("GRUEncoder", 2 * hidden_dim + 1, hidden_dim, activation=nn.SiLU)
+        self.rho = hidden_layers("GRUEncoder", 2 * hidden_dim + 2 * num_features + 1, hidden_dim, activation=nn.SiLU)
         self.output = nn.Linear(hidden_dim, context_dim)
 
     def forward(self, x: Tensor, times: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -89,7 +90,7 @@ class GRUEncoder(Encoder):
         mean = pooling_weights(h[..., :0], steps.there)  # (*batch, T, 1)
         last = steps.there & ~F.pad(steps.there[..., 1:], (0, 1))  # no step in an empty series, so that h_T is 0
         pooled = (torch.cat((last.unsqueeze(-1), mean), -1).mT @ h).flatten(-2)
-        return self.output(self.rho(torch.cat((pooled, steps.log_number), -1)))
+        return self.output(self.rho(torch.cat((pooled, steps.moments), -1)))
 
 
 class _Layer(nn.Module):

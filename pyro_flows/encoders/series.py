@@ -12,6 +12,7 @@ from .masks import as_mask
 from .standardize import Standardize
 
 SHORTEST = 1e-4  # of the gaps that networks tell apart, in standard deviations of times
+LEAST_VARIANCE = 1e-6  # of a series, relative to that of all data
 
 
 class Steps(NamedTuple):
@@ -21,24 +22,24 @@ class Steps(NamedTuple):
         features: The features of steps, ``(*batch, T, StepFeatures.width)``, 0 where no step is there.
         times: Their standardised times, ``(*batch, T)``, 0 where no step is there.
         there: True where a step is there, ``(*batch, T)``.
+        moments: The mean and the log standard deviation of each feature of a series, 0 and a constant without values,
+            and log(1 + T), ``(*batch, 2 * num_features + 1)``.
     """
 
     features: Tensor
     times: Tensor
     there: Tensor
-
-    @property
-    def log_number(self) -> Tensor:
-        """The logarithm of 1 plus the number of steps, ``(*batch, 1)``."""
-        return self.there.sum(-1, keepdim=True).to(self.features.dtype).log1p()
+    moments: Tensor
 
 
 class StepFeatures(nn.Module):
-    """The features of the steps of time series::
+    """The features of the steps of time series, for each value x_t of a step::
 
-        standardised values, 0 where one is missing,    1 where a value is there and 0 where it is missing,
-        for each value the one before it that is there, 0 before the first,    the standardised log of the gap between,
-        the standardised time
+        (x_t - m) / s by all data,    y_t = (x_t - m_i) / s_i by its own series,    1 if it is there and 0 if missing,
+        y_r of the last step r < t where it is there,    y_t y_r,    (y_t - y_r)²,    the standardised log(t - r)
+
+    The standardised time t is one more.  Missing values are 0, and so is all that is before the first.  Pooled products
+    are autocovariances, which networks learn slowly from the values.
 
     Recurrent Neural Networks for Multivariate Time Series with Missing Values (Che, Purushotham, Cho, Sontag, Liu 2016,
     arXiv:1606.01865).
@@ -50,7 +51,7 @@ class StepFeatures(nn.Module):
 
     def __init__(self, owner: str, num_features: int) -> None:
         super().__init__()
-        self.owner, self.width = owner, 4 * num_features + 1
+        self.owner, self.width = owner, 7 * num_features + 1
         self.times, self.gaps = Standardize((1,)), Standardize((1,))
 
     def forward(self, standardize: Standardize, x: Tensor, times: Tensor | None, mask: Tensor | None) -> Steps:
@@ -69,9 +70,13 @@ class StepFeatures(nn.Module):
         there = entries.any(-1)
         values = standardize(x, entries).masked_fill(~entries, 0.0)
         clock = self.times(times.unsqueeze(-1), there).masked_fill(~there.unsqueeze(-1), 0.0)
-        before, gaps = self._before(values, times, entries, there)
-        features = torch.cat((values, entries.to(values.dtype), before, gaps, clock), -1)
-        return Steps(features, clock.squeeze(-1), there)
+        own, moments = _own_scale(values, entries)
+        before, gaps, known = self._before(own, times, entries, there)
+        paired = entries & known
+        products = (own * before).masked_fill(~paired, 0.0), (own - before).square().masked_fill(~paired, 0.0)
+        features = torch.cat((values, own, entries.to(values.dtype), before, gaps, *products, clock), -1)
+        number = there.sum(-1, keepdim=True).to(values.dtype)
+        return Steps(features, clock.squeeze(-1), there, torch.cat((moments, number.log1p()), -1))
 
     def _times(self, x: Tensor, times: Tensor | None) -> Tensor:
         """Return the times of all steps, ``(*batch, T)``."""
@@ -100,8 +105,8 @@ class StepFeatures(nn.Module):
             x, times, entries = F.pad(x, (0, 0, 0, 1)), F.pad(times, (0, 1)), F.pad(entries, (0, 0, 0, 1))
         return x, times, entries
 
-    def _before(self, values: Tensor, times: Tensor, entries: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value before each that is there, and the standardised log gap since then, 0 before the first."""
+    def _before(self, values: Tensor, times: Tensor, entries: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the value before each, the standardised log gap since then, and where there is one; 0 elsewhere."""
         places = torch.arange(times.shape[-1], device=times.device).unsqueeze(-1)
         latest = torch.where(entries, places, -1).cummax(-2).values
         latest = F.pad(latest[..., :-1, :], (0, 0, 1, 0), value=-1)  # (*batch, T, num_features)
@@ -112,4 +117,14 @@ class StepFeatures(nn.Module):
         logs = (gaps.clamp(min=0.0) + SHORTEST).log()
         # Series of one step have no gaps; their constant then sets the scale, to 1.
         seen = torch.where(known.any(), known, there.unsqueeze(-1))
-        return values.gather(-2, index).masked_fill(~known, 0.0), self.gaps(logs, seen).masked_fill(~known, 0.0)
+        before, gaps = values.gather(-2, index), self.gaps(logs, seen)
+        return before.masked_fill(~known, 0.0), gaps.masked_fill(~known, 0.0), known
+
+
+def _own_scale(values: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values in the scale of each series, 0 where one is missing, and the moments of each series."""
+    weights = entries / entries.sum(-2, keepdim=True).clamp(min=1).to(values.dtype)
+    mean = (weights * values).sum(-2, keepdim=True)
+    spread = ((weights * (values - mean).square()).sum(-2, keepdim=True) + LEAST_VARIANCE).sqrt()
+    own = ((values - mean) / spread).masked_fill(~entries, 0.0)
+    return own, torch.cat((mean, spread.log()), -1).squeeze(-2)

@@ -21,11 +21,11 @@ FREQUENCIES = 8  # of a step's time; the wavelengths fall from 8 standard deviat
 class TransformerEncoder(Encoder):
     """A transformer from series ``(*batch, T, num_features)`` to contexts ``(*batch, context_dim)``::
 
-        h ← h + attention(norm(h)),    h ← h + V a(W norm(h)),    c = ρ(mean of h_t, Σ_t w_qt h_t, log(1 + T))
-        w_qt ∝ exp(u_q · h_t) for each of ``num_heads`` learned queries u_q
+        h ← h + attention(norm(h)),    h ← h + V a(W norm(h))
+        c = ρ(mean of h_t, Σ_t w_qt h_t, moments of x, log(1 + T)),    w_qt ∝ exp(u_q · h_t) for each learned query u_q
 
-    It begins with the features of :class:`GRUEncoder` and with the sines and cosines of the times of steps.  A step
-    attends to all steps that are there, before and after it, so that long dependences are short paths.
+    It begins with the features of :class:`GRUEncoder`, and with the sines and cosines of the times of steps.  A step
+    attends to all steps that are there, before and after it.
 
     Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762).  Learned queries: Set Transformer (Lee et al.
     2019, arXiv:1810.00825).
@@ -72,7 +72,9 @@ class TransformerEncoder(Encoder):
         self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
         self.queries = nn.Linear(hidden_dim, num_heads, bias=False)  # a softmax does not depend on a bias
-        self.rho = hidden_layers(name, (1 + num_heads) * hidden_dim + 1, hidden_dim, activation=nn.SiLU)
+        self.rho = hidden_layers(
+            name, (1 + num_heads) * hidden_dim + 2 * num_features + 1, hidden_dim, activation=nn.SiLU
+        )
         self.output = nn.Linear(hidden_dim, context_dim)
 
     def forward(self, x: Tensor, times: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -91,13 +93,13 @@ class TransformerEncoder(Encoder):
             ValueError: If data, times or mask have another shape, or a mask holds other numbers than 0 and 1.
         """
         self.check_data(x)
-        features, times, there = steps = self.standardize_steps(self.standardize, x, times, mask)
+        features, times, there, moments = self.standardize_steps(self.standardize, x, times, mask)
         h = self.embed(torch.cat((features, _waves(times)), -1))
         for layer in self.layers:
             h = layer(h, there)
         h = self.norm(h)
         pooled = (pooling_weights(self.queries(h), there).mT @ h).flatten(-2)
-        return self.output(self.rho(torch.cat((pooled, steps.log_number), -1)))
+        return self.output(self.rho(torch.cat((pooled, moments), -1)))
 
 
 def _waves(times: Tensor) -> Tensor:
