@@ -575,6 +575,43 @@ def test_encoders_of_series_compile_and_map_with_masks(build: BuildSeries) -> No
     torch.testing.assert_close(compiled(x, times, mask), encoder(x, times, mask))
 
 
+@pytest.mark.slow
+@every_series
+def test_encoders_of_series_learn_what_series_say(build: BuildSeries) -> None:
+    """They learn spread, roughness, last value and total time of ragged series, also of longer ones.
+
+    A guess of the mean has an error of about 1 in each.
+    """
+    torch.manual_seed(0)
+    encoder = build(1, 4, 32)
+
+    def draw(low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mask = torch.rand(128, high).argsort(-1) < torch.randint(low, high + 1, (128, 1))
+        times = torch.randn(128, high).exp().cumsum(-1)
+        smooth = 3.0 * torch.rand(128, 1)
+        level = torch.randn(128, high).cumsum(-1) * smooth / high**0.5
+        x = torch.randn(128, 1).mul(0.5).exp() * (level + torch.randn(128, high))
+        rows = [(row[m], t[m]) for row, t, m in zip(x, times, mask, strict=True)]
+        wanted = [
+            (v.std().log(), (v.diff().square().mean() / v.var()).log(), v[-1], (t[-1] - t[0]).log()) for v, t in rows
+        ]
+        return x[..., None], times, mask, torch.stack([torch.stack(row) for row in wanted])
+
+    x, times, mask, wanted = draw(5, 20)
+    encoder.initialize(x, times, mask)
+    loc, scale = wanted.mean(0), wanted.std(0)
+    optimiser = torch.optim.Adam(encoder.parameters(), lr=5e-3)
+    for _ in range(300):
+        x, times, mask, wanted = draw(5, 20)
+        optimiser.zero_grad()
+        (encoder(x, times, mask) - (wanted - loc) / scale).square().mean().backward()
+        optimiser.step()
+    for low, high in ((5, 20), (21, 25)):
+        x, times, mask, wanted = draw(low, high)
+        error = (encoder(x, times, mask) - (wanted - loc) / scale).square().mean(0).sqrt()
+        assert (error < 0.5).all(), error
+
+
 # ------------------------------------------------------------ the choice of arguments
 
 
