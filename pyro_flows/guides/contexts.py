@@ -92,9 +92,7 @@ def _check_names(owner: str, encoder: Arguments, names: Iterable[str]) -> None:
     for name in names:
         if name not in (*encoder.positions, *encoder.named.values()):
             must = "the arguments of the model must be given by position to a guide that was loaded"
-            raise ValueError(
-                f"{owner}: {must}, got {name}= by name. Give it by position, with None for those left out."
-            )
+            raise ValueError(f"{owner}: {must}, got {name}= by name. Give None for those that are left out.")
 
 
 def check_finite(owner: str, context: Tensor | None) -> None:
