@@ -27,7 +27,7 @@ from ..bijectors import Affine
 from ..conditioners import MLP
 from ..data.batches import Batch, divided
 from ..encoders import Standardize
-from ..flows import Flow, nsf_ar
+from ..flows import Flow, nsf, nsf_ar
 from ..flows.mixed import Mixed
 from ..objectives import Likelihood
 from ..programs.simulations import check_draws
@@ -160,9 +160,13 @@ def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
     """Build the default flow of :func:`fit_likelihood`, x = A_θ(T_θ(u)).
 
     The last layer A_θ is an affine map that depends on the parameters alone.  Many simulators have noise whose shape
-    hardly depends on the parameters, around a place that does.
+    hardly depends on the parameters, around a place that does.  For a single entry all networks depend on the
+    parameters alone, so that many rows of one parameter cost one network pass.
     """
-    layers = nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
+    if input_dim == 1:
+        layers = nsf(1, context_dim, num_transforms=2, activation=nn.SiLU).transforms
+    else:
+        layers = nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, hidden_dims=(64, 64), activation=nn.SiLU, skip=True)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 

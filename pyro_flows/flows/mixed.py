@@ -9,6 +9,8 @@ eLife 11:e77220).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -172,8 +174,26 @@ class Mixed(nn.Module):
             total = total + log_p.expand(*batch, number).gather(-1, index.expand(batch)[..., None]).squeeze(-1)
             width += number
         if self.flow is not None:
-            total = total + self.flow.log_prob(y, seen if seen.shape[-1] else None)
+            total = total + self._log_density(self.flow, y, value, context, seen)
         return total.where(inside, -torch.inf)
+
+    def _log_density(self, flow: Flow, y: Tensor, value: Tensor, context: Tensor | None, seen: Tensor) -> Tensor:
+        """Return the flow's log-density of the real entries, given the categories.
+
+        If many vectors share a context, the networks see it once for each combination of categories.
+        """
+        combinations = math.prod(self.categories[place] for place in self._discrete)
+        if context is None or not self._discrete or combinations * context[..., 0].numel() >= value[..., 0].numel():
+            return flow.log_prob(y, seen if seen.shape[-1] else None)
+        found = value.new_zeros(())
+        for chosen in itertools.product(*(range(self.categories[place]) for place in self._discrete)):
+            row = value.new_tensor(chosen)
+            one_hots = [
+                nn.functional.one_hot(k, self.categories[p]) for k, p in zip(row.long(), self._discrete, strict=True)
+            ]
+            log_p = flow.log_prob(y, _joined(context, torch.cat(one_hots).to(context.dtype)))
+            found = torch.where((value[..., self._discrete] == row).all(-1), log_p, found)
+        return found
 
     def draw_at(self, context: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
         """Draw vectors ``(*shape, D)`` at a standardised context that broadcasts with ``shape``."""
