@@ -60,6 +60,7 @@ from pyro_flows.transforms import (
     Continuous,
     Coupling,
     Elementwise,
+    ExponentialTails,
     FixedAffine,
     FlowTransform,
     Householder,
@@ -117,7 +118,7 @@ class Kind(NamedTuple):
     takes_context: bool = False
     size: int = 1  # numbers per feature
     least_dim: int = 1
-    start: str = "identity"  # or "permutation", or "rotation"
+    start: str = "identity"  # or "permutation", "rotation" or "bent"
     learns: bool = True
     maps: bool = True  # True if it runs under vmap
     most_dim: int = 33  # the largest size at which the laws are tested
@@ -233,6 +234,10 @@ def _coupling_of_steps(dim: int, context_dim: int) -> FlowTransform:
     return Coupling(Affine(1.0), StepNet(mask, dim, 2, (4, 4), context_dim), mask)
 
 
+def _some_tails(dim: int, _: int) -> FlowTransform:
+    return ExponentialTails(dim, [place % 2 == 0 for place in range(dim)])
+
+
 def _residual(dim: int, context_dim: int) -> FlowTransform:
     return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
 
@@ -309,6 +314,8 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
+    "exponential_tails": Kind(lambda dim, _: ExponentialTails(dim), start="bent", learns=False),
+    "exponential_tails_of_some": Kind(_some_tails, start="bent", learns=False),
     "block": Kind(_block, True),
     "planar": Kind(_planar, True),
     "radial": Kind(_radial, True),

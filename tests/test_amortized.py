@@ -43,7 +43,7 @@ from pyro_flows.fitting import truncated
 from pyro_flows.programs import Simulations
 from pyro_flows.programs.simulator import Simulator
 from pyro_flows.training import loop
-from pyro_flows.transforms import Elementwise
+from pyro_flows.transforms import Elementwise, ExponentialTails
 
 small = functools.partial(flows.nsf_ar, num_transforms=2, hidden_dims=(16,))
 quick = functools.partial(fit_amortized, num_simulations=200, max_epochs=2, batch_size=64, progress=False)
@@ -226,6 +226,26 @@ def test_nothing_leaks_out_of_bounds():
 
 
 # Data arguments.
+
+
+def test_latents_on_intervals_have_the_tails_of_the_logit_of_a_uniform():
+    """An amortised guide starts at a uniform prior, up to the constants; guides of one dataset stay as they are."""
+
+    def model(x=None):
+        a = pyro.sample("a", dist.Uniform(-1.0, 3.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        return pyro.sample("x", dist.Normal(a + b, 0.1), obs=x)
+
+    guide = AutoFlow(model, small, encoder=lambda x: x[..., None])
+    assert guide.setup(torch.zeros(())).is_fresh
+    assert guide.flow.transforms[-2].bent.tolist() == [True, False]
+    guide.start_at(torch.zeros(2), torch.tensor([2 * math.log(3) / 1.349, 1.0]))
+    drawn = guide.sample(20_000, torch.zeros(()))["a"]
+    shares = torch.histc((drawn + 1) / 4, 10, 0, 1) / len(drawn)
+    assert (shares - 0.1).abs().max() < 0.02
+    bound = guide.bind(torch.zeros(()))
+    assert bound.rebuilt().flow.transforms[-2].bent.tolist() == [True, False]
+    assert not any(isinstance(part, ExponentialTails) for part in AutoFlow(model).setup(torch.zeros(())).flow.modules())
 
 
 def test_arguments_of_every_kind():

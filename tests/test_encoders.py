@@ -402,6 +402,20 @@ def test_the_size_of_a_set_is_known() -> None:
     assert (encoder(x.repeat(1, 2, 1)) - encoder(x)).abs().max() > 1e-3
 
 
+def test_elements_are_also_seen_relative_to_their_set() -> None:
+    """Place and scale of a set do not change its shape; a set of equal elements has none."""
+    encoder, x = encoded_sets()
+    mask = torch.arange(7) < torch.tensor([[2], [7], [0]])
+    seen: list[Tensor] = []
+    encoder.phi.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., 2:][mask]))
+    for data in (x, 100.0 * x - 5000.0, x[:, :1].expand_as(x)):
+        encoder(data, mask)
+    shape, moved, none = seen
+    torch.testing.assert_close(moved, shape, rtol=1e-3, atol=1e-3)  # an epsilon keeps equal elements finite
+    torch.testing.assert_close(shape[2:].square().mean(0), torch.ones(2).to(shape), rtol=1e-3, atol=0)
+    assert not none.any()
+
+
 @pytest.mark.parametrize(
     "mask",
     [torch.full((3, 7), 0.5), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)],

@@ -18,12 +18,13 @@ from .standardize import Standardize
 class SetEncoder(Encoder):
     """A permutation-invariant network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``::
 
-        c = ρ(mean of φ(x_i), Σ_i w_qi φ(x_i), mean and log standard deviation of A x_i, log(1 + n))
-        w_qi ∝ exp(u_q · φ(x_i)) for each of Q learned queries u_q
+        c = ρ(mean of h_i, Σ_i w_qi h_i, mean and log standard deviation of x_i and of A x_i, log(1 + n))
+        h_i = φ(x_i, r_i),    r_i = (x_i - mean) / standard deviation,    w_qi ∝ exp(u_q · h_i)
 
-    Moments of linear features are nearly sufficient for many models, and from means alone a network learns a spread
-    slowly.  The size n may differ from call to call.  Means do not depend on it, but a posterior narrows with it, so
-    log(1 + n) is one more feature.  Sets of different sizes share a batch by a ``mask``.
+    with Q learned queries u_q.  Elements relative to their set, r_i, show its shape, such as a correlation, at any
+    place and scale.  Moments of linear features are nearly sufficient for many models, and from means alone a network
+    learns a spread slowly.  The size n may differ from call to call.  Means do not depend on it, but a posterior
+    narrows with it, so log(1 + n) is one more feature.  Sets of different sizes share a batch by a ``mask``.
 
     Deep Sets (Zaheer et al. 2017, arXiv:1703.06114).  Attention pooling: Attention-based Deep Multiple Instance
     Learning (Ilse, Tomczak, Welling 2018, arXiv:1802.04712).  Learned queries: Set Transformer (Lee et al. 2019,
@@ -74,10 +75,10 @@ class SetEncoder(Encoder):
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
-        self.phi = hidden_layers(name, element_dim, *widths, activation=activation)
+        self.phi = hidden_layers(name, 2 * element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
-        pooled_dim = (num_queries + 1) * widths[-1] + 2 * num_moments + 1
+        pooled_dim = (num_queries + 1) * widths[-1] + 2 * (element_dim + num_moments) + 1
         self.rho = hidden_layers(name, pooled_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
 
@@ -99,12 +100,13 @@ class SetEncoder(Encoder):
         there = as_mask(type(self).__name__, x, mask, x.shape[:-1])
         # Zeroed before any product: a weight of zero would not silence a NaN.
         x = self.standardize(x, there).masked_fill(~there[..., None], 0.0)
-        h = self.phi(x)  # (*batch, n, H)
-        weights = pooling_weights(self.queries(h), there)  # (*batch, n, 1 + Q)
-        average, size = weights[..., :1], there.sum(-1, keepdim=True).to(h.dtype)
-        pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
-        a = self.linear(x)
-        mean = average.mT @ a  # (*batch, 1, M)
-        log_spread = 0.5 * (average.mT @ (a - mean).square() + 1e-6).log()
+        size, average = there.sum(-1, keepdim=True).to(x.dtype), pooling_weights(x[..., :0], there)
+        linear = torch.cat((x, self.linear(x)), -1)  # (*batch, n, E + M)
+        mean = average.mT @ linear  # (*batch, 1, E + M)
+        log_spread = 0.5 * (average.mT @ (linear - mean).square() + 1e-6).log()
         moments = torch.cat((mean, log_spread), -1).squeeze(-2)
+        relative = ((linear - mean) * torch.exp(-log_spread))[..., : self.element_dim]
+        h = self.phi(torch.cat((x, relative), -1))  # (*batch, n, H)
+        weights = pooling_weights(self.queries(h), there)  # (*batch, n, 1 + Q)
+        pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
         return self.output(self.rho(torch.cat((pooled, moments, size.log1p()), -1)))

@@ -28,7 +28,7 @@ from ..transforms import Compose, View
 from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
-from .circles import is_circular
+from .circles import is_circular, is_interval
 from .contexts import check_finite, encode, initialize, width_for_one
 from .default_flows import FEW, assemble, bound, built, check_recipes, default_for, is_untrained, start_at
 from .default_training import Schedule, schedule_of_many
@@ -55,6 +55,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     ``infer={"periodic": True}``.
 
     With an encoder the guide is *amortised*: q(z | data), one network for all datasets, trained by ``fit_amortized``.
+    Before F each latent on an interval then gets the tails of a logistic distribution, as the logit of a uniform has.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that dataset alone.
 
     Args:
@@ -114,6 +115,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._build_flow, self._build_base = flow, base
         self._init_scale, self.encoder = float(init_scale), encoder
         self._engine: str | None = None  # for runs that constrain latents, if supports depend on other latents
+        self._bounded: list[bool] = []  # for each latent of an amortised guide, True if it lies on an interval
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
@@ -129,6 +131,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             moving = moving_supports(call, self._init_scale)
             if amortised:
                 check_supports(call, moving)
+                self._bounded = self._where(is_interval)
             self._engine = Moving(call, self.packings["latent"]).engine if moving else None
             self._given_plates = self._calls.begin(call).given
         self._build(width_for_one(call, self.encoder))
@@ -136,7 +139,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _build(self, context_dim: int) -> None:
         circular, sizes = self.circular, (self.latent_dim, context_dim)
         flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, context_dim), *sizes)
-        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
+        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular, self._bounded)
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
@@ -199,8 +202,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def circular(self) -> list[bool]:
         """True for each of the packed latents that is an angle."""
+        return self._where(is_circular)
+
+    def _where(self, test: Callable[[Any], bool]) -> list[bool]:
         parts = self.packings["latent"].parts
-        return [is_circular(parts[name].support) for name in self.coordinates]
+        return [test(parts[name].support) for name in self.coordinates]
 
     @property
     def start(self) -> tuple[Tensor, float]:

@@ -26,6 +26,7 @@ from ..transforms import (
     Conditioned,
     Coupling,
     Elementwise,
+    ExponentialTails,
     FixedAffine,
     FlowTransform,
     Recurrence,
@@ -221,12 +222,18 @@ def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
 
 
 def assemble(
-    flow: Flow, base: Callable[[int], nn.Module] | None, loc: Tensor, scale: float, circular: Sequence[bool] = ()
+    flow: Flow,
+    base: Callable[[int], nn.Module] | None,
+    loc: Tensor,
+    scale: float,
+    circular: Sequence[bool] = (),
+    bounded: Sequence[bool] = (),
 ) -> Flow:
     """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
 
     Beyond 512 latents the fixed map has two parts, z = loc + S B(C x), and between them a learned spline B of each
-    latent.  So each latent has a marginal distribution of any shape, with the correlations of a Gaussian.
+    latent.  So each latent has a marginal distribution of any shape, with the correlations of a Gaussian.  For fewer
+    latents, those that are ``bounded`` get the tails of a logistic distribution before the fixed map.
 
     Raises:
         ValueError: If the flow has no place for the angles among the latents.
@@ -247,6 +254,8 @@ def assemble(
     if dim > TAILED and not angles:
         correlations = FixedAffine(dim, dense=dim <= DENSE, rank=0 if dim <= DENSE else rank_for(dim))
         layers += [correlations, Elementwise(RationalQuadraticSpline(), dim)]
+    elif any(bounded):
+        layers.append(ExponentialTails(dim, bounded))
     return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
 
 
@@ -303,7 +312,7 @@ class Ends(NamedTuple):
 
     learned: FlowTransform
     correlations: FixedAffine | None
-    bend: Elementwise | None
+    bend: Elementwise | ExponentialTails | None
     fixed: FixedAffine
 
     @property
@@ -313,7 +322,7 @@ class Ends(NamedTuple):
 
     @property
     def scale_tril(self) -> Tensor:
-        """The matrix L of the fixed map, z = loc + L x, if its spline is the identity, ``(D, D)``."""
+        """The matrix L of the fixed map, z = loc + L x, if nothing bends it, ``(D, D)``."""
         matrix = self.fixed.scale if self.fixed.dense else self.fixed.scale.diag()
         if self.correlations is None:
             return matrix
@@ -330,6 +339,9 @@ def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
     if isinstance(learned, Elementwise) and isinstance(learned.bijector, RationalQuadraticSpline):
         *layers, scale, correlations = layers
         return layers, Ends(scale, correlations, learned, fixed)
+    if isinstance(learned, ExponentialTails):
+        *layers, scale = layers
+        return layers, Ends(scale, None, learned, fixed)
     return layers, Ends(learned, None, None, fixed)
 
 
@@ -368,7 +380,7 @@ def start_at(
             rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
             factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
             scale = factor * factor.diagonal().sign()
-    if ends.correlations is not None and ends.bend is not None:
+    if ends.correlations is not None and isinstance(ends.bend, Elementwise):
         nn.init.zeros_(ends.bend.params)
         deviation = scale.norm(dim=-1) if scale.dim() == 2 else scale
         if directions is not None and stretch is not None:
@@ -390,7 +402,7 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     if type(ends.learned) is not type(starts[0]):
         return False  # the flow is from a file of another version
     rests = any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts)
-    straight = ends.bend is None or not ends.bend.params.any()
+    straight = not isinstance(ends.bend, Elementwise) or not ends.bend.params.any()
     return rests and straight and permutes(layers, mine[0].new_zeros(len(circular)))
 
 

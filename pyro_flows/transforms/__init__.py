@@ -10,6 +10,7 @@ from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
+from .elementwise import ExponentialTails as ExponentialTails
 from .elementwise import Sigmoid as Sigmoid
 from .linear import ActNorm as ActNorm
 from .linear import FixedAffine as FixedAffine
