@@ -7,17 +7,12 @@ they are training data like all others.  Truncated proposals for scalable and ha
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..guides.guide_call import Found, Reached
-from ..programs.engines import Values, View, in_batches
+from ..guides.latent_prior import LatentPrior
+from ..programs.engines import Values, in_batches
 from ..programs.simulator import Simulator
 from ..training import distributed
 
@@ -35,9 +30,9 @@ class Truncated:
 
     @torch.no_grad()
     def __init__(self, simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor]) -> None:
-        self.simulator, self.guide = simulator, guide
+        self.guide = guide
         self.names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-        self.given = simulator.arguments(observed)
+        self.prior, self.given = LatentPrior(simulator, self.names), simulator.arguments(observed)
         own = self._log_q(guide.sample(10_000, *self.given[0], **self.given[1]))
         self.threshold = distributed.broadcast(lambda: torch.quantile(own, EPSILON).cpu()).to(own.device)
 
@@ -51,7 +46,7 @@ class Truncated:
         kept: list[dict[str, Tensor]] = []
         tried = found = 0
         while found < number and (tried < 10 * batch_size or found > tried / 1000):
-            values, _ = self._prior(batch_size)
+            values, _ = self.prior.run(batch_size)
             inside = self._log_q(values) > self.threshold
             kept.append({name: value[inside] for name, value in values.items()})
             tried, found = tried + batch_size, found + int(inside.sum())
@@ -70,7 +65,7 @@ class Truncated:
         def step(_: Values, rows: int) -> Values:
             values = self.guide.sample(rows * each, *self.given[0], **self.given[1])
             log_q = self._log_q(values)
-            _, log_p = self._prior(rows * each, values)
+            _, log_p = self.prior.run(rows * each, values)
             weights = (log_p - log_q).where(log_q > self.threshold, -torch.inf).reshape(rows, each)
             weights = weights.where(weights.isfinite().any(1, keepdim=True), 0.0)
             first = each * torch.arange(rows, device=weights.device)
@@ -81,28 +76,3 @@ class Truncated:
 
     def _log_q(self, values: dict[str, Tensor]) -> Tensor:
         return self.guide.log_prob(values, *self.given[0], **self.given[1])
-
-    def _prior(self, size: int, values: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Return draws of the guide's latents from the prior, or given ones, and their log-density.
-
-        The latents before them are included.  The model ends there, so the simulator does not run.
-        """
-        data = self.simulator.sites.values()
-        latents = [name for name, _ in self.simulator.model.single.iter_stochastic_nodes() if name not in data]
-
-        def read(view: View) -> Values:
-            drawn = {name: view.read(name) for name in latents if name in view.trace.nodes}
-            return {**drawn, "log_p": view.log_prob(self.names.__contains__)}
-
-        found = self.simulator.model.sample(read, values or {}, size, place=self._before_data)
-        return found, found.pop("log_p")
-
-    def _before_data(self, model: Callable[..., Any], data: Values) -> Callable[..., Any]:
-        """Return a program that ends when all latents of the guide are drawn or held."""
-        held = poutine.condition(model, data=data)
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(Reached), Found("", (), self.names, {}):
-                held(*args, **kwargs)
-
-        return run
