@@ -8,12 +8,16 @@ from .data import dequantize as dequantize
 from .data import find_spikes as find_spikes
 from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
+from .diagnostics import LocalC2ST as LocalC2ST
+from .diagnostics import Misspecification as Misspecification
 from .diagnostics import OdeReport as OdeReport
 from .diagnostics import Psis as Psis
 from .diagnostics import bits_per_dim as bits_per_dim
 from .diagnostics import calibrate as calibrate
 from .diagnostics import check as check
 from .diagnostics import importance_log_likelihood as importance_log_likelihood
+from .diagnostics import local_c2st as local_c2st
+from .diagnostics import misspecification as misspecification
 from .diagnostics import neutra as neutra
 from .diagnostics import ode_report as ode_report
 from .diagnostics import psis as psis

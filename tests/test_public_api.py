@@ -29,11 +29,11 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow Mode OdeReport Psis "
-    "Samples Simulations Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized "
-    "fit_density fit_likelihood fit_svi flows "
-    "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
-    "round_off sample save save_images simulate to_arviz",
+    pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow LocalC2ST "
+    "Misspecification Mode OdeReport Psis Samples Simulations Spike anneal bits_per_dim calibrate check dequantize "
+    "encoders find_spikes fit_amortized fit_density fit_likelihood fit_svi flows importance_log_likelihood load "
+    "local_c2st misspecification neutra ode_report plots posterior_graph psis refine resample round_off sample save "
+    "save_images simulate to_arviz",
     bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),
@@ -54,9 +54,10 @@ NAMES = {
     ),
     guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow init_to_center posterior_graph",
     data: "Spike dequantize find_spikes",
-    diagnostics: "Calibration Check Finding Neutra OdeReport Psis Refined bits_per_dim calibrate check "
-    "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
-    plots: "calibration check deformation history images marginals pairs weights",
+    diagnostics: "Calibration Check Finding LocalC2ST Misspecification Neutra OdeReport Psis Refined bits_per_dim "
+    "calibrate check importance_log_likelihood local_c2st misspecification neutra ode_report psis refine resample "
+    "round_off save_images to_arviz",
+    plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
     training: "Fit",
     fitting: "Annealed Mode anneal fit_amortized fit_density fit_likelihood fit_svi sample",
     sampling: "Samples",

@@ -1,4 +1,4 @@
-"""Diagnostics: verdicts, importance weights, calibration, and draws as ArviZ data."""
+"""Diagnostics: verdicts, importance weights, calibration, checks of one observation, and draws as ArviZ data."""
 
 from .arviz import to_arviz as to_arviz
 from .calibration import Calibration as Calibration
@@ -10,6 +10,10 @@ from .importance import Psis as Psis
 from .importance import importance_log_likelihood as importance_log_likelihood
 from .importance import psis as psis
 from .importance import resample as resample
+from .local_c2st import LocalC2ST as LocalC2ST
+from .local_c2st import local_c2st as local_c2st
+from .misspecification import Misspecification as Misspecification
+from .misspecification import misspecification as misspecification
 from .neutra import Neutra as Neutra
 from .neutra import neutra as neutra
 from .ode import OdeReport as OdeReport

@@ -1,4 +1,4 @@
-"""Figures of fits, draws, weights, calibrations, images and flows, by matplotlib, which notebooks show."""
+"""Figures of fits, draws, weights, calibrations, checks, images and flows, by matplotlib, which notebooks show."""
 
 from .deformation import deformation as deformation
 from .diagnostics import calibration as calibration
@@ -8,3 +8,5 @@ from .draws import marginals as marginals
 from .draws import pairs as pairs
 from .history import history as history
 from .images import images as images
+from .observation import local_c2st as local_c2st
+from .observation import misspecification as misspecification

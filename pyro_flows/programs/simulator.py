@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..arguments import check_integers, check_program
+from ..arguments import check_integers, check_program, check_tensors, quoted
 from ..threads import allowed, using
 from .engine_choice import settle
 from .engines import Values, in_batches
@@ -137,6 +137,22 @@ class Simulator:
         bound = self._signature.bind_partial()
         bound.arguments.update({**self.given, **data})
         return bound.args, bound.kwargs
+
+    def check_data(self, argument: str, data: dict[str, Tensor]) -> None:
+        """Raise an error unless an argument of the caller holds one finite dataset of the model."""
+        check_tensors(self.caller, argument, data)
+        if data.keys() != self.sites.keys():
+            way = f"{argument}={{{', '.join(f'{name!r}: ...' for name in self.sites)}}}"
+            raise ValueError(f"{self.caller}: {argument} must hold one dataset, {way}, got {quoted(data)}.")
+        for name, value in data.items():
+            shape = self.model.single.nodes[self.sites[name]]["value"].shape
+            if value.shape != shape:
+                must = f"{argument}[{name!r}] must have shape {tuple(shape)}"
+                raise ValueError(f"{self.caller}: {must}, got {tuple(value.shape)}.")
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{self.caller}: {argument}[{name!r}] must be finite, got NaN or inf. Correct the data."
+                )
 
     def _find_data(self) -> dict[str, str]:
         """Return the site that observes each argument that was left open."""

@@ -1,0 +1,185 @@
+"""A test of an amortised posterior at one observation, by simulations near it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import plots
+from ..arguments import check_integers, check_numbers, joined
+from ..programs.plate_nesting import runs_programs
+from ..programs.simulator import Simulator
+from .amortised import Amortised
+from .largest_statistic import p_value
+from .local_scores import evidence
+from .neighbours import neighbours_of
+
+SHARES = 0.015, 0.06  # of the simulations: the nearest rows to look at, few and many
+FEWEST = 50  # rows to look at
+
+
+@dataclass(frozen=True)
+class LocalC2ST:
+    """Test of an amortised posterior at one observation: the result of :func:`local_c2st`.
+
+    Attributes:
+        names: The names of the K elements of the latents.
+        statistic: The largest of several statistics; each is 1 at its 98 % quantile for an exact guide.
+        null: The same statistic for an exact guide, ``(R,)``.
+        p_value: The p-value, exact for any number of simulations.
+        level: The p-value at which the guide fails.
+        fault: The fault that the largest statistic shows, in words.
+        location: The standardised mean of true latents minus draws, ``(K,)``: about N(0, 1) for an exact guide.
+        spread: The standardised mean square of true latents minus that of draws, ``(K,)``, likewise.
+        truths: True latents of the n nearest rows, standardised in each row, ``(n, K)``.
+        draws: One draw of the guide for each row, standardised likewise, ``(n, K)``.
+        distance: The distance of each row's posterior from that of the observation, in its standard deviations,
+            ``(n,)``.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow
+        >>> from pyro_flows.encoders import MLPEncoder
+        >>> def model(x=None):
+        ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
+        ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+        >>> narrow = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8)).setup(torch.zeros(2))  # untrained
+        >>> found = local_c2st(model, narrow, observed={"x": torch.ones(2)}, num_simulations=1000)
+        >>> found.passed, found.p_value, found.reason[:37]
+        (False, 0.001, 'The draws are not right for this data')
+    """
+
+    names: list[str]
+    statistic: float
+    null: Tensor
+    p_value: float
+    level: float
+    fault: str
+    location: Tensor
+    spread: Tensor
+    truths: Tensor
+    draws: Tensor
+    distance: Tensor
+
+    @property
+    def passed(self) -> bool:
+        """True if the p-value is above the level, which holds for exact guides with probability ``1 - level``."""
+        return self.p_value > self.level
+
+    @property
+    def reason(self) -> str:
+        """The result in words, which names the worst latent or the number of simulations that show no error."""
+        if self.passed:
+            near = f"{len(self.distance)} simulations within {float(self.distance[-1]):.2g} standard deviations"
+            return f"No test finds an error for this dataset (p = {self.p_value:.2g}), by {near} of its posterior."
+        return f"The draws are not right for this dataset (p = {self.p_value:.2g}): {self.fault}."
+
+    def plot(self) -> Any:
+        """Plot the latents near the observation and the statistic with :func:`pyro_flows.plots.local_c2st`."""
+        return plots.local_c2st(self)
+
+    def __repr__(self) -> str:
+        return f"LocalC2ST(passed={self.passed}, p_value={self.p_value:.3g}): {self.reason}"
+
+
+@runs_programs
+@torch.no_grad()
+def local_c2st(
+    model: Callable[..., Any],
+    guide: Any,
+    *args: Any,
+    observed: dict[str, Tensor],
+    num_simulations: int = 20_000,
+    num_samples: int = 31,
+    num_null: int = 999,
+    level: float = 0.01,
+    vectorize: str = "auto",
+    max_plate_nesting: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> LocalC2ST:
+    """Test an amortised guide at one observation, by new simulations near it.
+
+    Over the simulations whose data are near the observation, the true latents and the guide's draws must have the same
+    distribution.  A classifier that is weighted by the nearness separates them: a local classifier two-sample test
+    (Linhart, Gramfort, Rodrigues 2023, arXiv:2306.03580), in the coordinates of the flow's base and of each latent.  It
+    is a logistic regression after one Newton step, with quadratic and periodic features.  The largest of its statistics
+    is compared with those of draws in place of the true latents, so that the p-value is exact.
+
+    Half of the simulations take their latents from the prior, and half from a widened posterior of the observation,
+    whose effect on the null distribution is computed.  No likelihood is evaluated.
+
+    Args:
+        model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
+        guide: An ``AutoFlow`` with an encoder.
+        *args: The model's arguments without the data.
+        observed: The observation, by the names of the model's arguments.
+        num_simulations: The number of simulations, at least 1000.  The nearest 6 % of them are used.
+        num_samples: The number of the guide's draws per simulation, at least 10.
+        num_null: The number R of null statistics, at least 100.
+        level: The p-value at which the guide fails.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The :class:`~pyro_flows.LocalC2ST`.
+
+    Raises:
+        TypeError: If ``observed`` holds no tensors.
+        ValueError: If a number is out of its range, or ``observed`` is not one dataset of the model.  If the guide is
+            not amortised or is untrained.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow, fit_amortized
+        >>> from pyro_flows.encoders import MLPEncoder
+        >>> def model(x=None):
+        ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
+        ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+        >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
+        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> local_c2st(model, guide, observed={"x": torch.ones(2)}, num_simulations=1000).null.shape
+        torch.Size([999])
+    """
+    kwargs = joined("local_c2st", kwargs, model_kwargs)
+    check_integers("local_c2st", 1000, num_simulations=num_simulations)
+    check_integers("local_c2st", 10, num_samples=num_samples)
+    check_integers("local_c2st", 100, num_null=num_null)
+    check_numbers("local_c2st", above=0, below=1, level=level)
+    simulator = Simulator("local_c2st", model, args, kwargs)
+    simulator.check_data("observed", observed)
+    posterior = Amortised("local_c2st", guide, simulator)
+    rows = [max(FEWEST, round(share * num_simulations)) for share in SHARES]
+    near = neighbours_of(
+        posterior,
+        {name: value.unsqueeze(0) for name, value in observed.items()},
+        num_simulations=num_simulations,
+        number=rows[-1],
+        num_samples=num_samples,
+        vectorize=vectorize,
+    )
+    found = evidence(near, posterior.numbers(near.latents), posterior.names, rows, num_null)
+    return LocalC2ST(
+        names=posterior.names,
+        statistic=float(found.statistic[0]),
+        null=found.statistic[1:],
+        p_value=p_value(found.statistic, 0),
+        level=level,
+        fault=found.fault,
+        location=found.moments[0],
+        spread=found.moments[1],
+        truths=found.standard[0],
+        draws=found.standard[1],
+        distance=near.distance,
+    )

@@ -1,0 +1,189 @@
+"""Simulations near an observation, and draws of a guide that are exchangeable with their true latents.
+
+Half of the latents are drawn from the prior π, and half from a proposal q̃, a widened posterior of the observation.  The
+rows whose data are near the observation are kept.  A selection by the data alone leaves the posterior of each row as it
+is.  The proposal does not: the latents of a row follow π(θ | x) r(θ) / Z with r = (1 + q̃ / π) / 2.
+
+So let θ₀ be the latents of a row and θ₁, ..., θ_M draws of the guide given its data.  If the guide is right, then given
+the set of all M + 1, the one that the data were simulated from is each θ_j with a probability in proportion to r(θ_j).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guides.latent_prior import LatentPrior
+from ..programs.simulations import Simulations
+from .amortised import Amortised
+
+WIDE = 1.5  # the scale of the proposal's base: tails of the posterior are simulated too
+PILOT = 0.1  # the share of the simulations that define nearness
+POINTS = 4  # base points whose images tell how near two posteriors are
+RAW = 100  # numbers of a dataset up to which they count next to the context
+FAR = 5.0  # standard deviations at which features of a dataset are cut off
+RIDGE = 1e-3  # of the regression of latents on data, per row
+TILT = 30.0  # nats at which the log of r is cut off
+
+
+class Neighbours(NamedTuple):
+    """The n simulations nearest to an observation, each with its true latents and M draws of the guide.
+
+    Attributes:
+        latents: Packed latents of the M + 1 candidates, the true ones first, ``(n, M + 1, D)``.
+        base: Their coordinates in the flow's base, ``(n, M + 1, D)``.
+        log_weights: The logarithm of r, ``(n, M + 1)``.
+        distance: The distance of each row's posterior from that of the observation, in its standard deviations,
+            ``(n,)`` in ascending order.
+    """
+
+    latents: Tensor
+    base: Tensor
+    log_weights: Tensor
+    distance: Tensor
+
+
+class Proposal:
+    """The distribution of simulated latents: half from the prior, half from a widened posterior of the observation.
+
+    All are drawn from the prior if its density is unknown, since the model draws other sites before the latents.
+
+    Args:
+        posterior: The guide.
+        context: The context of the observation, ``(1, context_dim)``.
+    """
+
+    def __init__(self, posterior: Amortised, context: Tensor) -> None:
+        self.posterior, self.context = posterior, context
+        self.prior = LatentPrior(posterior.simulator, posterior.sites)
+        self.wide = 1.0 if posterior.is_bounded else WIDE
+        self.is_mixed = self.prior.is_complete and bool(self.log_ratio(self._near(20)).isfinite().all())
+
+    def simulate(self, number: int, vectorize: str) -> Simulations:
+        """Draw latents and data."""
+        simulator = self.posterior.simulator
+        near = int((torch.rand(number) < 0.5).sum()) if self.is_mixed else 0
+        parts = []
+        if near < number:
+            parts.append(simulator.draw(number - near, vectorize=vectorize))
+        if near:
+            parts.append(simulator.draw(near, self.posterior.values(self._near(near)), vectorize=vectorize))
+        return parts[0].join(parts[1]) if len(parts) > 1 else parts[0]
+
+    def _near(self, number: int) -> Tensor:
+        u, _ = self.posterior.base(number, wide=self.wide)
+        return self.posterior.place(u, self.context)
+
+    def log_ratio(self, z: Tensor) -> Tensor:
+        """Return log q̃(z) / π(z), ``(N,)`` in nats, of packed latents ``(N, D)``."""
+        values = self.posterior.values(z)
+        _, log_det = self.posterior.pack(values)
+        log_prior = self.prior.run(len(z), values)[1] - log_det
+        own = self.posterior.log_prob(z, self.context, self.wide) - self.posterior.width * math.log(self.wide)
+        return own - log_prior
+
+    def log_weights(self, z: Tensor) -> Tensor:
+        """Return log r of packed latents ``(N, D)``, ``(N,)``."""
+        if not self.is_mixed:
+            return torch.zeros_like(z[:, 0])
+        ratio = self.log_ratio(z).nan_to_num(-TILT).clamp(-TILT, TILT)
+        return torch.nn.functional.softplus(ratio) - math.log(2)
+
+
+class Nearness:
+    """The distance of datasets from an observation, in standard deviations of its posterior.
+
+    It adds two distances: of the images of a few base points under the flow, and of the latents' means by a regression
+    on context and data.  The second sees data that the guide ignores.
+
+    Args:
+        posterior: The guide.
+        pilot: Simulations from the prior, on which the regression is fitted.
+        context: The context of the observation, ``(1, context_dim)``.
+    """
+
+    def __init__(self, posterior: Amortised, pilot: Simulations, context: Tensor) -> None:
+        self.posterior, self.context = posterior, context
+        self.points, _ = posterior.base(POINTS, 1)
+        draws = posterior.place(posterior.base(500)[0], context)
+        self.whiten = _whitening(draws - draws.mean(0))
+        rows = _columns(posterior, pilot.data)
+        self.loc, self.scale = rows.mean(0), rows.std(0).clamp(min=1e-9)
+        z, _ = posterior.pack(pilot.latents)
+        kept = z.isfinite().all(-1) & rows.isfinite().all(-1)
+        features, z = self._features(rows[kept]), z[kept]
+        gram = features.T @ features
+        gram = gram + RIDGE * len(z) * torch.eye(len(gram)).to(gram)
+        self.weights = torch.linalg.solve(gram, features.T @ z)
+        self.whiten_rest = _whitening(z - features @ self.weights)
+
+    def _features(self, rows: Tensor) -> Tensor:
+        x = ((rows - self.loc) / self.scale).clamp(-FAR, FAR)
+        return torch.cat((torch.ones_like(x[:, :1]), x, x**2), -1)
+
+    def __call__(self, data: dict[str, Tensor], observed: dict[str, Tensor]) -> Tensor:
+        """Return the distance of each dataset, ``(N,)``; infinite for data that are not finite."""
+        contexts = self.posterior.contexts(data)
+        moved = self.posterior.place(self.points, contexts) - self.posterior.place(self.points, self.context)
+        square = (moved @ self.whiten).square().sum(-1).mean(0)
+        near, here = (self._features(_columns(self.posterior, x)) @ self.weights for x in (data, observed))
+        square = (square + ((near - here) @ self.whiten_rest).square().sum(-1)) / (2 * self.posterior.width)
+        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in data.values()]).all(0)
+        return square.sqrt().nan_to_num(torch.inf, torch.inf).where(finite, torch.inf)
+
+
+def _columns(posterior: Amortised, data: dict[str, Tensor]) -> Tensor:
+    """Return the contexts of N datasets, and their numbers if they are few, ``(N, F)``."""
+    columns = [posterior.contexts(data)]
+    for x in data.values():
+        flat = x.reshape(len(x), -1)
+        if flat.shape[1] <= RAW:
+            columns.append(flat.to(columns[0]))
+    return torch.cat(columns, -1)
+
+
+def _whitening(rest: Tensor) -> Tensor:
+    """Return W such that the rows of ``rest @ W`` have about unit covariance, ``(D, D)``."""
+    cov = rest.T @ rest / len(rest)
+    cov = cov + 1e-6 * cov.diagonal().mean().clamp(min=1e-30) * torch.eye(len(cov)).to(cov)
+    values, vectors = torch.linalg.eigh(cov)
+    return vectors / values.clamp(min=1e-30).sqrt()
+
+
+def neighbours_of(
+    posterior: Amortised,
+    observed: dict[str, Tensor],
+    *,
+    num_simulations: int,
+    number: int,
+    num_samples: int,
+    vectorize: str,
+) -> Neighbours:
+    """Simulate, keep the nearest rows, and draw from the guide given their data.
+
+    Args:
+        posterior: The guide.
+        observed: The observation, by the model's arguments, each ``(1, *shape)``.
+        num_simulations: The number of simulations.
+        number: The number n of rows to keep.
+        num_samples: The number M of draws per row.
+        vectorize: The engine, as for :func:`~pyro_flows.simulate`.
+    """
+    context = posterior.contexts(observed)
+    first = round(PILOT * num_simulations)
+    pilot = posterior.simulator.draw(first, vectorize=vectorize)
+    nearness, proposal = Nearness(posterior, pilot, context), Proposal(posterior, context)
+    drawn = proposal.simulate(num_simulations - first, vectorize)
+    distance, order = nearness(drawn.data, observed).sort()
+    kept = order[:number][distance[:number].isfinite()]
+    rows = drawn.take(kept)
+    truth, _ = posterior.pack(rows.latents)
+    contexts = posterior.contexts(rows.data)
+    u, _ = posterior.base(num_samples, len(kept))
+    latents = torch.cat((truth[None], posterior.place(u, contexts))).transpose(0, 1)
+    base = torch.cat((posterior.coordinates(truth, contexts)[0][None], u)).transpose(0, 1)
+    log_weights = proposal.log_weights(latents.flatten(0, 1)).reshape(latents.shape[:2])
+    return Neighbours(latents, base, log_weights, distance[: len(kept)])
