@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import at_rest
+from ..guides import AutoFlow
 from ..programs.engines import Values
 from ..programs.quantities import labels_of
 from ..programs.simulator import Simulator
@@ -33,8 +34,8 @@ class Amortised:
     """
 
     def __init__(self, caller: str, guide: Any, simulator: Simulator) -> None:
-        if getattr(guide, "encoder", None) is None or not hasattr(guide, "flow"):
-            kind = type(guide).__name__ + (" without an encoder" if hasattr(guide, "encoder") else "")
+        if not isinstance(guide, AutoFlow) or guide.encoder is None:
+            kind = type(guide).__name__ + (" without an encoder" if isinstance(guide, AutoFlow) else "")
             raise ValueError(f"{caller}: guide must be an AutoFlow with an encoder, got {kind}.")
         if guide.prototype_trace is None:
             raise ValueError(f"{caller}: the guide was never trained. Fit it first: fit_amortized(model, guide).")
@@ -74,13 +75,11 @@ class Amortised:
 
     def values(self, z: Tensor) -> Values:
         """Return the values of the sites, ``(*batch, *site_shape)``."""
-        found: Values = self.guide.unpack(z)
-        return found
+        return self.guide.unpack(z)
 
     def pack(self, values: Values) -> tuple[Tensor, Tensor]:
         """Return the latents ``(*batch, D)`` of values, and log|det dz/dvalues| in nats."""
-        found: tuple[Tensor, Tensor] = self.guide.pack({name: values[name] for name in self.sites})
-        return found
+        return self.guide.pack({name: values[name] for name in self.sites})
 
     def numbers(self, z: Tensor) -> Tensor:
         """Return the numbers of the sites as columns, ``(*batch, K)``."""
@@ -95,4 +94,4 @@ class Amortised:
     @property
     def is_bounded(self) -> bool:
         """True if the base has angles, whose draws cannot be scaled."""
-        return bool(self.guide.has_circles)
+        return self.guide.has_circles

@@ -86,8 +86,8 @@ def misspecification(
     guide: Any,
     *args: Any,
     observed: dict[str, Tensor],
-    num_simulations: int = 499,
-    num_samples: int = 50,
+    num_simulations: int = 999,
+    num_samples: int = 40,
     level: float = 0.05,
     vectorize: str = "auto",
     max_plate_nesting: int | None = None,
@@ -98,9 +98,9 @@ def misspecification(
 
     Several statistics compare the observation with its posterior predictive replicates: latents are drawn from the
     guide, and data from the model given these.  They are the Mahalanobis distance of the residuals, the largest
-    residual, their mean, and for sets and series also the spread and the energy distance of the entries.  A further
-    one is the distance of the encoder's context from those of simulations (Schmitt, Bürkner, Köthe, Radev 2021,
-    arXiv:2112.08866).
+    residual, the largest sum of neighbouring ones, and for sets and series also the spread and the energy distance of
+    the entries.  A further one is the distance of the encoder's context from those of simulations (Schmitt, Bürkner,
+    Köthe, Radev 2021, arXiv:2112.08866).
 
     The same statistics of datasets from the prior predictive distribution, with replicates of their own, calibrate
     them: the largest statistic of the observation is ranked among theirs (Hjort, Dahl, Steinbakk 2006, Post-processing

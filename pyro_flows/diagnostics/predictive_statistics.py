@@ -15,7 +15,7 @@ from ..programs.quantities import labels_of
 
 SHRUNK = 0.1  # the weight of the identity in a correlation matrix
 WIDEST = 1000  # entries of a dataset beyond which their correlations are left out
-POINTS = 100  # entries of a dataset, and of its replicates, in an energy distance
+POINTS, OTHERS = 100, 300  # entries of a dataset and of its replicates in an energy distance, at most
 FEWEST = 4  # entries of a dataset that have a distribution
 TINY = 1e-6  # of the standard deviation of all datasets: smaller ones are round-off
 
@@ -66,7 +66,7 @@ class Predictive(NamedTuple):
     def statistics(self) -> list[Statistic]:
         """Return all statistics."""
         x, y = self.residuals()
-        found = [_distance(x, y), _largest(x, self.names), _level(x), _remote(self.contexts)]
+        found = [_distance(x, y), _largest(x, self.names), _run(x, self.names), _remote(self.contexts)]
         for name, data in self.data.items():
             points, others = _points(data, self.replicates[name])
             if points.shape[1] >= FEWEST:
@@ -90,10 +90,18 @@ def _largest(x: Tensor, names: list[str]) -> Statistic:
     return Statistic("largest residual", x.abs().amax(1).log1p(), f"{entry} lies far from its replicates")
 
 
-def _level(x: Tensor) -> Statistic:
-    value = x.mean(1)
-    words = "the data lie {} than their replicates"
-    return Statistic("mean residual", value.sign() * value.abs().log1p(), words.format("higher"), words.format("lower"))
+def _run(x: Tensor, names: list[str]) -> Statistic:
+    """Return the largest sum of neighbouring residuals over the square root of their number."""
+    size = x.shape[1]
+    total = torch.cat((torch.zeros_like(x[:, :1]), x.cumsum(1)), 1)
+    lengths = [length for length in (2**k for k in range(1, size.bit_length())) if length < size] + [size]
+    sums = [(total[:, length:] - total[:, :-length]) / length**0.5 for length in lengths]
+    best = max(range(len(sums)), key=lambda k: float(sums[k][-1].abs().max()))
+    first = int(sums[best][-1].abs().argmax())
+    side = "higher" if sums[best][-1, first] > 0 else "lower"
+    span = f"{names[first]} to {names[first + lengths[best] - 1]}" if size > 1 else names[0]
+    value = torch.cat(sums, 1).abs().amax(1).log1p()
+    return Statistic("largest sum of residuals", value, f"the data at {span} lie {side} than their replicates")
 
 
 def _remote(contexts: Tensor) -> Statistic:
@@ -109,7 +117,7 @@ def _points(data: Tensor, replicates: Tensor) -> tuple[Tensor, Tensor]:
     x = data.float().reshape(len(data), data.shape[1] if data.dim() > 1 else 1, -1)
     y = replicates.float().nan_to_num(0.0, 0.0, 0.0).reshape(len(replicates), *x.shape).transpose(0, 1).flatten(1, 2)
     kept = torch.linspace(0, x.shape[1] - 1, min(POINTS, x.shape[1])).long()
-    return x[:, kept], y[:, torch.randperm(y.shape[1])[:POINTS]]
+    return x[:, kept], y[:, torch.randperm(y.shape[1])[:OTHERS]]
 
 
 def _spread(name: str, points: Tensor, others: Tensor) -> Statistic:
@@ -120,9 +128,10 @@ def _spread(name: str, points: Tensor, others: Tensor) -> Statistic:
 
 
 def _energy(name: str, points: Tensor, others: Tensor) -> Statistic:
-    """Return the logarithm of the energy distance of the entries from those of replicates."""
+    """Return the energy distance of the entries from those of replicates."""
     scale = others.std(1, keepdim=True).clamp(min=1e-30)
     x, y = points / scale, others / scale
-    value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(y, y).mean((1, 2))
+    one, two = y.tensor_split(2, 1)
+    value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))
     words = f"the entries of {name} have another distribution than those of its replicates"
-    return Statistic(f"energy distance of {name}", value.clamp(min=1e-12).log(), words)
+    return Statistic(f"energy distance of {name}", value, words)

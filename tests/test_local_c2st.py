@@ -1,0 +1,272 @@
+"""The local test accepts exact guides, and rejects those that are wrong at the observation, whatever the error."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_guides import conjugate, gaussian, posterior
+from matplotlib.figure import Figure
+from scipy import stats
+
+from pyro_flows import AutoFlow, LocalC2ST, fit_amortized, flows, local_c2st, plots
+from pyro_flows.diagnostics.amortised import Amortised
+from pyro_flows.diagnostics.largest_statistic import p_value, scaled
+from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.programs.simulator import Simulator
+
+X = torch.tensor([1.0, -0.5])
+FAR = torch.tensor([3.0, -3.0])  # 2.7 standard deviations of the data from their mean, in each direction
+run = functools.partial(local_c2st, conjugate, observed={"x": X}, num_simulations=5000)
+
+
+def test_an_exact_guide_passes():
+    found = run(posterior())
+    assert found.passed is True
+    assert found.reason.startswith("No test finds an error for this dataset (p = ")
+    assert repr(found).startswith("LocalC2ST(passed=True, p_value=")
+    assert found.names == ["theta[0]", "theta[1]"]
+    assert found.null.shape == (999,)
+    assert found.location.shape == found.spread.shape == (2,)
+    assert found.truths.shape == found.draws.shape == (300, 2)
+    assert (found.distance.diff() >= 0).all()
+    assert found.p_value == (1 + int((found.null >= found.statistic).sum())) / 1000
+    # Four numbers that are about N(0, 1).
+    assert torch.stack((found.location, found.spread)).abs().max() < 4.5
+
+
+ERRORS = {
+    "too narrow": {"width": 0.75},
+    "too wide": {"width": 1.4},
+    "too high": {"shift": 0.5},
+    "too low": {"shift": -0.5},
+}
+
+
+@pytest.mark.parametrize("near", [None, X], ids=["everywhere", "here"])
+@pytest.mark.parametrize(("how", "settings"), ERRORS.items(), ids=list(ERRORS))
+def test_an_error_is_found_and_named(how, settings, near):
+    found = run(posterior(**settings, near=near))
+    assert not found.passed
+    assert found.reason.startswith(f"The draws are not right for this dataset (p = {found.p_value:.2g}): the draws of ")
+    assert found.reason.endswith(f" lie {how}.")
+    assert found.p_value < 0.005
+    signed = found.spread if "width" in settings else found.location
+    assert (signed > 0).all() == (how in ("too narrow", "too low"))
+
+
+def test_an_error_elsewhere_is_not_found():
+    found = run(posterior(width=0.7, near=X + torch.tensor([1.5, 0.0])))
+    assert found.p_value > 1e-3  # a test of 1000 statistics has no smaller one
+
+
+def test_a_guide_that_ignores_the_data_fails():
+    found = run(gaussian(conjugate, lambda x: (0 * x, 0 * x + 1)))
+    assert not found.passed
+
+
+def test_a_wrong_correlation_is_found():
+    """The posterior of two terms of a sum has a negative correlation, and the guide has the right marginals."""
+
+    def sum_of_two(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(theta.sum(-1, keepdim=True), 0.5).to_event(1), obs=x)
+
+    guide = gaussian(
+        sum_of_two,
+        lambda x: (
+            (x / 2.25).expand(*x.shape[:-1], 2),
+            torch.full_like(x, (1.25 / 2.25) ** 0.5).expand(*x.shape[:-1], 2),
+        ),
+    )
+    found = local_c2st(sum_of_two, guide, observed={"x": torch.ones(1)}, num_simulations=5000)
+    assert found.reason.endswith("the correlation of the draws of theta[0] and theta[1] is too high.")
+
+
+def folded(x=None, noise=0.1):
+    """The absolute value of one latent is observed, so that its posterior has two modes."""
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    mean = torch.stack((theta[..., 0].abs(), theta[..., 1]), -1)
+    return pyro.sample("x", dist.Normal(mean, noise).to_event(1), obs=x)
+
+
+def test_a_gaussian_in_place_of_two_modes_is_found():
+    def moments(x):
+        sd = (x[..., :1].square() + 0.01).sqrt()
+        return torch.cat((0 * x[..., :1], x[..., 1:]), -1), torch.cat((sd, torch.full_like(sd, 0.1)), -1)
+
+    found = local_c2st(
+        folded, gaussian(folded, moments), observed={"x": torch.tensor([1.0, 0.0])}, num_simulations=5000
+    )
+    assert not found.passed
+    assert found.fault in (
+        "the distribution of the draws of theta[0] has a wrong shape",
+        "the joint distribution of the draws is wrong",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x", [X, FAR], ids=["typical", "far"])
+def test_p_values_of_an_exact_guide_are_uniform(x):
+    guide, found = posterior(), []
+    for seed in range(100):
+        pyro.set_rng_seed(seed)
+        found.append(local_c2st(conjugate, guide, observed={"x": x}, num_simulations=2000, num_null=199).p_value)
+    assert stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.slow
+def test_local_errors_at_any_observation_are_found():
+    """The scale is reduced by 20 % near the observation, within a third of the standard deviation of the data."""
+    failed = 0
+    for seed in range(40):
+        pyro.set_rng_seed(seed)
+        x = conjugate()
+        guide = posterior(width=0.8, near=x, reach=math.sqrt(1.25) / 3)
+        failed += not local_c2st(conjugate, guide, observed={"x": x}).passed
+    assert failed >= 38  # in the benchmark at least 99 of 100
+
+
+@torch.no_grad()
+def nearby(model, guide, x, number=400):
+    simulator = Simulator("test", model, (), {})
+    how = {"num_simulations": 4000, "number": number, "num_samples": 40, "vectorize": "auto"}
+    return neighbours_of(Amortised("test", guide, simulator), {"x": x.unsqueeze(0)}, **how)
+
+
+@pytest.mark.parametrize("x", [X, FAR], ids=["typical", "far"])
+def test_the_true_latents_are_one_of_the_candidates(x):
+    """Half of the latents are proposed near the observation.  The weights of the candidates take account of this."""
+    found = nearby(conjugate, posterior(), x)
+    assert found.latents.shape == found.base.shape == (400, 41, 2)
+    assert found.distance[0] < 0.2 < found.distance[-1]
+    z = {}
+    for kind, log_weights in ("right", found.log_weights), ("even", torch.zeros_like(found.log_weights)):
+        shares = log_weights.softmax(1)
+        expected = (shares.unsqueeze(-1) * found.base).sum(1)
+        variance = (shares.unsqueeze(-1) * (found.base - expected.unsqueeze(1)).square()).sum(1)
+        z[kind] = (found.base[:, 0] - expected).sum(0) / variance.sum(0).sqrt()
+    assert z["right"].abs().max() < 4
+    if x is FAR:
+        assert z["even"].abs().max() > 5
+
+
+def test_base_coordinates_are_those_of_the_latents():
+    found = nearby(conjugate, posterior(), X)
+    sd = math.sqrt(0.2)
+    centre = (found.latents - sd * found.base)[:, :1]  # 0.8 x, the same for all candidates of a row
+    assert torch.allclose(found.latents - sd * found.base, centre.expand_as(found.latents), atol=1e-4)
+
+
+def test_hidden_latents_before_those_of_the_guide_leave_the_prior():
+    """The prior of theta has no density that one run shows, so all simulations are from the prior."""
+
+    def scaled_prior(x=None):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), scale.unsqueeze(-1)).to_event(1))
+        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+
+    shown = pyro.poutine.block(scaled_prior, hide=["scale"])
+    guide = gaussian(shown, lambda x: (0.8 * x, torch.full_like(x, 0.45)))
+    simulator = Simulator("test", scaled_prior, (), {})
+    amortised = Amortised("test", guide, simulator)
+    proposal = Proposal(amortised, amortised.contexts({"x": X[None]}))
+    assert not proposal.is_mixed
+    assert (proposal.log_weights(torch.randn(5, 2)) == 0).all()
+    assert local_c2st(scaled_prior, guide, observed={"x": X}, num_simulations=1000).null.shape == (999,)
+
+
+@pytest.mark.slow
+def test_bounds_plates_and_angles():
+    def bounded(x=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        turn = pyro.sample("turn", dist.VonMises(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Beta(2.0, 2.0))
+            return pyro.sample("x", dist.Normal(z * rate + turn.cos(), 0.5), obs=x)
+
+    small = functools.partial(flows.circular_coupling, circular=[False, True, *[False] * 3], num_transforms=2)
+    guide = AutoFlow(
+        bounded, lambda dim, context_dim: small(dim, context_dim=context_dim), encoder=MLPEncoder(3, 4, (8,))
+    )
+    fit_amortized(bounded, guide, num_simulations=200, max_epochs=1, progress=False)
+    found = local_c2st(bounded, guide, observed={"x": bounded()}, num_simulations=1000)
+    assert found.names == ["rate", "turn", "z[0]", "z[1]", "z[2]"]
+    assert found.truths.isfinite().all()
+
+
+@pytest.mark.slow
+def test_one_by_one():
+    found = run(posterior(), num_simulations=1000, vectorize="loop", num_null=100)
+    assert found.p_value > 1e-2 / 2
+
+
+def test_model_kwargs_reach_the_model():
+    assert not run(posterior(), model_kwargs={"noise": 2.0}).passed  # the guide is exact for noise 0.5
+
+
+def test_statistics_are_scaled():
+    value = scaled(torch.arange(101.0) * 3)
+    assert value[50] == 0
+    assert value[98] == 1
+    assert p_value(value, 100) == 1 / 101
+
+
+def test_plot():
+    for settings in ({}, {"width": 0.5}):
+        found = run(posterior(**settings))
+        figure = plots.local_c2st(found)
+        assert isinstance(figure, Figure)
+        assert len(figure.axes) == 3
+        assert found.reason[:30] in figure._suptitle.get_text()
+        figure.canvas.draw()
+
+
+def test_the_reason_counts_the_simulations():
+    z = torch.zeros(5, 1)
+    found = LocalC2ST(["a"], 0.1, torch.rand(99), 0.4, 0.01, "", z[0], z[0], z, z, torch.linspace(0, 0.5, 5))
+    wanted = "No test finds an error for this dataset (p = 0.4), by 5 simulations within 0.5 standard deviations of "
+    assert found.reason == wanted + "its posterior."
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(("name", "least"), [("num_simulations", 1000), ("num_samples", 10), ("num_null", 100)])
+def test_numbers_out_of_range_are_refused(name, least):
+    with pytest.raises(ValueError, match=f"local_c2st: {name} must be an integer of at least {least}"):
+        local_c2st(conjugate, posterior(), observed={"x": X}, **{name: least - 1})
+
+
+def test_levels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="local_c2st: level must lie between 0 and 1"):
+        run(posterior(), level=1.0)
+
+
+@pytest.mark.parametrize(
+    ("observed", "words"),
+    [
+        ({}, r"observed must hold one dataset, observed=\{'x': ...\}, got"),
+        ({"y": X}, r"observed must hold one dataset, observed=\{'x': ...\}, got"),
+        ({"x": X[None]}, r"observed\['x'\] must have shape \(2,\), got \(1, 2\)"),
+        ({"x": X * math.nan}, r"observed\['x'\] must be finite"),
+    ],
+)
+def test_observations_that_do_not_fit_are_refused(observed, words):
+    with pytest.raises(ValueError, match="local_c2st: " + words):
+        local_c2st(conjugate, posterior(), observed=observed)
+
+
+def test_guides_that_are_not_amortised_are_refused():
+    words = "local_c2st: guide must be an AutoFlow with an encoder"
+    with pytest.raises(ValueError, match=words + ", got AutoFlow without an encoder"):
+        run(AutoFlow(conjugate).setup(torch.zeros(2)))
+    with pytest.raises(ValueError, match=words + ", got int"):
+        run(3)
+    with pytest.raises(ValueError, match="the guide was never trained"):
+        run(AutoFlow(conjugate, encoder=MLPEncoder(2, 2)))
