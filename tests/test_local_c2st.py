@@ -54,10 +54,13 @@ def test_an_error_is_found_and_named(how, settings, near):
     found = run(posterior(**settings, near=near))
     assert not found.passed
     assert found.reason.startswith(f"The draws are not right for this dataset (p = {found.p_value:.2g}): the draws of ")
-    assert found.reason.endswith(f" lie {how}.")
+    assert f" lie {how}. Means are off by up to " in found.reason
     assert found.p_value < 0.005
     signed = found.spread if "width" in settings else found.location
     assert (signed > 0).all() == (how in ("too narrow", "too low"))
+    if near is None:  # each is an average over about 200 rows
+        assert (found.ratio - 1 / settings.get("width", 1)).abs().max() < 0.25
+        assert (found.shift + settings.get("shift", 0)).abs().max() < 0.3
 
 
 def test_an_error_elsewhere_is_not_found():
@@ -85,7 +88,7 @@ def test_a_wrong_correlation_is_found():
         ),
     )
     found = local_c2st(sum_of_two, guide, observed={"x": torch.ones(1)}, num_simulations=5000)
-    assert found.reason.endswith("the correlation of the draws of theta[0] and theta[1] is too high.")
+    assert found.fault == "the correlation of the draws of theta[0] and theta[1] is too high"
 
 
 def folded(x=None, noise=0.1):
@@ -229,7 +232,9 @@ def test_plot():
 
 def test_the_reason_counts_the_simulations():
     z = torch.zeros(5, 1)
-    found = LocalC2ST(["a"], 0.1, torch.rand(99), 0.4, 0.01, "", z[0], z[0], z, z, torch.linspace(0, 0.5, 5))
+    found = LocalC2ST(
+        ["a"], 0.1, torch.rand(99), 0.4, 0.01, "", z[0], z[0], z[0], z[0], z, z, torch.linspace(0, 0.5, 5)
+    )
     wanted = "No test finds an error for this dataset (p = 0.4), by 5 simulations within 0.5 standard deviations of "
     assert found.reason == wanted + "its posterior."
 
@@ -260,6 +265,27 @@ def test_levels_out_of_range_are_refused():
 def test_observations_that_do_not_fit_are_refused(observed, words):
     with pytest.raises(ValueError, match="local_c2st: " + words):
         local_c2st(conjugate, posterior(), observed=observed)
+
+
+def test_simulations_that_fail_are_left_out():
+    def unstable(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(theta + 0 * (2 + theta).sqrt(), 0.5).to_event(1), obs=x)
+
+    guide = gaussian(unstable, lambda x: (0.8 * x, torch.full_like(x, 0.2**0.5)))
+    found = local_c2st(unstable, guide, observed={"x": X}, num_simulations=5000)
+    assert found.truths.isfinite().all()
+    assert found.p_value > 1e-3
+
+
+def test_simulations_without_finite_data_are_refused():
+    def broken(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Delta(theta / 0 * 0, event_dim=1), obs=x)
+
+    guide = AutoFlow(broken, encoder=MLPEncoder(2, 4, (8,))).setup(torch.zeros(2))
+    with pytest.raises(ValueError, match="local_c2st: at least 20 of 100 simulations must have finite data, got 0"):
+        local_c2st(broken, guide, observed={"x": torch.zeros(2)}, num_simulations=1000)
 
 
 def test_guides_that_are_not_amortised_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ class Amortised:
         """Return the contexts of N datasets, ``(N, context_dim)``."""
         args, kwargs = self.simulator.arguments(data)
         with at_rest(self.guide.encoder):
-            found: Tensor = self.guide.context(*args, **kwargs)
-        return found
+            return cast(Tensor, self.guide.context(*args, **kwargs))
 
     def base(self, *shape: int, wide: float = 1.0) -> tuple[Tensor, Tensor]:
         """Sample the flow's base, scaled by ``wide``; return draws ``(*shape, D)`` and their log-density."""

@@ -33,8 +33,10 @@ class LocalC2ST:
         p_value: The p-value, exact for any number of simulations.
         level: The p-value at which the guide fails.
         fault: The fault that the largest statistic shows, in words.
-        location: The standardised mean of true latents minus draws, ``(K,)``: about N(0, 1) for an exact guide.
-        spread: The standardised mean square of true latents minus that of draws, ``(K,)``, likewise.
+        location: The mean of true latents minus that of draws, in standard errors, ``(K,)``.
+        spread: The mean square of true latents minus that of draws, in standard errors, ``(K,)``.
+        shift: The mean of true latents minus that of draws, in standard deviations of the draws, ``(K,)``.
+        ratio: The standard deviation of true latents over that of draws, ``(K,)``.
         truths: True latents of the n nearest rows, standardised in each row, ``(n, K)``.
         draws: One draw of the guide for each row, standardised likewise, ``(n, K)``.
         distance: The distance of each row's posterior from that of the observation, in its standard deviations,
@@ -63,6 +65,8 @@ class LocalC2ST:
     fault: str
     location: Tensor
     spread: Tensor
+    shift: Tensor
+    ratio: Tensor
     truths: Tensor
     draws: Tensor
     distance: Tensor
@@ -78,7 +82,11 @@ class LocalC2ST:
         if self.passed:
             near = f"{len(self.distance)} simulations within {float(self.distance[-1]):.2g} standard deviations"
             return f"No test finds an error for this dataset (p = {self.p_value:.2g}), by {near} of its posterior."
-        return f"The draws are not right for this dataset (p = {self.p_value:.2g}): {self.fault}."
+        shift, ratio = self.shift[self.shift.abs().argmax()], self.ratio[self.ratio.log().abs().argmax()]
+        sizes = (
+            f"Means are off by up to {abs(float(shift)):.2g} standard deviations, and these by a factor {ratio:.2g}."
+        )
+        return f"The draws are not right for this dataset (p = {self.p_value:.2g}): {self.fault}. {sizes}"
 
     def plot(self) -> Any:
         """Plot the latents near the observation and the statistic with :func:`pyro_flows.plots.local_c2st`."""
@@ -179,6 +187,8 @@ def local_c2st(
         fault=found.fault,
         location=found.moments[0],
         spread=found.moments[1],
+        shift=found.sizes[0],
+        ratio=found.sizes[1],
         truths=found.standard[0],
         draws=found.standard[1],
         distance=near.distance,

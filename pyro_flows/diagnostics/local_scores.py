@@ -50,13 +50,16 @@ class Evidence(NamedTuple):
         statistic: The largest of all statistics, of the true latents and then of R picks, ``(R + 1,)``.  Each is scaled
             such that picks have the median 0 and the 98 % quantile 1.
         fault: The fault that the largest statistic of the true latents shows, in words.
-        moments: The standardised mean and mean square of each latent, over the nearest rows, ``(2, K)``.
+        moments: The differences of means and of mean squares of each latent, true ones minus candidates, over their
+            standard errors, ``(2, K)``.
+        sizes: The difference of means, and the ratio of standard deviations, in units of candidates, ``(2, K)``.
         standard: The latents of true ones and of the first pick, standardised within rows, each ``(n, K)``.
     """
 
     statistic: Tensor
     fault: str
     moments: Tensor
+    sizes: Tensor
     standard: tuple[Tensor, Tensor]
 
 
@@ -83,9 +86,11 @@ def evidence(found: Neighbours, numbers: Tensor, names: list[str], rows: list[in
         scores += [part.joint(features) for features in (_quadratic(base), _waves(base))]
     values = torch.stack([scaled(score.value) for score in scores])
     told = values[:, 0] * torch.tensor([DOUBT if score.fault == JOINT else 1.0 for score in scores]).to(values)
-    z = part.standardised(moments)[0][: 2 * len(names)].reshape(2, -1)
+    z, mean = (sums[0, : 2 * len(names)].reshape(2, -1) for sums in (part.standardised(moments), part.sums(moments)[0]))
+    shift, more = mean / part.weights.sum()
+    sizes = torch.stack((shift, (1 + more).clamp(min=0).sqrt()))  # candidates have the mean square 1
     first = standard[torch.arange(len(standard)).to(picks), picks[1]]
-    return Evidence(values.amax(0), scores[int(told.argmax())].fault, z, (standard[:, 0], first))
+    return Evidence(values.amax(0), scores[int(told.argmax())].fault, z, sizes, (standard[:, 0], first))
 
 
 class _Score(NamedTuple):

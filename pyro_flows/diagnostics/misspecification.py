@@ -179,8 +179,7 @@ def _replicate(
 ) -> Predictive:
     """Simulate datasets, append the observation, and draw posterior predictive replicates of each."""
     drawn = posterior.simulator.draw(num_simulations, vectorize=vectorize)
-    finite = torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in drawn.data.values()]).all(0)
-    simulated = drawn.take(finite).data
+    simulated = drawn.take(drawn.has_finite_data).data
     data = {name: torch.cat((x, observed[name].unsqueeze(0).to(x))) for name, x in simulated.items()}
     contexts = posterior.contexts(data)
     number = len(contexts)

@@ -26,6 +26,7 @@ POINTS = 4  # base points whose images tell how near two posteriors are
 RAW = 100  # numbers of a dataset up to which they count next to the context
 FAR = 5.0  # standard deviations at which features of a dataset are cut off
 RIDGE = 1e-3  # of the regression of latents on data, per row
+FEWEST = 20  # rows that can be tested
 TILT = 30.0  # nats at which the log of r is cut off
 
 
@@ -111,10 +112,11 @@ class Nearness:
         draws = posterior.place(posterior.base(500)[0], context)
         self.whiten = _whitening(draws - draws.mean(0))
         rows = _columns(posterior, pilot.data)
-        self.loc, self.scale = rows.mean(0), rows.std(0).clamp(min=1e-9)
         z, _ = posterior.pack(pilot.latents)
         kept = z.isfinite().all(-1) & rows.isfinite().all(-1)
-        features, z = self._features(rows[kept]), z[kept]
+        rows, z = rows[kept], z[kept]
+        self.loc, self.scale = rows.mean(0), rows.std(0).clamp(min=1e-9)
+        features = self._features(rows)
         gram = features.T @ features
         gram = gram + RIDGE * len(z) * torch.eye(len(gram)).to(gram)
         self.weights = torch.linalg.solve(gram, features.T @ z)
@@ -125,14 +127,13 @@ class Nearness:
         return torch.cat((torch.ones_like(x[:, :1]), x, x**2), -1)
 
     def __call__(self, data: dict[str, Tensor], observed: dict[str, Tensor]) -> Tensor:
-        """Return the distance of each dataset, ``(N,)``; infinite for data that are not finite."""
+        """Return the distance of each dataset, ``(N,)``, infinite if the guide fails on it."""
         contexts = self.posterior.contexts(data)
         moved = self.posterior.place(self.points, contexts) - self.posterior.place(self.points, self.context)
         square = (moved @ self.whiten).square().sum(-1).mean(0)
         near, here = (self._features(_columns(self.posterior, x)) @ self.weights for x in (data, observed))
         square = (square + ((near - here) @ self.whiten_rest).square().sum(-1)) / (2 * self.posterior.width)
-        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in data.values()]).all(0)
-        return square.sqrt().nan_to_num(torch.inf, torch.inf).where(finite, torch.inf)
+        return square.sqrt().nan_to_num(torch.inf)
 
 
 def _columns(posterior: Amortised, data: dict[str, Tensor]) -> Tensor:
@@ -175,15 +176,20 @@ def neighbours_of(
     context = posterior.contexts(observed)
     first = round(PILOT * num_simulations)
     pilot = posterior.simulator.draw(first, vectorize=vectorize)
+    pilot = pilot.take(pilot.has_finite_data)
+    if len(pilot) < FEWEST:
+        must = f"at least {FEWEST} of {first} simulations must have finite data, got {len(pilot)}"
+        raise ValueError(f"{posterior.simulator.caller}: {must}. Increase num_simulations, or correct the model.")
     nearness, proposal = Nearness(posterior, pilot, context), Proposal(posterior, context)
     drawn = proposal.simulate(num_simulations - first, vectorize)
+    drawn = drawn.take(drawn.has_finite_data)
     distance, order = nearness(drawn.data, observed).sort()
-    kept = order[:number][distance[:number].isfinite()]
-    rows = drawn.take(kept)
+    distance, order = distance[:number], order[:number]
+    rows = drawn.take(order)
     truth, _ = posterior.pack(rows.latents)
     contexts = posterior.contexts(rows.data)
-    u, _ = posterior.base(num_samples, len(kept))
+    u, _ = posterior.base(num_samples, len(rows))
     latents = torch.cat((truth[None], posterior.place(u, contexts))).transpose(0, 1)
     base = torch.cat((posterior.coordinates(truth, contexts)[0][None], u)).transpose(0, 1)
     log_weights = proposal.log_weights(latents.flatten(0, 1)).reshape(latents.shape[:2])
-    return Neighbours(latents, base, log_weights, distance[: len(kept)])
+    return Neighbours(latents, base, log_weights, distance)

@@ -29,7 +29,7 @@ def local_c2st(found: Any) -> Picture:
         >>> import torch
         >>> from pyro_flows import LocalC2ST
         >>> z, null = torch.randn(100, 1), torch.rand(99)
-        >>> found = LocalC2ST(["theta"], 0.3, null, 0.5, 0.01, "", z[0], z[1], z, z, torch.rand(100))
+        >>> found = LocalC2ST(["a"], 0.3, null, 0.5, 0.01, "", z[0], z[1], z[0], z[1], z, z, torch.rand(100))
         >>> local_c2st(found).axes[2].get_title()
         'p = 0.5'
     """

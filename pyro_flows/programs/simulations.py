@@ -50,6 +50,11 @@ class Simulations:
         """Return the draws at an index ``(n,)`` or in a slice."""
         return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
 
+    @property
+    def has_finite_data(self) -> Tensor:
+        """True for each draw whose data are finite, ``(N,)``."""
+        return torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in self.data.values()]).all(0)
+
     def join(self, other: Simulations) -> Simulations:
         """Return these draws followed by those of another object."""
         groups = (self.latents, other.latents), (self.data, other.data)
