@@ -84,9 +84,9 @@ class LocalC2ST:
             return f"No test finds an error for this dataset (p = {self.p_value:.2g}), by {near} of its posterior."
         shift, ratio = self.shift[self.shift.abs().argmax()], self.ratio[self.ratio.log().abs().argmax()]
         sizes = (
-            f"Means are off by up to {abs(float(shift)):.2g} standard deviations, and these by a factor {ratio:.2g}."
+            f"Means are off by up to {float(shift.abs()):.2g} standard deviations, spreads by a factor of {ratio:.2g}"
         )
-        return f"The draws are not right for this dataset (p = {self.p_value:.2g}): {self.fault}. {sizes}"
+        return f"The draws are not right for this dataset (p = {self.p_value:.2g}): {self.fault}. {sizes}."
 
     def plot(self) -> Any:
         """Plot the latents near the observation and the statistic with :func:`pyro_flows.plots.local_c2st`."""
