@@ -41,9 +41,10 @@ NARROW = 0.1  # the noise of the model with two modes
 Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
 PAGE = """# Checks of one observation
 
-This page is for users who ask how reliable `pf.local_c2st` and `pf.misspecification` are. Each row has {number} or
-more repetitions with other latents, data and simulations. The guides are exact posteriors in closed form, or wrong in a
-known way. Reproduce with `python benchmarks/observation_checks.py`, on one core.
+This page is for users who ask how reliable `pf.local_c2st` and `pf.misspecification` are. Each row has {number}
+repetitions with other latents, data and simulations. The first row of the first table has three times as many, and
+that of the second table ten times. The guides are exact posteriors in closed form, or wrong in a known way. Reproduce
+with `python benchmarks/observation_checks.py`, on one core.
 
 ## The posterior of one observation
 
@@ -55,9 +56,10 @@ is the distance of the data from a point, and h is a third of the standard devia
 |---|---|---|---|---|
 {local}
 
-The last row shows an error of shape. Its model observes the absolute value of a latent. The posterior has two modes,
-and the guide is the Gaussian with the exact means and standard deviations. For small data the modes merge, and the
-guide is nearly right.
+An exact guide fails in 1 of 100 cases on average. With 300 repetitions the standard error of this number is 0.6. The
+last row shows an error of shape. Its model observes the absolute value of a latent. The posterior has two modes, and
+the guide is the Gaussian with the exact means and standard deviations. For small data the modes merge, and the guide
+is nearly right.
 
 ## The model of one observation
 
@@ -68,7 +70,8 @@ observations and a known noise of {noise}. Its guide is the exact posterior.
 |---|---|---|---|
 {model}
 
-Four points of two numbers tell little about the noise, so their power is only reported.
+The test is exact by construction. With 1,000 repetitions the standard error of its rate in the first row is 0.7. Four
+points of two numbers tell little about the noise, so their power is only reported.
 """
 
 
@@ -211,12 +214,12 @@ def model_cases() -> list[Case]:
 
     outlier, middle = 5 * NOISE * (INPUTS[7] == INPUTS), 2 * NOISE * (INPUTS.abs() < 0.25)
     return [
-        Case("regression: data of the model", "at most 5", run(line), 2),
+        Case("regression: data of the model", "about 5", run(line), 10),
         Case("regression: noise doubled", "at least 90", run(line, noise=2 * NOISE)),
         Case("regression: noise halved", "", run(line, noise=NOISE / 2)),
         Case("regression: one observation off by 5 standard deviations", "", run(line, lambda x: x + outlier)),
         Case("regression: four neighbours off by 2 standard deviations", "", run(line, lambda x: x + middle)),
-        Case("four points: data of the model", "at most 5", run(points)),
+        Case("four points: data of the model", "about 5", run(points)),
         Case("four points: noise doubled", "", run(points, noise=2 * NOISE)),
     ]
 
