@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from ..arguments import (
@@ -23,17 +23,15 @@ from ..arguments import (
     quoted,
     suggests_keywords,
 )
-from ..bijectors import Affine
-from ..conditioners import MLP
 from ..data.batches import Batch, divided
 from ..encoders import Standardize
-from ..flows import Flow, nsf, nsf_ar
+from ..flows import Flow
 from ..flows.mixed import Mixed
+from ..guides.default_flows import placed_flow
 from ..objectives import Likelihood
 from ..programs.simulations import check_draws
 from ..training import distributed
 from ..training.checkpoint import Checkpoint, check_path, design, fingerprint
-from ..transforms import Elementwise
 from .initialization import start
 from .row_training import RowLoss, train_on_rows
 
@@ -156,21 +154,6 @@ def fit_likelihood(
     return made
 
 
-def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
-    """Build the default flow of :func:`fit_likelihood`, x = A_θ(T_θ(u)).
-
-    The last layer A_θ is an affine map that depends on the parameters alone.  Many simulators have noise whose shape
-    hardly depends on the parameters, around a place that does.  For a single entry all networks depend on the
-    parameters alone, so that many rows of one parameter cost one network pass.
-    """
-    if input_dim == 1:
-        layers = nsf(1, context_dim, num_transforms=2, activation=nn.SiLU).transforms
-    else:
-        layers = nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
-    place = MLP(context_dim, input_dim, Affine().num_params, hidden_dims=(64, 64), activation=nn.SiLU, skip=True)
-    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
-
-
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return existing parameters and data as tables, or raise an error that names the fault."""
     if not (isinstance(simulations, tuple | list) and len(simulations) == 2):
@@ -244,7 +227,7 @@ def _build(
             raise ValueError(f"{CALLER}: entry {place} must be positive, got {low:.6g}. Take it out of positive=.")
     numbers = tuple(_categories(place, x[:, place]) if place in discrete else 0 for place in places)
     width, size = theta.shape[1] + sum(numbers), numbers.count(0)
-    made = (recipe or likelihood_flow)(size, width).to(x) if size else None
+    made = (recipe or placed_flow)(size, width).to(x) if size else None
     if made is not None and not (discrete or positive):
         start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made

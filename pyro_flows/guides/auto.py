@@ -62,7 +62,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``.  By default 8 affine
             couplings, 16 beyond 32 latents, over contaminated normals, or beyond 512 latents normals.  With an encoder
-            it is also called with the width of the context, and is by default ``flows.nsf_ar``.
+            it is also called with the width of the context, and is by default ``flows.nsf_ar`` and an affine map that
+            depends on the context.
         encoder: A network or function from the model's arguments to a context ``(context_dim,)``, and from a batch of
             datasets ``(*batch, ...)`` to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: A function of the number of latent dimensions that replaces the recipe's base, such as

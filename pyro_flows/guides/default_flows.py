@@ -213,12 +213,27 @@ def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_di
 def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
     """Return the default recipe of :class:`AutoFlow`.
 
-    With an encoder it is that of autoregressive splines.  They score simulations in one pass and overfit less than
-    couplings do.
+    With an encoder it is :func:`placed_flow`.
     """
     if any(circular):
         return partial(flows.circular_coupling, circular=circular, activation=nn.ELU)
-    return partial(flows.nsf_ar, activation=nn.SiLU) if context_dim else default_flow
+    return placed_flow if context_dim else default_flow
+
+
+def placed_flow(input_dim: int, context_dim: int) -> Flow:
+    """Build the default flow for training on simulations, y = A_c(T_c(u)).
+
+    T_c are autoregressive splines, which score simulations in one pass and overfit less than couplings do.  The last
+    layer A_c is an affine map that depends on the context c alone.  It places and scales a narrow distribution, whose
+    tails then are as narrow; splines alone would have those of their base.  Of a single feature all networks depend on
+    the context alone, so that many values for one context cost one network pass.
+    """
+    if input_dim == 1:
+        layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.SiLU).transforms
+    else:
+        layers = flows.nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
+    place = MLP(context_dim, input_dim, Affine().num_params, hidden_dims=(64, 64), activation=nn.SiLU, skip=True)
+    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
 def assemble(
