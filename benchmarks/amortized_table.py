@@ -254,8 +254,8 @@ def levels(results: Results) -> list[str]:
         "simulations. Each step sees 5 to 100 of the 100 simulated groups. Exact posteriors lie on a grid of tau.",
         "",
         "*error*: errors of means over 20 datasets, in standard deviations of the posterior, root mean square and "
-        "worst (target: at most 0.1). *sd*: the median ratio of standard deviations to the posterior's, with the range of "
-        "90 % (target: 0.95 to 1.05). *p*: the smallest p-value of `calibrate`, for mu, tau and the mean of one group "
+        "worst (target: at most 0.1). *sd*: the median ratio of standard deviations to the posterior's, with the range "
+        "of 90 % (target: 0.95 to 1.05). *p*: the smallest p-value of `calibrate`, for mu, tau and the mean of one group "
         "(target: above 0.0033).",
         "",
     ]
