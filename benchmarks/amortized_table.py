@@ -255,7 +255,7 @@ def levels(results: Results) -> list[str]:
         "",
         "*error*: errors of means over 20 datasets, in standard deviations of the posterior, root mean square and "
         "worst (target: at most 0.1). *sd*: the median ratio of standard deviations to the posterior's, with the range "
-        "of 90 % (target: 0.95 to 1.05). *p*: the smallest p-value of `calibrate`, for mu, tau and the mean of one group "
+        "of 90 % (target: 0.95 to 1.05). *p*: the smallest p-value of `calibrate`, for mu, tau and one theta "
         "(target: above 0.0033).",
         "",
     ]
