@@ -150,7 +150,7 @@ class BlockGuide(FlowGuide):
         nestings = self._nestings(key)
         parents = [i for i, b in enumerate(blocks) if b.permute is None and _is_around(b.packing.plates, key, nestings)]
         num_given = sum(blocks[parent].packing.size for parent in parents)
-        width = num_given if key else self._shared_width(call)
+        width = num_given + (0 if key or parents or order is not None else self._shared_width(call))
         start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
         contexts, linear = None, False
         if key:
@@ -274,7 +274,7 @@ class BlockGuide(FlowGuide):
                 contexts = self._contexts(key)
                 contexts.restore(*rows)
                 width += contexts.width
-            check_fits(flow, packing.size, width if key else flow.context_dim)
+            check_fits(flow, packing.size, flow.context_dim if pooled else width)
             block = Block(name, packing, flow, contexts, parents, self._nestings(key), Frame.of(frame), order, 1.0)
             block.unit.data.copy_(unit)
             block.is_pooled = pooled

@@ -94,7 +94,7 @@ class Block(nn.Module):
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
         self.parents, self.nestings = tuple(parents), tuple(nestings)
-        self.order, self.is_pooled = order, contexts is None and flow.context_dim > 0
+        self.order, self.is_pooled = order, not (contexts or parents) and flow.context_dim > 0
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
