@@ -857,3 +857,14 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run():
     assert math.isfinite(fit.best_loss)
     with pytest.raises(FloatingPointError, match="the guide's density of simulated latents"):
         quick(linear, AutoFlow(linear, small, encoder=Broken(3, 2, (4,))), max_epochs=6, on_nonfinite="raise")
+
+
+def test_names_of_arguments_are_those_of_keyword_only_arguments():
+    def model(x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mean, 1.0).expand([4, 1]).to_event(2), obs=x)
+
+    for name, words in (("mask", "argument at position 1. Give the position, 1"), ("msak", "the model has x, mask")):
+        guide = AutoFlow(model, encoder=Arguments(SetEncoder(1, 4), 0, mask=name))
+        with pytest.raises(ValueError, match=words):
+            guide.setup(torch.zeros(4, 1))

@@ -101,6 +101,13 @@ def test_vectors_that_share_a_context_have_the_density_of_each():
     assert shared.isfinite().all()
 
 
+def test_expanded_distributions_draw_for_each_place():
+    model = stirred(Mixed(flows.nsf_ar(1, context_dim=1, **small), (0,), 1, positive=(0,)))
+    draws = model(torch.randn(2, 1, 1)).expand([2, 50]).sample((3,))
+    assert draws.shape == (3, 2, 50, 1)
+    assert len(draws.unique()) == 300
+
+
 def test_it_copies_pickles_and_saves(tmp_path):
     model = mixed(torch.float32)
     context, value = torch.randn(1), torch.tensor([1.0, 2.0, 0.5, 1.0])
@@ -163,6 +170,21 @@ def test_simulations_may_be_given_and_interrupted_runs_keep_them(tmp_path):
     for _ in range(2):
         fit_likelihood(counted, PRIOR, checkpoint=tmp_path / "run", **quick)
     assert calls == [200]
+
+
+def test_simulations_of_another_prior_are_not_taken_from_a_file(tmp_path):
+    fit_likelihood(normal, PRIOR, checkpoint=tmp_path / "run", **quick)
+    with pytest.raises(ValueError, match="checkpoint"):
+        fit_likelihood(normal, dist.Normal(torch.zeros(1), 1.0), checkpoint=tmp_path / "run", **quick)
+
+
+@pytest.mark.parametrize("settings", [{"discrete": 1}, {"positive": (-1,)}, {"discrete": (0,), "positive": (0,)}])
+def test_entries_are_checked_before_the_simulator_runs(settings):
+    def never(theta: Tensor) -> Tensor:
+        raise AssertionError
+
+    with pytest.raises((TypeError, ValueError), match=r"discrete|positive"):
+        fit_likelihood(never, PRIOR, **quick, **settings)
 
 
 def test_entries_may_be_discrete_and_positive():

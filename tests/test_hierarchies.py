@@ -30,7 +30,7 @@ from pyro_flows import (
     save,
     simulate,
 )
-from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
+from pyro_flows.encoders import Arguments, MLPEncoder, SetEncoder, Standardize
 from pyro_flows.fitting.plate_rows import PlateRows
 from pyro_flows.programs.simulator import Simulator
 
@@ -112,6 +112,47 @@ def test_masked_rows_are_as_rows_that_are_not_there():
     y[~present] = 100.0
     assert torch.allclose(guide.log_prob(wide, y, present), guide.log_prob(draws, y[present], groups=4), atol=1e-4)
     assert Trace_ELBO().loss(masked, guide, y, present) < 1000
+
+
+def test_masks_of_rows_are_those_of_one_dataset_and_of_a_guide_with_a_model(tmp_path):
+    y, present = torch.randn(2, 6, 3), torch.rand(2, 6) < 0.5
+    guide = AutoPlateFlow(masked, "group", encoder=Arguments(MLPEncoder(3, 4), 0), global_encoder=SetEncoder(4, 8))
+    guide.setup(y[0])
+    with pytest.raises(ValueError, match=r"given one by one.*Loop over them"):
+        guide.sample(3, y, present)
+    guide.sample(3, y[0], present[0])
+    save(guide, tmp_path / "guide.pt")
+    with pytest.warns(UserWarning, match=r"has no model to see masks.*Leave the absent rows out"):
+        load(tmp_path / "guide.pt").sample(3, y[0], present[0])
+
+
+def test_double_precision_is_kept():
+    def model(y: Tensor | None = None) -> None:
+        zero = torch.zeros((), dtype=torch.float64)
+        mu = pyro.sample("mu", dist.Normal(zero, 1.0))
+        with pyro.plate("group", 4 if y is None else len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
+            pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+
+    guide, y = amortised(model), torch.randn(4, 3, dtype=torch.float64)
+    own = guide.setup(y).bind(y)
+    assert own.sample(3, y)["theta"].dtype == torch.float64
+
+
+def test_the_rows_are_those_of_the_simulations():
+    guide = amortised().setup(torch.randn(3, 3), groups=3)
+    fit_amortized(hierarchy, guide, groups=8, num_simulations=40, max_epochs=1, num_rows=(4, 8), progress=False)
+    assert guide.row_range == (4, 8)
+
+    def outside(y: Tensor | None = None, size: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("size", dist.Normal(torch.zeros(6), 1.0).to_event(1), obs=size)
+        with pyro.plate("group", 6):
+            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
+            pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match=r"'size' has 6 entries.*Draw it inside of the plate"):
+        fit_amortized(outside, amortised(outside), num_simulations=40, progress=False)
 
 
 def test_bind_makes_a_guide_of_one_dataset(trained, tmp_path):
@@ -222,8 +263,11 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
         fit_amortized(hierarchy, AutoPlateFlow(hierarchy, "group", encoder=encoder))
     with pytest.raises(ValueError, match=r"num_rows=\(1, 2\) is for an AutoPlateFlow"):
         fit_amortized(hierarchy, AutoFlow(hierarchy, encoder=encoder), num_rows=(1, 2))
-    with pytest.raises(ValueError, match=r"num_rows must be .*from 1 to the 6 rows.*got \(0, 9\)"):
-        fit_amortized(hierarchy, amortised(), num_simulations=40, num_rows=(0, 9), progress=False)
+    with pytest.raises(ValueError, match=r"num_rows must be .*from 1 to the 6 rows.*got \(1, 9\)"):
+        fit_amortized(hierarchy, amortised(), num_simulations=40, num_rows=(1, 9), progress=False)
+    for wrong in (5, (0, 3), (4, 2), (2.5, 4)):
+        with pytest.raises(ValueError, match="num_rows must be a pair of integers"):
+            fit_amortized(hierarchy, amortised(), num_rows=wrong)
     with pytest.raises(ValueError, match=r"bind: the guide has no global_encoder"):
         AutoPlateFlow(hierarchy, "group", encoder=encoder).bind(torch.randn(6, 3))
 

@@ -72,7 +72,8 @@ class GRUEncoder(Encoder):
 
         Args:
             x: Series of shape ``(*batch, T, num_features)``, in the order of time.  T may be 0.
-            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.
+            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.  Subtract an
+                origin from times such as seconds since 1970, whose differences float32 does not hold.
             mask: True or 1 for steps that are there, of shape ``(*batch, T)``, or for their entries, of the shape of x.
                 Other values and times are ignored, NaN included; a step without any entry is not there.
 

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_integers, check_numbers, check_program, check_tensors, joined, quoted
+from ..arguments import (
+    check_choice,
+    check_integers,
+    check_numbers,
+    check_program,
+    check_tensors,
+    is_integer,
+    joined,
+    quoted,
+)
 from ..data.batches import Batch, divided
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.guide_call import Call
@@ -100,7 +109,8 @@ def fit_amortized(
             estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
         observed: The data of interest, by the names of the model's arguments; for more than one round.
         num_rows: For an ``AutoPlateFlow``, the smallest and the largest number of rows in a step; by default from 1 to
-            all rows of a simulation.  The guide warns if it is used for other numbers.
+            all rows of a simulation.  The guide warns if it is used for other numbers.  Tensors among the arguments
+            whose first dimension has one entry for each simulated row are cut to the rows of a step.
         objective: The loss of latents, ``objective(flow, z, context)`` for each flow of the guide; the default is
             ``objectives.Likelihood()``.  ``objectives.FlowMatching()`` with a continuous flow,
             ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is flow matching posterior estimation (Dax et al. 2023,
@@ -186,9 +196,11 @@ def fit_amortized(
             show=format_of(loss),
             caller=CALLER,
             checkpoint=part,
-            marks={"objective": repr(loss)},
+            marks={"objective": repr(loss), "num_rows": num_rows},
             **settings,
         )
+        if isinstance(guide, AutoPlateFlow):
+            guide.row_range = num_rows or (1, PlateRows(CALLER, simulator, guide, None).full)
         if fit.stopped == "interrupted":
             break
     return fit
@@ -203,6 +215,10 @@ def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> N
         raise ValueError(
             f"{CALLER}: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got {got}."
         )
+    pair = isinstance(num_rows, tuple | list) and len(num_rows) == 2 and all(map(is_integer, num_rows))
+    if num_rows is not None and not (pair and 1 <= num_rows[0] <= num_rows[1]):
+        wanted = "a pair of integers (least, most) of at least 1, the smaller first"
+        raise ValueError(f"{CALLER}: num_rows must be {wanted}, got {quoted(num_rows)}. Give num_rows=(1, 20).")
     if isinstance(guide, AutoFlow) and num_rows is not None:
         raise ValueError(f"{CALLER}: num_rows={num_rows} is for an AutoPlateFlow, got AutoFlow. Leave it out.")
     if isinstance(guide, AutoPlateFlow) and rounds > 1:
@@ -271,7 +287,6 @@ def _rows(
     plate_rows = PlateRows(CALLER, simulator, guide, num_rows) if isinstance(guide, AutoPlateFlow) else None
     if plate_rows is not None:
         size = size or min(64, max(1, len(known) // 20))
-        guide.row_range = (plate_rows.least, plate_rows.most)
 
     def loss(batch: Batch) -> Tensor:
         index = batch[0][:, 0]

@@ -20,6 +20,7 @@ from ..arguments import (
     check_integers,
     check_numbers,
     check_tensors,
+    is_integer,
     quoted,
     suggests_keywords,
 )
@@ -43,7 +44,7 @@ MOST = 1000  # categories of an entry
 @distributed.collective
 @suggests_keywords
 def fit_likelihood(
-    simulator: Callable[[Tensor], Tensor] | None,
+    simulator: Callable[[Tensor], Tensor] | None = None,
     prior: Distribution | None = None,
     *,
     num_simulations: int = 10_000,
@@ -97,7 +98,7 @@ def fit_likelihood(
         positive.  ``likelihood(theta)`` is a distribution over ``(D,)``, with densities in nats of x as given.
 
     Raises:
-        TypeError: If the data are no tensors.
+        TypeError: If the data are no tensors, ``flow`` is no recipe, or ``discrete`` or ``positive`` hold no indices.
         ValueError: If an argument is out of its range, or the simulator returns another number of rows.  If data are
             constant or not finite, a discrete entry holds other numbers than 0, 1, … or a positive one is not positive.
         FloatingPointError: If the loss or gradients stay non-finite.
@@ -124,6 +125,7 @@ def fit_likelihood(
     check_numbers(CALLER, above=0, lr=lr)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
+    _check_entries(flow, discrete, positive)
     file = check_path(CALLER, "checkpoint", checkpoint, ".simulations")
     theta, x = _given(simulations) if simulations is not None else _kept(file, simulator, prior, num_simulations)
     for what, name, value in (("the simulated", "theta", theta), ("the simulated", "x", x)):
@@ -154,6 +156,18 @@ def fit_likelihood(
     return made
 
 
+def _check_entries(recipe: Any, discrete: Any, positive: Any) -> None:
+    """Raise an error unless the recipe can be called, and entries are named by different indices."""
+    if not (recipe is None or callable(recipe)) or isinstance(recipe, torch.nn.Module):
+        raise TypeError(f"{CALLER}: flow must be a recipe such as flows.nsf, got {quoted(recipe)}.")
+    for name, chosen in (("discrete", discrete), ("positive", positive)):
+        if not isinstance(chosen, tuple | list) or not all(is_integer(place) and place >= 0 for place in chosen):
+            wanted = f"a tuple of indices of at least 0, such as {name}=(0,)"
+            raise TypeError(f"{CALLER}: {name} must be {wanted}, got {quoted(chosen)}.")
+    if both := {*discrete} & {*positive}:
+        raise ValueError(f"{CALLER}: entry {min(both)} must be discrete or positive, got both. Take it out of one.")
+
+
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return existing parameters and data as tables, or raise an error that names the fault."""
     if not (isinstance(simulations, tuple | list) and len(simulations) == 2):
@@ -180,13 +194,17 @@ def _kept(
     file: Any, simulator: Callable[[Tensor], Tensor] | None, prior: Distribution | None, number: int
 ) -> tuple[Tensor, Tensor]:
     """Return the simulations that are kept with a checkpoint, or run and keep them."""
-    beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), {"steps": 0, "number": number})
-    kept = beside.read()
-    if kept is not None:
-        return kept["theta"], kept["x"]
     if not callable(simulator) or not isinstance(prior, Distribution):
         got = f"got {quoted(simulator)} and {quoted(prior)}. Or give simulations=(theta, x)"
         raise ValueError(f"{CALLER}: simulator must be a function of parameters, and prior a distribution, {got}.")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        data = [*fingerprint((prior.sample((8,)),)), getattr(simulator, "__qualname__", type(simulator).__name__)]
+    settings = {"steps": 0, "number": number, "data": data}
+    beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), settings)
+    kept = beside.read()
+    if kept is not None:
+        return kept["theta"], kept["x"]
     theta, x = distributed.broadcast(lambda: _simulate(simulator, prior, number))
     beside.save({"theta": theta, "x": x})
     return theta, x

@@ -29,23 +29,29 @@ class PlateRows:
         numbers: The smallest and the largest number of rows in a step; by default any.
 
     Raises:
-        ValueError: If the numbers are out of their range.
+        ValueError: If there are more rows than in the simulations, or data outside of the plate have as many entries as
+            the plate has rows.
     """
 
     def __init__(
         self, caller: str, simulator: Simulator, guide: AutoPlateFlow, numbers: tuple[int, int] | None
     ) -> None:
         self.simulator, self.axis = simulator, guide.posterior.blocks[-1].packing.dims[0]
+        nodes = simulator.model.single.nodes
+        rows = next(iter(guide.posterior.blocks[-1].packing.parts))
+        self.full: int = frame_of(nodes[rows], guide.plate).size
         self.axes: dict[str, int] = {}
         for argument, site in simulator.sites.items():
-            node = simulator.model.single.nodes[site]
-            if frame := frame_of(node, guide.plate):
-                self.axes[argument] = frame.dim - node["fn"].event_dim
-        self.full: int = guide.posterior.blocks[-1].number
+            if frame := frame_of(nodes[site], guide.plate):
+                self.axes[argument] = frame.dim - nodes[site]["fn"].event_dim
+            elif self.full in nodes[site]["value"].shape:
+                fault = f"data argument {argument!r} has {self.full} entries, as many as plate {guide.plate!r} has rows"
+                way = "Draw it inside of the plate if it belongs to the rows, or simulate another number of rows"
+                raise ValueError(f"{caller}: {fault}, but is drawn outside of the plate. {way}.")
         self.least: int
         self.most: int
         self.least, self.most = numbers or (1, self.full)
-        if not 1 <= self.least <= self.most <= self.full:
+        if self.most > self.full:
             wanted = f"(least, most), from 1 to the {self.full} rows of plate {guide.plate!r} in the simulations"
             raise ValueError(f"{caller}: num_rows must be {wanted}, got {quoted(numbers)}. Simulate more rows.")
 

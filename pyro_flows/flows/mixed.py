@@ -204,7 +204,7 @@ class Mixed(nn.Module):
             found[place] = index.to(like.dtype)
             seen = _joined(seen, nn.functional.one_hot(index, self.categories[place]).to(like.dtype))
         if self.flow is not None:
-            q = self.flow(seen) if seen.shape[-1] else self.flow()
+            q = self.flow(seen.expand(*shape, -1)) if seen.shape[-1] else self.flow()
             y = q.sample(shape[: len(shape) - len(q.batch_shape)])
             for place, column in zip(self._real, y.unbind(-1), strict=True):
                 found[place] = column.exp() if place in self.positive else column

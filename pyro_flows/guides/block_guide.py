@@ -447,7 +447,7 @@ class BlockGuide(FlowGuide):
         found = self.check_same(call)
         rows = self._all_rows(call, found)
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
-        size = max(1, LARGEST // (numbers * self.posterior.batch_of(rows).numel()))
+        size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
         return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

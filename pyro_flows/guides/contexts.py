@@ -41,8 +41,8 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
         ValueError: If it fails otherwise, or returns no floating tensor of that width.
     """
     places, names = _arranged(call, gaps=isinstance(encoder, Arguments))
-    if call.model is None and isinstance(encoder, Arguments):
-        _check_names(call.owner, encoder, names)
+    if isinstance(encoder, Arguments):
+        _check_names(call, encoder, names)
     try:
         context = encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -87,12 +87,28 @@ def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any
     return (*bound.args, *(value for name, value in named.items() if name not in by_name)), by_name
 
 
-def _check_names(owner: str, encoder: Arguments, names: Iterable[str]) -> None:
-    """Raise ValueError for keyword arguments without a position, which a guide without a model cannot find."""
-    for name in names:
-        if name not in (*encoder.positions, *encoder.named.values()):
-            must = "the arguments of the model must be given by position to a guide that was loaded"
-            raise ValueError(f"{owner}: {must}, got {name}= by name. Give None for those that are left out.")
+def _check_names(call: Call, encoder: Arguments, names: Iterable[str]) -> None:
+    """Raise ValueError for names that are not keyword-only in the model, and for names that a loaded guide gets.
+
+    A guide without a model cannot find the position of an argument that is given by name.
+    """
+    chosen = [found for found in (*encoder.positions, *encoder.named.values()) if isinstance(found, str)]
+    if call.model is None:
+        for name in names:
+            if name not in chosen:
+                must = "the arguments of the model must be given by position to a guide that was loaded"
+                raise ValueError(f"{call.owner}: {must}, got {name}= by name. Give None for those that are left out.")
+        return
+    parameters = list(signature_of(call.model).parameters.values())
+    kinds = {parameter.name: parameter.kind for parameter in parameters}
+    loose = any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
+    for name in chosen:
+        if name not in kinds and not loose:
+            raise ValueError(f"{call.owner}: Arguments takes {name!r}, but the model has {', '.join(kinds)}.")
+        if kinds.get(name) is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            place = list(kinds).index(name)
+            fault = f"Arguments takes {name!r} by name, but it is the model's argument at position {place}"
+            raise ValueError(f"{call.owner}: {fault}. Give the position, {place}.")
 
 
 def check_finite(owner: str, context: Tensor | None) -> None:

@@ -58,10 +58,11 @@ class AutoPlateFlow(BlockGuide):
             Of arguments with one row for each row of a subsampled plate it gets the rows of the minibatch only.
         global_encoder: A network from the contexts of all rows, ``(*batch, rows, context_dim)``, to a context of the
             latents outside of the plate, ``(*batch, global_dim)``, such as ``encoders.SetEncoder``.  It is also given
-            ``mask=``, ``(*batch, rows)``, if the model masks rows.
+            ``mask=``, ``(*batch, rows)``, if the model masks rows.  A loaded guide has no model and sees no masks:
+            leave absent rows out of its data.
         local_flow: A recipe for the rows' latents, called with their number and the width of the context, such as
             ``flows.iaf``.  By default affine couplings, or splines for a single latent, and then an affine map that
-            depends on the context.
+            depends on the context.  With a ``global_encoder`` autoregressive splines take the place of the couplings.
         global_flow: A recipe for the other latents, called with their number, and with ``global_dim`` if there is a
             ``global_encoder``; by default as for ``AutoFlow``.
         embedding_dim: The width of the learned vector of each row, without an encoder.
@@ -124,6 +125,7 @@ class AutoPlateFlow(BlockGuide):
             )
         self.global_encoder = global_encoder
         self.row_range: tuple[int, int] | None = None  # the numbers of rows in training on simulations
+        self.meets_masks = False  # True once the model has masked rows
         self.plate, self.row_plates, self.structure = plate, (plate,), Structure((plate,))
 
     def _read(self, call: Call) -> Structure:
@@ -158,8 +160,19 @@ class AutoPlateFlow(BlockGuide):
         rows = self._row_contexts(call)
         self._check_range(rows.shape[-2])
         mask = masks.get((self.plate,), RowMasks()).rows
+        if mask is not True and rows.dim() > 2:
+            fault = "datasets whose rows are masked must be given one by one, got a batch of them"
+            raise ValueError(f"AutoPlateFlow: {fault}. Loop over them, or leave absent rows out of the data.")
+        self._check_seen(call, masked=mask is not True)
         counts = None if mask is True else torch.as_tensor(mask).flatten().expand(rows.shape[:-1])
         return BlockRows(None, self._pooled(rows, counts))
+
+    def _check_seen(self, call: Call, *, masked: bool) -> None:
+        """Remember that the model masks rows; warn if a guide without a model cannot see masks any more."""
+        self.meets_masks = self.meets_masks or masked
+        if self.meets_masks and call.model is None:
+            fault = "the guide was used with masked rows, and a loaded guide has no model to see masks"
+            warn_user(f"AutoPlateFlow: {fault}. Leave the absent rows out of the data.")
 
     def _row_contexts(self, call: Call) -> Tensor:
         """Return the contexts of all rows, ``(*batch, rows, width)``."""
@@ -285,7 +298,7 @@ class AutoPlateFlow(BlockGuide):
             super(BlockGuide, new)._setup_prototype(*args, **kwargs)
         new.packings = new._layouts(new._call(args, kwargs).latents)
         for block, own, packing in zip(new.posterior.blocks, rows, new.packings.values(), strict=True):
-            block.packing, seen = packing, cast(Tensor, own.contexts)
+            block.packing, seen = packing, cast(Tensor, own.contexts).to(packing.dtype)
             if block.contexts is None:
                 block.flow = bound(block.flow, seen)
             else:
@@ -296,8 +309,11 @@ class AutoPlateFlow(BlockGuide):
 
     def parts(self) -> dict[str, Any]:
         found = super().parts() | {"plate": self.plate, "encoder": self._encoders.get(self.plate)}
-        return found | {"global_encoder": self.global_encoder, "row_range": self.row_range}
+        learned = {"row_range": self.row_range, "meets_masks": self.meets_masks}
+        return found | {"global_encoder": self.global_encoder, **learned}
 
-    def _restore(self, *args: Any, row_range: tuple[int, int] | None = None, **parts: Any) -> None:
-        self.row_range = row_range
+    def _restore(
+        self, *args: Any, row_range: tuple[int, int] | None = None, meets_masks: bool = False, **parts: Any
+    ) -> None:
+        self.row_range, self.meets_masks = row_range, meets_masks
         super()._restore(*args, **parts)
