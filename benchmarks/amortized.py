@@ -291,8 +291,8 @@ def likelihood(results: Results, options: argparse.Namespace, seed: int) -> None
         return
     pyro.set_rng_seed(seed)
     prior = dist.Uniform(torch.full((1,), -10.0), 10.0)
-    known = {"num_simulations": options.simulations, "progress": False}
-    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, prior, **known))
+    settings: dict[str, Any] = {"num_simulations": options.simulations, "progress": False}
+    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, prior, **settings))
     results.add("likelihood", "training", "fit_likelihood", seed, **took)
     model = two.with_likelihood(learned)
     for groups in (5, 20):

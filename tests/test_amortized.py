@@ -725,8 +725,8 @@ def test_rounds_need_simulations_side_by_side():
 
 def test_rounds_need_the_data():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    for observed in (None, {"y": X}, {}):
-        with pytest.raises(ValueError, match=r"rounds=2 needs observed=\{'x': ...\}"):
+    for observed, words in ((None, "rounds=2 needs"), ({}, "rounds=2 needs"), ({"y": X}, "must hold one dataset,")):
+        with pytest.raises(ValueError, match=words + r" observed=\{'x': ...\}"):
             quick(linear, guide, rounds=2, observed=observed)
 
 

@@ -195,7 +195,7 @@ def test_it_is_a_guide_of_one_dataset_for_svi(local):
 
 
 def test_files_hold_both_encoders(trained, tmp_path):
-    with pytest.raises(Exception, match="OfRows"):  # a class of the user
+    with pytest.raises(ValueError, match="OfRows"):  # a class of the user
         save(trained, tmp_path / "guide.pt")
     bare = AutoPlateFlow(only_data, "group", encoder=Standardize((3,)), global_encoder=SetEncoder(3, 8, (16,)))
     fit_amortized(only_data, bare, num_simulations=40, max_epochs=1, num_rows=(2, 5), progress=False)

@@ -125,7 +125,7 @@ class _Layer(nn.Module):
         )
 
     def forward(self, h: Tensor, there: Tensor) -> Tensor:
-        """Map the steps ``(*batch, T, hidden_dim)``, of which ``(*batch, T)`` are there."""
+        """Map the steps ``(*batch, T, hidden_dim)``; ``there`` is True for those that are there, ``(*batch, T)``."""
         query, key, value = (
             self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))
         )

@@ -23,7 +23,6 @@ from ..arguments import (
     check_integers,
     check_numbers,
     check_program,
-    check_tensors,
     is_integer,
     joined,
     quoted,
@@ -200,7 +199,9 @@ def fit_amortized(
             **settings,
         )
         if isinstance(guide, AutoPlateFlow):
-            guide.row_range = num_rows or (1, PlateRows(CALLER, simulator, guide, None).full)
+            guide.row_range = (
+                (num_rows[0], num_rows[1]) if num_rows else (1, PlateRows(CALLER, simulator, guide, None).full)
+            )
         if fit.stopped == "interrupted":
             break
     return fit
@@ -227,19 +228,14 @@ def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> N
 
 def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
     """Raise ValueError unless the observed data are one dataset of the model, which later rounds need."""
-    if observed is not None:
-        check_tensors(CALLER, "observed", observed)
-    if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
-        raise ValueError(
-            f"{CALLER}: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
-            f"the data to draw simulations for, got {quoted(observed)}."
-        )
+    if rounds > 1 and not observed:
+        wanted = f"observed={{{', '.join(f'{name!r}: ...' for name in simulator.sites)}}}"
+        fault = f"rounds={rounds} needs {wanted}, the data to draw simulations for"
+        raise ValueError(f"{CALLER}: {fault}, got {quoted(observed)}.")
     if rounds > 1 and vectorize == "loop":
         raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; it needs another vectorize.")
-    for name, value in (observed or {}).items():
-        shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
-        if value.shape != shape:
-            raise ValueError(f"{CALLER}: observed[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}.")
+    if observed is not None:
+        simulator.check_data("observed", observed)
 
 
 def _draw(

@@ -128,9 +128,9 @@ def fit_likelihood(
     _check_entries(flow, discrete, positive)
     file = check_path(CALLER, "checkpoint", checkpoint, ".simulations")
     theta, x = _given(simulations) if simulations is not None else _kept(file, simulator, prior, num_simulations)
-    for what, name, value in (("the simulated", "theta", theta), ("the simulated", "x", x)):
+    for name, value in (("theta", theta), ("x", x)):
         for place, column in enumerate(value.T):
-            check_draws(CALLER, what, f"{name}[:, {place}]", column)
+            check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
     train, judge = divided((x, theta), held_out, batch_size)
     objective = Likelihood()

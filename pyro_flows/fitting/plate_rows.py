@@ -20,7 +20,7 @@ from ..programs.simulator import Simulator
 
 
 class PlateRows:
-    """The rows of the guide's plate in simulated datasets, of which each step of training sees some.
+    """The rows of the guide's plate in simulated datasets; each step of training sees some of them.
 
     Args:
         caller: The name of the public function, for errors.

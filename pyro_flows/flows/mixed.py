@@ -211,7 +211,7 @@ class Mixed(nn.Module):
         return torch.stack([found[place] for place in range(len(self.categories))], -1)
 
     def _wide(self, seen: Tensor) -> Tensor:
-        """Return inputs of a classifier; a constant if there are none."""
+        """Return the inputs of a classifier, or a constant if it depends on nothing."""
         return seen if seen.shape[-1] else seen.new_zeros(*seen.shape[:-1], 1)
 
     def _checked(self, context: Tensor | None) -> Tensor | None:

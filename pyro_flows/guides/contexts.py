@@ -123,11 +123,16 @@ def initialize(call: Call, encoder: Callable[..., Any] | None) -> None:
 
     Encoders without trained parameters are left alone.
     """
-    if not isinstance(encoder, nn.Module) or not any(p.requires_grad for p in encoder.parameters()):
+    standardise(encoder, lambda: encode(call, encoder))
+
+
+def standardise(network: Any, run: Callable[[], Any]) -> None:
+    """Initialise each new ``Standardize`` layer in a network from the data that it sees in a run."""
+    if not isinstance(network, nn.Module) or not any(p.requires_grad for p in network.parameters()):
         return
-    if fresh := [part for part in encoder.modules() if isinstance(part, Standardize) and part.is_fresh]:
-        with at_rest(encoder), learning(fresh):
-            encode(call, encoder)
+    if fresh := [part for part in network.modules() if isinstance(part, Standardize) and part.is_fresh]:
+        with at_rest(network), learning(fresh):
+            run()
 
 
 def probe(call: Call, encoder: Callable[..., Any]) -> Tensor:

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from pyro import validation_enabled
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import suggests_recipes
-from ..encoders import Standardize
-from ..encoders.base import at_rest
-from ..encoders.standardize import learning
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..programs.error_text import warn_user
 from ..programs.quantities import labels_of
 from .block_guide import BlockGuide
 from .blocks import Drawn
-from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe
+from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
 from .default_flows import bound, start_at
 from .guide_call import Call, Key
 from .masked import RowMasks
@@ -74,12 +70,11 @@ class AutoPlateFlow(BlockGuide):
     Raises:
         TypeError: If a recipe or an encoder cannot be called; at :meth:`setup`, if a recipe fails.
         ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range, or there is a ``global_encoder`` without
-            an ``encoder``.  At :meth:`setup`, if the model lacks
-            the plate, or another plate that holds latents is subsampled.  If a latent is discrete with infinite
-            support, is an angle or has no fixed support.  If a mask divides an event, or hides a part of a row that
-            visible sites depend on.  The error names the site or plate.  If the model's density is not finite at the
-            start, or the result of the encoder or of a recipe does not fit.  In use, if arguments change which latents
-            the model has, or their shapes.
+            an ``encoder``.  At :meth:`setup`, if the model lacks the plate, or another plate that holds latents is
+            subsampled.  If a latent is discrete with infinite support, is an angle or has no fixed support.  If a mask
+            divides an event, or hides a part of a row that visible sites depend on.  The error names the site or plate.
+            If the model's density is not finite at the start, or the result of the encoder or of a recipe does not fit.
+            In use, if arguments change which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
@@ -139,9 +134,7 @@ class AutoPlateFlow(BlockGuide):
     def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._set_up_blocks(args, kwargs)
         if self.is_amortised and not (self._has_shared and self.posterior.blocks[-1].contexts):
-            fault = (
-                f"global_encoder is for latents outside of plate {self.plate!r} and in it, of which one kind is missing"
-            )
+            fault = f"global_encoder needs latents outside of plate {self.plate!r} and in it, but one kind is missing"
             raise ValueError(f"AutoPlateFlow: {fault}. Use AutoFlow(model, encoder=...) for latents of one kind.")
 
     def _shared_width(self, call: Call) -> int:
@@ -210,12 +203,9 @@ class AutoPlateFlow(BlockGuide):
 
     def initialize_encoders(self, call: Call) -> None:
         """Initialise the ``Standardize`` layers of both encoders from the data of a call."""
-        for encoder in self._encoders.values():
-            initialize(call, encoder)
-        if isinstance(self.global_encoder, nn.Module):
-            fresh = [part for part in self.global_encoder.modules() if isinstance(part, Standardize) and part.is_fresh]
-            with at_rest(self.global_encoder), learning(fresh) if fresh else nullcontext():
-                self._pooled(encode(call, self._encoders[self.plate]), None)
+        encoder = self._encoders[self.plate]
+        initialize(call, encoder)
+        standardise(self.global_encoder, lambda: self._pooled(encode(call, encoder), None))
 
     def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[Scored]:
         """Return the vectors of N simulations with the contexts of their data, the model's arguments.
