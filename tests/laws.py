@@ -60,7 +60,6 @@ from pyro_flows.transforms import (
     Continuous,
     Coupling,
     Elementwise,
-    ExponentialTails,
     FixedAffine,
     FlowTransform,
     Householder,
@@ -71,6 +70,7 @@ from pyro_flows.transforms import (
     Permute,
     PerPixel,
     Planar,
+    QuantileMap,
     Radial,
     Recomputed,
     Recurrence,
@@ -118,7 +118,7 @@ class Kind(NamedTuple):
     takes_context: bool = False
     size: int = 1  # numbers per feature
     least_dim: int = 1
-    start: str = "identity"  # or "permutation", "rotation" or "bent"
+    start: str = "identity"  # or "permutation" or "rotation"
     learns: bool = True
     maps: bool = True  # True if it runs under vmap
     most_dim: int = 33  # the largest size at which the laws are tested
@@ -234,10 +234,6 @@ def _coupling_of_steps(dim: int, context_dim: int) -> FlowTransform:
     return Coupling(Affine(1.0), StepNet(mask, dim, 2, (4, 4), context_dim), mask)
 
 
-def _some_tails(dim: int, _: int) -> FlowTransform:
-    return ExponentialTails(dim, [place % 2 == 0 for place in range(dim)])
-
-
 def _residual(dim: int, context_dim: int) -> FlowTransform:
     return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
 
@@ -314,8 +310,7 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
-    "exponential_tails": Kind(lambda dim, _: ExponentialTails(dim), start="bent", learns=False),
-    "exponential_tails_of_some": Kind(_some_tails, start="bent", learns=False),
+    "quantile_map": Kind(lambda dim, _: QuantileMap(dim), learns=False),
     "block": Kind(_block, True),
     "planar": Kind(_planar, True),
     "radial": Kind(_radial, True),
@@ -474,6 +469,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, ActNorm):
             draw(part.loc, scale)
             draw(part.log_scale, scale / 3)
+        elif isinstance(part, QuantileMap):
+            draws = torch.randn(1000, part.input_dim, generator=source, dtype=torch.float64)
+            part.set(scale * torch.where(draws > 0, draws.exp(), draws))
         elif isinstance(part, FixedAffine):
             draw(part.loc, scale)
             off = scale / part.input_dim**0.5

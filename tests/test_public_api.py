@@ -42,8 +42,8 @@ NAMES = {
     encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity MLPEncoder SetEncoder "
     "Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
-    "ExponentialTails FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute "
-    "Planar Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
+    "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
+    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
     flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),

@@ -323,15 +323,8 @@ def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulati
                     )
                 check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
-            guide.start_at_draws([z.median(0).values for z in flat], [_spread(z) for z in flat])
+            guide.start_at_draws(flat)
             some = simulations.take(slice(max(20, NUMBERS // simulations.numbers)))
             args, kwargs = simulator.arguments(some.data)
             guide.initialize_encoders(Call(CALLER, simulator.model.call, args, kwargs))
     return packed
-
-
-def _spread(z: Tensor) -> Tensor:
-    """Return the standard deviation of each column, from its quartiles if they differ: heavy tails do not move them."""
-    quarter = max(1, len(z) // 4)
-    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
-    return torch.where(width > 0, width / 1.349, z.std(0))

@@ -28,9 +28,19 @@ from ..transforms import Compose, View
 from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
-from .circles import is_circular, is_interval
+from .circles import is_circular
 from .contexts import check_finite, encode, initialize, width_for_one
-from .default_flows import FEW, assemble, bound, built, check_recipes, default_for, is_untrained, start_at
+from .default_flows import (
+    FEW,
+    assemble,
+    bound,
+    built,
+    check_recipes,
+    default_for,
+    is_untrained,
+    start_at,
+    start_at_draws,
+)
 from .default_training import Schedule, schedule_of_many
 from .guide_call import Call
 from .loaded import check_fits
@@ -55,7 +65,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     ``infer={"periodic": True}``.
 
     With an encoder the guide is *amortised*: q(z | data), one network for all datasets, trained by ``fit_amortized``.
-    Before F each latent on an interval then gets the tails of a logistic distribution, as the logit of a uniform has.
+    Before F a fixed map of each latent then takes a normal to the prior, through quantiles of the simulations.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that dataset alone.
 
     Args:
@@ -116,7 +126,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._build_flow, self._build_base = flow, base
         self._init_scale, self.encoder = float(init_scale), encoder
         self._engine: str | None = None  # for runs that constrain latents, if supports depend on other latents
-        self._bounded: list[bool] = []  # for each latent of an amortised guide, True if it lies on an interval
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
@@ -132,7 +141,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
             moving = moving_supports(call, self._init_scale)
             if amortised:
                 check_supports(call, moving)
-                self._bounded = self._where(is_interval)
             self._engine = Moving(call, self.packings["latent"]).engine if moving else None
             self._given_plates = self._calls.begin(call).given
         self._build(width_for_one(call, self.encoder))
@@ -140,7 +148,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _build(self, context_dim: int) -> None:
         circular, sizes = self.circular, (self.latent_dim, context_dim)
         flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, context_dim), *sizes)
-        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular, self._bounded)
+        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
@@ -203,11 +211,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def circular(self) -> list[bool]:
         """True for each of the packed latents that is an angle."""
-        return self._where(is_circular)
-
-    def _where(self, test: Callable[[Any], bool]) -> list[bool]:
         parts = self.packings["latent"].parts
-        return [test(parts[name].support) for name in self.coordinates]
+        return [is_circular(parts[name].support) for name in self.coordinates]
 
     @property
     def start(self) -> tuple[Tensor, float]:
@@ -252,9 +257,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the packed latents of N simulations, ``(N, latent_dim)``, with log|det| of the packing ``(N,)``."""
         return [self.pack(values)]
 
-    def start_at_draws(self, locs: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-        """Start from the location and scale of the packed latents of simulations."""
-        self.start_at(locs[0], scales[0])
+    def start_at_draws(self, vectors: Sequence[Tensor]) -> None:
+        """Start from the marginal distributions of the packed latents of simulations, ``(N, latent_dim)``."""
+        start_at_draws(self.flow, vectors[0], self.circular)
 
     def initialize_encoders(self, call: Call) -> None:
         """Initialise the ``Standardize`` layers of the encoder from the data of a call."""

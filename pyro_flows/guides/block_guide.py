@@ -228,7 +228,7 @@ class BlockGuide(FlowGuide):
         default = local_flow if width > contexts.width or by_row else autoencoder_flow
         default = default_for((), width) if self.is_amortised else default
         flow = built(owner, "local_flow", self._build_local, default, size, width)
-        return assemble_local(flow, start.mean(0), scale, by_row=by_row, paced=not self.is_amortised)
+        return assemble_local(flow, start.mean(0), scale, by_row=by_row, amortised=self.is_amortised)
 
     def _order(self, packing: Packing) -> Tensor | None:
         """Return the places of each step of a sequence in a row's vector, ``(T, d)``; None if it is no sequence."""

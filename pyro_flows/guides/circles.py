@@ -77,12 +77,6 @@ def is_circular(support: Any) -> bool:
     return isinstance(scalar_support(support), Circle)
 
 
-def is_interval(support: Any) -> bool:
-    """True if a support holds numbers between two finite ends, and no angles."""
-    kinds = type(constraints.interval(0, 1)), type(constraints.half_open_interval(0, 1))
-    return isinstance(scalar_support(support), kinds) and not is_circular(support)
-
-
 def scalar_support(support: Any) -> Any:
     """Return the support of the single numbers of an event."""
     while isinstance(support, constraints.independent):

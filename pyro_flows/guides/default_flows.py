@@ -26,9 +26,9 @@ from ..transforms import (
     Conditioned,
     Coupling,
     Elementwise,
-    ExponentialTails,
     FixedAffine,
     FlowTransform,
+    QuantileMap,
     Recurrence,
     ScaledLinear,
 )
@@ -242,13 +242,12 @@ def assemble(
     loc: Tensor,
     scale: float,
     circular: Sequence[bool] = (),
-    bounded: Sequence[bool] = (),
 ) -> Flow:
     """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
 
     Beyond 512 latents the fixed map has two parts, z = loc + S B(C x), and between them a learned spline B of each
     latent.  So each latent has a marginal distribution of any shape, with the correlations of a Gaussian.  For fewer
-    latents, those that are ``bounded`` get the tails of a logistic distribution before the fixed map.
+    latents of an amortised guide a fixed map of each latent lies before, from a normal to its prior.
 
     Raises:
         ValueError: If the flow has no place for the angles among the latents.
@@ -269,20 +268,24 @@ def assemble(
     if dim > TAILED and not angles:
         correlations = FixedAffine(dim, dense=dim <= DENSE, rank=0 if dim <= DENSE else rank_for(dim))
         layers += [correlations, Elementwise(RationalQuadraticSpline(), dim)]
-    elif any(bounded):
-        layers.append(ExponentialTails(dim, bounded))
+    elif flow.context_dim:
+        layers.append(QuantileMap(dim))
     return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
 
 
-def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, paced: bool = True) -> Flow:
+def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, amortised: bool = False) -> Flow:
     """Return a recipe's flow for the latents of a row, followed by a fixed affine map.
 
-    With ``by_row`` another affine map lies between them; its parameters are the first numbers of the context.
+    With ``by_row`` another affine map lies between them; its parameters are the first numbers of the context.  If the
+    guide is ``amortised``, a fixed map of each latent does, from a normal to its prior.
     """
-    if paced:
+    if not amortised:
         set_pace(flow)
-    dim, width = len(loc), torch.full_like(loc, scale)
-    own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []
+    dim, width, own = len(loc), torch.full_like(loc, scale), list[FlowTransform]()
+    if by_row:
+        own.append(Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params)))
+    if amortised:
+        own.append(QuantileMap(dim))
     return _ending([*flow.transforms, *own], flow.base, loc, width, dense=False)
 
 
@@ -327,7 +330,7 @@ class Ends(NamedTuple):
 
     learned: FlowTransform
     correlations: FixedAffine | None
-    bend: Elementwise | ExponentialTails | None
+    bend: Elementwise | QuantileMap | None
     fixed: FixedAffine
 
     @property
@@ -354,7 +357,7 @@ def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
     if isinstance(learned, Elementwise) and isinstance(learned.bijector, RationalQuadraticSpline):
         *layers, scale, correlations = layers
         return layers, Ends(scale, correlations, learned, fixed)
-    if isinstance(learned, ExponentialTails):
+    if isinstance(learned, QuantileMap):
         *layers, scale = layers
         return layers, Ends(scale, None, learned, fixed)
     return layers, Ends(learned, None, None, fixed)
@@ -395,6 +398,8 @@ def start_at(
             rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
             factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
             scale = factor * factor.diagonal().sign()
+    if isinstance(ends.bend, QuantileMap):
+        ends.bend.set(None)
     if ends.correlations is not None and isinstance(ends.bend, Elementwise):
         nn.init.zeros_(ends.bend.params)
         deviation = scale.norm(dim=-1) if scale.dim() == 2 else scale
@@ -404,6 +409,37 @@ def start_at(
         ends.correlations.set(torch.zeros_like(loc), unit, directions, stretch)
         scale = deviation
     ends.fixed.set(loc, scale)
+
+
+@torch.no_grad()
+def start_at_draws(flow: Flow, z: Tensor, circular: Sequence[bool] = (), *, is_local: bool = False) -> Tensor:
+    """Set the fixed maps of an amortised guide's flow to the marginal distributions of draws ``(N, D)``.
+
+    Args:
+        flow: The flow.
+        z: The draws.
+        circular: For each latent, True if it is an angle; by default none is.
+        is_local: True if the flow is of :func:`assemble_local`.
+
+    Returns:
+        The scale of each latent, ``(D,)``.
+    """
+    loc, scale = z.median(0).values, _spread(z)
+    *_, bend, fixed = flow.transforms
+    if is_local:
+        fixed.set(loc, scale)
+    else:
+        start_at(flow, loc, scale, circular or [False] * len(loc))
+    if isinstance(bend, QuantileMap):
+        bend.set((z - loc) / scale, torch.as_tensor(circular, device=z.device) if any(circular) else None)
+    return scale
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Return the standard deviation of each column, from its quartiles if they differ: heavy tails do not move them."""
+    quarter = max(1, len(z) // 4)
+    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
+    return torch.where(width > 0, width / 1.349, z.std(0))
 
 
 @torch.no_grad()

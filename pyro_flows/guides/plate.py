@@ -22,7 +22,7 @@ from ..programs.quantities import labels_of
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
-from .default_flows import bound, start_at
+from .default_flows import bound, start_at_draws
 from .guide_call import Call, Key
 from .masked import RowMasks
 from .scored import EACH, OfDatasets, Packed, Scored
@@ -192,14 +192,10 @@ class AutoPlateFlow(BlockGuide):
         return [block.packing.pack(values) for block in self.posterior.blocks]
 
     @torch.no_grad()
-    def start_at_draws(self, locs: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-        """Start from the location and scale of the vectors of each block in simulations."""
-        for block, loc, scale in zip(self.posterior.blocks, locs, scales, strict=True):
-            if block.contexts is None:
-                start_at(block.flow, loc, scale, [False] * block.packing.size)
-            else:
-                block.flow.transforms[-1].set(loc, scale)
-            block.unit.copy_(scale)
+    def start_at_draws(self, vectors: Sequence[Tensor]) -> None:
+        """Start from the marginal distributions of the vectors of each block in simulations, each ``(N, size)``."""
+        for block, z in zip(self.posterior.blocks, vectors, strict=True):
+            block.unit.copy_(start_at_draws(block.flow, z, is_local=block.contexts is not None))
 
     def initialize_encoders(self, call: Call) -> None:
         """Initialise the ``Standardize`` layers of both encoders from the data of a call."""

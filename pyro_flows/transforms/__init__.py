@@ -10,7 +10,6 @@ from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
-from .elementwise import ExponentialTails as ExponentialTails
 from .elementwise import Sigmoid as Sigmoid
 from .linear import ActNorm as ActNorm
 from .linear import FixedAffine as FixedAffine
@@ -22,6 +21,7 @@ from .low_rank import Sylvester as Sylvester
 from .orthogonal import Householder as Householder
 from .orthogonal import Orthogonal as Orthogonal
 from .orthogonal import Permute as Permute
+from .quantile_map import QuantileMap as QuantileMap
 from .recompute import Recomputed as Recomputed
 from .recurrence import Recurrence as Recurrence
 from .reshape import Patched as Patched

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from ..arguments import BIJECTOR, as_flags, as_shape, check_kind, check_numbers
+from ..arguments import BIJECTOR, as_shape, check_kind, check_numbers
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..conditioners.base import Paced, power_of_2
-from .base import FlowTransform, VectorTransform
+from .base import FlowTransform
 from .conditional import Conditional, check_params
-
-TAIL = 4 * math.log(3) / 1.349  # N(0, 1) and the scaled logistic, of the same quartiles, then have equal tails
 
 
 class Elementwise(Paced, Conditional):
@@ -88,49 +86,6 @@ class Elementwise(Paced, Conditional):
         if self.conditioner is not None:
             return self._conditioned(self.conditioner, context)
         return self.paced(self.params)
-
-
-class ExponentialTails(VectorTransform):
-    """The fixed map of some features of a vector ``(*batch, D)`` from normal tails to exponential tails::
-
-        y = x √(1 + x² / a²),    a = 4 log(3) / 1.349
-
-    The logit of a uniform number is logistic, so that its tails are exponential.  The map takes N(0, 1) to a logistic
-    distribution of the same quartiles; quantiles agree to 5 % of a standard deviation up to three of them.  A density
-    that does not vanish at the ends of an interval is then a smooth change of a normal base.  Other features stay the
-    same.
-
-    Args:
-        input_dim: The number D of features.
-        bent: For each feature, True if it is mapped; by default all are.
-
-    Raises:
-        ValueError: If ``input_dim`` is not positive, or ``bent`` does not hold D values.
-
-    Example::
-
-        >>> import torch
-        >>> tails, normal, logit = ExponentialTails(1), torch.tensor([2.0]), torch.tensor([0.97725]).logit()
-        >>> round(tails(normal).item() * 2 * math.log(3) / 1.349, 2), round(logit.item(), 2)  # both the 97.7 % quantile
-        (3.82, 3.76)
-    """
-
-    bent: Tensor
-
-    def __init__(self, input_dim: int, bent: Sequence[bool] | Tensor | None = None) -> None:
-        super().__init__(input_dim)
-        flags = torch.ones(input_dim, dtype=torch.bool) if bent is None else bent
-        self.register_buffer("bent", as_flags("ExponentialTails", "bent", flags, input_dim))
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        square = (x / TAIL).square()
-        growth = (1 + square).sqrt()
-        log_slope = torch.where(self.bent, ((1 + 2 * square) / growth).log(), 0.0)
-        return torch.where(self.bent, x * growth, x), log_slope.sum(-1)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = torch.where(self.bent, y * (2 / (1 + (1 + (2 * y / TAIL).square()).sqrt())).sqrt(), y)
-        return x, -self.forward_and_log_det(x)[1]
 
 
 class Sigmoid(FlowTransform):
