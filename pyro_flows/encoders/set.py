@@ -18,13 +18,15 @@ from .standardize import Standardize
 class SetEncoder(Encoder):
     """A permutation-invariant network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``::
 
-        c = ρ(mean of h_i, Σ_i w_qi h_i, mean and log standard deviation of x_i and of A x_i, log(1 + n))
-        h_i = φ(x_i, r_i),    r_i = (x_i - mean) / standard deviation,    w_qi ∝ exp(u_q · h_i)
+        c = ρ(s) + B s,    s = (mean of f_i, Σ_i w_qi f_i, log standard deviation of l_i, log(1 + n))
+        f_i = (h_i, l_i),    l_i = (x_i, A x_i),    h_i = φ(x_i, r_i),    w_qi ∝ exp(u_q · h_i)
 
-    with Q learned queries u_q.  Elements relative to their set, r_i, show its shape, such as a correlation, at any
-    place and scale.  Moments of linear features are nearly sufficient for many models, and from means alone a network
-    learns a spread slowly.  The size n may differ from call to call.  Means do not depend on it, but a posterior
-    narrows with it, so log(1 + n) is one more feature.  Sets of different sizes share a batch by a ``mask``.
+    with Q learned queries u_q and r_i = (x_i - mean) / standard deviation.  Elements relative to their set, r_i, show
+    its shape, such as a correlation, at any place and scale.  Moments of linear features are nearly sufficient for many
+    models, and from means alone a network learns a spread slowly.  By the matrix B they also pass as they are: the
+    posterior of many elements is narrow, so that small errors of ρ would count.  The size n may differ from call to
+    call.  Means do not depend on it, but a posterior narrows with it, so log(1 + n) is one more feature.  Sets of
+    different sizes share a batch by a ``mask``.
 
     Deep Sets (Zaheer et al. 2017, arXiv:1703.06114).  Attention pooling: Attention-based Deep Multiple Instance
     Learning (Ilse, Tomczak, Welling 2018, arXiv:1802.04712).  Learned queries: Set Transformer (Lee et al. 2019,
@@ -78,9 +80,11 @@ class SetEncoder(Encoder):
         self.phi = hidden_layers(name, 2 * element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
-        pooled_dim = (num_queries + 1) * widths[-1] + 2 * (element_dim + num_moments) + 1
+        linear_dim = element_dim + num_moments
+        pooled_dim = (num_queries + 1) * (widths[-1] + linear_dim) + linear_dim + 1
         self.rho = hidden_layers(name, pooled_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
+        self.direct = nn.Linear(pooled_dim, context_dim, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode sets.
@@ -104,9 +108,9 @@ class SetEncoder(Encoder):
         linear = torch.cat((x, self.linear(x)), -1)  # (*batch, n, E + M)
         mean = average.mT @ linear  # (*batch, 1, E + M)
         log_spread = 0.5 * (average.mT @ (linear - mean).square() + 1e-6).log()
-        moments = torch.cat((mean, log_spread), -1).squeeze(-2)
         relative = ((linear - mean) * torch.exp(-log_spread))[..., : self.element_dim]
         h = self.phi(torch.cat((x, relative), -1))  # (*batch, n, H)
         weights = pooling_weights(self.queries(h), there)  # (*batch, n, 1 + Q)
-        pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
-        return self.output(self.rho(torch.cat((pooled, moments, size.log1p()), -1)))
+        pooled = (weights.mT @ torch.cat((h, linear), -1)).flatten(-2)  # (*batch, (1 + Q) (H + E + M))
+        summary = torch.cat((pooled, log_spread.squeeze(-2), size.log1p()), -1)
+        return self.output(self.rho(summary)) + self.direct(summary)

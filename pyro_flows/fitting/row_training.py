@@ -17,7 +17,7 @@ from ..objectives import Likelihood
 from ..threads import OPERATIONS
 from ..training import distributed
 from ..training.loop import Descent, Fit, HeldOut, Settings
-from ..transforms import FixedAffine
+from ..transforms import FixedAffine, QuantileMap
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,12 @@ def train_on_rows(
         return found
 
     source = rows.source
-    fixed = {p for part in trained.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}
+    fixed = {
+        p
+        for part in trained.modules()
+        if isinstance(part, FixedAffine | QuantileMap | Standardize)
+        for p in part.parameters()
+    }
     parameters: list[Tensor] = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     moved = [parameter for parameter in parameters if parameter not in fixed]
     size = source.size if isinstance(source, Rows) else None  # a loader may have batches of any size

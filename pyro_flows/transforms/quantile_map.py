@@ -10,7 +10,7 @@ from ..bijectors.spline import rational_quadratic
 from .base import VectorTransform
 
 EACH = 50  # draws for each bin
-BEYOND = 10  # draws beyond the outer knots
+BEYOND = 3  # draws beyond the outer knots
 LEAST = 1e-3  # of the slope of all bins together: the least slope of a bin
 
 
@@ -49,6 +49,7 @@ class QuantileMap(VectorTransform):
     def __init__(self, input_dim: int, bins: int = 16) -> None:
         super().__init__(input_dim)
         check_integers("QuantileMap", 2, bins=bins)
+        self.bins = bins
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.table = nn.Parameter(_identity(bins).unsqueeze(-1).repeat(1, 1, input_dim))
 
@@ -62,12 +63,11 @@ class QuantileMap(VectorTransform):
             draws: Draws ``(N, D)``, or None for the identity.
             fixed: For each feature, True if its map is the identity, ``(D,)``.
         """
-        bins = self.table.shape[1] - 1
-        identity = _identity(bins).to(self.table).unsqueeze(-1)
+        identity = _identity(self.bins).to(self.table).unsqueeze(-1)
         if draws is None or len(draws) < 2 * EACH:
             self.table.copy_(identity.expand_as(self.table))
             return
-        table = _through(draws.double(), min(bins, len(draws) // EACH), bins).to(self.table)
+        table = _through(draws.double(), min(self.bins, len(draws) // EACH), self.bins).to(self.table)
         self.table.copy_(table if fixed is None else torch.where(fixed, identity, table))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
