@@ -238,7 +238,7 @@ def test_numbers_out_of_range_are_refused(name, value):
 
 def test_guides_that_are_not_amortised_are_refused():
     words = "calibrate: guide must be an AutoFlow with an encoder"
-    with pytest.raises(ValueError, match=words + ".*got AutoFlow without an encoder"):
+    with pytest.raises(ValueError, match=words + ".*got AutoFlow without one"):
         calibrate(model, AutoFlow(model).setup(torch.zeros(2)))
     with pytest.raises(ValueError, match=words + ".*got int"):
         calibrate(model, 3)

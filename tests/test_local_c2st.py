@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from pyro_flows import AutoFlow, LocalC2ST, fit_amortized, flows, local_c2st, plots
-from pyro_flows.diagnostics.amortised import Amortised
 from pyro_flows.diagnostics.largest_statistic import p_value, scaled
 from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
 from pyro_flows.encoders import MLPEncoder
@@ -139,7 +138,7 @@ def test_local_errors_at_any_observation_are_found():
 def nearby(model, guide, x, number=400):
     simulator = Simulator("test", model, (), {})
     how = {"num_simulations": 4000, "number": number, "num_samples": 40, "vectorize": "auto"}
-    return neighbours_of(Amortised("test", guide, simulator), {"x": x.unsqueeze(0)}, **how)
+    return neighbours_of(guide, simulator, {"x": x.unsqueeze(0)}, **how)
 
 
 @pytest.mark.parametrize("x", [X, FAR], ids=["typical", "far"])
@@ -177,8 +176,7 @@ def test_hidden_latents_before_those_of_the_guide_leave_the_prior():
     shown = pyro.poutine.block(scaled_prior, hide=["scale"])
     guide = gaussian(shown, lambda x: (0.8 * x, torch.full_like(x, 0.45)))
     simulator = Simulator("test", scaled_prior, (), {})
-    amortised = Amortised("test", guide, simulator)
-    proposal = Proposal(amortised, amortised.contexts({"x": X[None]}))
+    proposal = Proposal(simulator, guide.of_datasets(X[None]))
     assert not proposal.is_mixed
     assert (proposal.log_weights(torch.randn(5, 2)) == 0).all()
     assert local_c2st(scaled_prior, guide, observed={"x": X}, num_simulations=1000).null.shape == (999,)
@@ -290,9 +288,9 @@ def test_simulations_without_finite_data_are_refused():
 
 def test_guides_that_are_not_amortised_are_refused():
     words = "local_c2st: guide must be an AutoFlow with an encoder"
-    with pytest.raises(ValueError, match=words + ", got AutoFlow without an encoder"):
+    with pytest.raises(ValueError, match=words + ".*, got AutoFlow without one"):
         run(AutoFlow(conjugate).setup(torch.zeros(2)))
-    with pytest.raises(ValueError, match=words + ", got int"):
+    with pytest.raises(ValueError, match=words + ".*, got int"):
         run(3)
     with pytest.raises(ValueError, match="the guide was never trained"):
         run(AutoFlow(conjugate, encoder=MLPEncoder(2, 2)))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, joined
-from ..guides.scored import OfDatasets
+from ..guides.of_datasets import OfDatasets
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
+from .amortised import check_amortised, posteriors
 
 LIMIT = 0.01 / 3  # the p-value of each of three tests below which the draws are not calibrated
 
@@ -167,15 +168,9 @@ def calibrate(
     """
     kwargs = joined("calibrate", kwargs, model_kwargs)
     check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
-    amortised = bool(getattr(guide, "is_amortised", False))
-    if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
-        raise ValueError(
-            "calibrate: guide must be an AutoFlow with an encoder, an AutoPlateFlow with a global_encoder, or a "
-            f"function that fits a guide to a dataset, got {type(guide).__name__}"
-            f"{' without an encoder' if hasattr(guide, 'is_amortised') else ''}."
-        )
-    if amortised and guide.prototype_trace is None:
-        raise ValueError("calibrate: the guide was never trained. Fit it first: fit_amortized(model, guide).")
+    amortised = hasattr(guide, "is_amortised") or isinstance(guide, torch.nn.Module) or not callable(guide)
+    if amortised:
+        check_amortised("calibrate", guide, ", or a function that fits a guide to a dataset")
     simulator = Simulator("calibrate", model, args, kwargs)
     known = simulator.draw(num_simulations, vectorize=vectorize)
     size = max(1, 100_000 // num_samples) if amortised else 1
@@ -195,14 +190,14 @@ def calibrate(
 def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> OfDatasets:
     """Return the posterior of some datasets."""
     if amortised:
-        args, kwargs = simulator.arguments(rows.data)
-        return guide.of_datasets(*args, **kwargs)
+        return posteriors(guide, simulator, rows.data)
     args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)
     if not hasattr(fitted, "pack"):
         raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
-    return fitted.of_datasets(*args, **kwargs)
+    found: OfDatasets = fitted.of_datasets(*args, **kwargs)
+    return found
 
 
 def _compare(posterior: OfDatasets, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
@@ -212,7 +207,7 @@ def _compare(posterior: OfDatasets, latents: dict[str, Tensor], num_samples: int
         Ranks ``(M, K)``, coverage ``(M,)``, and the unconstrained truths ``(M, D)`` and draws ``(M, S, D)``.
     """
     truths, draws = posterior.pick(latents), posterior.sample(num_samples)
-    truth, z = posterior.vectors(truths), posterior.vectors(draws)
+    truth, z = posterior.pack(truths)[0], posterior.pack(draws)[0]
     ranks = torch.cat([(draws[n] < t).double().mean(0).reshape(len(truth), -1) for n, t in truths.items()], 1)
     higher = posterior.log_prob(draws) > posterior.log_prob(truths)
     return ranks, higher.double().mean(0), truth, z.transpose(0, 1)

@@ -13,7 +13,7 @@ from .. import plots
 from ..arguments import check_integers, check_numbers, joined
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
-from .amortised import Amortised
+from .amortised import check_amortised
 from .largest_statistic import p_value
 from .local_scores import evidence
 from .neighbours import neighbours_of
@@ -165,21 +165,22 @@ def local_c2st(
     check_integers("local_c2st", 10, num_samples=num_samples)
     check_integers("local_c2st", 100, num_null=num_null)
     check_numbers("local_c2st", above=0, below=1, level=level)
+    check_amortised("local_c2st", guide)
     simulator = Simulator("local_c2st", model, args, kwargs)
     simulator.check_data("observed", observed)
-    posterior = Amortised("local_c2st", guide, simulator)
     rows = [max(FEWEST, round(share * num_simulations)) for share in SHARES]
     near = neighbours_of(
-        posterior,
+        guide,
+        simulator,
         {name: value.unsqueeze(0) for name, value in observed.items()},
         num_simulations=num_simulations,
         number=rows[-1],
         num_samples=num_samples,
         vectorize=vectorize,
     )
-    found = evidence(near, posterior.numbers(near.latents), posterior.names, rows, num_null)
+    found = evidence(near, rows, num_null)
     return LocalC2ST(
-        names=posterior.names,
+        names=near.names,
         statistic=float(found.statistic[0]),
         null=found.statistic[1:],
         p_value=p_value(found.statistic, 0),

@@ -63,19 +63,17 @@ class Evidence(NamedTuple):
     standard: tuple[Tensor, Tensor]
 
 
-def evidence(found: Neighbours, numbers: Tensor, names: list[str], rows: list[int], repeats: int) -> Evidence:
+def evidence(found: Neighbours, rows: list[int], repeats: int) -> Evidence:
     """Compute all statistics.
 
     Args:
         found: The rows.
-        numbers: The numbers of the latents of all candidates, ``(n, M + 1, K)``.
-        names: Their names.
         rows: The numbers of nearest rows to look at.
         repeats: The number R of picks.
     """
-    shares = found.log_weights.softmax(1)
+    names, shares = found.names, found.log_weights.softmax(1)
     picks = torch.cat((torch.zeros_like(shares[:, :1], dtype=torch.long), shares.multinomial(repeats, True)), 1).T
-    standard = _standardised(numbers, shares)
+    standard = _standardised(found.numbers, shares)
     base = found.base.nan_to_num(CUT, CUT, -CUT).clamp(-CUT, CUT)
     moments = _moments(standard, names)
     named = [moments, _pairs(standard, names), _shapes(standard, names)]

@@ -13,7 +13,7 @@ from .. import plots
 from ..arguments import check_integers, check_numbers, joined
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
-from .amortised import Amortised
+from .amortised import check_amortised, posteriors
 from .largest_statistic import p_value, scaled
 from .predictive_statistics import Predictive, Statistic
 
@@ -146,10 +146,10 @@ def misspecification(
     check_integers("misspecification", 99, num_simulations=num_simulations)
     check_integers("misspecification", 10, num_samples=num_samples)
     check_numbers("misspecification", above=0, below=1, level=level)
+    check_amortised("misspecification", guide)
     simulator = Simulator("misspecification", model, args, kwargs)
     simulator.check_data("observed", observed)
-    posterior = Amortised("misspecification", guide, simulator)
-    predictive = _replicate(posterior, observed, num_simulations, num_samples, vectorize)
+    predictive = _replicate(guide, simulator, observed, num_simulations, num_samples, vectorize)
     found = predictive.statistics()
     sides = [side for statistic in found for side in _sides(statistic)]
     together = torch.stack([side.value for side in sides])
@@ -175,15 +175,19 @@ def _sides(found: Statistic) -> list[Statistic]:
 
 
 def _replicate(
-    posterior: Amortised, observed: dict[str, Tensor], num_simulations: int, num_samples: int, vectorize: str
+    guide: Any,
+    simulator: Simulator,
+    observed: dict[str, Tensor],
+    num_simulations: int,
+    num_samples: int,
+    vectorize: str,
 ) -> Predictive:
     """Simulate datasets, append the observation, and draw posterior predictive replicates of each."""
-    drawn = posterior.simulator.draw(num_simulations, vectorize=vectorize)
+    drawn = simulator.draw(num_simulations, vectorize=vectorize)
     simulated = drawn.take(drawn.has_finite_data).data
     data = {name: torch.cat((x, observed[name].unsqueeze(0).to(x))) for name, x in simulated.items()}
-    contexts = posterior.contexts(data)
-    number = len(contexts)
-    z = posterior.place(posterior.base(num_samples, number)[0], contexts).flatten(0, 1)
-    made = posterior.simulator.draw(len(z), posterior.values(z), vectorize=vectorize).data
-    replicates = {name: made[name].reshape(num_samples, number, *data[name].shape[1:]) for name in data}
-    return Predictive(data, replicates, contexts)
+    of = posteriors(guide, simulator, data)
+    assert of.context is not None
+    latents = {name: value.flatten(0, 1) for name, value in of.sample_all(num_samples).items()}
+    made = simulator.draw(num_samples * len(of.context), latents, vectorize=vectorize).data
+    return Predictive(data, {name: made[name].reshape(num_samples, *x.shape) for name, x in data.items()}, of.context)

@@ -4,6 +4,8 @@ Half of the latents are drawn from the prior π, and half from a proposal q̃, a
 rows whose data are near the observation are kept.  A selection by the data alone leaves the posterior of each row as it
 is.  The proposal does not: the latents of a row follow π(θ | x) r(θ) / Z with r = (1 + q̃ / π) / 2.
 
+The proposal of a hierarchy is one of the latents outside of its plate; those in rows follow the prior given these.
+
 So let θ₀ be the latents of a row and θ₁, ..., θ_M draws of the guide given its data.  If the guide is right, then given
 the set of all M + 1, the one that the data were simulated from is each θ_j with a probability in proportion to r(θ_j).
 """
@@ -11,14 +13,16 @@ the set of all M + 1, the one that the data were simulated from is each θ_j wit
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..guides.latent_prior import LatentPrior
+from ..guides.of_datasets import OfDatasets
 from ..programs.simulations import Simulations
-from .amortised import Amortised
+from ..programs.simulator import Simulator
+from .amortised import posteriors
 
 WIDE = 1.5  # the scale of the proposal's base: tails of the posterior are simulated too
 PILOT = 0.1  # the share of the simulations that define nearness
@@ -34,14 +38,18 @@ class Neighbours(NamedTuple):
     """The n simulations nearest to an observation, each with its true latents and M draws of the guide.
 
     Attributes:
+        names: The names of the K numbers of the latents.
         latents: Packed latents of the M + 1 candidates, the true ones first, ``(n, M + 1, D)``.
+        numbers: Their numbers, ``(n, M + 1, K)``.
         base: Their coordinates in the flow's base, ``(n, M + 1, D)``.
         log_weights: The logarithm of r, ``(n, M + 1)``.
         distance: The distance of each row's posterior from that of the observation, in its standard deviations,
             ``(n,)`` in ascending order.
     """
 
+    names: list[str]
     latents: Tensor
+    numbers: Tensor
     base: Tensor
     log_weights: Tensor
     distance: Tensor
@@ -53,44 +61,43 @@ class Proposal:
     All are drawn from the prior if its density is unknown, since the model draws other sites before the latents.
 
     Args:
-        posterior: The guide.
-        context: The context of the observation, ``(1, context_dim)``.
+        simulator: The model.
+        here: The posterior of the observation.
     """
 
-    def __init__(self, posterior: Amortised, context: Tensor) -> None:
-        self.posterior, self.context = posterior, context
-        self.prior = LatentPrior(posterior.simulator, posterior.sites)
-        self.wide = 1.0 if posterior.is_bounded else WIDE
+    def __init__(self, simulator: Simulator, here: OfDatasets) -> None:
+        self.simulator, self.of = simulator, here.shared
+        self.q = self.of.widened(WIDE)
+        self.prior = LatentPrior(simulator, list(self.of.shapes))
         self.is_mixed = self.prior.is_complete and bool(self.log_ratio(self._near(20)).isfinite().all())
 
     def simulate(self, number: int, vectorize: str) -> Simulations:
         """Draw latents and data."""
-        simulator = self.posterior.simulator
         near = int((torch.rand(number) < 0.5).sum()) if self.is_mixed else 0
         parts = []
         if near < number:
-            parts.append(simulator.draw(number - near, vectorize=vectorize))
+            parts.append(self.simulator.draw(number - near, vectorize=vectorize))
         if near:
-            parts.append(simulator.draw(near, self.posterior.values(self._near(near)), vectorize=vectorize))
+            parts.append(self.simulator.draw(near, self.of.values(self._near(near)), vectorize=vectorize))
         return parts[0].join(parts[1]) if len(parts) > 1 else parts[0]
 
     def _near(self, number: int) -> Tensor:
-        u, _ = self.posterior.base(number, wide=self.wide)
-        return self.posterior.place(u, self.context)
+        found: Tensor = self.q.sample((number,))[:, 0]
+        return found
 
     def log_ratio(self, z: Tensor) -> Tensor:
         """Return log q̃(z) / π(z), ``(N,)`` in nats, of packed latents ``(N, D)``."""
-        values = self.posterior.values(z)
-        _, log_det = self.posterior.pack(values)
+        values = self.of.values(z)
+        _, log_det = self.of.pack(values)
         log_prior = self.prior.run(len(z), values)[1] - log_det
-        own = self.posterior.log_prob(z, self.context, self.wide) - self.posterior.width * math.log(self.wide)
-        return own - log_prior
+        found: Tensor = self.q.log_prob(z[:, None])[:, 0] - log_prior
+        return found
 
     def log_weights(self, z: Tensor) -> Tensor:
-        """Return log r of packed latents ``(N, D)``, ``(N,)``."""
+        """Return log r, ``(N,)``, of packed latents that begin with those of the proposal, ``(N, D)``."""
         if not self.is_mixed:
             return torch.zeros_like(z[:, 0])
-        ratio = self.log_ratio(z).nan_to_num(-TILT).clamp(-TILT, TILT)
+        ratio = self.log_ratio(z[:, : self.q.event_shape[0]]).nan_to_num(-TILT).clamp(-TILT, TILT)
         return torch.nn.functional.softplus(ratio) - math.log(2)
 
 
@@ -101,18 +108,19 @@ class Nearness:
     on context and data.  The second sees data that the guide ignores.
 
     Args:
-        posterior: The guide.
-        pilot: Simulations from the prior, on which the regression is fitted.
-        context: The context of the observation, ``(1, context_dim)``.
+        here: The posterior of the observation.
+        observed: The observation, by the model's arguments, each ``(1, *shape)``.
+        of_pilot: The posteriors of simulations from the prior, on which the regression is fitted.
+        pilot: These simulations.
     """
 
-    def __init__(self, posterior: Amortised, pilot: Simulations, context: Tensor) -> None:
-        self.posterior, self.context = posterior, context
-        self.points, _ = posterior.base(POINTS, 1)
-        draws = posterior.place(posterior.base(500)[0], context)
+    def __init__(self, here: OfDatasets, observed: dict[str, Tensor], of_pilot: OfDatasets, pilot: Simulations) -> None:
+        self.here, self.observed = here, observed
+        self.points = here.q.noise((POINTS, 1))
+        draws = here.q.sample((500,))[:, 0]
         self.whiten = _whitening(draws - draws.mean(0))
-        rows = _columns(posterior, pilot.data)
-        z, _ = posterior.pack(pilot.latents)
+        rows = _columns(of_pilot, pilot.data)
+        z, _ = of_pilot.pack(of_pilot.pick(pilot.latents))
         kept = z.isfinite().all(-1) & rows.isfinite().all(-1)
         rows, z = rows[kept], z[kept]
         self.loc, self.scale = rows.mean(0), rows.std(0).clamp(min=1e-9)
@@ -126,19 +134,20 @@ class Nearness:
         x = ((rows - self.loc) / self.scale).clamp(-FAR, FAR)
         return torch.cat((torch.ones_like(x[:, :1]), x, x**2), -1)
 
-    def __call__(self, data: dict[str, Tensor], observed: dict[str, Tensor]) -> Tensor:
+    def __call__(self, of: OfDatasets, data: dict[str, Tensor]) -> Tensor:
         """Return the distance of each dataset, ``(N,)``, infinite if the guide fails on it."""
-        contexts = self.posterior.contexts(data)
-        moved = self.posterior.place(self.points, contexts) - self.posterior.place(self.points, self.context)
+        moved = of.q.place(self.points) - self.here.q.place(self.points)
         square = (moved @ self.whiten).square().sum(-1).mean(0)
-        near, here = (self._features(_columns(self.posterior, x)) @ self.weights for x in (data, observed))
-        square = (square + ((near - here) @ self.whiten_rest).square().sum(-1)) / (2 * self.posterior.width)
+        pairs = (of, data), (self.here, self.observed)
+        near, here = (self._features(_columns(*pair)) @ self.weights for pair in pairs)
+        square = (square + ((near - here) @ self.whiten_rest).square().sum(-1)) / (2 * moved.shape[-1])
         return square.sqrt().nan_to_num(torch.inf)
 
 
-def _columns(posterior: Amortised, data: dict[str, Tensor]) -> Tensor:
+def _columns(of: OfDatasets, data: dict[str, Tensor]) -> Tensor:
     """Return the contexts of N datasets, and their numbers if they are few, ``(N, F)``."""
-    columns = [posterior.contexts(data)]
+    assert of.context is not None
+    columns = [of.context]
     for x in data.values():
         flat = x.reshape(len(x), -1)
         if flat.shape[1] <= RAW:
@@ -155,7 +164,8 @@ def _whitening(rest: Tensor) -> Tensor:
 
 
 def neighbours_of(
-    posterior: Amortised,
+    guide: Any,
+    simulator: Simulator,
     observed: dict[str, Tensor],
     *,
     num_simulations: int,
@@ -166,30 +176,31 @@ def neighbours_of(
     """Simulate, keep the nearest rows, and draw from the guide given their data.
 
     Args:
-        posterior: The guide.
+        guide: The guide.
+        simulator: The model.
         observed: The observation, by the model's arguments, each ``(1, *shape)``.
         num_simulations: The number of simulations.
         number: The number n of rows to keep.
         num_samples: The number M of draws per row.
         vectorize: The engine, as for :func:`~pyro_flows.simulate`.
     """
-    context = posterior.contexts(observed)
-    first = round(PILOT * num_simulations)
-    pilot = posterior.simulator.draw(first, vectorize=vectorize)
+    here, first = posteriors(guide, simulator, observed), round(PILOT * num_simulations)
+    pilot = simulator.draw(first, vectorize=vectorize)
     pilot = pilot.take(pilot.has_finite_data)
     if len(pilot) < FEWEST:
         must = f"at least {FEWEST} of {first} simulations must have finite data, got {len(pilot)}"
-        raise ValueError(f"{posterior.simulator.caller}: {must}. Increase num_simulations, or correct the model.")
-    nearness, proposal = Nearness(posterior, pilot, context), Proposal(posterior, context)
+        raise ValueError(f"{simulator.caller}: {must}. Increase num_simulations, or correct the model.")
+    nearness = Nearness(here, observed, posteriors(guide, simulator, pilot.data), pilot)
+    proposal = Proposal(simulator, here)
     drawn = proposal.simulate(num_simulations - first, vectorize)
     drawn = drawn.take(drawn.has_finite_data)
-    distance, order = nearness(drawn.data, observed).sort()
+    of_drawn = posteriors(guide, simulator, drawn.data)
+    distance, order = nearness(of_drawn, drawn.data).sort()
     distance, order = distance[:number], order[:number]
-    rows = drawn.take(order)
-    truth, _ = posterior.pack(rows.latents)
-    contexts = posterior.contexts(rows.data)
-    u, _ = posterior.base(num_samples, len(rows))
-    latents = torch.cat((truth[None], posterior.place(u, contexts))).transpose(0, 1)
-    base = torch.cat((posterior.coordinates(truth, contexts)[0][None], u)).transpose(0, 1)
-    log_weights = proposal.log_weights(latents.flatten(0, 1)).reshape(latents.shape[:2])
-    return Neighbours(latents, base, log_weights, distance)
+    of_rows = of_drawn.take(order)
+    truth, _ = of_rows.pack(of_rows.pick(drawn.take(order).latents))
+    z = torch.cat((truth[None], of_rows.q.sample((num_samples,))))  # (M + 1, n, D)
+    log_weights = proposal.log_weights(z.flatten(0, 1)).reshape(z.shape[:2])
+    candidates = z, of_rows.numbers(z), of_rows.q.coordinates(z), log_weights
+    latents, numbers, base, log_weights = (part.transpose(0, 1) for part in candidates)
+    return Neighbours(here.labels, latents, numbers, base, log_weights, distance)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from ..distributions.normal import log_prob_of
-from ..transforms import FlowTransform, View
+from ..transforms import FixedAffine, FlowTransform, View
 from ..transforms.base import carried_along, chained
 from ..transforms.torch_view import can_be_kept, watch
 from ..vjp import is_plain
@@ -76,6 +76,14 @@ class FlowDistribution(dist.TransformedDistribution):
         """
         return self._with(transforms=[*self.transforms, View(transform)], runs=[*self.runs, transform])
 
+    def widened(self, by: float) -> FlowDistribution:
+        """Return the distribution of vectors whose base is scaled by a number; it scores any value without a check."""
+        like = self.noise()
+        scale = FixedAffine(len(like), dense=False).to(like)
+        scale.set(torch.zeros_like(like), torch.full_like(like, by))
+        first = {"transforms": [View(scale), *self.transforms], "runs": [scale, *self.runs]}
+        return self._with(**first, _validate_args=False)
+
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
 
@@ -102,6 +110,19 @@ class FlowDistribution(dist.TransformedDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``."""
         return chained(self.runs, self.base_dist.sample(as_size(sample_shape)), self.context)[0]
+
+    def noise(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw samples of the base without the batch, ``(*sample_shape, *event_shape)``."""
+        found: Tensor = self.base().sample(as_size(sample_shape))
+        return found
+
+    def place(self, x: Tensor) -> Tensor:
+        """Map base coordinates ``(*batch, *event_shape)``, which broadcast with the context, to values."""
+        return chained(self.runs, x, self.context)[0]
+
+    def coordinates(self, value: Tensor) -> Tensor:
+        """Map values ``(*batch, *event_shape)`` to base coordinates."""
+        return chained(self.runs, value, self.context, inverse=True)[0]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""

@@ -23,7 +23,6 @@ from ..encoders.base import at_rest
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.chunks import chunk_for
 from ..flows.distribution import FlowDistribution
-from ..programs.quantities import labels_of
 from ..transforms import Compose, View
 from ..vjp import keeps
 from .base import FlowGuide
@@ -45,8 +44,9 @@ from .default_training import Schedule, schedule_of_many
 from .guide_call import Call
 from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
+from .of_datasets import OfDatasets, OfJoint
 from .packing import Packing, place
-from .scored import OfDatasets, Packed, Scored
+from .scored import Packed, Scored
 from .start_location import settle_start
 
 
@@ -275,23 +275,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return [Scored(self.flow, z, context, log_det)]
 
     def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
-        """Return the posterior of each of M datasets, or of the one dataset of a guide without an encoder."""
+        """Return the posteriors of M datasets, or of the one dataset of a guide without an encoder."""
         with at_rest(self.encoder):
-            q = self.flow(self.context(*args, **kwargs))
-        q = q if q.batch_shape else q.expand((1,))
-
-        def log_prob(values: dict[str, Tensor]) -> Tensor:
-            z, log_det = self.pack(values, *args, **kwargs)
-            return q.log_prob(z) + log_det
-
-        sites = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
-        return OfDatasets(
-            [label for name, value in sites.items() for label in labels_of(name, value.shape)],
-            lambda latents: {name: latents[name] for name in sites},
-            lambda number: self._layout(self._call(args, kwargs)).values(q.sample((number,))),
-            log_prob,
-            lambda values: self.pack(values, *args, **kwargs)[0],
-        )
+            context = self.context(*args, **kwargs)
+        shapes = {name: site["value"].shape for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        layout = self._layout(self._call(args, kwargs))
+        return OfJoint(self.flow, context, layout, shapes, widens=not self.has_circles)
 
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""

@@ -326,7 +326,7 @@ class BlockTransform(Transform):
 
     Args:
         posterior: The blocks.
-        rows: The rows of each block.
+        rows: The rows of each block.  If they are of a batch of datasets, ``batch`` ends with its shape.
     """
 
     domain = codomain = constraints.real_vector
@@ -367,9 +367,9 @@ class BlockTransform(Transform):
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
         """The shape of each block's vectors, with the rows at the dimensions of their plates."""
-        pairs = zip(self._posterior.blocks, self._rows, strict=True)
-        batches = [() if own.contexts is None else block.aligned(own.contexts, 1).shape[:-1] for block, own in pairs]
-        return [(*rows, block.packing.size) for block, rows in zip(self._posterior.blocks, batches, strict=True)]
+        pairs, batch = zip(self._posterior.blocks, self._rows, strict=True), len(self._posterior.batch_of(self._rows))
+        rows = [() if own.contexts is None else block.aligned(own.contexts, 1).shape[batch:-1] for block, own in pairs]
+        return [(*sizes, block.packing.size) for block, sizes in zip(self._posterior.blocks, rows, strict=True)]
 
 
 def _joined(*groups: Sequence[Tensor]) -> Tensor | None:

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..arguments import suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..programs.error_text import warn_user
-from ..programs.quantities import labels_of
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
 from .default_flows import bound, start_at_draws
 from .guide_call import Call, Key
 from .masked import RowMasks
-from .scored import EACH, OfDatasets, Packed, Scored
+from .of_datasets import OfDatasets, OfRow
+from .scored import EACH, Packed, Scored
 from .structure import Structure
 
 
@@ -228,45 +228,9 @@ class AutoPlateFlow(BlockGuide):
     @torch.no_grad()
     def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
         """Return the posterior, for each of M datasets, of the latents outside of the plate and in one random row."""
-        of_shared, of_rows = self.posterior.blocks
         rows = self._all_rows(self._call(args, kwargs), None)
-        contexts = cast(Tensor, rows[1].contexts)  # (M, rows, width)
-        number, size, width = contexts.shape
-        picked = torch.randint(size, (number,), device=contexts.device)
-        own = contexts.gather(1, picked.reshape(-1, 1, 1).expand(-1, 1, width))
-        owns = [rows[0], BlockRows(None, own)]
-
-        def pick(latents: dict[str, Tensor]) -> dict[str, Tensor]:
-            found = {name: latents[name] for name in of_shared.packing.parts}
-            for name, part in of_rows.packing.parts.items():
-                value, axis = latents[name], of_rows.packing.dims[0] - part.event_dim
-                place = picked.reshape(-1, *(1,) * (value.dim() - 1)).expand(
-                    *value.shape[:axis], 1, *value.shape[axis:][1:]
-                )
-                found[name] = value.gather(axis, place)
-            return found
-
-        def vectors(values: dict[str, Tensor]) -> Tensor:
-            flat = []
-            for block in self.posterior.blocks:
-                z, _ = block.packing.pack(values)
-                flat.append(z.reshape(*z.shape[: z.dim() - 1 - block.packing.depth], -1))
-            return torch.cat(flat, -1)
-
-        labels = [
-            label for name, part in of_shared.packing.parts.items() for label in labels_of(name, part.start.shape)
-        ]
-        for name, part in of_rows.packing.parts.items():
-            shape = list(part.start.shape)
-            del shape[of_rows.packing.dims[0] - part.event_dim]
-            labels += labels_of(f"{name}[row]", torch.Size(shape))
-        return OfDatasets(
-            labels,
-            pick,
-            lambda samples: self.posterior.draw(samples, owns),
-            lambda values: self.posterior.log_prob(values, owns, {}),
-            vectors,
-        )
+        number, size, _ = cast(Tensor, rows[1].contexts).shape  # (M, rows, width)
+        return OfRow(self.posterior, rows, torch.randint(size, (number,), device=cast(Tensor, rows[1].contexts).device))
 
     @torch.no_grad()
     def bind(self, *args: Any, **kwargs: Any) -> AutoPlateFlow:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,22 +26,3 @@ class Scored(NamedTuple):
     z: Tensor
     context: Tensor
     log_det: Tensor
-
-
-@dataclass(frozen=True)
-class OfDatasets:
-    """The posterior of M datasets by an amortised guide, of all latents or of those outside of a plate and in one row.
-
-    Attributes:
-        labels: The names of the numbers in the latents.
-        pick: Returns from simulated latents those of the posterior, ``(M, *site_shape)``.
-        sample: Returns so many draws, each ``(S, M, *site_shape)``.
-        log_prob: Returns the log-density of values in nats, ``(..., M)``.
-        vectors: Returns the packed, unconstrained vectors of values, ``(..., M, D)``.
-    """
-
-    labels: list[str]
-    pick: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    sample: Callable[[int], dict[str, Tensor]]
-    log_prob: Callable[[dict[str, Tensor]], Tensor]
-    vectors: Callable[[dict[str, Tensor]], Tensor]

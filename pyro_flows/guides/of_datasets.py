@@ -1,0 +1,236 @@
+"""The posteriors of many datasets by one amortised guide, with the base coordinates of their flows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..programs.engines import Values
+from ..programs.quantities import labels_of
+from .blocks import Blocks, BlockTransform
+from .contexts import BlockRows
+
+
+class OfDatasets(ABC):
+    """The posteriors of M datasets: of all latents, or of those outside of a plate and in one row.
+
+    Values of sites have shape ``(..., M, *site_shape)``.  Their packed, unconstrained vectors z = T(u; context), and
+    the coordinates u of the flow's base, have shape ``(..., M, D)``.
+
+    Args:
+        q: The distribution of vectors, with the methods of :class:`~pyro_flows.flows.distribution.FlowDistribution`.
+        context: The contexts of the datasets, ``(M, context_dim)``; None for a guide of one dataset.
+        labels: The names of the K numbers of the latents.
+    """
+
+    def __init__(self, q: Any, context: Tensor | None, labels: list[str]) -> None:
+        self.q, self.context, self.labels = q, context, labels
+
+    @abstractmethod
+    def take(self, index: Tensor) -> OfDatasets:
+        """Return the posteriors of the datasets at an index, ``(n,)``."""
+
+    @abstractmethod
+    def pick(self, latents: Values) -> Values:
+        """Return the values of the posterior's latents from M simulations."""
+
+    @abstractmethod
+    def values(self, z: Tensor) -> Values:
+        """Return the values of vectors."""
+
+    @abstractmethod
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Return the vectors of values, and log|det dz/dvalues| in nats, ``(..., M)``."""
+
+    @property
+    @abstractmethod
+    def shared(self) -> OfJoint:
+        """The posteriors of the latents outside of a plate.  Their vectors are the first numbers of all."""
+
+    @abstractmethod
+    def sample_all(self, number: int) -> Values:
+        """Return draws of all latents, those in all rows of a plate included."""
+
+    def sample(self, number: int) -> Values:
+        """Return draws."""
+        return self.values(self.q.sample((number,)))
+
+    def log_prob(self, values: Values) -> Tensor:
+        """Return the log-density of values in nats, ``(..., M)``."""
+        z, log_det = self.pack(values)
+        found: Tensor = self.q.log_prob(z) + log_det
+        return found
+
+    def numbers(self, z: Tensor) -> Tensor:
+        """Return the numbers of the latents as columns, ``(..., M, K)``, from vectors."""
+        return torch.cat([value.reshape(*z.shape[:-1], -1) for value in self.values(z).values()], -1)
+
+
+class OfJoint(OfDatasets):
+    """The posteriors of latents that have one vector.
+
+    Args:
+        at: Returns the distribution of vectors at contexts.
+        context: The contexts.
+        layout: The packing of the latents.
+        shapes: The shapes of their sites.
+        widens: False if some of them are angles, whose base cannot be widened.
+    """
+
+    def __init__(
+        self,
+        at: Callable[[Tensor | None], Any],
+        context: Tensor | None,
+        layout: Any,
+        shapes: dict[str, torch.Size],
+        *,
+        widens: bool = True,
+    ) -> None:
+        q = at(context)
+        labels = [label for name, shape in shapes.items() for label in labels_of(name, shape)]
+        super().__init__(q if q.batch_shape else q.expand((1,)), context, labels)
+        self.at, self.layout, self.shapes, self.widens = at, layout, shapes, widens
+
+    def take(self, index: Tensor) -> OfJoint:
+        context = None if self.context is None else self.context[index]
+        return OfJoint(self.at, context, self.layout, self.shapes, widens=self.widens)
+
+    def pick(self, latents: Values) -> Values:
+        return {name: latents[name] for name in self.shapes}
+
+    def values(self, z: Tensor) -> Values:
+        found: Values = self.layout.values(z)
+        return found
+
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        z, log_det = self.layout.pack(values)
+        return z, log_det
+
+    @property
+    def shared(self) -> OfJoint:
+        return self
+
+    def sample_all(self, number: int) -> Values:
+        return self.sample(number)
+
+    def widened(self, by: float) -> Any:
+        """Return the distribution of vectors with the base scaled by a number, unless there are angles."""
+        return self.q.widened(by) if self.widens else self.q
+
+
+class OfRow(OfDatasets):
+    """The posteriors of the latents outside of a plate, and in one row of it for each dataset.
+
+    Args:
+        posterior: The blocks of the guide: the latents outside of the plate, and those inside.
+        rows: The contexts of both, for all rows.
+        places: The row of each dataset, ``(M,)``.
+    """
+
+    def __init__(self, posterior: Blocks, rows: Sequence[BlockRows], places: Tensor) -> None:
+        self.posterior, self.rows, self.places = posterior, rows, places
+        of_all, of_each = (own.contexts for own in rows)
+        assert of_all is not None
+        assert of_each is not None
+        index = places.reshape(-1, 1, 1).expand(-1, 1, of_each.shape[-1])
+        own = of_each.gather(1, index)
+        labels = [
+            label
+            for block in posterior.blocks
+            for name, part in block.packing.parts.items()
+            for label in _labels(name, part, block.packing.dims)
+        ]
+        q = OneRow(posterior, [rows[0], BlockRows(None, own)])
+        super().__init__(q, torch.cat((of_all, own[:, 0]), -1), labels)
+
+    def take(self, index: Tensor) -> OfRow:
+        rows = [BlockRows(None, own.contexts[index]) for own in self.rows if own.contexts is not None]
+        return OfRow(self.posterior, rows, self.places[index])
+
+    def pick(self, latents: Values) -> Values:
+        of_shared, of_rows = (block.packing for block in self.posterior.blocks)
+        found = {name: latents[name] for name in of_shared.parts}
+        for name, part in of_rows.parts.items():
+            value, axis = latents[name], of_rows.dims[0] - part.event_dim
+            index = self.places.reshape(-1, *(1,) * (value.dim() - 1))
+            shape = list(value.shape)
+            shape[axis] = 1
+            found[name] = value.gather(axis, index.expand(shape))
+        return found
+
+    def values(self, z: Tensor) -> Values:
+        found = Values()
+        parts = z.split([block.packing.size for block in self.posterior.blocks], -1)
+        for block, part in zip(self.posterior.blocks, parts, strict=True):
+            aligned = part.reshape(*part.shape[:-1], *(1,) * block.packing.depth, -1)
+            found.update(block.packing.values(aligned))
+        return found
+
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        vectors, total = list[Tensor](), torch.zeros(())
+        for block in self.posterior.blocks:
+            z, log_det = block.packing.pack(values)
+            batch = log_det.shape[: log_det.dim() - block.packing.depth]
+            vectors.append(z.reshape(*batch, -1))
+            total = total + log_det.reshape(batch)
+        return torch.cat(vectors, -1), total
+
+    @property
+    def shared(self) -> OfJoint:
+        block = self.posterior.blocks[0]
+        shapes = {name: part.start.shape for name, part in block.packing.parts.items()}
+        context = None if self.rows[0].contexts is None else self.rows[0].contexts.to(block.packing.dtype)
+        return OfJoint(block.flow, context, block.packing, shapes)
+
+    def sample_all(self, number: int) -> Values:
+        return self.posterior.draw(number, self.rows)
+
+
+class OneRow:
+    """The distribution of the packed vectors of all blocks, with one row in each of M datasets.
+
+    Args:
+        posterior: The blocks.
+        rows: The contexts of their rows, with a batch of M datasets.
+    """
+
+    def __init__(self, posterior: Blocks, rows: Sequence[BlockRows]) -> None:
+        self.map, self.batch = BlockTransform(posterior, rows), posterior.batch_of(rows)
+        self.bases = [block.flow.base() for block in posterior.blocks]
+        self.sizes = [block.packing.size for block in posterior.blocks]
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """Sample the bases, ``(*shape, D)``."""
+        return torch.cat([base.sample(torch.Size(shape)) for base in self.bases], -1)
+
+    def sample(self, shape: Sequence[int]) -> Tensor:
+        """Return draws, ``(*shape, M, D)``."""
+        return self.place(self.noise((*shape, *self.batch)))
+
+    def place(self, u: Tensor) -> Tensor:
+        """Map base coordinates ``(..., M, D)`` to vectors."""
+        return self.map(u.expand(*u.shape[:-2], *self.batch, -1))
+
+    def coordinates(self, z: Tensor) -> Tensor:
+        """Map vectors ``(..., M, D)`` to base coordinates."""
+        found: Tensor = self.map.inv(z)
+        return found
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of vectors in nats, ``(..., M)``."""
+        u = self.coordinates(z)
+        log_p = [base.log_prob(part) for base, part in zip(self.bases, u.split(self.sizes, -1), strict=True)]
+        return sum(log_p[1:], log_p[0]) - self.map.log_abs_det_jacobian(u, z)
+
+
+def _labels(name: str, part: Any, dims: tuple[int, ...]) -> list[str]:
+    """Return the names of a site's numbers, outside of a plate or in one row of it."""
+    shape = list(part.start.shape)
+    if dims:
+        del shape[dims[0] - part.event_dim]
+        name = f"{name}[row]"
+    return labels_of(name, torch.Size(shape))
