@@ -38,6 +38,7 @@ from .flows import Flow as Flow
 from .guides import AutoFlow as AutoFlow
 from .guides import AutoPlateFlow as AutoPlateFlow
 from .guides import AutoStructuredFlow as AutoStructuredFlow
+from .guides import ensemble as ensemble
 from .guides import posterior_graph as posterior_graph
 from .persistence import load as load
 from .persistence import save as save

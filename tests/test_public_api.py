@@ -31,15 +31,15 @@ from pyro_flows import (
 NAMES = {
     pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow LocalC2ST "
     "Misspecification Mode OdeReport Psis Samples Simulations Spike anneal bits_per_dim calibrate check dequantize "
-    "encoders find_spikes fit_amortized fit_density fit_likelihood fit_svi flows importance_log_likelihood load "
-    "local_c2st misspecification neutra ode_report plots posterior_graph psis refine resample round_off sample save "
-    "save_images simulate to_arviz",
+    "encoders ensemble find_spikes fit_amortized fit_density fit_likelihood fit_svi flows importance_log_likelihood "
+    "load local_c2st misspecification neutra ode_report plots posterior_graph psis refine resample round_off sample "
+    "save save_images simulate to_arviz",
     bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),
     conditioners: "CausalTransformer Conditioner ConvNet Given GivenLinear LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
-    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity MLPEncoder SetEncoder "
+    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder SetEncoder "
     "Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
@@ -52,7 +52,7 @@ NAMES = {
             {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
         )
     ),
-    guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow init_to_center posterior_graph",
+    guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow ensemble init_to_center posterior_graph",
     data: "Spike dequantize find_spikes",
     diagnostics: "Calibration Check Finding LocalC2ST Misspecification Neutra OdeReport Psis Refined bits_per_dim "
     "calibrate check importance_log_likelihood local_c2st misspecification neutra ode_report psis refine resample "

@@ -5,6 +5,7 @@ from .base import Encoder as Encoder
 from .identity import Identity as Identity
 from .image import ConvEncoder as ConvEncoder
 from .image import Flatten as Flatten
+from .joined import Joined as Joined
 from .labels import ClassEmbedding as ClassEmbedding
 from .mlp import MLPEncoder as MLPEncoder
 from .recurrent import GRUEncoder as GRUEncoder

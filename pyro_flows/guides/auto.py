@@ -169,7 +169,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def draws_from_flow(self) -> bool:
         """True if the guide has no encoder, and no subclass changes how it samples from its flow."""
-        return self.encoder is None and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
+        single = self.encoder is None and isinstance(self.flow, Flow)
+        return single and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
 
     @property
     def has_default_flow(self) -> bool:
@@ -179,7 +180,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained."""
-        return is_untrained(self.flow, self._init_scale, self.circular)
+        return isinstance(self.flow, Flow) and is_untrained(self.flow, self._init_scale, self.circular)
 
     @property
     def takes_paths(self) -> bool:
@@ -199,6 +200,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if near:
             return Schedule(80, num_particles=128, lr=0.02)
         return Schedule(400 if self.latent_dim <= 16 else 600, num_particles=256, lr=0.02)
+
+    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not isinstance(self.flow, Flow):
+            fault = "an ensemble cannot be trained by an ELBO, since its draws have no gradients"
+            raise ValueError(f"AutoFlow: {fault}. Train one of its members, or resample its draws by pf.resample.")
 
     def by_soap(self) -> list[Tensor]:
         return [] if self.has_circles or self.latent_dim > FEW else list(self.flow.parameters())
@@ -286,8 +292,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""
         if self.encoder is None:
             return None
-        flow = self.flow
-        return encode(self._call(args, kwargs), self.encoder, flow.context_dim).to(flow.transforms[-1].loc)
+        return encode(self._call(args, kwargs), self.encoder, self.flow.context_dim).to(next(self.flow.parameters()))
 
     @torch.no_grad()
     def bind(self, *args: Any, **kwargs: Any) -> AutoFlow:

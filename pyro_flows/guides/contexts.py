@@ -17,7 +17,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from ..conditioners.base import Paced
-from ..encoders import Arguments, Standardize
+from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.plate_minibatches import Shuffled
@@ -40,11 +40,26 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
         TypeError: If the encoder fails without arguments, or on data that are no tensors.
         ValueError: If it fails otherwise, or returns no floating tensor of that width.
     """
+    if isinstance(encoder, Joined):
+        context = encoder.join([encode(call, network) for network in encoder.networks])
+    else:
+        context = _encoded(call, encoder)
+    if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
+        what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(f"{call.owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
+    if width is not None and context.shape[-1] != width:
+        got = f"width {context.shape[-1]} (shape {tuple(context.shape)})"
+        raise ValueError(f"{call.owner}: the encoder returned {got}, but the guide was built for width {width}.")
+    return context
+
+
+def _encoded(call: Call, encoder: Any) -> Any:
+    """Return the result of an encoder; its errors name the shapes of the arguments."""
     places, names = _arranged(call, gaps=isinstance(encoder, Arguments))
     if isinstance(encoder, Arguments):
         _check_names(call, encoder, names)
     try:
-        context = encoder(*places, **names)
+        return encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         values = (*places, *names.values())
         seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values]
@@ -57,13 +72,6 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
             must = f"the data for the encoder must be tensors, got {arrays[0]}"
             raise TypeError(f"{call.owner}: {must}. Use torch.as_tensor(...).") from error
         raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}. {way}.") from error
-    if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
-        what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"{call.owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
-    if width is not None and context.shape[-1] != width:
-        got = f"width {context.shape[-1]} (shape {tuple(context.shape)})"
-        raise ValueError(f"{call.owner}: the encoder returned {got}, but the guide was built for width {width}.")
-    return context
 
 
 def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, Sta
 from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
+from ..flows.mixture import FlowMixture
 from ..transforms import (
     ActNorm,
     Conditioned,
@@ -297,8 +298,11 @@ def _ending(layers: Sequence[FlowTransform], base: nn.Module, loc: Tensor, scale
     return made
 
 
-def bound(flow: Flow, context: Tensor) -> Flow:
+def bound(flow: Any, context: Tensor) -> Any:
     """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
+    if isinstance(flow, FlowMixture):
+        pairs = zip(flow.flows, flow.contexts(context), strict=True)
+        return FlowMixture([part if own is None else bound(part, own) for part, own in pairs])
     held = nn.Parameter(context.detach().clone())
     return Flow([Conditioned(t, held) if t.context_dim else t for t in flow.transforms], flow.base)
 

@@ -18,6 +18,7 @@ from torch import nn
 from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow, Mixed
+from ..flows.mixture import FlowMixture
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from ..guides.circles import Circle
 from ..guides.loaded import Site
@@ -69,6 +70,7 @@ def _own() -> Iterator[Kind]:
         ("flows", Flow),
         ("flows", Dequantized),
         ("flows", Mixed),
+        ("flows", FlowMixture),
         ("guides", Site),
         ("guides", Circle),
     ):
