@@ -123,28 +123,27 @@ def local_c2st(
     Half of the simulations take their latents from the prior, and half from a widened posterior of the observation,
     whose effect on the null distribution is computed.  No likelihood is evaluated.
 
+    Of a hierarchy it tests the latents outside of the plate, and those in one row at random.  The posterior of the
+    observation then proposes only those outside of the plate.
+
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
-        guide: An ``AutoFlow`` with an encoder.
+        guide: An ``AutoFlow`` with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder``.
         *args: The model's arguments without the data.
         observed: The observation, by the names of the model's arguments.
         num_simulations: The number of simulations, at least 1000.  The nearest 6 % of them are used.
         num_samples: The number of the guide's draws per simulation, at least 10.
         num_null: The number R of null statistics, at least 100.
         level: The p-value at which the guide fails.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        vectorize: As for :func:`~pyro_flows.calibrate`, and so are ``max_plate_nesting``, ``model_kwargs`` and
+            ``**kwargs``.
 
     Returns:
         The :class:`~pyro_flows.LocalC2ST`.
 
     Raises:
         TypeError: If ``observed`` holds no tensors.
-        ValueError: If a number is out of its range, or ``observed`` is not one dataset of the model.  If the guide is
-            not amortised or is untrained.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
+        ValueError: As for :func:`~pyro_flows.calibrate`, or if ``observed`` is not one dataset of the model.
 
     Example::
 

@@ -97,10 +97,10 @@ def misspecification(
     """Test whether a model could have made an observation, by an amortised guide and simulations.
 
     Several statistics compare the observation with its posterior predictive replicates: latents are drawn from the
-    guide, and data from the model given these.  They are the Mahalanobis distance of the residuals, the largest
-    residual, the largest sum of neighbouring ones, and for sets and series also the spread and the energy distance of
-    the entries.  A further one is the distance of the encoder's context from those of simulations (Schmitt, Bürkner,
-    Köthe, Radev 2021, arXiv:2112.08866).
+    guide, in all rows of a plate, and data from the model given these.  They are the Mahalanobis distance of the
+    residuals, the largest residual, the largest sum of neighbouring ones, and for sets and series also the spread and
+    the energy distance of the entries.  A further one is the distance of the encoder's context from those of
+    simulations (Schmitt, Bürkner, Köthe, Radev 2021, arXiv:2112.08866).
 
     The same statistics of datasets from the prior predictive distribution, with replicates of their own, calibrate
     them: the largest statistic of the observation is ranked among theirs (Hjort, Dahl, Steinbakk 2006, Post-processing
@@ -108,25 +108,21 @@ def misspecification(
 
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
-        guide: An ``AutoFlow`` with an encoder.
+        guide: An ``AutoFlow`` with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder``.
         *args: The model's arguments without the data.
         observed: The observation, by the names of the model's arguments.
         num_simulations: The number B of simulated datasets, at least 99.
         num_samples: The number S of replicates per dataset, at least 10.  The model runs B + (B + 1) S times.
         level: The p-value at which the observation fails.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        vectorize: As for :func:`~pyro_flows.calibrate`, and so are ``max_plate_nesting``, ``model_kwargs`` and
+            ``**kwargs``.
 
     Returns:
         The :class:`~pyro_flows.Misspecification`.
 
     Raises:
         TypeError: If ``observed`` holds no tensors.
-        ValueError: If a number is out of its range, or ``observed`` is not one dataset of the model.  If the guide is
-            not amortised or is untrained.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
+        ValueError: As for :func:`~pyro_flows.calibrate`, or if ``observed`` is not one dataset of the model.
 
     Example::
 

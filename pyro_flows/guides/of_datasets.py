@@ -207,6 +207,7 @@ class OneRow:
         """Sample the bases, ``(*shape, D)``."""
         return torch.cat([base.sample(torch.Size(shape)) for base in self.bases], -1)
 
+    @torch.no_grad()
     def sample(self, shape: Sequence[int]) -> Tensor:
         """Return draws, ``(*shape, M, D)``."""
         return self.place(self.noise((*shape, *self.batch)))
