@@ -1,10 +1,11 @@
 """How accurate are amortised posteriors?  ``fit_amortized`` compared with sbi's neural posterior estimation (NPE).
 
-    python benchmarks/amortized.py                         # all of it, about 90 minutes on one core
+    python benchmarks/amortized.py                         # all of it, about three hours on one core
     python benchmarks/amortized.py --parts speed           # one part; rows in the CSV file are not measured again
     python benchmarks/amortized.py --quick --out DIR       # few simulations and draws: a smoke run
 
-*posteriors*: three tasks of sbibm.  Our guides and sbi's NPE are trained one after the other on the same simulations.
+*posteriors*: three tasks of sbibm.  Our guides, the density of a point of data (``fit_likelihood``) and sbi's NPE are
+trained one after the other on the same simulations.
 NPE is a neural spline flow with default settings.  For each of five observations, a classifier compares 10,000 draws
 with 10,000 reference draws (C2ST: .5 is perfect, 1 is worst).
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -48,7 +50,7 @@ from pyro_flows.distributions import FixedBase
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 PARTS = "posteriors", "speed", "calibration", "hierarchy", "two levels", "likelihood"
-OURS, SBI, SETS = METHODS[:3], *METHODS[3:]
+OURS, SBI, SETS, LEARNED = METHODS[:3], *METHODS[3:]
 GROUPS, TESTED, DATASETS = (5, 7, 13, 20, 33, 50, 77, 100), (5, 20, 100), 20
 DRAWS, WEIGHED, SVI_STEPS, BATCH, REPEATS = 10_000, 100_000, 300, 256, 200
 
@@ -110,6 +112,27 @@ def ours(task: tasks.Task, simulations: Any, seed: int) -> Trained:
     return Trained(answers, lambda theta, x: guide.log_prob({"theta": theta}, x), took)
 
 
+def learned(task: tasks.Task, simulations: Any, seed: int) -> Trained:
+    """Learn the density of a point by ``fit_likelihood``; the chains of ``sample`` start from an amortised guide."""
+    pyro.set_rng_seed(seed)
+    theta, x = simulations.latents["theta"], simulations.data["x"]
+    points = theta.repeat_interleave(task.points, 0), x.reshape(len(x) * task.points, -1)
+    guide = pf.AutoFlow(task.model, encoder=task.encoder())
+
+    def train() -> Callable[..., None]:
+        pf.fit_amortized(task.model, guide, simulations=simulations, progress=False)
+        return task.with_likelihood(pf.fit_likelihood(simulations=points, progress=False))
+
+    model, took = timed(train)
+
+    def answer(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        found = pf.sample(model, guide.bind(x), x, num_draws=DRAWS, progress=False)
+        draws = found.flat["theta"]
+        return draws[torch.randperm(len(draws))[:DRAWS]], {"converged": float(found.converged)}
+
+    return Trained({LEARNED: answer}, lambda theta, x: torch.tensor(math.nan), took)
+
+
 def theirs(task: tasks.Task, simulations: Any, seed: int, *, sets: bool = False) -> Trained:
     """Train sbi's NPE; with ``sets``, behind its permutation-invariant network."""
     from sbi.inference import NPE
@@ -159,12 +182,14 @@ def posteriors(results: Results, options: argparse.Namespace, name: str, seed: i
         if not todo or (method == SETS and len(task.shape) == 1):
             continue
         if method not in trained:
-            by_sbi = method not in OURS
-            found = theirs(task, known, seed, sets=method == SETS) if by_sbi else ours(task, known, seed)
+            if method in (SBI, SETS):
+                found = theirs(task, known, seed, sets=method == SETS)
+            else:
+                found = (learned if method == LEARNED else ours)(task, known, seed)
             trained |= dict.fromkeys(found.answers, found)
             with torch.no_grad():
                 took = {**found.took, "log_q": float(found.log_q(fresh.latents["theta"], fresh.data["x"]).mean())}
-            key = "posteriors", name, method if by_sbi else OURS[0], seed
+            key = "posteriors", name, OURS[0] if method in OURS else method, seed
             if not results.has(*key, "seconds"):
                 results.add(*key, **took)
         for k in todo:

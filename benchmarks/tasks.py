@@ -86,19 +86,39 @@ def slcp(x: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """Task: a model, the limit of its prior's box, its number of latents, the shape of its data, and their encoder."""
+    """Task of inference.
+
+    Attributes:
+        model: The model.
+        limit: The limit of its prior's box.
+        dim: The number of its latents.
+        shape: The shape of its data.
+        encoder: Builds the encoder of the data.
+        points: The number of independent points in a dataset.
+    """
 
     model: Callable[..., Tensor]
     limit: float
     dim: int
     shape: tuple[int, ...]
     encoder: Callable[[], torch.nn.Module]
+    points: int = 1
+
+    def with_likelihood(self, likelihood: Callable[[Tensor], Any]) -> Callable[..., None]:
+        """Return the model with another density of a point, for given data."""
+
+        def model(x: Tensor) -> None:
+            theta = pyro.sample("theta", box(self.limit, self.dim))
+            with pyro.plate("point", self.points):
+                pyro.sample("x", likelihood(theta[..., None, :]), obs=x.reshape(self.points, -1))
+
+        return model
 
 
 TASKS = {
     "two_moons": Task(two_moons, 1.0, 2, (2,), lambda: encoders.Standardize((2,))),
     "gaussian_linear_uniform": Task(gaussian_linear_uniform, 1.0, 10, (10,), lambda: encoders.Standardize((10,))),
-    "slcp": Task(slcp, 3.0, 5, (4, 2), lambda: encoders.SetEncoder(2, context_dim=32)),
+    "slcp": Task(slcp, 3.0, 5, (4, 2), lambda: encoders.SetEncoder(2, context_dim=32), 4),
 }
 
 
