@@ -282,6 +282,7 @@ PRIORS = {
     "uniform": (torch.distributions.Uniform(0.0, 1.0), torch.logit),
     "half-normal": (torch.distributions.HalfNormal(3.0), torch.log),
     "half-Cauchy": (torch.distributions.HalfCauchy(1.0), torch.log),
+    "heavy tails": (torch.distributions.StudentT(0.5), torch.clone),
 }
 
 
@@ -313,6 +314,10 @@ def test_a_quantile_map_bears_few_draws_and_equal_draws() -> None:
     y, log_det = layer.forward_and_log_det(x)
     assert torch.allclose(y[:, 1], x[:, 1], atol=1e-12)
     assert (y[:, 0].diff() > 0).all()
+    assert log_det.isfinite().all()
+    layer.set(torch.tensor([1.0, -1.0, *[0.0] * 998]).double()[:, None].expand(-1, 2))  # all knots between are equal
+    y, log_det = layer.forward_and_log_det(x)
+    assert (y.diff(dim=0) > 0).all()
     assert log_det.isfinite().all()
 
 

@@ -11,7 +11,7 @@ from .base import VectorTransform
 
 EACH = 50  # draws for each bin
 BEYOND = 3  # draws beyond the outer knots
-LEAST = 1e-3  # of the slope of all bins together: the least slope of a bin
+LEAST = 1e-3  # of the slope across the quartiles, or of all bins if these are equal: the least slope of a bin
 
 
 class QuantileMap(VectorTransform):
@@ -57,7 +57,7 @@ class QuantileMap(VectorTransform):
     def set(self, draws: Tensor | None, fixed: Tensor | None = None) -> None:
         """Set the map from N(0, 1) to the distribution of each feature of some draws, or to the identity.
 
-        Few draws get few bins, and features with many equal draws a line through their quartiles.
+        Few draws get few bins.  A bin of equal draws gets a small slope, which moves the quantiles above it.
 
         Args:
             draws: Draws ``(N, D)``, or None for the identity.
@@ -107,7 +107,11 @@ def _through(draws: Tensor, used: int, bins: int) -> Tensor:
     y = torch.lerp(ordered[low], ordered[(low + 1).clamp(max=number - 1)], (place - low).unsqueeze(-1))
     step = x[1] - x[0]
     rises = y.diff(dim=0) / step
-    rises = torch.maximum(rises, LEAST * (y[-1:] - y[:1]) / (2 * outer))
+    # Not the slope of all bins together: that of heavy tails would be the least one of the bins between them.
+    width = ordered[round(0.75 * (number - 1))] - ordered[round(0.25 * (number - 1))]
+    middle = width / (2 * torch.special.ndtri(draws.new_tensor(0.75)))
+    usual = torch.where(middle > 0, middle, (y[-1:] - y[:1]) / (2 * outer))
+    rises = torch.maximum(rises, LEAST * torch.where(usual > 0, usual, 1.0))
     y = torch.cat((y[:1], y[:1] + step * rises.cumsum(0)))
     # The harmonic mean keeps each bin monotone, and is smooth where slopes differ.
     inner = 2 / (1 / rises[1:] + 1 / rises[:-1])
