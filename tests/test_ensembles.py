@@ -170,16 +170,19 @@ def test_what_does_not_fit_is_refused_with_the_way_out(members):
 
     with pytest.raises(ValueError, match="must have the same latents, got"):
         ensemble([members[0], gaussian(other, lambda x: (x, 0 * x + 0.5))])
-    shared = [AutoFlow(conjugate, small, encoder=encoder) for _ in range(2)]
+    network = MLPEncoder(2, 4, (8,))
+    shared = [AutoFlow(conjugate, small, encoder=Arguments(network, 0)) for _ in range(2)]
     for one in shared:
         fit_amortized(conjugate, one, num_simulations=40, max_epochs=1, progress=False)
-    with pytest.raises(ValueError, match=r"got one that is shared.*Build an encoder for each"):
+    with pytest.raises(ValueError, match=r"got a network that is shared.*Build an encoder for each"):
         ensemble(shared)
+    with pytest.raises(ValueError, match=r"guides\[1\] must be a single guide, got an ensemble\. Give its members"):
+        ensemble([members[0], ensemble(members)])
 
 
 def test_what_needs_one_transform_refuses_it(guide):
     own = guide.bind(X)
-    with pytest.raises(ValueError, match=r"cannot be trained by an ELBO.*Train one of its members"):
+    with pytest.raises(ValueError, match=r"fit_svi cannot train an ensemble.*Train one of its members"):
         fit_svi(conjugate, own, X, steps=2, progress=False)
     for run in (own.get_transform, own.get_base_dist, lambda: own.start):
         with pytest.raises(NotImplementedError, match=r"is no single transform .*Use one of its flows"):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
@@ -161,3 +163,19 @@ def test_guides_without_a_global_encoder_are_refused():
             ValueError, match=r"or an AutoPlateFlow with a global_encoder, got AutoPlateFlow without one"
         ):
             run(hierarchy, guide, observed={"y": hierarchy()})
+
+
+def test_rows_that_the_model_masks_are_refused():
+    """Simulated datasets have all rows, and so another posterior."""
+
+    def masked(y: Tensor | None = None) -> Tensor:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", GROUPS), poutine.mask(mask=torch.tensor([True, True, True, False])):
+            theta = pyro.sample("theta", dist.Normal(mu, BETWEEN**0.5))
+            return pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for run in (local_c2st, misspecification):
+            with pytest.raises(ValueError, match=r"must have all rows of plate 'group', but the model masks some"):
+                run(masked, exact(), observed={"y": hierarchy()})

@@ -159,7 +159,7 @@ def test_every_encoder_comes_back(name: str, tmp_path: Path) -> None:
 def test_no_public_class_is_left_out() -> None:
     """Every public class has a line in a registry, because a class without one would be saved untested."""
     found: set[str] = {"distributions.FixedBase", "conditioners.Given", "encoders.Standardize"}  # tested further below
-    found |= {"encoders.Arguments"}  # tested with guides
+    found |= {"encoders.Arguments", "encoders.Joined"}  # tested with guides
     found |= {"transforms.Sigmoid", "encoders.ClassEmbedding", "encoders.Flatten"}  # tested with models of images
     found |= {"conditioners.GivenLinear"}  # tested with structured guides
     builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]

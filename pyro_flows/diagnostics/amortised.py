@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guides import AutoPlateFlow
+from ..guides.guide_call import Call
+from ..guides.masked import RowMasks, masks_of_all
 from ..guides.of_datasets import OfDatasets
 from ..programs.simulator import Simulator
 
@@ -25,6 +28,21 @@ def check_amortised(caller: str, guide: Any, others: str = "") -> None:
         raise ValueError(f"{caller}: guide must be {must}, got {kind}.")
     if guide.prototype_trace is None:
         raise ValueError(f"{caller}: the guide was never trained. Fit it first: fit_amortized(model, guide).")
+
+
+def check_observed(guide: Any, simulator: Simulator, observed: dict[str, Tensor]) -> None:
+    """Raise an error unless an observation is one dataset of the model, without rows that a mask hides.
+
+    Simulated datasets have all rows, so the tests would compare posteriors of different data.
+    """
+    simulator.check_data("observed", observed)
+    if isinstance(guide, AutoPlateFlow):
+        args, kwargs = simulator.arguments(observed)
+        call = Call(simulator.caller, simulator.model.call, args, kwargs, guide.prototype_trace, guide.row_plates)
+        found = guide.check_same(call)
+        if found and masks_of_all(found).get((guide.plate,), RowMasks()).rows is not True:
+            fault = f"observed must have all rows of plate {guide.plate!r}, but the model masks some"
+            raise ValueError(f"{simulator.caller}: {fault}. Leave absent rows out of the data and of the plate.")
 
 
 @torch.no_grad()

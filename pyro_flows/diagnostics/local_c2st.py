@@ -13,7 +13,7 @@ from .. import plots
 from ..arguments import check_integers, check_numbers, joined
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
-from .amortised import check_amortised
+from .amortised import check_amortised, check_observed
 from .largest_statistic import p_value
 from .local_scores import evidence
 from .neighbours import neighbours_of
@@ -166,7 +166,7 @@ def local_c2st(
     check_numbers("local_c2st", above=0, below=1, level=level)
     check_amortised("local_c2st", guide)
     simulator = Simulator("local_c2st", model, args, kwargs)
-    simulator.check_data("observed", observed)
+    check_observed(guide, simulator, observed)
     rows = [max(FEWEST, round(share * num_simulations)) for share in SHARES]
     near = neighbours_of(
         guide,

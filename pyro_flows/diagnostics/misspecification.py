@@ -13,7 +13,7 @@ from .. import plots
 from ..arguments import check_integers, check_numbers, joined
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
-from .amortised import check_amortised, posteriors
+from .amortised import check_amortised, check_observed, posteriors
 from .largest_statistic import p_value, scaled
 from .predictive_statistics import Predictive, Statistic
 
@@ -144,7 +144,7 @@ def misspecification(
     check_numbers("misspecification", above=0, below=1, level=level)
     check_amortised("misspecification", guide)
     simulator = Simulator("misspecification", model, args, kwargs)
-    simulator.check_data("observed", observed)
+    check_observed(guide, simulator, observed)
     predictive = _replicate(guide, simulator, observed, num_simulations, num_samples, vectorize)
     found = predictive.statistics()
     sides = [side for statistic in found for side in _sides(statistic)]

@@ -203,7 +203,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(self.flow, Flow):
-            fault = "an ensemble cannot be trained by an ELBO, since its draws have no gradients"
+            fault = "fit_svi cannot train an ensemble, since its draws have no gradients"
             raise ValueError(f"AutoFlow: {fault}. Train one of its members, or resample its draws by pf.resample.")
 
     def by_soap(self) -> list[Tensor]:

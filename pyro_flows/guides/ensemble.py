@@ -80,8 +80,13 @@ def _check(guides: Sequence[Any]) -> None:
         if _latents(guide) != _latents(guides[0]):
             got = f"{_latents(guide)} and {_latents(guides[0])}"
             raise ValueError(f"ensemble: guides must have the same latents, got {got}. Give guides of one model.")
-    if len({id(guide.encoder) for guide in guides}) < len(guides):
-        fault = "guides must have an encoder each, got one that is shared, so that each fit changed the others' too"
+        if isinstance(guide.flow, FlowMixture):
+            raise ValueError(f"ensemble: guides[{place}] must be a single guide, got an ensemble. Give its members.")
+    weights = [id(weight) for guide in guides for weight in guide.parameters()]
+    if len(set(weights)) < len(weights):
+        fault = (
+            "guides must have weights of their own, got a network that is shared, so that each fit changed the others"
+        )
         raise ValueError(f"ensemble: {fault}. Build an encoder for each guide.")
 
 

@@ -136,7 +136,7 @@ class _Builder:
     def _object(self, name: str, arguments: dict[str, Any], place: str) -> Any:
         if name not in BY_NAME:
             of = f"{place or 'it'} is of a class {name!r:.60}"
-            raise ValueError(f"{of}, which this pyro_flows does not have; perhaps a newer one does")
+            raise ValueError(f"{of}, which this pyro_flows does not have; perhaps another version does")
         parts = {key: self.build(part, f"{place}.{key}".lstrip("."), name) for key, part in arguments.items()}
         try:
             return BY_NAME[name].build(**parts)
