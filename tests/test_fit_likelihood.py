@@ -101,6 +101,18 @@ def test_vectors_that_share_a_context_have_the_density_of_each():
     assert shared.isfinite().all()
 
 
+def test_networks_see_a_shared_context_once():
+    """Rows of draws, people and trials cost network passes for draws and people; the data have one draw."""
+    model, seen = Mixed(flows.nsf(1, context_dim=1 + 2, **small), (2, 0), 1, positive=(1,)), []
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda part, given, output: seen.append(given[0][..., 0].numel()))
+    value = model(torch.randn(5, 1, 1)).expand([5, 40]).sample()
+    seen.clear()
+    model(torch.randn(7, 5, 1, 1)).log_prob(value)
+    assert set(seen) == {7 * 5}
+
+
 def test_expanded_distributions_draw_for_each_place():
     model = stirred(Mixed(flows.nsf_ar(1, context_dim=1, **small), (0,), 1, positive=(0,)))
     draws = model(torch.randn(2, 1, 1)).expand([2, 50]).sample((3,))

@@ -152,10 +152,13 @@ class Mixed(nn.Module):
             columns.append(column)
         return torch.stack(columns, -1) if columns else value[..., :0], log_det, inside
 
-    def inputs(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Return the contexts of the flow: the standardised context, and one-hot vectors of all categories."""
+    def inputs(self, value: Tensor, context: Tensor | None, before: int | None = None) -> Tensor:
+        """Return the contexts of the flow: the standardised context, and one-hot vectors of all categories.
+
+        With ``before``, return those of the classifier of this entry, which sees the categories of the earlier entries.
+        """
         seen = value.new_zeros(0) if context is None else context
-        for place in self._discrete:
+        for place in (place for place in self._discrete if before is None or place < before):
             number = self.categories[place]
             index = value[..., place].long().clamp(0, number - 1)
             seen = _joined(seen, nn.functional.one_hot(index, number).to(seen.dtype))
@@ -164,26 +167,26 @@ class Mixed(nn.Module):
     def log_prob_at(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Return the log-density of vectors at a standardised context, both checked."""
         y, total, inside = self.real(value)
-        seen, width = self.inputs(value, context), self.context_dim
         for place, network in zip(self._discrete, self.classifiers, strict=True):
             number, column = self.categories[place], value[..., place]
             index = column.long().clamp(0, number - 1)
             inside = inside & (column == index)
-            log_p = network(self._wide(seen[..., :width])).log_softmax(-1)
+            log_p = network(self._wide(self.inputs(value, context, before=place))).log_softmax(-1)
             batch = torch.broadcast_shapes(log_p.shape[:-1], index.shape)
             total = total + log_p.expand(*batch, number).gather(-1, index.expand(batch)[..., None]).squeeze(-1)
-            width += number
         if self.flow is not None:
-            total = total + self._log_density(self.flow, y, value, context, seen)
+            total = total + self._log_density(self.flow, y, value, context)
         return total.where(inside, -torch.inf)
 
-    def _log_density(self, flow: Flow, y: Tensor, value: Tensor, context: Tensor | None, seen: Tensor) -> Tensor:
+    def _log_density(self, flow: Flow, y: Tensor, value: Tensor, context: Tensor | None) -> Tensor:
         """Return the flow's log-density of the real entries, given the categories.
 
         If many vectors share a context, the networks see it once for each combination of categories.
         """
         combinations = math.prod(self.categories[place] for place in self._discrete)
-        if context is None or not self._discrete or combinations * context[..., 0].numel() >= value[..., 0].numel():
+        pairs = 0 if context is None else math.prod(torch.broadcast_shapes(context.shape[:-1], value.shape[:-1]))
+        if context is None or not self._discrete or combinations * context[..., 0].numel() >= pairs:
+            seen = self.inputs(value, context)
             return flow.log_prob(y, seen if seen.shape[-1] else None)
         found = value.new_zeros(())
         for chosen in itertools.product(*(range(self.categories[place]) for place in self._discrete)):
