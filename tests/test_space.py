@@ -316,3 +316,14 @@ def test_large_models_are_scored_in_parts_with_the_same_gradients():
     (space.log_p(parts) * weights).sum().backward()
     torch.testing.assert_close(space.log_p(z), space._log_p(z))
     torch.testing.assert_close(parts.grad, whole.grad)
+
+
+def test_expanded_tensors_count_by_their_memory():
+    """Each of 1,000 rows reads one of 50 numbers, so that the largest tensor in memory has 1,000 elements."""
+
+    def table() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+        mean = x.unsqueeze(-1).expand(*x.shape, 1000).gather(-2, torch.zeros(*x.shape[:-1], 1, 1000).long()).squeeze(-2)
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(1000))
+
+    assert LatentSpace(Task(table, AutoFlow(table).setup(), (), {})).task.model.largest == 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 from typing import Any, NamedTuple
 
 import pyro
@@ -246,7 +247,8 @@ class _Largest(TorchFunctionMode):
     """Observes the sizes of tensors in a run whose latents require gradients.
 
     Attributes:
-        size: The number of elements of the largest tensor that depends on a latent; at least 1.
+        size: The number of elements of the largest tensor that depends on a latent; at least 1.  Elements that an
+            expanded tensor repeats count once, because they take no memory.
     """
 
     def __init__(self) -> None:
@@ -256,6 +258,7 @@ class _Largest(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for part in found if isinstance(found, tuple) else (found,):
-            if isinstance(part, Tensor) and part.requires_grad:
-                self.size = max(self.size, part.numel())
+            if isinstance(part, Tensor) and part.requires_grad and part.layout == torch.strided:
+                shape = zip(part.shape, part.stride(), strict=True)
+                self.size = max(self.size, math.prod(length for length, stride in shape if stride))
         return found
