@@ -228,14 +228,14 @@ def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> N
 
 def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
     """Raise ValueError unless the observed data are one dataset of the model, which later rounds need."""
-    if observed is not None:
-        simulator.check_data("observed", observed)
-    if rounds > 1 and not observed:
+    if rounds > 1 and (observed is None or observed == {}):
         wanted = f"observed={{{', '.join(f'{name!r}: ...' for name in simulator.sites)}}}"
         fault = f"rounds={rounds} needs {wanted}, the data to draw simulations for"
         raise ValueError(f"{CALLER}: {fault}, got {quoted(observed)}.")
     if rounds > 1 and vectorize == "loop":
         raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; it needs another vectorize.")
+    if observed is not None:
+        simulator.check_data("observed", observed)
 
 
 def _draw(

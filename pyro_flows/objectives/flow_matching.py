@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from ..arguments import check_choice, check_numbers
 from ..bijectors import Affine, SoftplusAffine
 from ..flows import Flow
-from ..transforms import ActNorm, Continuous, Elementwise, FixedAffine, FlowTransform, LULinear, ScaledLinear
+from ..transforms import (
+    ActNorm,
+    Continuous,
+    Elementwise,
+    FixedAffine,
+    FlowTransform,
+    LULinear,
+    QuantileMap,
+    ScaledLinear,
+)
 
 MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their number
 
@@ -102,11 +111,11 @@ class FlowMatching(nn.Module):
         return f"pairing={self.pairing!r}, sigma_min={self.sigma_min}, time_power={self.time_power}"
 
 
-def _is_affine(part: FlowTransform) -> bool:
-    """Return True for an affine map, which a flow may have before or after the field; it is not trained."""
+def _stays(part: FlowTransform) -> bool:
+    """Return True for an affine or fixed map, which a flow may have before or after the field; it is not trained."""
     if isinstance(part, Elementwise):
         return part.conditioner is None and isinstance(part.bijector, Affine | SoftplusAffine)
-    return isinstance(part, ActNorm | FixedAffine | LULinear | ScaledLinear)
+    return isinstance(part, ActNorm | FixedAffine | LULinear | QuantileMap | ScaledLinear)
 
 
 def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransform]]:
@@ -118,7 +127,7 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
         raise ValueError(
             f"FlowMatching: flow must be a Flow with exactly one continuous transform, {has}. Use flows.cnf(2)."
         )
-    still = [part for part in transforms if not (isinstance(part, Continuous) or _is_affine(part))]
+    still = [part for part in transforms if not (isinstance(part, Continuous) or _stays(part))]
     for part in (*still, flow.base):
         if any(p.requires_grad for p in part.parameters()):
             raise ValueError(
