@@ -256,7 +256,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def is_amortised(self) -> bool:
-        """True if there is an encoder: the posterior is a function of the data."""
+        """True if there is an encoder, so that the posterior is a function of the data."""
         return self.encoder is not None
 
     def packed(self, values: dict[str, Tensor]) -> Packed:

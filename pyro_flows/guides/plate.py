@@ -128,7 +128,7 @@ class AutoPlateFlow(BlockGuide):
 
     @property
     def is_amortised(self) -> bool:
-        """True if there is a ``global_encoder``: the whole posterior is a function of the data."""
+        """True if there is a ``global_encoder``, so that the whole posterior is a function of the data."""
         return self.global_encoder is not None
 
     def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
