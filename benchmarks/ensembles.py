@@ -16,7 +16,6 @@ import tasks
 import torch
 
 import pyro_flows as pf
-from pyro_flows.encoders import Standardize
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "ensembles.md"
 TASKS = "two_moons", "gaussian_linear_uniform"
@@ -37,11 +36,11 @@ wider than they are. That helps guides that are too narrow. Guides that are too 
 """
 
 
-def trained(model: Any, dim: int, simulations: pf.Simulations, number: int) -> list[pf.AutoFlow]:
+def trained(task: tasks.Task, simulations: pf.Simulations, number: int) -> list[pf.AutoFlow]:
     """Train guides on the same simulations."""
-    guides = [pf.AutoFlow(model, encoder=Standardize((dim,))) for _ in range(number)]
+    guides = [pf.AutoFlow(task.model, encoder=task.encoder()) for _ in range(number)]
     for guide in guides:
-        pf.fit_amortized(model, guide, simulations=simulations, progress=False)
+        pf.fit_amortized(task.model, guide, simulations=simulations, progress=False)
     return guides
 
 
@@ -60,7 +59,7 @@ def rows(name: str, simulations: int, members: int, datasets: int) -> list[str]:
     pyro.set_rng_seed(0)
     known, new = (pf.simulate(task.model, num_simulations=number) for number in (simulations, datasets))
     start = time.process_time()
-    guides = trained(task.model, *task.shape, known, members)
+    guides = trained(task, known, members)
     seconds = time.process_time() - start
     single = torch.tensor([judged(task.model, guide, new) for guide in guides])
     cover, log_q, calibrated = judged(task.model, pf.ensemble(guides), new)
@@ -77,7 +76,7 @@ def rows(name: str, simulations: int, members: int, datasets: int) -> list[str]:
 def main() -> None:
     """Run the tasks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(tasks.TASKS))
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--datasets", type=int, default=1000)
@@ -86,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = {"simulations": options.simulations, "members": options.members, "datasets": options.datasets}
     columns = ["task", "guide", "coverage, %", "log q", "calibrated", "seconds"]
-    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    table = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
     for name in options.tasks:
         table += rows(name, **sizes)
     options.out.write_text(PAGE.format(**sizes, table="\n".join(table)))

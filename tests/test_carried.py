@@ -278,7 +278,7 @@ class Counted(AutoFlow):
 @pytest.mark.slow
 def test_a_guide_that_says_what_its_posterior_is_is_asked_for_it():
     guide = Counted(curved).setup()
-    assert AutoFlow(curved).draws_from_flow
+    assert AutoFlow(curved).setup().draws_from_flow
     assert not guide.draws_from_flow
     before = Counted.calls
     fit_svi(curved, guide, steps=20, progress=False)

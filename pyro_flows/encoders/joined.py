@@ -21,7 +21,7 @@ class Joined(nn.Module):
 
     Raises:
         TypeError: If one of them cannot be called.
-        ValueError: If there are none.  In use, if their contexts are not of one batch.
+        ValueError: If ``networks`` is empty.  In use, if the batches of the contexts differ.
 
     Example::
 

@@ -198,10 +198,6 @@ def fit_amortized(
             marks={"objective": repr(loss), "num_rows": num_rows},
             **settings,
         )
-        if isinstance(guide, AutoPlateFlow):
-            guide.row_range = (
-                (num_rows[0], num_rows[1]) if num_rows else (1, PlateRows(CALLER, simulator, guide, None).full)
-            )
         if fit.stopped == "interrupted":
             break
     return fit
@@ -280,8 +276,10 @@ def _rows(
     """
     packed = _standardise(simulator, guide, known)
     in_nats = getattr(objective, "in_nats", False)
-    plate_rows = PlateRows(CALLER, simulator, guide, num_rows) if isinstance(guide, AutoPlateFlow) else None
-    if plate_rows is not None:
+    plate_rows: PlateRows | None = None
+    if isinstance(guide, AutoPlateFlow):
+        plate_rows = PlateRows(CALLER, simulator, guide, num_rows)
+        guide.row_range = plate_rows.least, plate_rows.most
         size = size or min(64, max(1, len(known) // 20))
 
     def loss(batch: Batch) -> Tensor:

@@ -282,12 +282,12 @@ def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, amort
     """
     if not amortised:
         set_pace(flow)
-    dim, width, own = len(loc), torch.full_like(loc, scale), list[FlowTransform]()
+    dim, width, last = len(loc), torch.full_like(loc, scale), list[FlowTransform]()
     if by_row:
-        own.append(Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params)))
+        last.append(Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params)))
     if amortised:
-        own.append(QuantileMap(dim))
-    return _ending([*flow.transforms, *own], flow.base, loc, width, dense=False)
+        last.append(QuantileMap(dim))
+    return _ending([*flow.transforms, *last], flow.base, loc, width, dense=False)
 
 
 def _ending(layers: Sequence[FlowTransform], base: nn.Module, loc: Tensor, scale: Tensor, *, dense: bool) -> Flow:

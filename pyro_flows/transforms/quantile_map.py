@@ -57,7 +57,8 @@ class QuantileMap(VectorTransform):
     def set(self, draws: Tensor | None, fixed: Tensor | None = None) -> None:
         """Set the map from N(0, 1) to the distribution of each feature of some draws, or to the identity.
 
-        Few draws get few bins.  A bin of equal draws gets a small slope, which moves the quantiles above it.
+        Fewer than 100 draws leave the identity, and few draws get few bins.  A bin of equal draws gets a small slope,
+        which moves the quantiles above it.
 
         Args:
             draws: Draws ``(N, D)``, or None for the identity.
