@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import as_image, as_order, check_integers
+from ..attention import AttentionLayer
 from .base import Conditioner, zero_
 
 
@@ -97,7 +98,8 @@ class CausalTransformer(Conditioner):
             self.from_context = nn.Linear(channels * self.side**2, hidden_dim, bias=False)
         self.embed = nn.Linear(token_dim, hidden_dim)
         self.position = nn.Parameter(torch.randn(length, hidden_dim) * 0.1)
-        self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads) for _ in range(num_layers))
+        layers = (AttentionLayer(hidden_dim, num_heads, expansion=4, causal=True) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = zero_(nn.Linear(hidden_dim, num_params * token_dim))
         self.register_buffer("order", torch.tensor(order))
@@ -177,7 +179,7 @@ class Tokens:
             h = h + self.net.embed(token)
         h = h.unsqueeze(1)  # (N, 1, hidden_dim)
         for layer, cache in zip(self.net.layers, self.caches, strict=True):
-            h = layer(h, cache)
+            h = layer(h, cache=cache)
         self.rank += 1
         return self.net.read(h).squeeze(1)
 
@@ -199,26 +201,3 @@ class _Cache:
             self.both = new.new_empty(*new.shape[:3], self.length, new.shape[4])
         self.both[..., self.number - 1, :] = new.squeeze(3)
         return self.both[..., : self.number, :]
-
-
-class _Layer(nn.Module):
-    """Causal attention, then a map of each token; each is added to its input."""
-
-    def __init__(self, hidden_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(hidden_dim)
-        self.projections = nn.Linear(hidden_dim, 3 * hidden_dim)
-        self.mixed = nn.Linear(hidden_dim, hidden_dim)
-        wide = 4 * hidden_dim
-        self.feed = nn.Sequential(
-            nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, wide), nn.GELU(), nn.Linear(wide, hidden_dim)
-        )
-
-    def forward(self, h: Tensor, cache: _Cache | None = None) -> Tensor:
-        """Map all tokens, ``(N, T, hidden_dim)``, or one more token, ``(N, 1, hidden_dim)``, after those in a cache."""
-        heads = self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, (key, value) = heads[0], heads[1:] if cache is None else cache.append(heads[1:])  # (N, heads, T, d)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
-        h = h + self.mixed(attended.transpose(1, 2).flatten(2))
-        return h + self.feed(h)

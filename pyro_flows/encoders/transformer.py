@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..arguments import check_integers
+from ..attention import AttentionLayer
 from .base import Encoder
 from .mlp import hidden_layers
 from .pooling import pooling_weights
@@ -69,7 +69,7 @@ class TransformerEncoder(Encoder):
         self.num_layers, self.num_heads = num_layers, num_heads
         self.standardize_steps = StepFeatures(name, num_features)
         self.embed = nn.Linear(self.standardize_steps.width + 2 * FREQUENCIES, hidden_dim)
-        self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(AttentionLayer(hidden_dim, num_heads, expansion=2) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
         self.queries = nn.Linear(hidden_dim, num_heads, bias=False)  # a softmax does not depend on a bias
         self.rho = hidden_layers(
@@ -96,8 +96,10 @@ class TransformerEncoder(Encoder):
         self.check_data(x)
         features, times, there, moments = self.standardize_steps(self.standardize, x, times, mask)
         h = self.embed(torch.cat((features, _waves(times)), -1))
+        # The lowest finite number, not -inf: the attention in a series of no steps would be NaN.
+        bias = torch.zeros_like(there, dtype=h.dtype).masked_fill(~there, torch.finfo(h.dtype).min)
         for layer in self.layers:
-            h = layer(h, there)
+            h = layer(h, bias[..., None, None, :])
         h = self.norm(h)
         pooled = (pooling_weights(self.queries(h), there).mT @ h).flatten(-2)
         return self.output(self.rho(torch.cat((pooled, moments), -1)))
@@ -108,30 +110,3 @@ def _waves(times: Tensor) -> Tensor:
     frequencies = 2.0 ** torch.arange(FREQUENCIES, dtype=times.dtype, device=times.device)
     angles = (2 * math.pi / 8) * frequencies * times.unsqueeze(-1)
     return torch.cat((angles.sin(), angles.cos()), -1)
-
-
-class _Layer(nn.Module):
-    """Attention to the steps that are there, then a map of each step; each is added to its input."""
-
-    def __init__(self, hidden_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(hidden_dim)
-        self.projections = nn.Linear(hidden_dim, 3 * hidden_dim)
-        self.mixed = nn.Linear(hidden_dim, hidden_dim)
-        wide = 2 * hidden_dim
-        self.feed = nn.Sequential(
-            nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, wide), nn.GELU(), nn.Linear(wide, hidden_dim)
-        )
-
-    def forward(self, h: Tensor, there: Tensor) -> Tensor:
-        """Map the steps ``(*batch, T, hidden_dim)``; ``there`` is True for those that are there, ``(*batch, T)``."""
-        query, key, value = (
-            self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))
-        )
-        # The lowest finite number, not -inf: the attention in a series of no steps would be NaN.
-        bias = torch.zeros_like(there, dtype=h.dtype).masked_fill(~there, torch.finfo(h.dtype).min)
-        bias = bias[..., None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        h = h + self.mixed(attended.transpose(-2, -3).flatten(-2))
-        return h + self.feed(h)
