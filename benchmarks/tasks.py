@@ -104,13 +104,13 @@ class Task:
     encoder: Callable[[], torch.nn.Module]
     points: int = 1
 
-    def with_likelihood(self, likelihood: Callable[[Tensor], Any]) -> Callable[..., None]:
-        """Return the model with another density of a point, for given data."""
+    def with_likelihood(self, likelihood: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+        """Return the model of points ``(points, D)`` with another density of each."""
 
-        def model(x: Tensor) -> None:
+        def model(x: Tensor | None = None) -> Tensor:
             theta = pyro.sample("theta", box(self.limit, self.dim))
             with pyro.plate("point", self.points):
-                pyro.sample("x", likelihood(theta[..., None, :]), obs=x.reshape(self.points, -1))
+                return pyro.sample("x", likelihood(theta[..., None, :]), obs=x)
 
         return model
 

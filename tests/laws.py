@@ -80,6 +80,7 @@ from pyro_flows.transforms import (
     Split,
     Squeezed,
     Sylvester,
+    TriangularAffine,
 )
 
 CONTEXT_DIM = 3
@@ -213,6 +214,11 @@ def _radial(dim: int, context_dim: int) -> FlowTransform:
     return Radial(dim, MLP(context_dim, 1, dim + 2, WIDTHS) if context_dim else None)
 
 
+def _triangular(dim: int, context_dim: int) -> FlowTransform:
+    number = TriangularAffine.count_params(dim)
+    return TriangularAffine(dim, MLP(context_dim, 1, number, WIDTHS) if context_dim else None)
+
+
 def _sylvester(sizes: Callable[[int], tuple[int | None, int | None]]) -> Builder:
     def build(dim: int, context_dim: int) -> FlowTransform:
         count = Sylvester.count_params(dim, *sizes(dim))
@@ -317,6 +323,7 @@ TRANSFORMS: dict[str, Kind] = {
     "sylvester": Kind(_sylvester(lambda dim: (None, None)), True),
     "sylvester_householder": Kind(_sylvester(lambda dim: (dim, 3)), True),
     "sylvester_triangular": Kind(_sylvester(lambda dim: (dim, 0)), True),
+    "triangular_affine": Kind(_triangular, True),
     "recurrence": Kind(_recurrence(1), True),
     "recurrence_wide": Kind(_recurrence(2), True, size=2),
     "coupling_of_steps": Kind(_coupling_of_steps, True, least_dim=2),

@@ -43,7 +43,8 @@ NAMES = {
     "Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
-    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
+    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester "
+    "TriangularAffine View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
     flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),

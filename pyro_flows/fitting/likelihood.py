@@ -28,7 +28,7 @@ from ..data.batches import Batch, divided
 from ..encoders import Standardize
 from ..flows import Flow
 from ..flows.mixed import Mixed
-from ..guides.default_flows import placed_flow
+from ..guides.default_flows import likelihood_flow
 from ..objectives import Likelihood
 from ..programs.simulations import check_draws
 from ..training import distributed
@@ -52,9 +52,9 @@ def fit_likelihood(
     flow: Callable[[int, int], Flow] | None = None,
     discrete: Sequence[int] = (),
     positive: Sequence[int] = (),
-    max_epochs: int = 100,
+    max_epochs: int = 50,
     batch_size: int | None = None,
-    lr: float = 2e-3,
+    lr: float = 1e-2,
     held_out: float = 0.1,
     patience: int = 20,
     on_nonfinite: str = "skip",
@@ -80,7 +80,8 @@ def fit_likelihood(
         num_simulations: The number N of simulations, at least 20.
         simulations: Existing parameters ``(N, P)`` and data ``(N, D)``, in place of ``simulator`` and ``prior``.
         flow: A recipe, called with the number of entries that are not discrete and with the width of the context, such
-            as ``flows.nsf``.  By default autoregressive splines, and then an affine map that depends on the parameters.
+            as ``flows.nsf``.  By default autoregressive splines, and then an affine map that depends on the parameters;
+            its matrix is triangular for two to four entries.
         discrete: The entries of x that are categories 0, 1, …, by index.
         positive: The entries of x that are positive, such as durations, by index.
         max_epochs: The largest number of passes through the simulations; the step size falls to zero by then.
@@ -245,7 +246,7 @@ def _build(
             raise ValueError(f"{CALLER}: entry {place} must be positive, got {low:.6g}. Take it out of positive=.")
     numbers = tuple(_categories(place, x[:, place]) if place in discrete else 0 for place in places)
     width, size = theta.shape[1] + sum(numbers), numbers.count(0)
-    made = (recipe or placed_flow)(size, width).to(x) if size else None
+    made = (recipe or likelihood_flow)(size, width).to(x) if size else None
     if made is not None and not (discrete or positive):
         start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made

@@ -1,4 +1,4 @@
-"""Default flows of guides, and the affine maps between a recipe's flow and the latents.
+"""Default flows of guides and of likelihoods, and the affine maps between a recipe's flow and the latents.
 
 *Choosing a flow* in the docs says how the defaults were found.
 """
@@ -32,6 +32,7 @@ from ..transforms import (
     QuantileMap,
     Recurrence,
     ScaledLinear,
+    TriangularAffine,
 )
 from ..transforms.base import chained
 from ..transforms.linear import unrotated
@@ -43,6 +44,7 @@ LEARNED = 64  # for a full matrix in the learned affine map
 DENSE = 4096  # for a full matrix in the map that the guide starts from; beyond, it stretches some directions
 STRETCHED, DIRECTIONS = 5_000_000, (16, 512)  # numbers in these directions, the fewest directions, and the most
 TAILED = 512  # for a base with wide tails; beyond, each latent has a spline of its own
+CORRELATED = 4  # for correlations of a learned likelihood that depend on its parameters
 FACTORS = 8  # of the parents' latents that each row has coefficients for
 # The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
 # the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
@@ -235,6 +237,20 @@ def placed_flow(input_dim: int, context_dim: int) -> Flow:
         layers = flows.nsf_ar(input_dim, context_dim, activation=nn.SiLU).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, hidden_dims=(64, 64), activation=nn.SiLU, skip=True)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
+    """Build the default flow of :func:`~pyro_flows.fit_likelihood`, x = A_θ(T_θ(u)).
+
+    Rows of two to four features get two splines with small networks.  Their affine map has a triangular matrix, so a
+    normal row is found by it alone, with correlations that depend on the parameters.  Larger networks overfit, and
+    smooth activations learn scales such as θ² slowly.  Other rows get a :func:`placed_flow`.
+    """
+    if not 2 <= input_dim <= CORRELATED:
+        return placed_flow(input_dim, context_dim)
+    splines = flows.nsf_ar(input_dim, context_dim, num_transforms=2, hidden_dims=(32, 32))
+    place = MLP(context_dim, 1, TriangularAffine.count_params(input_dim), skip=True)
+    return Flow([*splines.transforms, TriangularAffine(input_dim, place)])
 
 
 def assemble(

@@ -31,3 +31,4 @@ from .reshape import Split as Split
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
 from .torch_view import View as View
+from .triangular import TriangularAffine as TriangularAffine
