@@ -128,8 +128,8 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "`SetEncoder`. *sbi* reads the points as eight numbers, and *sbi, for sets* uses sbi's permutation-invariant "
         "network.",
         "",
-        "*learned*: `fit_likelihood` learns the density of a point from the same simulations. *emulated*: an "
-        "`AutoFlow`, amortised as before, but trained on 60,000 draws from that density. *learned, sample*: `sample` "
+        "*emulated*: `fit_likelihood` learns the density of a point from the same simulations. An `AutoFlow` is then "
+        f"trained on {6 * simulations:,} draws from that density, for at most 20 epochs. *learned, sample*: `sample` "
         "draws from the posterior with that density; its chains start from the emulated guide, whose training counts. "
         "*rounds*: a guide for each observation, by `fit_amortized(..., rounds=5, observed=...)`, from as many "
         "simulations.",
@@ -171,7 +171,7 @@ def posteriors(results: Results, simulations: int) -> list[str]:
                 mark = " †" if results.has(*key, "earlier") else ""
                 lines.append(row(task, method + mark, seed, *each, *notes, *took))
     if any(key[-1] == "earlier" for key in results.values):
-        lines += ["", "† Measured with an earlier default flow, with splines and a normal base alone."]
+        lines += ["", "† Measured with earlier defaults."]
     return lines
 
 
@@ -275,23 +275,24 @@ def levels(results: Results) -> list[str]:
         "",
         "A normal model of two levels: groups have means of their own, theta, with mean mu and standard deviation tau. "
         "Each has 1 to 50 rows. One `AutoPlateFlow` with a `global_encoder` is trained by `fit_amortized` on 10,000 "
-        "simulations. Each step sees 5 to 100 of the 100 simulated groups. Exact posteriors lie on a grid of tau.",
+        "simulations. Each step sees 4 to 128 of the 128 simulated groups. Exact posteriors lie on a grid of tau.",
         "",
         "*error*: errors of means over 20 datasets, in standard deviations of the posterior, root mean square and "
         "worst (target: at most 0.1). *sd*: the median ratio of standard deviations to the posterior's, with the range "
         "of 90 % (target: 0.95 to 1.05). *p*: the smallest p-value of `calibrate`, for mu, tau and one theta "
-        "(target: above 0.0033).",
+        "(target: above 0.0033). *k-hat*: the largest of 20 datasets, and the number of those below 0.7.",
         "",
     ]
     for part, method, title in (
         ("two levels", "AutoPlateFlow", "Amortised, one guide"),
+        ("two levels", "AutoPlateFlow, resampled", "4,000 of 20,000 of its draws, resampled by the model's density"),
         ("likelihood", "fit_likelihood", "Learned likelihood of a row, then `AutoFlow` and `fit_svi`, three datasets"),
     ):
         for seed in results.seeds(part, "training"):
-            took = number(results.get(part, "training", method, seed, "cpu_seconds"), ".0f")
+            took = number(results.get(part, "training", method.split(",")[0], seed, "cpu_seconds"), ".0f")
             lines += [f"{title} (seed {seed}, training {took} CPU seconds):", ""]
             sites = "mu", "tau", "theta"
-            lines += head("groups", *(f"{what} of {site}" for what in ("error", "sd") for site in sites), "p")
+            lines += head("groups", *(f"{what} of {site}" for what in ("error", "sd") for site in sites), "p", "k-hat")
             groups = sorted({int(key[1]) for key in results.values if key[0] == part and key[1].isdigit()})
             for group in groups:
                 key = part, group, method, seed
@@ -302,6 +303,8 @@ def levels(results: Results) -> list[str]:
                 cells = ["{} ({})".format(*pair(site, "typical", "worst")) for site in sites]
                 cells += ["{} ({}–{})".format(*pair(site, "sd", "low_sd", "high_sd")) for site in sites]
                 tests = [results.get(*key, f"{name}_p") for name in ("sbc", "coverage", "tarp")]
-                lines.append(row(str(group), *cells, number(min(tests), ".2g")))
+                khat, good = number(results.get(*key, "khat"), ".2f"), number(results.get(*key, "good"), ".0f")
+                weights = f"{khat} ({good})" if results.has(*key, "khat") else khat
+                lines.append(row(str(group), *cells, number(min(tests), ".2g"), weights))
             lines.append("")
     return lines[:-1]

@@ -70,10 +70,10 @@ def guide() -> pf.AutoPlateFlow:
     return pf.AutoPlateFlow(two_levels, "group", encoder=OfRows(), global_encoder=SetEncoder(16, context_dim=32))
 
 
-def resampled(guide: pf.AutoPlateFlow, y: Tensor, size: Tensor, groups: int) -> tuple[dict[str, Tensor], float]:
-    """Return draws of the guide, resampled by the model's density, and their k-hat."""
-    khat = pf.psis(two_levels, guide, y, size, groups=groups, num_samples=20_000).khat
-    return pf.resample(two_levels, guide, y, size, groups=groups, num_samples=4000, num_weighed=20_000), khat
+def resampled(fitted: pf.AutoPlateFlow, y: Tensor, size: Tensor, groups: int) -> tuple[dict[str, Tensor], float]:
+    """Return draws of a guide, resampled by the model's density, and the k-hat of as many other draws."""
+    khat = pf.psis(two_levels, fitted, y, size, groups=groups, num_samples=20_000).khat
+    return pf.resample(two_levels, fitted, y, size, groups=groups, num_samples=4000, num_weighed=20_000), khat
 
 
 def exact(y: Tensor, size: Tensor) -> dict[str, Moments]:

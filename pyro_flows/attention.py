@@ -26,7 +26,7 @@ class AttentionLayer(nn.Module):
         hidden_dim: The width, a multiple of ``num_heads``.
         num_heads: The number of attention heads.
         expansion: The width of the map of each token, in multiples of ``hidden_dim``.
-        causal: True if a token attends to itself and to the tokens before it alone.
+        causal: True if a token attends only to itself and to earlier tokens.
 
     Example::
 
@@ -51,7 +51,7 @@ class AttentionLayer(nn.Module):
 
         Args:
             h: Tokens of shape ``(*batch, T, hidden_dim)``, or one more, ``(N, 1, hidden_dim)``, after those in a cache.
-            bias: Numbers to add to the logits of attention, which broadcast with ``(*batch, heads, T, T)``.
+            bias: Numbers to add to the logits of attention, which broadcast to ``(*batch, heads, T, T)``.
             cache: The keys and values of earlier tokens.
 
         Returns:

@@ -59,7 +59,7 @@ def fit_amortized(
     objective: nn.Module | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
-    lr: float = 2e-3,
+    lr: float = 5e-3,
     clip_norm: float = 5.0,
     held_out: float = 0.1,
     patience: int = 20,

@@ -81,7 +81,7 @@ def fit_likelihood(
         simulations: Existing parameters ``(N, P)`` and data ``(N, D)``, in place of ``simulator`` and ``prior``.
         flow: A recipe, called with the number of entries that are not discrete and with the width of the context, such
             as ``flows.nsf``.  By default autoregressive splines, and then an affine map that depends on the parameters;
-            its matrix is triangular for two to four entries.
+            its matrix is triangular for two to four such entries.
         discrete: The entries of x that are categories 0, 1, …, by index.
         positive: The entries of x that are positive, such as durations, by index.
         max_epochs: The largest number of passes through the simulations; the step size falls to zero by then.

@@ -24,6 +24,7 @@ from ..transforms import (
     LULinear,
     QuantileMap,
     ScaledLinear,
+    TriangularAffine,
 )
 
 MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their number
@@ -113,6 +114,8 @@ class FlowMatching(nn.Module):
 
 def _stays(part: FlowTransform) -> bool:
     """Return True for an affine or fixed map, which a flow may have before or after the field; it is not trained."""
+    if isinstance(part, TriangularAffine):
+        return part.conditioner is None
     if isinstance(part, Elementwise):
         return part.conditioner is None and isinstance(part.bijector, Affine | SoftplusAffine)
     return isinstance(part, ActNorm | FixedAffine | LULinear | QuantileMap | ScaledLinear)

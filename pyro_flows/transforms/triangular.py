@@ -19,10 +19,10 @@ class TriangularAffine(Tabled):
 
         y = exp(s) * (x + N x / √D) + t,    log|det dy/dx| = Σ_i s_i
 
-    N is strictly lower triangular.  Each log-scale s is bounded smoothly to ±8.  Of a standard normal x, y has a normal
-    distribution with any mean and covariance.  With a conditioner both depend on the context: a last layer of this kind
-    learns distributions that are nearly normal from few draws, and the layers before it learn what is left.  Its
-    D (D + 3) / 2 functions of the context are many beyond a few features.
+    N is strictly lower triangular.  Each log-scale s is bounded smoothly to ±8.  If x is standard normal, y is normal,
+    with any mean and, within the bound, any covariance.  With a conditioner both depend on the context: a last layer of
+    this kind learns distributions that are nearly normal from few draws, and the layers before it learn what is left.
+    The number of its functions of the context, D (D + 3) / 2, grows quadratically.
 
     The parameters (s, t, N by rows) are a table that starts at zero.  A conditioner adds to the table what depends on
     the context.
@@ -81,6 +81,8 @@ class TriangularAffine(Tabled):
         size = self.input_dim
         log_scale, shift, entries = self._params(context).split((size, size, size * (size - 1) // 2), -1)
         below = torch.ones(size, size, dtype=torch.long, device=entries.device).tril(-1)
-        place = below.flatten().cumsum(0).unflatten(0, (size, size)) * below  # from 1 by rows, and 0 on and above
+        place = (
+            below.flatten().cumsum(0).unflatten(0, (size, size)) * below
+        )  # from 1 by rows; 0 on the diagonal and above
         # The factor keeps sums of order one for any number of features.
         return bounded(log_scale, MAX_LOG_SCALE), shift, F.pad(entries, (1, 0))[..., place] / size**0.5
