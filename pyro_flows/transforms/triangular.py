@@ -81,8 +81,7 @@ class TriangularAffine(Tabled):
         size = self.input_dim
         log_scale, shift, entries = self._params(context).split((size, size, size * (size - 1) // 2), -1)
         below = torch.ones(size, size, dtype=torch.long, device=entries.device).tril(-1)
-        place = (
-            below.flatten().cumsum(0).unflatten(0, (size, size)) * below
-        )  # from 1 by rows; 0 on the diagonal and above
+        # The place of each entry of N in its list, from 1 by rows; 0 on the diagonal and above.
+        place = below.flatten().cumsum(0).unflatten(0, (size, size)) * below
         # The factor keeps sums of order one for any number of features.
         return bounded(log_scale, MAX_LOG_SCALE), shift, F.pad(entries, (1, 0))[..., place] / size**0.5
