@@ -1,11 +1,12 @@
 """How accurate are amortised posteriors?  ``fit_amortized`` compared with sbi's neural posterior estimation (NPE).
 
-    python benchmarks/amortized.py                         # all of it, about three hours on one core
+    python benchmarks/amortized.py                         # all of it, about four hours on one core
     python benchmarks/amortized.py --parts speed           # one part; rows in the CSV file are not measured again
     python benchmarks/amortized.py --quick --out DIR       # few simulations and draws: a smoke run
 
 *posteriors*: three tasks of sbibm.  Our guides, the density of a point of data (``fit_likelihood``) and sbi's NPE are
-trained one after the other on the same simulations.  Guides in rounds simulate anew for each observation.
+trained one after the other on the same simulations.  Other guides are trained on draws from that density, and guides in
+rounds simulate anew for each observation.
 NPE is a neural spline flow with default settings.  For each of five observations, a classifier compares 10,000 draws
 with 10,000 reference draws (C2ST: .5 is perfect, 1 is worst).
 

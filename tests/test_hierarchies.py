@@ -290,8 +290,10 @@ def test_a_trained_guide_finds_the_exact_posterior():
 
 
 @pytest.mark.slow
-def test_check_takes_the_guide_of_one_dataset(trained):
-    y = torch.randn(5, 3)
-    own = trained.bind(y, groups=5)
+def test_check_takes_the_guide_of_one_dataset():
+    pyro.set_rng_seed(0)
+    guide, y = amortised(), torch.randn(5, 3)
+    fit_amortized(hierarchy, guide, num_simulations=2000, max_epochs=20, progress=False)
+    own = guide.bind(y, groups=5)
     fit_svi(hierarchy, own, y, groups=5, progress=False)
     assert check(hierarchy, own, y, groups=5).trusted
