@@ -1,12 +1,12 @@
 """How accurate are amortised posteriors?  ``fit_amortized`` compared with sbi's neural posterior estimation (NPE).
 
-    python benchmarks/amortized.py                         # all of it, about four hours on one core
+    python benchmarks/amortized.py                         # all of it, about five hours on one core
     python benchmarks/amortized.py --parts speed           # one part; rows in the CSV file are not measured again
     python benchmarks/amortized.py --quick --out DIR       # few simulations and draws: a smoke run
 
 *posteriors*: three tasks of sbibm.  Our guides, the density of a point of data (``fit_likelihood``) and sbi's NPE are
 trained one after the other on the same simulations.  Other guides are trained on draws from that density, and guides in
-rounds simulate anew for each observation.
+rounds simulate anew for each observation.  *more simulations* is slcp with three times as many.
 NPE is a neural spline flow with default settings.  For each of five observations, a classifier compares 10,000 draws
 with 10,000 reference draws (C2ST: .5 is perfect, 1 is worst).
 
@@ -50,7 +50,7 @@ from pyro_flows import encoders, plots
 from pyro_flows.distributions import FixedBase
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-PARTS = "posteriors", "speed", "calibration", "hierarchy", "two levels", "likelihood"
+PARTS = "posteriors", "more simulations", "speed", "calibration", "hierarchy", "two levels", "likelihood"
 OURS, SBI, SETS, EMULATED, LEARNED, ROUNDS = METHODS[:3], *METHODS[3:]
 GROUPS, TESTED, DATASETS = (5, 7, 13, 20, 33, 50, 77, 100), (5, 20, 100), 20
 DRAWS, WEIGHED, SVI_STEPS, BATCH, REPEATS = 10_000, 100_000, 300, 256, 200
@@ -193,14 +193,14 @@ def builder(sets: bool) -> Any:
 # The parts of the benchmark.
 
 
-def posteriors(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
+def posteriors(results: Results, options: argparse.Namespace, name: str, seed: int, label: str = "") -> None:
     """Train all methods on the same simulations, and compare their draws with the reference."""
-    task = tasks.TASKS[name]
+    task, label = tasks.TASKS[name], label or name
     known = simulate(task.model, options.simulations, seed)
     fresh = simulate(task.model, DRAWS, 1000 + seed)
     trained: dict[str, Trained] = {}
     for method in options.methods:
-        todo = [k for k in tasks.OBSERVATIONS if not results.has("posteriors", name, method, seed, f"c2st_{k}")]
+        todo = [k for k in tasks.OBSERVATIONS if not results.has("posteriors", label, method, seed, f"c2st_{k}")]
         if not todo or (method == SETS and len(task.shape) == 1):
             continue
         if method not in trained:
@@ -209,13 +209,11 @@ def posteriors(results: Results, options: argparse.Namespace, name: str, seed: i
             else:
                 found = {LEARNED: learned, EMULATED: learned, ROUNDS: in_rounds}.get(method, ours)(task, known, seed)
             trained |= dict.fromkeys(found.answers, found)
-            took = found.took
-            if method != LEARNED:  # whose chains have no density
-                with torch.no_grad():
-                    took = {**took, "log_q": float(found.log_q(fresh.latents["theta"], fresh.data["x"]).mean())}
-            key = "posteriors", name, OURS[0] if method in OURS else method, seed
+            key = "posteriors", label, next(iter(found.answers)), seed
             if method != ROUNDS and not results.has(*key, "seconds"):
-                results.add(*key, **took)
+                with torch.no_grad():
+                    log_q = float(found.log_q(fresh.latents["theta"], fresh.data["x"]).mean())
+                results.add(*key, **found.took, log_q=log_q)
         for k in todo:
             x, reference = tasks.load(name, k)
             pyro.set_rng_seed(100 * seed + k)
@@ -223,11 +221,18 @@ def posteriors(results: Results, options: argparse.Namespace, name: str, seed: i
                 draws, notes = trained[method].answers[method](x)
             except FloatingPointError as error:
                 print(name, method, k, error, flush=True)
-                results.add("posteriors", name, method, seed, **{f"c2st_{k}": float("nan")})
+                results.add("posteriors", label, method, seed, **{f"c2st_{k}": float("nan")})
                 continue
             value = tasks.c2st(draws.numpy(), reference[: len(draws)])
-            results.add("posteriors", name, method, seed, **{f"c2st_{k}": value})
-            results.add("posteriors", name, method, seed, **{f"{key}_{k}": note for key, note in notes.items()})
+            results.add("posteriors", label, method, seed, **{f"c2st_{k}": value})
+            results.add("posteriors", label, method, seed, **{f"{key}_{k}": note for key, note in notes.items()})
+
+
+def more_simulations(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Train on three times as many simulations of slcp."""
+    number, methods = 3 * options.simulations, [m for m in options.methods if m in (SBI, EMULATED)]
+    more = argparse.Namespace(**{**vars(options), "simulations": number, "methods": methods})
+    posteriors(results, more, "slcp", seed, f"slcp, {number:,}")
 
 
 def speed(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
@@ -319,9 +324,9 @@ def two_levels(results: Results, options: argparse.Namespace, seed: int) -> None
     if results.has("two levels", str(TESTED[-1]), "AutoPlateFlow", seed, "tarp_p"):  # the last to be measured
         return
     pyro.set_rng_seed(seed)
-    guide, epochs = two.guide(), 1 if options.quick else 60
-    settings: dict[str, Any] = {"num_simulations": options.simulations, "num_rows": (4, 128), "max_epochs": epochs}
-    _, took = timed(lambda: pf.fit_amortized(two.two_levels, guide, groups=128, lr=3e-3, progress=False, **settings))
+    guide, epochs, number = two.guide(), 1 if options.quick else 24, 4 * options.simulations
+    settings: dict[str, Any] = {"num_simulations": number, "num_rows": (4, 128), "max_epochs": epochs}
+    _, took = timed(lambda: pf.fit_amortized(two.two_levels, guide, groups=128, progress=False, **settings))
     results.add("two levels", "training", "AutoPlateFlow", seed, **took)
     for groups in GROUPS:
         known = pf.simulate(two.two_levels, groups=groups, num_simulations=DATASETS)
@@ -373,6 +378,15 @@ def summarised(found: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float
     return measures
 
 
+SINGLE = {
+    "more simulations": more_simulations,
+    "calibration": calibration,
+    "hierarchy": hierarchy,
+    "two levels": two_levels,
+    "likelihood": likelihood,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -399,10 +413,7 @@ def main() -> None:
                 for name in options.tasks:
                     (posteriors if part == "posteriors" else speed)(results, options, name, seed)
             else:
-                run = {"calibration": calibration, "hierarchy": hierarchy, "two levels": two_levels}.get(
-                    part, likelihood
-                )
-                run(results, options, seed)
+                SINGLE[part](results, options, seed)
             (options.out / "amortized.md").write_text(page(results, options.simulations))
 
 

@@ -59,7 +59,7 @@ class OfRows(SetEncoder):
     """Context of each group, from those of its rows that are there."""
 
     def __init__(self) -> None:
-        super().__init__(1, context_dim=16, hidden_dims=(24, 24))
+        super().__init__(1, context_dim=16, hidden_dims=(24, 24), num_queries=1, num_moments=1)
 
     def forward(self, y: Tensor, size: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
         return super().forward(y[..., None], present(size))
