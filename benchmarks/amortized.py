@@ -124,7 +124,7 @@ def learned(task: tasks.Task, simulations: Any, seed: int) -> Trained:
     guide = pf.AutoFlow(task.model, encoder=task.encoder())
 
     def train() -> Callable[..., Tensor]:
-        model = task.with_likelihood(pf.fit_likelihood(simulations=points, progress=False).requires_grad_(False))
+        model = task.with_likelihood(pf.fit_likelihood(simulations=points, progress=False))
         drawn = pf.simulate(model, num_simulations=6 * len(simulations))
         emulated = pf.Simulations(drawn.latents, {"x": drawn.data["x"].reshape(len(drawn), *task.shape)})
         pf.fit_amortized(task.model, guide, simulations=emulated, max_epochs=20, progress=False)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow, fit_likelihood, fit_svi, flows, load, save
@@ -146,7 +149,7 @@ def test_all_entries_may_be_categories_and_contexts_may_be_absent():
         (lambda: Mixed(recipe(1, 2), (0, 2), positive=(1,)), r"positive must hold indices of real entries.*\[0\]"),
         (lambda: mixed()(), "context is missing"),
         (lambda: Mixed(None, (2,))(torch.zeros(1)), "context is unexpected"),
-        (lambda: mixed()(torch.zeros(2)), "context must have width 1"),
+        (lambda: mixed()(torch.zeros(2)), r"context must have shape \(\*batch, 1\), got \(2,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, words):
@@ -222,12 +225,62 @@ def test_entries_may_be_discrete_and_positive():
         (normal, {"positive": (0,)}, "entry 0 must be positive"),
         (normal, {"positive": (1,)}, "positive must hold indices below 1"),
         (3, {}, "simulator must be a function of parameters"),
-        (normal, {"simulations": (torch.zeros(3), torch.zeros(2))}, "as many theta as x, at least 20, got 3, 2"),
+        (normal, {"simulations": (torch.zeros(20), torch.zeros(20))}, "either simulator and prior, or simulations"),
     ],
 )
 def test_simulators_that_do_not_fit_are_refused(simulator, settings, words):
     with pytest.raises(ValueError, match=words):
         fit_likelihood(simulator, PRIOR, **quick, **settings)
+
+
+def test_given_simulations_must_have_equal_numbers():
+    with pytest.raises(ValueError, match="as many theta as x, at least 20, got 3, 2"):
+        fit_likelihood(simulations=(torch.zeros(3), torch.zeros(2)), **quick)
+
+
+def test_integers_that_are_not_discrete_are_warned_of():
+    """A density over integers can grow without a bound, and a posterior with it is wrong."""
+
+    def counts(theta: Tensor) -> Tensor:
+        return torch.cat((torch.poisson(theta.exp()), normal(theta)), -1)
+
+    with pytest.warns(UserWarning, match=r"entry 0 of x holds integers alone.*Give discrete=\(0,\)"):
+        fit_likelihood(counts, PRIOR, **quick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_likelihood(counts, PRIOR, discrete=(0,), **quick)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_likelihood_that_a_model_holds_is_not_trained(local):
+    """Pyro registers the modules of a model, so a likelihood with trainable parameters would adapt to the data."""
+
+    class Holder(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.likelihood = fit_likelihood(normal, PRIOR, **quick)
+
+        def forward(self, x: Tensor) -> None:
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("row", len(x)):
+                pyro.sample("x", self.likelihood(theta.expand(1, 1)), obs=x)
+
+    x = normal(torch.ones(10, 1))
+    with pyro.settings.context(module_local_params=local):
+        model = Holder()
+        before = copy.deepcopy(model.likelihood.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit_svi(model, AutoFlow(model, flow=flows.realnvp), x, steps=2, progress=False)
+            if not local:  # Pyro's SVI then fails for any plain module in a model
+                SVI(model, AutoFlow(model, flow=flows.realnvp), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+    assert all(torch.equal(value, before[name]) for name, value in model.likelihood.state_dict().items())
+
+
+def test_contexts_without_a_dimension_of_parameters_are_refused():
+    likelihood = fit_likelihood(normal, PRIOR, **quick)
+    with pytest.raises(ValueError, match=r"context must have shape \(\*batch, 1\), got \(5,\).*context\[..., None\]"):
+        likelihood(torch.zeros(5))
 
 
 @pytest.mark.slow

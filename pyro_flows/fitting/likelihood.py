@@ -30,6 +30,7 @@ from ..flows import Flow
 from ..flows.mixed import Mixed
 from ..guides.default_flows import likelihood_flow
 from ..objectives import Likelihood
+from ..programs.error_text import warn_user
 from ..programs.simulations import check_draws
 from ..training import distributed
 from ..training.checkpoint import Checkpoint, check_path, design, fingerprint
@@ -96,11 +97,13 @@ def fit_likelihood(
 
     Returns:
         A :class:`~pyro_flows.flows.Flow`, or a :class:`~pyro_flows.flows.Mixed` if some entries are discrete or
-        positive.  ``likelihood(theta)`` is a distribution over ``(D,)``, with densities in nats of x as given.
+        positive.  ``likelihood(theta)`` is a distribution over ``(D,)``, with densities in nats of x as given.  Its
+        parameters are frozen, so that no fit of a model changes them; ``requires_grad_(True)`` lets them be trained.
 
     Raises:
         TypeError: If the data are no tensors, ``flow`` is no recipe, or ``discrete`` or ``positive`` hold no indices.
-        ValueError: If an argument is out of its range, or the simulator returns another number of rows.  If data are
+        ValueError: If an argument is out of its range, there are both a simulator and ``simulations``, or the simulator
+            returns another number of rows.  If data are
             constant or not finite, a discrete entry holds other numbers than 0, 1, … or a positive one is not positive.
         FloatingPointError: If the loss or gradients stay non-finite.
 
@@ -128,10 +131,13 @@ def fit_likelihood(
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     _check_entries(flow, discrete, positive)
     file = check_path(CALLER, "checkpoint", checkpoint, ".simulations")
+    if simulations is not None and (simulator is not None or prior is not None):
+        raise ValueError(f"{CALLER}: give either simulator and prior, or simulations, got both. Leave one out.")
     theta, x = _given(simulations) if simulations is not None else _kept(file, simulator, prior, num_simulations)
     for name, value in (("theta", theta), ("x", x)):
         for place, column in enumerate(value.T):
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
+    _warn_of_integers(x, discrete)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
     train, judge = divided((x, theta), held_out, batch_size)
     objective = Likelihood()
@@ -154,7 +160,7 @@ def fit_likelihood(
         progress=progress,
         checkpoint=file,
     )
-    return made
+    return made.requires_grad_(False)
 
 
 def _check_entries(recipe: Any, discrete: Any, positive: Any) -> None:
@@ -167,6 +173,14 @@ def _check_entries(recipe: Any, discrete: Any, positive: Any) -> None:
             raise TypeError(f"{CALLER}: {name} must be {wanted}, got {quoted(chosen)}.")
     if both := {*discrete} & {*positive}:
         raise ValueError(f"{CALLER}: entry {min(both)} must be discrete or positive, got both. Take it out of one.")
+
+
+def _warn_of_integers(x: Tensor, discrete: Sequence[int]) -> None:
+    """Warn of entries that hold integers alone but are not discrete: their density may grow without a bound."""
+    found = [place for place, column in enumerate(x.T) if place not in discrete and (column == column.round()).all()]
+    if found:
+        fault = f"entry {found[0]} of x holds integers alone, and is learned as a continuous density"
+        warn_user(f"{CALLER}: {fault}. Give discrete=({found[0]},), or add uniform noise to many different integers.")
 
 
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,14 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     check_dense(caller, argument, value)
 
 
+def check_context(caller: str, context: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a context ends with a shape."""
+    if context.shape[-len(shape) :] != shape:
+        wanted = ", ".join(map(str, ("*batch", *shape)))
+        way = "Add a dimension, context[..., None]" if tuple(shape) == (1,) else "Stack its numbers along the last one"
+        raise ValueError(f"{caller}: context must have shape ({wanted}), got {tuple(context.shape)}. {way}.")
+
+
 def parameter_of(modules: Iterable[nn.Module | None]) -> Tensor | None:
     """Return the first floating-point parameter of modules, or None if there is none or the code is being compiled."""
     if torch.compiler.is_compiling():  # a graph guards dtypes and devices itself

@@ -18,10 +18,11 @@ from torch.distributions import Distribution
 from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
 from ..distributions.normal import log_prob_of
+from ..encoders import Standardize
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.base import chained, checked_chain
 from ..transforms.compiled import CompiledRuns
-from .arguments import as_size, check_like, check_precision, check_tensor, check_value, parameter_of
+from .arguments import as_size, check_context, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution
 
@@ -151,6 +152,8 @@ class Flow(nn.Module):
             shape = tuple(context.shape)
             raise ValueError(f"Flow: context of shape {shape} is unexpected; build the flow with context_dim > 0.")
         argument = "context"
+        if isinstance(self.encoder, Standardize):
+            check_context("Flow", context, self.encoder.shape)
         if self.encoder is not None:
             context, argument = self.encoder(context), "what the encoder makes of the context"
         if context.shape[-1:] != (self.context_dim,):

@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from ..arguments import check_integers, check_kind, check_sizes
 from ..encoders import Standardize
 from ..encoders.mlp import hidden_layers
-from .arguments import as_size, check_event, check_tensor
+from .arguments import as_size, check_context, check_event, check_tensor
 from .flow import Flow
 
 
@@ -225,8 +225,7 @@ class Mixed(nn.Module):
                 raise ValueError(f"Mixed: context {fault}; this distribution has context_dim={self.context_dim}.")
             return None
         check_tensor("Mixed", "context", context)
-        if context.shape[-1:] != (self.context_dim,):
-            raise ValueError(f"Mixed: context must have width {self.context_dim}, got shape {tuple(context.shape)}.")
+        check_context("Mixed", context, (self.context_dim,))
         return self.standardize(context)
 
 

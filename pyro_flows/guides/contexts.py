@@ -341,7 +341,7 @@ class RowContexts(Paced):
         if full_size != (size := self.sizes[self.plates.index(plate)]):
             known = f"the {size} rows of plate {plate!r} that it was built for"
             fault = f"without an encoder the guide knows {known}, not {full_size}"
-            raise ValueError(f"{call.owner}: {fault}. Give it an encoder, or build another guide.")
+            raise ValueError(f"{call.owner}: {fault}. Give the arguments of those rows, or an encoder.")
 
     def _encode(self, call: Call, *numbers: int) -> Tensor:
         own = 0 if self.embedding is None else self.embedding.embedding_dim

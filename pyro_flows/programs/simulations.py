@@ -73,7 +73,8 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
     """Raise ValueError for draws ``(N, *shape)`` that are not finite, or all the same."""
     if not value.isfinite().all():
         rows = value.reshape(len(value), -1).isfinite().all(1)
-        raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
+        fault = f"{what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws"
+        raise ValueError(f"{caller}: {fault}. Simulate first, and give those that are finite, simulations=....")
     if len(value) > 1 and value.numel() and (value == value[:1]).all():
         raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")
 
