@@ -645,7 +645,7 @@ def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None
     refused("Flow: context must have width 3 on the right", small(2, 3), x, context[:, :2])
     trained = small(2, 3)
     quick(trained, x, context, max_epochs=1)
-    refused(r"Standardize: data must end with the shape \(3,\), got \(1, 1\)", trained, x, context[:, :1])
+    refused(r"Flow: context must have shape \(\*batch, 3\), got \(1, 1\)", trained, x, context[:, :1])
     refused(r"context must have as many rows as x, 50, got shape \(49, 3\)", small(2, 3), x, context[:49])
     refused("Flow: context is missing", small(2, 3), x, context, validation=x)
     refused("Flow: context is missing", small(2, 3), DataLoader(TensorDataset(x)))
