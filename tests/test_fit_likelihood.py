@@ -233,6 +233,11 @@ def test_simulators_that_do_not_fit_are_refused(simulator, settings, words):
         fit_likelihood(simulator, PRIOR, **quick, **settings)
 
 
+def test_draws_that_are_no_tensors_are_refused():
+    with pytest.raises(TypeError, match="draws of simulator must be tensors, got ndarray"):
+        fit_likelihood(lambda t: t.numpy(), PRIOR, **quick)
+
+
 def test_given_simulations_must_have_equal_numbers():
     with pytest.raises(ValueError, match="as many theta as x, at least 20, got 3, 2"):
         fit_likelihood(simulations=(torch.zeros(3), torch.zeros(2)), **quick)

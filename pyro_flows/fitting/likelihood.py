@@ -19,7 +19,6 @@ from ..arguments import (
     check_flags,
     check_integers,
     check_numbers,
-    check_tensors,
     is_integer,
     quoted,
     suggests_keywords,
@@ -197,7 +196,9 @@ def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _table(name: str, value: Any) -> Tensor:
     """Return values ``(N,)`` or ``(N, D)`` as a floating table ``(N, D)``."""
-    check_tensors(CALLER, name, {name: value})
+    if not isinstance(value, Tensor):
+        fault = f"draws of {name} must be tensors, got {type(value).__name__}"
+        raise TypeError(f"{CALLER}: {fault}. Use torch.as_tensor(...).")
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     value = value.unsqueeze(-1) if value.dim() == 1 else value
     if value.dim() != 2:
