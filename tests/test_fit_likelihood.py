@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow, fit_likelihood, fit_svi, flows, load, save
+from pyro_flows.encoders import Standardize
 from pyro_flows.flows import Flow, Mixed
 from pyro_flows.transforms import TriangularAffine
 
@@ -286,6 +287,11 @@ def test_contexts_without_a_dimension_of_parameters_are_refused():
     likelihood = fit_likelihood(normal, PRIOR, **quick)
     with pytest.raises(ValueError, match=r"context must have shape \(\*batch, 1\), got \(5,\).*context\[..., None\]"):
         likelihood(torch.zeros(5))
+
+
+def test_a_location_that_all_numbers_of_a_context_share_is_accepted():
+    flow = Flow(flows.nsf(2, 3).transforms, encoder=Standardize((1,)))
+    assert flow(torch.zeros(5, 3)).batch_shape == (5,)
 
 
 @pytest.mark.slow

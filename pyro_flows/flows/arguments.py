@@ -58,12 +58,11 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     check_dense(caller, argument, value)
 
 
-def check_context(caller: str, context: Tensor, shape: Sequence[int]) -> None:
-    """Raise ValueError unless a context ends with a shape."""
-    if context.shape[-len(shape) :] != shape:
-        wanted = ", ".join(map(str, ("*batch", *shape)))
-        way = "Add a dimension, context[..., None]" if tuple(shape) == (1,) else "Stack its numbers along the last one"
-        raise ValueError(f"{caller}: context must have shape ({wanted}), got {tuple(context.shape)}. {way}.")
+def check_context(caller: str, context: Tensor, width: int) -> None:
+    """Raise ValueError unless contexts are vectors of a width."""
+    if context.shape[-1:] != (width,):
+        way = "Add a dimension, context[..., None]" if width == 1 else "Stack its numbers along the last dimension"
+        raise ValueError(f"{caller}: context must have shape (*batch, {width}), got {tuple(context.shape)}. {way}.")
 
 
 def parameter_of(modules: Iterable[nn.Module | None]) -> Tensor | None:

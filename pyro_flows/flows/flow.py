@@ -152,8 +152,8 @@ class Flow(nn.Module):
             shape = tuple(context.shape)
             raise ValueError(f"Flow: context of shape {shape} is unexpected; build the flow with context_dim > 0.")
         argument = "context"
-        if isinstance(self.encoder, Standardize):
-            check_context("Flow", context, self.encoder.shape)
+        if isinstance(self.encoder, Standardize):  # which keeps the shape
+            check_context("Flow", context, self.context_dim)
         if self.encoder is not None:
             context, argument = self.encoder(context), "what the encoder makes of the context"
         if context.shape[-1:] != (self.context_dim,):

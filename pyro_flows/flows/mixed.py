@@ -225,7 +225,7 @@ class Mixed(nn.Module):
                 raise ValueError(f"Mixed: context {fault}; this distribution has context_dim={self.context_dim}.")
             return None
         check_tensor("Mixed", "context", context)
-        check_context("Mixed", context, (self.context_dim,))
+        check_context("Mixed", context, self.context_dim)
         return self.standardize(context)
 
 
