@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..programs.error_text import warn_user
+from ..user_code import warn_user
 from .batches import Batch, Source, Stream, part_of
 from .columns import spikes_of, tied_columns
 from .reading import Reader

@@ -25,11 +25,11 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
-from ..programs.error_text import warn_user
 from ..programs.latents import check_likelihood
 from ..programs.model_and_guide import Draws, Task
 from ..programs.plate_nesting import plates_of, runs_programs
 from ..sampling.annealed_population import systematic
+from ..user_code import warn_user
 from .pareto import smooth
 
 LEAST = 25  # the fewest draws that have a tail to fit

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import check_integers, joined
-from ..programs.error_text import warn_user
 from ..programs.model_and_guide import check_trained
 from ..programs.plate_nesting import nesting_of, runs_programs
+from ..user_code import warn_user
 from .verdict import check as judge
 
 

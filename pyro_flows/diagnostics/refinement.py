@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, joined
-from ..programs.error_text import warn_user
 from ..programs.latent_space import sound_space
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import guide_coordinates
+from ..user_code import warn_user
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..flows import Flow
 from ..flows.arguments import check_value, parameter_of
-from ..programs.error_text import warn_user
+from ..user_code import warn_user
 
 TOLERANCE = 0.1  # nats, the largest error of a log-density without a warning
 SHARE = 0.01  # of the rows, the largest fraction beyond TOLERANCE without a warning

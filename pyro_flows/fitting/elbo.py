@@ -29,7 +29,6 @@ from ..guides.contexts import RowContexts
 from ..guides.default_training import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective
-from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
@@ -42,6 +41,7 @@ from ..training.randomness import unchanged
 from ..training.stopping import noise_at
 from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single_precision import InSingle
+from ..user_code import warn_user
 from ..vjp import is_plain
 from .gaussian_start import SHARE, Start, start_from_blocks, start_from_gaussian
 from .model_batches import Followed, ModelBatches

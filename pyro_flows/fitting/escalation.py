@@ -28,7 +28,6 @@ from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.default_flows import affine_couplings, split
-from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
@@ -37,6 +36,7 @@ from ..sampling.converged_chains import Goal
 from ..training import distributed
 from ..training.loop import Fit
 from ..transforms import ActNorm
+from ..user_code import warn_user
 from .chains_with_progress import exact
 from .mode_covering import cover, space_of
 

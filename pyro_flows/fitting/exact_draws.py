@@ -10,13 +10,13 @@ import pyro
 
 from ..arguments import check_flags, check_integers, joined
 from ..guides import AutoFlow
-from ..programs.error_text import warn_user
 from ..programs.latent_space import sound_space
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling import Samples
 from ..sampling.chains import FROZEN
 from ..sampling.converged_chains import Goal
+from ..user_code import warn_user
 from .chains_with_progress import exact
 from .svi import fit_svi
 

@@ -29,10 +29,10 @@ from ..flows import Flow
 from ..flows.mixed import Mixed
 from ..guides.default_flows import likelihood_flow
 from ..objectives import Likelihood
-from ..programs.error_text import warn_user
 from ..programs.simulations import check_draws
 from ..training import distributed
 from ..training.checkpoint import Checkpoint, check_path, design, fingerprint
+from ..user_code import warn_user
 from .initialization import start
 from .row_training import RowLoss, train_on_rows
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..programs.error_text import failure, place_of
+from ..programs.error_text import failure
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, mask_of
 from ..programs.traces import signature_of
+from ..user_code import place_of
 from .circles import scalar_support
 from .guide_call import Call, Found, Key, Rows, frames_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..user_code import warn_user
 from .engines import ENGINES, Values, View, is_deterministic, value_of
-from .error_text import quoted, warn_user
+from .error_text import quoted
 from .program import TOTAL, Noise, Program
 
 WAY_OUT = (

@@ -1,15 +1,10 @@
-"""Errors of a user's program in words, and warnings at the user's line."""
+"""Errors of a user's program in words."""
 
 from __future__ import annotations
 
-import linecache
-import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,14 +13,15 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils._pytree import tree_leaves
 
 from .. import arguments
+from ..user_code import place_of
 from .latents import innermost, states_support
 from .masks import is_observation, mask_of
 
 # Errors of a program that get more words.  Other classes may take no message, or a user may wait for them.
 BUILT_IN = ValueError, RuntimeError, TypeError, AttributeError, AssertionError, IndexError, KeyError
-INNER = {"pyro", "torch", __name__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
 
 
 def quoted(error: BaseException) -> str:
@@ -37,16 +33,6 @@ def quoted(error: BaseException) -> str:
     words = " ".join((head + mark).split())
     place = place_of(error)
     return f"{f'{place}: ' if place else ''}{type(error).__name__}{f': {words:.300}' if words else ''}"
-
-
-def place_of(error: BaseException) -> str:
-    """Return an error's innermost line outside Python's library, torch, Pyro and this package, or an empty string."""
-    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if not _is_inner(frame):
-            file = frame.f_code.co_filename
-            line = linecache.getline(file, number, frame.f_globals).strip()
-            return f"{Path(file).name}:{number}{f', `{line}`' if line else ''}"
-    return ""
 
 
 def failure(error: BaseException, given: dict[str, Any]) -> str:
@@ -113,8 +99,13 @@ def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
             way = "Leave those rows out, or mask them by poutine.mask and replace the NaN: y.nan_to_num()"
         elif len(outside):
             fault = f"holds data outside of the support of {type(innermost(site['fn'])).__name__}"
-            fault += f" ({len(outside)} of {site['fn'].batch_shape.numel()}, such as {outside.flatten()[0].item():g})"
+            first = [f"{number:g}" for number in outside[0].flatten()[:4].tolist()]
+            example = first[0] if outside.dim() == 1 else f"[{', '.join(first)}{', …' * (outside[0].numel() > 4)}]"
+            fault += f" ({len(outside)} of {site['fn'].batch_shape.numel()}, such as {example})"
             way = "Recode the data, or choose another distribution"
+        elif count := _count_impossible(site):
+            fault = f"holds {count} infinite number{'s' * (count > 1)}, of density 0"
+            way = "Leave those rows out, or mask them by poutine.mask and replace the numbers"
         else:
             continue
         raise ValueError(f"{owner}observed site {name!r} {fault}. {way}.")
@@ -136,11 +127,26 @@ def _outside(site: dict[str, Any]) -> Tensor:
     return value.new_empty(0, *event)
 
 
+@torch.no_grad()
+def _count_impossible(site: dict[str, Any]) -> int:
+    """Return the number of infinite data at which a site that no mask hides has the log-density -inf."""
+    fn, value = site["fn"], site["value"]
+    if not value.is_floating_point() or value.isfinite().all():
+        return 0
+    try:
+        with validation_enabled(False):
+            impossible = scale_and_mask(fn.log_prob(value), 1.0, site["mask"]) == -torch.inf
+    except ValueError:  # a distribution that was built under validation refuses them, masked or not
+        return 0
+    found = value.isinf().expand(impossible.shape + fn.event_shape)
+    return int(found.reshape(*impossible.shape, -1).sum(-1)[impossible].sum())
+
+
 def _is_fixed(support: constraints.Constraint) -> bool:
     """True if no bound of a support is a tensor."""
-    parts = vars(support).values()
+    parts = tree_leaves(list(vars(support).values()))
     nested = [part for part in parts if isinstance(part, constraints.Constraint)]
-    return not any(isinstance(part, Tensor | list) for part in parts) and all(map(_is_fixed, nested))
+    return not any(isinstance(part, Tensor) for part in parts) and all(map(_is_fixed, nested))
 
 
 @torch.no_grad()
@@ -152,13 +158,3 @@ def _is_nan(site: dict[str, Any]) -> bool:
     except ValueError:  # a distribution that was built under validation refuses NaN, masked or not
         return False
     return bool(log_prob.isnan().any())
-
-
-def warn_user(message: str) -> None:
-    """Warn at the user's line that called this package."""
-    frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
-    warnings.warn(message, stacklevel=next((level for level, (frame, _) in frames if not _is_inner(frame)), 1))
-
-
-def _is_inner(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in INNER

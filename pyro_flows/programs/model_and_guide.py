@@ -20,9 +20,10 @@ from torch.distributions import constraints
 
 from .. import arguments
 from ..allocator import keep_memory
+from ..user_code import warn_user
 from .engine_choice import check_noise, settle
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
-from .error_text import check_observed, explained, warn_user
+from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
 from .masks import is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of

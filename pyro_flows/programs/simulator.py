@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_program, check_tensors, quoted
 from ..threads import allowed, using
+from ..user_code import warn_user
 from .engine_choice import settle
 from .engines import Values, in_batches
-from .error_text import warn_user
 from .latents import innermost
 from .masks import is_observation
 from .model_and_guide import check_vectorize, subsampled_plate

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import as_file
 from ..atomic_files import save_tensors, try_path, write_atomically
 from ..bijectors import Bijector
-from ..programs.error_text import warn_user
+from ..user_code import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 from .shards import divided, joined, remove_shards, shard_of
