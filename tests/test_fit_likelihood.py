@@ -81,10 +81,14 @@ def test_values_outside_of_the_support_have_no_density_and_finite_gradients():
         [[1, 0, 0, 0], [-1, 0, 0, 0], [1, 3, 0, 0], [1, 0.5, 0, 0], [1, 0, 0, -1]], dtype=torch.float64
     )
     context = torch.zeros(5, 1, dtype=torch.float64, requires_grad=True)
-    log_prob = model(context).log_prob(value)
+    with pyro.validation_enabled(False):
+        log_prob = model(context).log_prob(value)
     assert log_prob.isfinite().tolist() == [True, False, False, False, False]
     log_prob[0].backward()
     assert context.grad.isfinite().all()
+    assert model.support.check(value).tolist() == log_prob.isfinite().tolist()
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match="to be within the support"):
+        model(context).log_prob(value)
 
 
 def test_it_is_a_distribution_with_the_batch_of_its_contexts():
@@ -162,6 +166,10 @@ def normal(theta: Tensor) -> Tensor:
     return theta + 0.5 * torch.randn(theta.shape)
 
 
+def choices(theta: Tensor) -> Tensor:
+    return torch.stack((torch.rand(len(theta)) + 0.1, torch.bernoulli(theta[:, 0].sigmoid())), -1)
+
+
 PRIOR = dist.Uniform(torch.full((1,), -3.0), 3.0)
 quick = {"num_simulations": 200, "max_epochs": 2, "progress": False, "flow": recipe}
 
@@ -205,14 +213,45 @@ def test_entries_are_checked_before_the_simulator_runs(settings):
 
 
 def test_entries_may_be_discrete_and_positive():
-    def choices(theta: Tensor) -> Tensor:
-        return torch.stack((torch.rand(len(theta)) + 0.1, torch.bernoulli(theta[:, 0].sigmoid())), -1)
-
     likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
     assert isinstance(likelihood, Mixed)
     x = likelihood(torch.zeros(50, 1)).sample()
     assert set(x[:, 1].tolist()) <= {0.0, 1.0}
     assert (x[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([1.0, 2.0], r"holds data outside of the support of MixedDistribution \(1 of 9, such as \[1, 2\]\)\. Recode"),
+        ([-1.0, 1.0], r"holds data outside of the support .* such as \[-1, 1\]\)"),
+        ([math.nan, 1.0], r"holds 1 NaN; argument 'x' holds 1 NaN\. Leave those rows out"),
+        ([1.0, math.nan], r"holds 1 NaN"),
+        ([math.inf, 1.0], r"holds 1 infinite number, of density 0\. Leave those rows out"),
+    ],
+)
+def test_data_that_a_likelihood_cannot_draw_are_named(row, words):
+    likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
+
+    def model(x: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", likelihood(theta.expand(1, 1)), obs=x)
+
+    x = torch.ones(9, 2)
+    x[4] = torch.tensor(row)
+    with pytest.raises(ValueError, match=rf"AutoFlow: observed site 'x' {words}"):
+        AutoFlow(model).setup(x)
+
+
+def test_a_prior_of_categories_is_refused_and_one_of_positive_numbers_keeps_its_support():
+    q = mixed(torch.float32)(torch.zeros(1))
+    with pytest.raises(ValueError, match="latent site 'z' is discrete"):
+        AutoFlow(lambda: pyro.sample("z", q)).setup()
+    positive = stirred(Mixed(flows.nsf_ar(2, context_dim=1, **small), (0, 0), 1, positive=(1,)))(torch.zeros(1))
+    draws = AutoFlow(lambda: pyro.sample("z", positive), init_scale=3.0).setup().sample(100)["z"]
+    assert (draws[:, 1] > 0).all()
+    assert (draws[:, 0] < 0).any()
 
 
 @pytest.mark.parametrize(

@@ -385,10 +385,24 @@ def amortised():
     return found
 
 
-@pytest.mark.parametrize("call", [pf.check, pf.psis, pf.resample, pf.sample])
+@pytest.mark.parametrize("call", [pf.check, pf.psis, pf.resample, pf.sample, pf.fit_svi])
 def test_a_simulator_has_no_likelihood(call, amortised):
     words = rf"{call.__name__}: model must have a likelihood, got only Delta .* site 'x'\. Judge .* by calibrate"
     refused(ValueError, words, call, simulator, amortised, torch.zeros(2))
+
+
+def test_a_point_at_the_data_is_a_factor():
+    def scored(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Delta(x, log_density=-((x - mean) ** 2).sum(), event_dim=1), obs=x)
+
+    assert math.isfinite(pf.fit_svi(scored, pf.AutoFlow(scored, small), torch.ones(2), **SHORT).best_loss)
+
+
+def test_data_that_are_infinite_are_named():
+    y = torch.where(torch.arange(20) < 2, math.inf, Y)
+    words = r"AutoFlow: observed site 'y' holds 2 infinite numbers, of density 0\. Leave those rows out, or mask them"
+    refused(ValueError, words, pf.fit_svi, model, pf.AutoFlow(model, small), X, y, **SHORT)
 
 
 def test_a_guide_of_the_model_without_its_condition_names_the_site():

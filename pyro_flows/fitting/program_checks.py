@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
-from ..programs.error_text import quoted, warn_user
-from ..programs.latents import check_drawn, check_guided, lacking
+from ..programs.error_text import quoted
+from ..programs.latents import check_drawn, check_guided, check_likelihood, lacking
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
+from ..user_code import warn_user
 
 
 def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
@@ -30,6 +31,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
     if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
         check_guided("fit_svi: ", *task.traces, task.left_out)
         check_drawn("fit_svi: ", *task.traces)
+        check_likelihood("fit_svi", task.traces[0])
     if search or objective is None:
         with unchanged():
             _check_gradients(task)

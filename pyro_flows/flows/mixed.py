@@ -27,6 +27,8 @@ from ..encoders.mlp import hidden_layers
 from .arguments import as_size, check_context, check_event, check_tensor
 from .flow import Flow
 
+REAL_OR_POSITIVE = constraints.real, constraints.positive
+
 
 class Mixed(nn.Module):
     """A distribution over vectors, some of whose entries are categories and some are positive.
@@ -35,8 +37,9 @@ class Mixed(nn.Module):
 
         log p(k, y | c) = Σ_j log p(k_j | k_<j, c) + log p_flow(y | k, c)
 
-    Positive entries are modelled by their logarithm.  A vector has the log-density -inf if a category is no integer in
-    its range, or a positive entry is not positive.
+    Positive entries are modelled by their logarithm.  A vector is outside of the support if a category is no integer in
+    its range, or a positive entry is not positive.  Its log-density is -inf; if Pyro's validation is enabled, as it is
+    by default, it raises ValueError.
 
     Args:
         flow: A flow over the entries that are no categories, in their order.  Its contexts have the width
@@ -48,6 +51,7 @@ class Mixed(nn.Module):
 
     Attributes:
         event_shape: The shape of a vector.
+        support: The constraint of a vector.
         standardize: The layer that standardises contexts.
 
     Raises:
@@ -99,6 +103,11 @@ class Mixed(nn.Module):
         if got != wanted:
             must = f"a flow over {len(self._real)} entries with contexts of width {width}" if self._real else "None"
             raise ValueError(f"Mixed: flow must be {must}, got {flow!r:.80}.")
+        entries = [
+            constraints.integer_interval(0, number - 1) if number else REAL_OR_POSITIVE[place in self.positive]
+            for place, number in enumerate(self.categories)
+        ]
+        self.support = constraints.independent(constraints.cat(entries, -1), 1)
         self.standardize = Standardize((context_dim,)) if context_dim else None
         self.classifiers = nn.ModuleList(self._classifiers())
 
@@ -233,7 +242,6 @@ class MixedDistribution(dist.TorchDistribution):
     """The distribution of vectors of a :class:`Mixed` at a standardised context."""
 
     arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
     has_rsample = False
 
     def __init__(
@@ -243,6 +251,11 @@ class MixedDistribution(dist.TorchDistribution):
         own = torch.Size() if context is None else context.shape[:-1]
         batch = own if batch_shape is None else torch.Size(batch_shape)
         super().__init__(batch, mixed.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers, positive numbers and categories, each in its entry."""
+        return self.mixed.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MixedDistribution:
         return MixedDistribution(self.mixed, self.context, batch_shape, validate_args=self._validate_args)
@@ -254,6 +267,8 @@ class MixedDistribution(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         check_event("Mixed", "value", value, self.mixed.event_shape)
+        if self._validate_args:
+            self._validate_sample(value)
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.mixed.log_prob_at(value, self.context).expand(batch)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
@@ -152,12 +153,23 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
 
 
 def check_likelihood(caller: str, model: Trace) -> None:
-    """Raise ValueError if all observed sites of a model are points, so that hardly any draw has a density."""
+    """Raise ValueError if all observed sites of a model are points, so that hardly any draw has a density.
+
+    A point at the data is a constant factor: ``pyro.sample("f", dist.Delta(x, log_density=f), obs=x)``.
+    """
     points = [name for name, site in model.nodes.items() if is_observation(site)]
-    if points and all(is_point(model.nodes[name]["fn"]) for name in points):
+    if points and all(_is_elsewhere(model.nodes[name]) for name in points):
         got = f"only Delta distributions at {_sites('observed site', points)}"
         way = "Judge a guide of a simulator by calibrate(model, guide)"
         raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}.")
+
+
+def _is_elsewhere(site: dict[str, Any]) -> bool:
+    """True if an observed site is a point mass away from the data."""
+    if not is_point(site["fn"]):
+        return False
+    with torch.no_grad(), validation_enabled(False):
+        return not bool(site["fn"].log_prob(site["value"]).isfinite().all())
 
 
 def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:
