@@ -147,7 +147,7 @@ def series(x=None, times=None, mask=None):
 
 
 def test_an_encoder_takes_some_of_the_models_arguments():
-    """A mask of a model may be drawn by it, as zeros and ones; an argument that is left out is None."""
+    """A mask of a model may be drawn by it, as zeros and ones; what training has given cannot be left out."""
     pyro.set_rng_seed(0)
     guide = AutoFlow(series, small, encoder=Arguments(GRUEncoder(1, 4, 8), 0, times=1, mask=2))
     quick(series, guide)
@@ -157,7 +157,12 @@ def test_an_encoder_takes_some_of_the_models_arguments():
     x, times, mask = (drawn[name][0] for name in ("x", "times", "mask"))
     net = guide.encoder.network
     assert torch.equal(guide.context(x, times, mask), net(x, times, mask.bool()))
-    assert torch.equal(guide.context(x, mask=mask), net(x, mask=mask))  # not the mask as times
+    with pytest.raises(ValueError, match=r"times \(argument 1 of the model\) must be given, as in all of training"):
+        guide.context(x, mask=mask)
+    with pytest.raises(ValueError, match=r"mask \(argument 2 of the model\) must be given.*a mask is of ones if"):
+        guide.sample(5, x, times)
+    with pytest.warns(UserWarning, match=r"GRUEncoder: the data have 12 steps, but training had [0-3] to 6\. Train on"):
+        guide.encoder(torch.randn(12, 1), torch.arange(12), torch.ones(12))
     assert psis(series, guide, x, times, mask, num_samples=25).log_weights.isfinite().all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from pyro_flows.encoders import (
     GRUEncoder,
     Identity,
     MLPEncoder,
+    Scalars,
     SetEncoder,
     Standardize,
     TransformerEncoder,
@@ -669,6 +671,67 @@ def test_arguments_are_chosen_by_position_or_name(
 def test_a_choice_that_names_no_argument_is_refused(build: Callable[[], Arguments], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^Arguments: {message}\\.$"):
         build()
+
+
+def test_what_all_of_training_has_given_cannot_be_left_out() -> None:
+    choice = Arguments(Recorded(), 0, "size", mask=1)
+    assert choice.eval()("a") == (("a", None), {"mask": None})  # before any training
+    choice.train()("a", "b")
+    choice("a", "b", size="n")
+    assert choice.eval()("a", "b") == (("a", None), {"mask": "b"})  # training has left the size out as well
+    for found in (choice, copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
+        with pytest.raises(ValueError, match=r"^Arguments: mask \(argument 1 of the model\) must be given"):
+            found("a")
+    with torch.no_grad():
+        choice.train()("a", "b")
+        assert choice.eval()("a", "b") == (("a", None), {"mask": "b"})
+
+
+LENGTHS = {
+    "SetEncoder": lambda: SetEncoder(1, 4, (8,)),
+    "GRUEncoder": lambda: GRUEncoder(1, 4, 8),
+    "TransformerEncoder": lambda: TransformerEncoder(1, 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_unlike_those_of_training_are_told(name: str) -> None:
+    """By a mask too; a length just outside of the range is taken, and so is any before training and under a trace."""
+    network = LENGTHS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.eval()(torch.randn(2, 50, 1))
+        network.train()(torch.randn(4, 10, 1))
+        network(torch.randn(3, 20, 1), mask=torch.arange(20) < torch.tensor([[15], [18], [20]]))
+        with torch.no_grad():
+            network(torch.randn(2, 10, 1))
+        network.eval()
+        for number in (9, 10, 17, 24):
+            network(torch.randn(2, number, 1))
+        network(torch.randn(2, 50, 1), mask=torch.arange(50).expand(2, 50) < 20)
+        torch.func.vmap(network)(torch.randn(2, 50, 1))
+        network(torch.randn(0, 50, 1))
+    (seen,) = [value for key, value in network.state_dict().items() if key.endswith("lengths.seen")]
+    assert seen.tolist() == [10, 20]
+    again = copy.deepcopy(network)
+    for x, mask, number in (
+        (torch.randn(2, 50, 1), None, 50),
+        (torch.randn(8, 1), None, 8),
+        (torch.randn(2, 12, 1), torch.arange(12).expand(2, 12) < torch.tensor([[12], [3]]), 3),
+    ):
+        with pytest.warns(UserWarning, match=rf"^{name}: the data have {number} \w+, but training had 10 to 20"):
+            again(x, mask=mask)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_elements_may_be_numbers(name: str) -> None:
+    network = LENGTHS[name]()
+    x, mask = torch.randn(3, 10), torch.rand(3, 10) < 0.7
+    assert torch.equal(Scalars(network)(x, mask=mask), network(x[..., None], mask=mask))
+    with pytest.raises(ValueError, match=rf"^{name}: data must .* got \(3, 10\)\. If .* Scalars\({name}\("):
+        network(x)
+    with pytest.raises(TypeError, match=r"^Scalars: network must be a network or a function, got <class"):
+        Scalars(SetEncoder)
 
 
 def test_the_choice_is_shown() -> None:

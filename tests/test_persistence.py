@@ -159,7 +159,7 @@ def test_every_encoder_comes_back(name: str, tmp_path: Path) -> None:
 def test_no_public_class_is_left_out() -> None:
     """Every public class has a line in a registry, because a class without one would be saved untested."""
     found: set[str] = {"distributions.FixedBase", "conditioners.Given", "encoders.Standardize"}  # tested further below
-    found |= {"encoders.Arguments", "encoders.Joined"}  # tested with guides
+    found |= {"encoders.Arguments", "encoders.Joined", "encoders.Scalars"}  # tested with guides
     found |= {"transforms.Sigmoid", "encoders.ClassEmbedding", "encoders.Flatten"}  # tested with models of images
     found |= {"conditioners.GivenLinear"}  # tested with structured guides
     builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
@@ -866,8 +866,9 @@ def test_a_choice_of_arguments_comes_back(tmp_path: Path) -> None:
     wanted = guide.context(5, x, mask=mask, times=times)
     assert bits(again.context(5, x, None, mask, times=times), wanted)
     assert not bits(again.context(5, x, times=times), wanted)
-    with pytest.raises(ValueError, match=r"by position to a guide that was loaded, got mask= by name\. Give None for"):
-        again.context(5, x, mask=mask, times=times)
+    for other in (again, pickle.loads(pickle.dumps(guide)), there_and_back(again, tmp_path)):
+        assert bits(other.context(5, x, mask=mask, times=times), wanted)  # names of arguments are known without a model
+        assert bits(other.context(x=x, n=5, mask=mask, times=times), wanted)
 
 
 @pytest.mark.parametrize("size", [None, 2])

@@ -39,8 +39,8 @@ NAMES = {
     ),
     conditioners: "CausalTransformer Conditioner ConvNet Given GivenLinear LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
-    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder SetEncoder "
-    "Standardize TransformerEncoder",
+    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
+    "SetEncoder Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
     "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester "

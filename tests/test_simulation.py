@@ -71,6 +71,11 @@ def test_shapes_are_those_of_the_sites():
         assert len(found) == 5
 
 
+def test_simulations_are_shown_by_their_shapes():
+    found = repr(simulate(linear, num_simulations=5))
+    assert found == "Simulations(5 draws; latents theta (); data x (3,))"
+
+
 def test_moments_of_a_linear_model():
     found = simulator(linear).draw(20_000, batch_size=7000)
     theta, x = found.latents["theta"], found.data["x"]

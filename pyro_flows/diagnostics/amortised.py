@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_program
 from ..guides import AutoPlateFlow
 from ..guides.guide_call import Call
 from ..guides.masked import RowMasks, masks_of_all
@@ -22,6 +23,8 @@ def check_amortised(caller: str, guide: Any, others: str = "") -> None:
         guide: The guide.
         others: What else the function takes, in words.
     """
+    if isinstance(guide, type):
+        check_program(guide=guide)
     if not getattr(guide, "is_amortised", False):
         kind = type(guide).__name__ + (" without one" if hasattr(guide, "is_amortised") else "")
         must = f"an AutoFlow with an encoder, or an AutoPlateFlow with a global_encoder{others}"

@@ -9,6 +9,7 @@ from .joined import Joined as Joined
 from .labels import ClassEmbedding as ClassEmbedding
 from .mlp import MLPEncoder as MLPEncoder
 from .recurrent import GRUEncoder as GRUEncoder
+from .scalars import Scalars as Scalars
 from .set import SetEncoder as SetEncoder
 from .standardize import Standardize as Standardize
 from .transformer import TransformerEncoder as TransformerEncoder

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import is_integer, quoted
+from .masks import is_traced
 
 
 class Arguments(nn.Module):
     """A network of some of the model's arguments; a guide calls its encoder with all of them.
 
     An argument is told by its position in the signature of the model, from 0, or by its name if it is keyword-only.  An
-    argument that a call leaves out is None.
+    argument that a call leaves out is None, which is an error if all of training has given it.
 
     Args:
         network: A network or function from these arguments to contexts.
@@ -44,6 +46,8 @@ class Arguments(nn.Module):
         TypeError: Arguments: positions must be integers of at least 0, or names of arguments of the model, got 1.5.
     """
 
+    seen: Tensor  # for each argument, whether training left it out and whether it gave it
+
     def __init__(self, network: Callable[..., Tensor], /, *positions: int | str, **named: int | str) -> None:
         super().__init__()
         if isinstance(network, type) or not callable(network):
@@ -59,6 +63,7 @@ class Arguments(nn.Module):
         if not positions and not named:
             raise ValueError("Arguments: positions must name an argument of the model, got none. Give 0 for the first.")
         self.network, self.positions, self.named = network, positions, named
+        self.register_buffer("seen", torch.zeros(len(positions) + len(named), 2, dtype=torch.bool))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Encode some of the arguments.
@@ -69,6 +74,9 @@ class Arguments(nn.Module):
 
         Returns:
             The contexts of the network, ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If an argument is left out that all of training has given, such as a mask.
         """
 
         def find(place: int | str) -> Any:
@@ -76,10 +84,30 @@ class Arguments(nn.Module):
                 return kwargs.get(place)
             return args[place] if place < len(args) else None
 
-        return self.network(*map(find, self.positions), **{name: find(place) for name, place in self.named.items()})
+        values, named = [find(place) for place in self.positions], {n: find(place) for n, place in self.named.items()}
+        self._check_given([*values, *named.values()])
+        return self.network(*values, **named)
+
+    def _check_given(self, values: Sequence[Any]) -> None:
+        """Note which arguments are given in training, in passes with gradients; compare with it in other passes."""
+        if is_traced():
+            return
+        given = [value is not None for value in values]
+        if self.training and torch.is_grad_enabled():
+            self.seen |= torch.tensor([[not one, one] for one in given], device=self.seen.device)
+            return
+        labels = [*map(_label, self.positions), *(f"{name} ({_label(place)})" for name, place in self.named.items())]
+        for label, one, (left_out, was_given) in zip(labels, given, self.seen.tolist(), strict=True):
+            if was_given and not (left_out or one):
+                way = "Give it; a mask is of ones if nothing is missing"
+                raise ValueError(f"Arguments: {label} must be given, as in all of training, got None. {way}.")
 
     def extra_repr(self) -> str:
         return ", ".join([*map(repr, self.positions), *(f"{name}={place!r}" for name, place in self.named.items())])
+
+
+def _label(place: int | str) -> str:
+    return repr(place) if isinstance(place, str) else f"argument {place} of the model"
 
 
 def _is_place(value: object) -> bool:

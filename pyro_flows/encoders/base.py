@@ -97,7 +97,10 @@ class Encoder(nn.Module, ABC):
         """
         if not ends_with(x, self.data_shape):
             wanted = ", ".join("n" if size is None else str(size) for size in self.data_shape)
-            raise ValueError(f"{type(self).__name__}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.")
+            name = type(self).__name__
+            is_scalar = self.data_shape[-1:] == (1,) and ends_with(x, self.data_shape[:-1])
+            way = f" If each element is one number, give Scalars({name}(...))." if is_scalar else ""
+            raise ValueError(f"{name}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.{way}")
 
 
 @contextlib.contextmanager

@@ -26,9 +26,14 @@ def as_mask(caller: str, x: Tensor, mask: Tensor | None, *shapes: Sequence[int])
     if mask is None:
         return torch.ones(tuple(shapes[0]), dtype=torch.bool, device=x.device)
     there = mask.bool()
-    untold = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if tuple(mask.shape) in map(tuple, shapes) and (untold or mask.dtype == torch.bool or bool((mask == there).all())):
+    is_binary = is_traced() or mask.dtype == torch.bool or bool((mask == there).all())
+    if tuple(mask.shape) in map(tuple, shapes) and is_binary:
         return there
     wanted = f"torch.bool of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
     got = f"{mask.dtype} of shape {tuple(mask.shape)}"
     raise ValueError(f"{caller}: mask must be {wanted}, for data of shape {tuple(x.shape)}, got {got}.")
+
+
+def is_traced() -> bool:
+    """True under ``torch.compile`` or ``torch.func``, where Python cannot see the numbers in a tensor."""
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .lengths import Lengths
 from .masks import as_mask
 from .standardize import Standardize
 
@@ -53,6 +54,7 @@ class StepFeatures(nn.Module):
         super().__init__()
         self.owner, self.width = owner, 7 * num_features + 1
         self.times, self.gaps = Standardize((1,)), Standardize((1,))
+        self.lengths = Lengths(owner, "steps")
 
     def forward(self, standardize: Standardize, x: Tensor, times: Tensor | None, mask: Tensor | None) -> Steps:
         """Return the steps of series.
@@ -68,6 +70,7 @@ class StepFeatures(nn.Module):
         """
         x, times, entries = self._ordered(x, self._times(x, times), mask)
         there = entries.any(-1)
+        self.lengths(there)
         values = standardize(x, entries).masked_fill(~entries, 0.0)
         clock = self.times(times.unsqueeze(-1), there).masked_fill(~there.unsqueeze(-1), 0.0)
         own, moments = _own_scale(values, entries)

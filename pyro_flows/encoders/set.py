@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_integers, check_sizes
 from .base import Encoder
+from .lengths import Lengths
 from .masks import as_mask
 from .mlp import hidden_layers
 from .pooling import pooling_weights
@@ -77,6 +78,7 @@ class SetEncoder(Encoder):
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
+        self.lengths = Lengths(name, "elements")
         self.phi = hidden_layers(name, 2 * element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
@@ -102,6 +104,7 @@ class SetEncoder(Encoder):
         """
         self.check_data(x)
         there = as_mask(type(self).__name__, x, mask, x.shape[:-1])
+        self.lengths(there)
         # Zeroed before any product: a weight of zero would not silence a NaN.
         x = self.standardize(x, there).masked_fill(~there[..., None], 0.0)
         size, average = there.sum(-1, keepdim=True).to(x.dtype), pooling_weights(x[..., :0], there)

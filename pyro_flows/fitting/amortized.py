@@ -163,7 +163,7 @@ def fit_amortized(
     check_integers(CALLER, 20, num_simulations=num_simulations)
     check_integers(CALLER, rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
     check_integers(CALLER, optional=True, max_epochs=max_epochs, batch_size=batch_size)
-    check_program(model=model)
+    check_program(model=model, guide=guide)
     _check_guide(guide, num_rows, rounds)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_numbers(CALLER, above=0, lr=lr, clip_norm=clip_norm)

@@ -28,7 +28,7 @@ from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
-from ..programs.traces import arguments_of
+from ..programs.traces import arguments_of, outline, outline_of
 from .checks import Calls, check_shapes, setup_error
 from .circles import MarkCircles
 from .contexts import check_encoder
@@ -66,6 +66,7 @@ class FlowGuide(Plan, AutoGuide):
         AutoGuide.__init__(self, InitMessenger(init_loc_fn or init_to_center)(seen))
         self._chooses_start = init_loc_fn is None
         self._calls = Calls()
+        self._outline = outline_of(model)
         self._claim_name(name)
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +113,7 @@ class FlowGuide(Plan, AutoGuide):
             raise
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates)
+        return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates, self._outline)
 
     def compile(self, **settings: Any) -> None:
         """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
@@ -225,10 +226,13 @@ class FlowGuide(Plan, AutoGuide):
         Raises:
             ValueError: If the guide was never set up.
         """
-        return {"sites": sites_of(self), "init_scale": self._init_scale, "name": self._pyro_name}
+        known = self._outline.parameters.values() if self._outline else ()
+        arguments = tuple((argument.name, argument.kind.name) for argument in known)
+        sites = sites_of(self)
+        return {"sites": sites, "init_scale": self._init_scale, "name": self._pyro_name, "arguments": arguments}
 
     @classmethod
-    def from_parts(cls, sites: Sequence[Site], name: str, **parts: Any) -> Any:
+    def from_parts(cls, sites: Sequence[Site], name: str, arguments: Sequence[tuple[str, str]], **parts: Any) -> Any:
         """Build a guide without a model from its :meth:`parts`.
 
         It gets another name if the parameter store holds tensors under this one, which would replace its own.
@@ -243,7 +247,7 @@ class FlowGuide(Plan, AutoGuide):
         super(FlowGuide, guide)._setup_prototype()
         guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
         guide._restore(**parts)
-        guide._model = (None,)
+        guide._model, guide._outline = (None,), outline(arguments)
         return guide
 
     @abstractmethod

@@ -21,7 +21,6 @@ from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.plate_minibatches import Shuffled
-from ..programs.traces import signature_of
 from ..vjp import graph_of
 from .guide_call import Call, Key, Rows, frame_of
 
@@ -57,21 +56,22 @@ def _encoded(call: Call, encoder: Any) -> Any:
     """Return the result of an encoder; its errors name the shapes of the arguments."""
     places, names = _arranged(call, gaps=isinstance(encoder, Arguments))
     if isinstance(encoder, Arguments):
-        _check_names(call, encoder, names)
+        _check_names(call, encoder)
     try:
         return encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         values = (*places, *names.values())
         seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values]
         fault = f"the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none at all'}"
-        way = "It must take all of them, in the model's order; wrap it in an nn.Module that does"
+        way = "It must take all of them, in the model's order; choose some by encoders.Arguments(network, 0)"
         if not values:
             must = "the encoder must get the model's data, got no arguments"
             raise TypeError(f"{call.owner}: {must}. Give them, as in guide.sample(1000, x).") from error
         if arrays := [type(value).__name__ for value in values if isinstance(value, np.ndarray | list)]:
             must = f"the data for the encoder must be tensors, got {arrays[0]}"
             raise TypeError(f"{call.owner}: {must}. Use torch.as_tensor(...).") from error
-        raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}. {way}.") from error
+        end = "" if isinstance(error, ValueError) else f" {way}."  # others do not know that they encode a model's data
+        raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}.{end}") from error
 
 
 def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -81,9 +81,11 @@ def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any
     None, so that positions are those in the signature.
     """
     try:
-        signature = signature_of(call.model)
-        bound = signature.bind(*call.args, **call.kwargs)
+        signature = call.signature
+        bound = signature.bind(*call.args, **call.kwargs) if signature else None
     except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
+        return call.args, call.kwargs
+    if signature is None or bound is None:
         return call.args, call.kwargs
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     if gaps and (given := [n for n in bound.arguments if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]):
@@ -95,19 +97,12 @@ def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any
     return (*bound.args, *(value for name, value in named.items() if name not in by_name)), by_name
 
 
-def _check_names(call: Call, encoder: Arguments, names: Iterable[str]) -> None:
-    """Raise ValueError for names that are not keyword-only in the model, and for names that a loaded guide gets.
-
-    A guide without a model cannot find the position of an argument that is given by name.
-    """
+def _check_names(call: Call, encoder: Arguments) -> None:
+    """Raise ValueError for names that are not keyword-only in the model."""
     chosen = [found for found in (*encoder.positions, *encoder.named.values()) if isinstance(found, str)]
-    if call.model is None:
-        for name in names:
-            if name not in chosen:
-                must = "the arguments of the model must be given by position to a guide that was loaded"
-                raise ValueError(f"{call.owner}: {must}, got {name}= by name. Give None for those that are left out.")
+    if not chosen or call.signature is None:
         return
-    parameters = list(signature_of(call.model).parameters.values())
+    parameters = list(call.signature.parameters.values())
     kinds = {parameter.name: parameter.kind for parameter in parameters}
     loose = any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
     for name in chosen:
@@ -355,8 +350,8 @@ class RowContexts(Paced):
         found = context.shape[-2] if context.dim() >= 2 else 0
         all_rows = numbers[-1] if numbers else found
         if (context.dim() != 2 and (numbers or context.dim() < 2)) or found not in (*numbers, all_rows):
-            plate = self.plates[0]
-            wanted = f"one vector for each of the {all_rows} rows of plate {plate!r}, ({all_rows}, context_dim)"
+            each = f"each of the {all_rows} rows" if numbers else "each row"
+            wanted = f"one vector for {each} of plate {self.plates[0]!r}, ({all_rows or 'rows'}, context_dim)"
             raise ValueError(f"{call.owner}: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
         return context
 

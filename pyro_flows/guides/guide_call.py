@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..programs.error_text import explained
-from ..programs.traces import arguments_of, outside_plates, trace_at
+from ..programs.traces import arguments_of, outside_plates, signature_of, trace_at
 
 Key = tuple[str, ...]  # the plates of rows that have a flow, the outermost first
 NONE: Mapping[str, Tensor] = MappingProxyType({})
@@ -45,6 +46,7 @@ class Call(NamedTuple):
         kwargs: Its keyword arguments.
         prototype: The trace of the model that the guide was built from.
         plates: The plates whose rows have flows.
+        outline: The names and kinds of the model's arguments, for a guide without a model; None if they are unknown.
     """
 
     owner: str
@@ -53,6 +55,12 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     prototype: Any = None
     plates: tuple[str, ...] = ()
+    outline: inspect.Signature | None = None
+
+    @property
+    def signature(self) -> inspect.Signature | None:
+        """The signature of the model, as far as it is known."""
+        return self.outline if self.model is None else signature_of(self.model)
 
     @property
     def latents(self) -> dict[str, dict[str, Any]]:

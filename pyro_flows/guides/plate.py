@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
-from ..programs.error_text import warn_user
+from ..user_code import warn_user
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
@@ -141,7 +141,8 @@ class AutoPlateFlow(BlockGuide):
         if not self.is_amortised:
             return 0
         contexts = probe(call, self._encoders[self.plate])
-        shape = tuple(self._pooled(contexts, None).shape)
+        with torch.no_grad():
+            shape = tuple(self._pooled(contexts, None).shape)
         if len(shape) != 1:
             fault = f"for contexts of shape {tuple(contexts.shape)} global_encoder must return one vector (n,)"
             raise ValueError(f"AutoPlateFlow: {fault}, got shape {shape}.")

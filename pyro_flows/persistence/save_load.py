@@ -85,8 +85,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Load the flow or the guide in a file of :func:`save`, on the CPU; move it by ``.to(device)``.
 
     A guide comes back without its model.  ``guide.sample(n)``, ``log_prob(values)``, ``median()`` and ``quantiles(q)``
-    need neither model nor data.  With an encoder they take the encoder's data as positional arguments.  With a model
-    the guide can be checked and trained further: ``pf.psis(model, guide, *args)``.
+    need neither model nor data.  With an encoder they take the model's arguments, by position or by name.
+    With a model the guide can be checked and trained further: ``pf.psis(model, guide, *args)``.
 
     The file may come from an untrusted source.  Nothing in it is run, and it takes time and memory in proportion to its
     size: a small file that asks for large tensors is refused.

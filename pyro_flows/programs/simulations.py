@@ -42,6 +42,13 @@ class Simulations:
         if not self.data or len(set(sizes.values())) > 1:
             raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
 
+    def __repr__(self) -> str:
+        groups = ("latents", self.latents), ("data", self.data)
+        parts = [
+            f"{kind} {', '.join(f'{n} {tuple(v.shape[1:])}' for n, v in g.items()) or 'none'}" for kind, g in groups
+        ]
+        return f"Simulations({len(self)} draws; {'; '.join(parts)})"
+
     def row(self, number: int) -> dict[str, Tensor]:
         """Return one dataset: for each argument that holds data its value, ``site_shape``."""
         return {name: value[number] for name, value in self.data.items()}

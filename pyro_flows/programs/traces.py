@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,23 @@ def signature_of(program: Function) -> inspect.Signature:
     while isinstance(program, _bound_partial):  # a handler around a program
         program = program.func.args[1]
     return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+
+
+def outline_of(program: Function) -> inspect.Signature | None:
+    """Return the names and kinds of a program's arguments, all of them optional; None if Python does not know them."""
+    try:
+        return outline((p.name, p.kind.name) for p in signature_of(program).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def outline(arguments: Iterable[tuple[str, str]]) -> inspect.Signature:
+    """Return a signature of optional arguments from their names and kinds, such as ``"KEYWORD_ONLY"``."""
+    found = []
+    for name, kind in arguments:
+        default = inspect.Parameter.empty if kind.startswith("VAR_") else None
+        found.append(inspect.Parameter(name, getattr(inspect.Parameter, kind), default=default))
+    return inspect.Signature(found)
 
 
 def arguments_of(program: Function, args: Args, kwargs: Kwargs) -> Kwargs:
