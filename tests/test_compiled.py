@@ -19,11 +19,11 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, Flow, flows
+from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import MLP
 from pyro_flows.objectives import Likelihood
 from pyro_flows.transforms import ActNorm, Coupling, Permute
 from pyro_flows.transforms.compiled import Compiled
-from pyro_flows.transforms.compiler_state import NEW_COMPILER
 
 pytestmark = pytest.mark.slow
 

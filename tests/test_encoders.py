@@ -27,6 +27,7 @@ from pyro_flows.encoders import (
     Standardize,
     TransformerEncoder,
 )
+from pyro_flows.encoders.training_record import recorded, unjudged
 
 CONTEXT_DIM = 6
 
@@ -674,17 +675,28 @@ def test_a_choice_that_names_no_argument_is_refused(build: Callable[[], Argument
 
 
 def test_what_all_of_training_has_given_cannot_be_left_out() -> None:
-    choice = Arguments(Recorded(), 0, "size", mask=1)
-    assert choice.eval()("a") == (("a", None), {"mask": None})  # before any training
-    choice.train()("a", "b")
-    choice("a", "b", size="n")
-    assert choice.eval()("a", "b") == (("a", None), {"mask": "b"})  # training has left the size out as well
+    choice = Arguments(Recorded(), 0, "size", mask=1, times="times")
+    assert choice("a") == (("a", None), {"mask": None, "times": None})  # before any training
+    with recorded():
+        choice("a", "b")
+        choice("a", "b", size="n")
+        with torch.no_grad():
+            choice("a")
     for found in (choice, copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
-        with pytest.raises(ValueError, match=r"^Arguments: mask \(argument 1 of the model\) must be given"):
+        assert found("a", "b") == (("a", None), {"mask": "b", "times": None})  # training left out the size as well
+        with pytest.raises(
+            ValueError, match=r"^Arguments: mask \(argument 1 of the model\) must be given.* Give ones if"
+        ):
             found("a")
-    with torch.no_grad():
-        choice.train()("a", "b")
-        assert choice.eval()("a", "b") == (("a", None), {"mask": "b"})
+        with pytest.warns(
+            UserWarning, match=r"^Arguments: times \('times'\) was never given in training\. Leave it out"
+        ):
+            found("a", "b", times="t")
+        with unjudged():
+            assert found("a") == (("a", None), {"mask": None, "times": None})
+    with recorded():
+        choice("a")
+    assert choice("a") == (("a", None), {"mask": None, "times": None})
 
 
 LENGTHS = {
@@ -700,13 +712,15 @@ def test_lengths_unlike_those_of_training_are_told(name: str) -> None:
     network = LENGTHS[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        network.eval()(torch.randn(2, 50, 1))
-        network.train()(torch.randn(4, 10, 1))
-        network(torch.randn(3, 20, 1), mask=torch.arange(20) < torch.tensor([[15], [18], [20]]))
-        with torch.no_grad():
-            network(torch.randn(2, 10, 1))
-        network.eval()
-        for number in (9, 10, 17, 24):
+        network(torch.randn(2, 50, 1))
+        with recorded():
+            network(torch.randn(4, 10, 1))
+            network(torch.randn(3, 20, 1), mask=torch.arange(20) < torch.tensor([[15], [18], [20]]))
+            with torch.no_grad():
+                network(torch.randn(2, 50, 1))
+        with unjudged():
+            network(torch.randn(2, 50, 1))
+        for number in (8, 10, 17, 25):
             network(torch.randn(2, number, 1))
         network(torch.randn(2, 50, 1), mask=torch.arange(50).expand(2, 50) < 20)
         torch.func.vmap(network)(torch.randn(2, 50, 1))
@@ -716,7 +730,8 @@ def test_lengths_unlike_those_of_training_are_told(name: str) -> None:
     again = copy.deepcopy(network)
     for x, mask, number in (
         (torch.randn(2, 50, 1), None, 50),
-        (torch.randn(8, 1), None, 8),
+        (torch.randn(7, 1), None, 7),
+        (torch.randn(2, 26, 1), None, 26),
         (torch.randn(2, 12, 1), torch.arange(12).expand(2, 12) < torch.tensor([[12], [3]]), 3),
     ):
         with pytest.warns(UserWarning, match=rf"^{name}: the data have {number} \w+, but training had 10 to 20"):
@@ -730,6 +745,8 @@ def test_elements_may_be_numbers(name: str) -> None:
     assert torch.equal(Scalars(network)(x, mask=mask), network(x[..., None], mask=mask))
     with pytest.raises(ValueError, match=rf"^{name}: data must .* got \(3, 10\)\. If .* Scalars\({name}\("):
         network(x)
+    with pytest.raises(ValueError, match=r"^Scalars: data must have shape \(\*batch, n\), got \(\)"):
+        Scalars(network)(torch.tensor(1.0))
     with pytest.raises(TypeError, match=r"^Scalars: network must be a network or a function, got <class"):
         Scalars(SetEncoder)
 

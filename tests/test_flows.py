@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows import flows
+from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.distributions import CircularBase
 from pyro_flows.flows import Flow
 from pyro_flows.flows.coupling import coupling_masks
 from pyro_flows.transforms import ActNorm, Coupling, LULinear
-from pyro_flows.transforms.compiler_state import NEW_COMPILER
 
 CONTEXT_DIM = 2
 every_recipe = pytest.mark.parametrize("name", laws.RECIPES)

@@ -399,10 +399,42 @@ def test_a_point_at_the_data_is_a_factor():
     assert math.isfinite(pf.fit_svi(scored, pf.AutoFlow(scored, small), torch.ones(2), **SHORT).best_loss)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_point_may_depend_on_discrete_latents(seed):
+    def coins(total):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        first, second = (pyro.sample(name, dist.Bernoulli(p)) for name in ("first", "second"))
+        pyro.sample("total", dist.Delta(first + second), obs=total)
+
+    pyro.set_rng_seed(seed)
+    fit = pf.fit_svi(coins, pf.AutoFlow(coins, small), torch.tensor(1.0), **SHORT)
+    assert math.isfinite(fit.best_loss)
+    assert not fit.skipped
+
+
+def test_a_simulator_with_a_point_at_other_data_has_no_likelihood():
+    def timed(x, times):
+        pyro.sample("times", dist.Delta(times, event_dim=1), obs=times)
+        simulator(x)
+
+    def guide(x, times):
+        pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    words = "fit_svi: model must have a likelihood, got only Delta distributions at observed sites 'times', 'x'"
+    refused(ValueError, words, pf.fit_svi, timed, guide, torch.zeros(2), torch.ones(3), steps=3, progress=False)
+
+
 def test_data_that_are_infinite_are_named():
     y = torch.where(torch.arange(20) < 2, math.inf, Y)
-    words = r"AutoFlow: observed site 'y' holds 2 infinite numbers, of density 0\. Leave those rows out, or mask them"
+    words = r"AutoFlow: .* 'y' is -inf at the guide's start; its data hold 2 infinite numbers\. Leave those rows out"
     refused(ValueError, words, pf.fit_svi, model, pf.AutoFlow(model, small), X, y, **SHORT)
+
+    def masked(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0).mask(y.isfinite()), obs=y)
+
+    pf.AutoFlow(masked, small).setup(X, y)
 
 
 def test_a_guide_of_the_model_without_its_condition_names_the_site():

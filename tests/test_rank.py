@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows import flows
+from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import MLP
 from pyro_flows.transforms import FlowTransform, Householder, Orthogonal, Permute, Planar, Radial, Sylvester
-from pyro_flows.transforms.compiler_state import NEW_COMPILER
 from pyro_flows.transforms.orthogonal import unit
 
 ROWS = 8

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, joined
+from ..encoders.training_record import unjudged
 from ..guides.of_datasets import OfDatasets
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations
@@ -106,6 +107,7 @@ class Calibration:
 
 @runs_programs
 @torch.no_grad()
+@unjudged()
 def calibrate(
     model: Callable[..., Any],
     guide: Any,

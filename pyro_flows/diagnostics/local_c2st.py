@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, check_numbers, joined
+from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
 from .amortised import check_amortised, check_observed
@@ -98,6 +99,7 @@ class LocalC2ST:
 
 @runs_programs
 @torch.no_grad()
+@unjudged()
 def local_c2st(
     model: Callable[..., Any],
     guide: Any,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, check_numbers, joined
+from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
 from .amortised import check_amortised, check_observed, posteriors
@@ -81,6 +82,7 @@ class Misspecification:
 
 @runs_programs
 @torch.no_grad()
+@unjudged()
 def misspecification(
     model: Callable[..., Any],
     guide: Any,

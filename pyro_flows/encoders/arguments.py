@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import is_integer, quoted
-from .masks import is_traced
+from ..user_code import warn_user
+from .training_record import judges, records
 
 
 class Arguments(nn.Module):
@@ -77,6 +78,9 @@ class Arguments(nn.Module):
 
         Raises:
             ValueError: If an argument is left out that all of training has given, such as a mask.
+
+        Warns:
+            UserWarning: If an argument is given that none of training has given.
         """
 
         def find(place: int | str) -> Any:
@@ -89,17 +93,18 @@ class Arguments(nn.Module):
         return self.network(*values, **named)
 
     def _check_given(self, values: Sequence[Any]) -> None:
-        """Note which arguments are given in training, in passes with gradients; compare with it in other passes."""
-        if is_traced():
-            return
+        """Record in a fit which arguments are given, and compare with it in use."""
         given = [value is not None for value in values]
-        if self.training and torch.is_grad_enabled():
+        if records():
             self.seen |= torch.tensor([[not one, one] for one in given], device=self.seen.device)
+        if not judges():
             return
         labels = [*map(_label, self.positions), *(f"{name} ({_label(place)})" for name, place in self.named.items())]
         for label, one, (left_out, was_given) in zip(labels, given, self.seen.tolist(), strict=True):
+            if one and left_out and not was_given:
+                warn_user(f"Arguments: {label} was never given in training. Leave it out, or train with it.")
             if was_given and not (left_out or one):
-                way = "Give it; a mask is of ones if nothing is missing"
+                way = "Give ones if nothing is missing" if label.startswith("mask") else "Give it"
                 raise ValueError(f"Arguments: {label} must be given, as in all of training, got None. {way}.")
 
     def extra_repr(self) -> str:

@@ -98,8 +98,8 @@ class Encoder(nn.Module, ABC):
         if not ends_with(x, self.data_shape):
             wanted = ", ".join("n" if size is None else str(size) for size in self.data_shape)
             name = type(self).__name__
-            is_scalar = self.data_shape[-1:] == (1,) and ends_with(x, self.data_shape[:-1])
-            way = f" If each element is one number, give Scalars({name}(...))." if is_scalar else ""
+            has_numbers = self.data_shape == (None, 1) and x.dim()
+            way = f" If each element is one number, give Scalars({name}(...))." if has_numbers else ""
             raise ValueError(f"{name}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.{way}")
 
 

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from ..user_code import warn_user
-from .masks import is_traced
+from .training_record import judges, records
 
-TOLERANCE = 1.2  # the factor by which a length may leave the range of training without a warning
+TOLERANCE = 1.2  # the factor by which lengths, and one element, may leave the range of training without a warning
 
 
 class Lengths(nn.Module):
-    """The range of lengths in training, and a warning of lengths outside of it.
+    """The range of lengths in training, and a warning of lengths far outside of it.
 
     A network extrapolates to other lengths, and posteriors at its contexts are then wrong without a sign.  Only what a
-    mask leaves counts.  ``torch.compile`` and ``torch.func`` skip this layer.
+    mask leaves counts.
 
     Args:
         owner: The name of the encoder, for warnings.
-        elements: The word for what is counted, such as ``"steps"``.
+        element: The word for what is counted, such as ``"step"``.
 
     Attributes:
         seen: The least and the largest length in training, ``(2,)``; the least is larger before any training.
@@ -27,13 +27,13 @@ class Lengths(nn.Module):
 
     seen: Tensor
 
-    def __init__(self, owner: str, elements: str) -> None:
+    def __init__(self, owner: str, element: str) -> None:
         super().__init__()
-        self.owner, self.elements = owner, elements
+        self.owner, self.element = owner, element
         self.register_buffer("seen", torch.tensor([1, 0]))
 
     def forward(self, there: Tensor) -> None:
-        """Note the lengths of a batch in training, in passes with gradients, and judge them in other passes.
+        """Record the lengths of a batch in a fit, and judge them in use.
 
         Args:
             there: True for the elements that count, ``(*batch, n)``.
@@ -41,19 +41,19 @@ class Lengths(nn.Module):
         Warns:
             UserWarning: If a length lies far outside of the range of training.
         """
-        if is_traced() or not there.shape[:-1].numel():
+        recording = records()
+        if not (recording or judges()) or not there.shape[:-1].numel():
             return
         low, high = there.sum(-1).aminmax()
-        if self.training and torch.is_grad_enabled():
+        if recording:
             fresh = self.seen[0] > self.seen[1]
             self.seen[0] = torch.where(fresh, low, torch.minimum(low, self.seen[0]))
             self.seen[1] = torch.maximum(high, self.seen[1])
             return
         least, most = self.seen.tolist()
-        if least > most:
-            return
-        is_short, is_long = bool(TOLERANCE * low < least), bool(high > TOLERANCE * most)
-        if is_short or is_long:
+        is_short, is_long = TOLERANCE * (int(low) + 1) < least, int(high) > TOLERANCE * most + 1
+        if least <= most and (is_short or is_long):
             known = f"{least}" if least == most else f"{least} to {most}"
-            found = f"the data have {int(low if is_short else high)} {self.elements}, but training had {known}"
+            number = int(low if is_short else high)
+            found = f"the data have {number} {self.element}{'s' * (number != 1)}, but training had {known}"
             warn_user(f"{self.owner}: {found}. Train on such data as well, or test the guide on them by calibrate.")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..compiler_state import is_traced
+
 
 def as_mask(caller: str, x: Tensor, mask: Tensor | None, *shapes: Sequence[int]) -> Tensor:
     """Return a mask as bools; without one, everything in the data is there.
@@ -32,8 +34,3 @@ def as_mask(caller: str, x: Tensor, mask: Tensor | None, *shapes: Sequence[int])
     wanted = f"torch.bool of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
     got = f"{mask.dtype} of shape {tuple(mask.shape)}"
     raise ValueError(f"{caller}: mask must be {wanted}, for data of shape {tuple(x.shape)}, got {got}.")
-
-
-def is_traced() -> bool:
-    """True under ``torch.compile`` or ``torch.func``, where Python cannot see the numbers in a tensor."""
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())

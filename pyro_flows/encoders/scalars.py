@@ -44,5 +44,10 @@ class Scalars(nn.Module):
 
         Returns:
             The contexts of the network, ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If the data are a single number.
         """
+        if not x.dim():
+            raise ValueError("Scalars: data must have shape (*batch, n), got ().")
         return self.network(x.unsqueeze(-1), *args, **kwargs)

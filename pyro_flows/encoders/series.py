@@ -54,7 +54,7 @@ class StepFeatures(nn.Module):
         super().__init__()
         self.owner, self.width = owner, 7 * num_features + 1
         self.times, self.gaps = Standardize((1,)), Standardize((1,))
-        self.lengths = Lengths(owner, "steps")
+        self.lengths = Lengths(owner, "step")
 
     def forward(self, standardize: Standardize, x: Tensor, times: Tensor | None, mask: Tensor | None) -> Steps:
         """Return the steps of series.

@@ -78,7 +78,7 @@ class SetEncoder(Encoder):
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
-        self.lengths = Lengths(name, "elements")
+        self.lengths = Lengths(name, "element")
         self.phi = hidden_layers(name, 2 * element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)

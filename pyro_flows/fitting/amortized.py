@@ -28,6 +28,7 @@ from ..arguments import (
     quoted,
 )
 from ..data.batches import Batch, divided
+from ..encoders.training_record import recorded
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.guide_call import Call
 from ..guides.scored import Packed
@@ -47,6 +48,7 @@ NUMBERS = 10_000_000  # numbers of data from which encoders are standardised
 
 @distributed.collective
 @runs_programs
+@recorded()
 def fit_amortized(
     model: Callable[..., Any],
     guide: AutoFlow | AutoPlateFlow,

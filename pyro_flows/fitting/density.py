@@ -24,6 +24,7 @@ from ..data.row_statistics import CellNoise, Survey, check_rows
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import ClassEmbedding
+from ..encoders.training_record import recorded
 from ..flows import Dequantized, Flow
 from ..training import distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
@@ -38,6 +39,7 @@ NUMBER = 64  # images in a picture
 
 @distributed.collective
 @suggests_keywords
+@recorded()
 def fit_density(
     flow: Flow | Dequantized,
     x: Any,

@@ -13,6 +13,7 @@ from typing import Any
 from pyro.infer import ELBO
 
 from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, joined, quoted
+from ..encoders.training_record import recorded
 from ..guides import AutoFlow
 from ..guides.default_training import plan_of
 from ..programs.model_and_guide import Task
@@ -31,6 +32,7 @@ LONGEST_END = ".deeper-and-longer"  # the longest suffix that a fit of several a
 
 @distributed.collective
 @runs_programs
+@recorded()
 def fit_svi(
     model: Callable[..., Any],
     guide: Any,
@@ -117,8 +119,8 @@ def fit_svi(
     Raises:
         TypeError: If the model needs arguments that are not given, or a guide is given in its place.
         ValueError: If an argument is out of its range, the guide does not suit the model or lacks a latent that cannot
-            be summed out, there is nothing to train, the posterior is improper, the checkpoint is of another run, or
-            several processes do not fit the same.
+            be summed out, there is nothing to train, the posterior is improper, all data are points of ``Delta``, the
+            checkpoint is of another run, or several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:

@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from ..arguments import check_integers, check_sizes, is_integer, quoted
-from ..transforms.compiler_state import is_traced
+from ..compiler_state import is_traced
 
 HALF = torch.float16, torch.bfloat16
 

@@ -226,13 +226,15 @@ class FlowGuide(Plan, AutoGuide):
         Raises:
             ValueError: If the guide was never set up.
         """
-        known = self._outline.parameters.values() if self._outline else ()
-        arguments = tuple((argument.name, argument.kind.name) for argument in known)
+        known = None if self._outline is None else self._outline.parameters.values()
+        arguments = None if known is None else tuple((argument.name, argument.kind.name) for argument in known)
         sites = sites_of(self)
         return {"sites": sites, "init_scale": self._init_scale, "name": self._pyro_name, "arguments": arguments}
 
     @classmethod
-    def from_parts(cls, sites: Sequence[Site], name: str, arguments: Sequence[tuple[str, str]], **parts: Any) -> Any:
+    def from_parts(
+        cls, sites: Sequence[Site], name: str, arguments: Sequence[tuple[str, str]] | None = None, **parts: Any
+    ) -> Any:
         """Build a guide without a model from its :meth:`parts`.
 
         It gets another name if the parameter store holds tensors under this one, which would replace its own.
@@ -247,7 +249,7 @@ class FlowGuide(Plan, AutoGuide):
         super(FlowGuide, guide)._setup_prototype()
         guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
         guide._restore(**parts)
-        guide._model, guide._outline = (None,), outline(arguments)
+        guide._model, guide._outline = (None,), None if arguments is None else outline(arguments)
         return guide
 
     @abstractmethod

@@ -81,11 +81,12 @@ def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any
     None, so that positions are those in the signature.
     """
     try:
-        signature = call.signature
-        bound = signature.bind(*call.args, **call.kwargs) if signature else None
-    except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
-        return call.args, call.kwargs
-    if signature is None or bound is None:
+        if (signature := call.signature) is None:
+            return call.args, call.kwargs
+        bound = signature.bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError) as error:  # Python does not know the signature, or the arguments do not fit it
+        if call.model is None:
+            raise TypeError(f"{call.owner}: the arguments must be those of the model: {error}.") from error
         return call.args, call.kwargs
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     if gaps and (given := [n for n in bound.arguments if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]):

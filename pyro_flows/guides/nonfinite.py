@@ -17,11 +17,11 @@ from pyro import poutine, validation_enabled
 from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 
+from ..compiler_state import is_traced
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..programs.traces import trace_of
-from ..transforms.compiler_state import is_traced
 from .guide_call import Call
 
 MOST = 100  # draws of one step at which the model is run again

@@ -16,6 +16,7 @@ from pyro import validation_enabled
 from torch import Tensor
 
 from ..arguments import suggests_recipes
+from ..encoders.training_record import unjudged
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..user_code import warn_user
 from .block_guide import BlockGuide
@@ -141,8 +142,7 @@ class AutoPlateFlow(BlockGuide):
         if not self.is_amortised:
             return 0
         contexts = probe(call, self._encoders[self.plate])
-        with torch.no_grad():
-            shape = tuple(self._pooled(contexts, None).shape)
+        shape = tuple(self._pooled(contexts, None).shape)
         if len(shape) != 1:
             fault = f"for contexts of shape {tuple(contexts.shape)} global_encoder must return one vector (n,)"
             raise ValueError(f"AutoPlateFlow: {fault}, got shape {shape}.")
@@ -184,7 +184,8 @@ class AutoPlateFlow(BlockGuide):
     def _pooled(self, contexts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the context of all rows, ``(*batch, global_dim)``, from their contexts ``(*batch, rows, width)``."""
         network: Any = self.global_encoder
-        return network(contexts) if mask is None else network(contexts, mask=mask)
+        with unjudged():  # numbers of rows are judged by row_range
+            return network(contexts) if mask is None else network(contexts, mask=mask)
 
     # Training on simulations.
 

@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 
 from ..programs.error_text import check_observed
 from ..programs.latents import innermost
+from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
 from ..programs.program import Program
 from ..programs.traces import arguments_of
@@ -150,13 +151,20 @@ def _check_density(call: Call, program: Program) -> None:
         trace.compute_log_prob()
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
-            _check_finite(call.owner, f"site {name!r}", site["log_prob"])
+            value = site["value"]
+            infinite = int(value.isinf().sum()) if is_observation(site) and isinstance(value, Tensor) else 0
+            _check_finite(call.owner, f"site {name!r}", site["log_prob"], infinite)
 
 
-def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
+def _check_finite(owner: str, what: str, log_prob: Tensor, infinite: int = 0) -> None:
+    """Raise ValueError unless a log-density is finite; the data hold some infinite numbers."""
     if not log_prob.isfinite().all():
         fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
-        raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
+        way = "give a better one with init_loc_fn=init_to_value(values={...})"
+        if infinite:
+            held = f"its data hold {infinite} infinite number{'s' * (infinite > 1)}"
+            way = f"{held}. Leave those rows out, or mask them by poutine.mask"
+        raise ValueError(f"{owner}: {fault}; {way}.")
 
 
 def _elsewhere(packing: Packing, call: Call) -> Iterator[Tensor]:

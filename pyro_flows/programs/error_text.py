@@ -103,9 +103,6 @@ def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
             example = first[0] if outside.dim() == 1 else f"[{', '.join(first)}{', …' * (outside[0].numel() > 4)}]"
             fault += f" ({len(outside)} of {site['fn'].batch_shape.numel()}, such as {example})"
             way = "Recode the data, or choose another distribution"
-        elif count := _count_impossible(site):
-            fault = f"holds {count} infinite number{'s' * (count > 1)}, of density 0"
-            way = "Leave those rows out, or mask them by poutine.mask and replace the numbers"
         else:
             continue
         raise ValueError(f"{owner}observed site {name!r} {fault}. {way}.")
@@ -125,21 +122,6 @@ def _outside(site: dict[str, Any]) -> Tensor:
     except ValueError:
         return value.expand(*outside.shape, *event)[outside]
     return value.new_empty(0, *event)
-
-
-@torch.no_grad()
-def _count_impossible(site: dict[str, Any]) -> int:
-    """Return the number of infinite data at which a site that no mask hides has the log-density -inf."""
-    fn, value = site["fn"], site["value"]
-    if not value.is_floating_point() or value.isfinite().all():
-        return 0
-    try:
-        with validation_enabled(False):
-            impossible = scale_and_mask(fn.log_prob(value), 1.0, site["mask"]) == -torch.inf
-    except ValueError:  # a distribution that was built under validation refuses them, masked or not
-        return 0
-    found = value.isinf().expand(impossible.shape + fn.event_shape)
-    return int(found.reshape(*impossible.shape, -1).sum(-1)[impossible].sum())
 
 
 def _is_fixed(support: constraints.Constraint) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
@@ -47,9 +46,14 @@ def innermost(fn: Any) -> Any:
 
 def is_point(fn: Any) -> bool:
     """True if a distribution is a point mass, whose site has a value that follows from the others."""
+    return isinstance(_base_of(fn), dist.Delta)
+
+
+def _base_of(fn: Any) -> Any:
+    """Return the distribution in all wrappers."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return fn
 
 
 def states_support(fn: Any) -> bool:
@@ -157,19 +161,17 @@ def check_likelihood(caller: str, model: Trace) -> None:
 
     A point at the data is a constant factor: ``pyro.sample("f", dist.Delta(x, log_density=f), obs=x)``.
     """
-    points = [name for name, site in model.nodes.items() if is_observation(site)]
-    if points and all(_is_elsewhere(model.nodes[name]) for name in points):
+    sites = {name: site for name, site in model.nodes.items() if is_observation(site)}
+    points = [name for name, site in sites.items() if is_point(site["fn"])]
+    if sites.keys() == {*points} and any(_is_elsewhere(site) for site in sites.values()):
         got = f"only Delta distributions at {_sites('observed site', points)}"
         way = "Judge a guide of a simulator by calibrate(model, guide)"
         raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}.")
 
 
 def _is_elsewhere(site: dict[str, Any]) -> bool:
-    """True if an observed site is a point mass away from the data."""
-    if not is_point(site["fn"]):
-        return False
-    with torch.no_grad(), validation_enabled(False):
-        return not bool(site["fn"].log_prob(site["value"]).isfinite().all())
+    """True if an observed site is a point mass at other values than the data."""
+    return not bool((_base_of(site["fn"]).v == site["value"]).all())
 
 
 def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:

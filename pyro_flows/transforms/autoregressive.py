@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..arguments import BIJECTOR, check_flags, check_kind
 from ..bijectors import Bijector
+from ..compiler_state import is_traced
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
-from .compiler_state import is_traced
 from .conditional import check_params
 from .inversion import invert, invert_by_passes, invert_tokens
 

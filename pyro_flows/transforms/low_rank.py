@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..arguments import check_integers, is_integer
 from ..bijectors.base import bounded
+from ..compiler_state import NEW_COMPILER
 from ..conditioners import Conditioner
 from .base import Scored
-from .compiler_state import NEW_COMPILER
 from .conditional import Tabled
 from .orthogonal import reflect, unit
 

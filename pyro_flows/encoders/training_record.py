@@ -1,0 +1,51 @@
+"""Record of what the layers of an encoder have seen in training, to tell other data in use from it.
+
+Fits record it.  Outside of fits layers judge their data by the record, except in tests of a guide on simulations, which
+measure what a warning could only guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from ..compiler_state import is_traced
+
+RECORD, JUDGE, IGNORE = "record", "judge", "ignore"
+_mode = ContextVar("mode", default=JUDGE)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Record in a block the data of passes with gradients, as a fit does, and judge no data."""
+    with _in_mode(RECORD):
+        yield
+
+
+@contextlib.contextmanager
+def unjudged() -> Iterator[None]:
+    """Neither record nor judge data in a block."""
+    with _in_mode(IGNORE):
+        yield
+
+
+def records() -> bool:
+    """True if a layer must record its data now."""
+    return _mode.get() == RECORD and torch.is_grad_enabled() and not is_traced()
+
+
+def judges() -> bool:
+    """True if a layer must judge its data now.  Compiled, mapped and traced code hides their numbers."""
+    return _mode.get() == JUDGE and not is_traced()
+
+
+@contextlib.contextmanager
+def _in_mode(mode: str) -> Iterator[None]:
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
