@@ -34,12 +34,12 @@ def unjudged() -> Iterator[None]:
 
 def records() -> bool:
     """True if a layer must record its data now."""
-    return _mode.get() == RECORD and torch.is_grad_enabled() and not is_traced()
+    return not is_traced() and _mode.get() == RECORD and torch.is_grad_enabled()
 
 
 def judges() -> bool:
     """True if a layer must judge its data now.  Compiled, mapped and traced code hides their numbers."""
-    return _mode.get() == JUDGE and not is_traced()
+    return not is_traced() and _mode.get() == JUDGE
 
 
 @contextlib.contextmanager
