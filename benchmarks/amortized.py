@@ -55,6 +55,8 @@ OURS, SBI, SETS, EMULATED, LEARNED, ROUNDS = METHODS[:3], *METHODS[3:]
 GROUPS, TESTED, DATASETS = (5, 7, 13, 20, 33, 50, 77, 100), (5, 20, 100), 20
 DRAWS, WEIGHED, SVI_STEPS, BATCH, REPEATS = 10_000, 100_000, 300, 256, 200
 
+WIDE = dist.Uniform(torch.full((1,), -10.0), 10.0)  # of the mean of a row
+
 Answer = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
 
 
@@ -344,14 +346,28 @@ def two_levels(results: Results, options: argparse.Namespace, seed: int) -> None
         results.add("two levels", groups, "AutoPlateFlow", seed, **measures)
 
 
+def least_squares(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Measure the error of the best estimate of the density of a row, in a family that holds it."""
+    pyro.set_rng_seed(seed)
+    theta = WIDE.sample((options.simulations,))
+    posterior = two.by_least_squares(theta, two.one_row(theta))
+    for groups in (5, 20):
+        known = pf.simulate(two.two_levels, groups=groups, num_simulations=DATASETS)
+        found = []
+        for y, size in zip(known.data["y"], known.data["size"], strict=True):
+            estimate, pairs = posterior(y, size), two.exact(y, size)
+            found.append({s: ((estimate[s][0] - m) / sd, estimate[s][1] / sd) for s, (m, sd) in pairs.items()})
+        results.add("likelihood", groups, "least squares", seed, **summarised(found))
+
+
 def likelihood(results: Results, options: argparse.Namespace, seed: int) -> None:
     """Fit the two-level model with a density of a row that was learned from single rows."""
+    least_squares(results, options, seed)
     if results.has("likelihood", "20", "fit_likelihood", seed, "mu_worst"):
         return
     pyro.set_rng_seed(seed)
-    prior = dist.Uniform(torch.full((1,), -10.0), 10.0)
     settings: dict[str, Any] = {"num_simulations": options.simulations, "progress": False}
-    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, prior, **settings))
+    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, WIDE, **settings))
     results.add("likelihood", "training", "fit_likelihood", seed, **took)
     model = two.with_likelihood(learned)
     for groups in (5, 20):

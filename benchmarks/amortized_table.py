@@ -293,24 +293,32 @@ def levels(results: Results) -> list[str]:
         ("two levels", "AutoPlateFlow", "Amortised, one guide"),
         ("two levels", "AutoPlateFlow, resampled", "4,000 of 20,000 of its draws, resampled by the model's density"),
         ("likelihood", "fit_likelihood", "Learned likelihood of a row, then `AutoFlow` and `fit_svi`, three datasets"),
+        (
+            "likelihood",
+            "least squares",
+            "The posterior under a normal density that least squares fits to the same rows, 20 datasets",
+        ),
     ):
-        for seed in results.seeds(part, "training"):
-            took = number(results.get(part, "training", method.split(",")[0], seed, "cpu_seconds"), ".0f")
-            lines += [f"{title} (seed {seed}, training {took} CPU seconds):", ""]
-            sites = "mu", "tau", "theta"
-            lines += head("groups", *(f"{what} of {site}" for what in ("error", "sd") for site in sites), "p", "k-hat")
-            groups = sorted({int(key[1]) for key in results.values if key[0] == part and key[1].isdigit()})
-            for group in groups:
-                key = part, group, method, seed
+        seeds = results.seeds(part, "training")
+        if not seeds:
+            continue
+        spent = [results.get(part, "training", method.split(",")[0], seed, "cpu_seconds") for seed in seeds]
+        took = ", ".join(f"{seconds:.0f}" for seconds in spent if not math.isnan(seconds))
+        lines += [f"{title}{f' (training {took} CPU seconds)' if took else ''}:", ""]
+        sites = "mu", "tau", "theta"
+        what = (f"{what} of {site}" for what in ("error", "sd") for site in sites)
+        lines += head("groups", "seed", *what, "p", "k-hat")
+        groups = sorted({int(key[1]) for key in results.values if key[0] == part and key[1].isdigit()})
+        for key in ((part, group, method, seed) for group in groups for seed in seeds):
 
-                def pair(site: str, *measures: str, form: str = ".2f") -> list[str]:
-                    return [number(results.get(*key, f"{site}_{measure}"), form) for measure in measures]  # noqa: B023
+            def pair(site: str, *measures: str, form: str = ".2f") -> list[str]:
+                return [number(results.get(*key, f"{site}_{measure}"), form) for measure in measures]  # noqa: B023
 
-                cells = ["{} ({})".format(*pair(site, "typical", "worst")) for site in sites]
-                cells += ["{} ({}–{})".format(*pair(site, "sd", "low_sd", "high_sd")) for site in sites]
-                tests = [results.get(*key, f"{name}_p") for name in ("sbc", "coverage", "tarp")]
-                khat, good = number(results.get(*key, "khat"), ".2f"), number(results.get(*key, "good"), ".0f")
-                weights = f"{khat} ({good})" if results.has(*key, "khat") else khat
-                lines.append(row(str(group), *cells, number(min(tests), ".2g"), weights))
-            lines.append("")
+            cells = ["{} ({})".format(*pair(site, "typical", "worst")) for site in sites]
+            cells += ["{} ({}–{})".format(*pair(site, "sd", "low_sd", "high_sd")) for site in sites]
+            tests = [results.get(*key, f"{name}_p") for name in ("sbc", "coverage", "tarp")]
+            khat, good = number(results.get(*key, "khat"), ".2f"), number(results.get(*key, "good"), ".0f")
+            weights = f"{khat} ({good})" if results.has(*key, "khat") else khat
+            lines.append(row(str(key[1]), key[3], *cells, number(min(tests), ".2g"), weights))
+        lines.append("")
     return lines[:-1]

@@ -76,10 +76,16 @@ def resampled(fitted: pf.AutoPlateFlow, y: Tensor, size: Tensor, groups: int) ->
     return pf.resample(two_levels, fitted, y, size, groups=groups, num_samples=4000, num_weighed=20_000), khat
 
 
-def exact(y: Tensor, size: Tensor) -> dict[str, Moments]:
-    """Return posterior means and standard deviations; tau lies on a grid, the rest is normal given tau."""
+def exact(y: Tensor, size: Tensor, deviation: float = NOISE) -> dict[str, Moments]:
+    """Return posterior means and standard deviations; tau lies on a grid, the rest is normal given tau.
+
+    Args:
+        y: The rows of each group, ``(groups, ROWS)``.
+        size: The number of rows that are there, ``(groups,)``.
+        deviation: The standard deviation of a row.
+    """
     y, number = y.double(), size.double()
-    average, noise = (y * present(size)).sum(-1) / number, NOISE**2 / number
+    average, noise = (y * present(size)).sum(-1) / number, deviation**2 / number
     tau = torch.linspace(1e-3, 12.0, 3000, dtype=torch.float64)[:, None]
     precision = 1 / (tau**2 + noise)  # (grid, groups)
     total = precision.sum(-1) + 1 / 4
@@ -97,6 +103,14 @@ def exact(y: Tensor, size: Tensor) -> dict[str, Moments]:
     variance = share * noise + (1 - share) ** 2 / total[:, None]
     zero = torch.zeros_like(centre)
     return {"mu": moments(centre, 1 / total), "tau": moments(tau[:, 0], zero), "theta": moments(mean, variance)}
+
+
+def by_least_squares(theta: Tensor, x: Tensor) -> Callable[[Tensor, Tensor], dict[str, Moments]]:
+    """Estimate a normal density of a row with a linear mean from rows ``(N, 1)``, and return its exact posterior."""
+    inputs = torch.cat((torch.ones_like(theta), theta), 1)
+    intercept, slope = torch.linalg.lstsq(inputs, x).solution[:, 0].tolist()
+    deviation = float((x[:, 0] - intercept - slope * theta[:, 0]).std())
+    return lambda y, size: exact((y - intercept) / slope, size, deviation / slope)
 
 
 def errors(draws: dict[str, Tensor], y: Tensor, size: Tensor) -> dict[str, Moments]:
