@@ -156,7 +156,7 @@ def test_an_encoder_takes_some_of_the_models_arguments():
     assert guide.sample(5, drawn["x"], drawn["times"], drawn["mask"])["slope"].shape == (5, 3)
     x, times, mask = (drawn[name][0] for name in ("x", "times", "mask"))
     net = guide.encoder.network
-    assert torch.equal(guide.context(x, times, mask), net(x, times, mask.bool()))
+    assert torch.equal(guide.context(x, times, mask), net(x, mask.bool(), times))
     with pytest.raises(ValueError, match=r"times \(argument 1 of the model\) must be given, as in all of training"):
         guide.context(x, mask=mask)
     with pytest.raises(ValueError, match=r"mask \(argument 2 of the model\) must be given.*Give ones if nothing"):

@@ -296,6 +296,33 @@ def test_integers_that_are_not_discrete_are_warned_of():
         fit_likelihood(counts, PRIOR, discrete=(0,), **quick)
 
 
+def test_values_that_many_draws_share_are_warned_of():
+    def censored(theta: Tensor) -> Tensor:
+        return (theta + torch.randn(theta.shape)).clamp(max=1.5)
+
+    with pytest.warns(
+        UserWarning, match=r"\d+ % of the draws of entry 0 of x are 1\.5, which no density shows\. Add an"
+    ):
+        fit_likelihood(censored, PRIOR, **quick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_likelihood(normal, PRIOR, **quick)
+
+
+def test_data_of_another_width_have_one_clear_error():
+    likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
+
+    def model(x: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", likelihood(theta.expand(1, 1)), obs=x)
+
+    with pytest.raises(
+        ValueError, match=r"Mixed: value must have the event shape \(2,\) on the right, got shape \(9, 1\)"
+    ):
+        AutoFlow(model).setup(torch.ones(9, 1))
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_a_likelihood_that_a_model_holds_is_not_trained(local):
     """Pyro registers the modules of a model, so a likelihood with trainable parameters would adapt to the data."""

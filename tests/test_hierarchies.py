@@ -126,6 +126,12 @@ def test_masks_of_rows_are_those_of_one_dataset_and_of_a_guide_with_a_model(tmp_
         load(tmp_path / "guide.pt").sample(3, y[0], present[0])
 
 
+def test_an_encoder_of_all_rows_is_told_from_the_global_encoder():
+    guide = AutoPlateFlow(hierarchy, "group", encoder=Arguments(SetEncoder(3, 4), 0), global_encoder=SetEncoder(4, 8))
+    with pytest.raises(ValueError, match=r"the encoder must return one vector for each row of plate 'group', .*\(4,\)"):
+        guide.setup(torch.randn(3, 3), groups=3)
+
+
 def test_double_precision_is_kept():
     def model(y: Tensor | None = None) -> None:
         zero = torch.zeros((), dtype=torch.float64)

@@ -13,9 +13,10 @@ from exact_guides import conjugate, gaussian, posterior
 from matplotlib.figure import Figure
 from scipy import stats
 
-from pyro_flows import AutoFlow, misspecification, plots
+from pyro_flows import AutoFlow, fit_amortized, misspecification, plots
 from pyro_flows.diagnostics.predictive_statistics import Predictive
 from pyro_flows.encoders import MLPEncoder, SetEncoder
+from pyro_flows.flows import realnvp
 
 INPUTS = torch.linspace(-1, 1, 20)
 
@@ -113,6 +114,27 @@ def test_sets_of_another_distribution_are_found():
     energy = found.names.index("energy distance of x")
     assert found.p_values[energy] < 0.01
     assert not found.passed
+
+
+def test_a_constant_feature_is_no_fault_unless_it_varies():
+    """Such as the first steps of a mask; a difference there is a fault."""
+
+    def padded(x=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        values = dist.Normal(mean[..., None, None], 1.0).expand((*mean.shape, 6, 1)).sample()
+        drawn = torch.cat((torch.ones_like(values), values), -1)
+        return pyro.sample("x", dist.Delta(drawn, event_dim=2), obs=x)
+
+    pyro.set_rng_seed(0)
+    guide = AutoFlow(padded, functools.partial(realnvp, num_transforms=1), encoder=SetEncoder(2, 4, (8,)))
+    fit_amortized(padded, guide, num_simulations=100, max_epochs=1, progress=False)
+    checked = functools.partial(misspecification, padded, guide, num_simulations=99)
+    found = [checked(observed={"x": padded()}) for _ in range(2)]
+    assert all(math.isfinite(one.statistic) and one.null.isfinite().all() for one in found)
+    assert all(one.passed for one in found)
+    wrong = padded()
+    wrong[0, 0] = 0.0
+    assert not checked(observed={"x": wrong}).passed
 
 
 def test_several_data_and_integers():

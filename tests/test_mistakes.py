@@ -424,6 +424,25 @@ def test_a_simulator_with_a_point_at_other_data_has_no_likelihood():
     refused(ValueError, words, pf.fit_svi, timed, guide, torch.zeros(2), torch.ones(3), steps=3, progress=False)
 
 
+def test_a_mask_that_a_model_draws_whatever_is_given_is_named():
+    """Rows are masked by the data, and the mask is drawn anew: no draw of the latents has a density."""
+
+    def masked(y=None, mask=None, *, keeps=False):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        drawn = mask if keeps and mask is not None else (torch.arange(8) < torch.randint(1, 5, ())).float()
+        mask = pyro.sample("mask", dist.Delta(drawn, event_dim=1), obs=mask)
+        pyro.sample("y", dist.Normal(mean, 1.0).expand([8]).mask(mask.bool()).to_event(1), obs=y)
+
+    def guide(*_, **__):
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+    data, few = (torch.zeros(8), (torch.arange(8) < 6).float()), {"steps": 3, "progress": False}
+    words = "observed site 'mask' is a Delta at other values than its data.* let it take what is given: value = draw"
+    refused(ValueError, f"fit_svi: {words}", pf.fit_svi, masked, guide, *data, **few)
+    refused(ValueError, f"psis: {words}", pf.psis, masked, guide, *data, num_samples=25)
+    assert math.isfinite(pf.psis(partial(masked, keeps=True), guide, *data, num_samples=25).log_evidence)
+
+
 def test_data_that_are_infinite_are_named():
     y = torch.where(torch.arange(20) < 2, math.inf, Y)
     words = r"AutoFlow: .* 'y' is -inf at the guide's start; its data hold 2 infinite numbers\. Leave those rows out"

@@ -129,7 +129,10 @@ def _spread(name: str, points: Tensor, others: Tensor) -> Statistic:
 
 def _energy(name: str, points: Tensor, others: Tensor) -> Statistic:
     """Return the energy distance of the entries from those of replicates."""
-    scale = others.std(1, keepdim=True).clamp(min=1e-30)
+    # Features that are constant in replicates, such as the first steps of a mask, must not divide by zero.
+    least = TINY * torch.cat((points, others), 1).flatten(0, 1).std(0)
+    scale = others.std(1, keepdim=True).maximum(least)
+    scale = torch.where(scale > 0, scale, 1.0)
     x, y = points / scale, others / scale
     one, two = y.tensor_split(2, 1)
     value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))

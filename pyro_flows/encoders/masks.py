@@ -28,9 +28,10 @@ def as_mask(caller: str, x: Tensor, mask: Tensor | None, *shapes: Sequence[int])
     if mask is None:
         return torch.ones(tuple(shapes[0]), dtype=torch.bool, device=x.device)
     there = mask.bool()
-    is_binary = is_traced() or mask.dtype == torch.bool or bool((mask == there).all())
-    if tuple(mask.shape) in map(tuple, shapes) and is_binary:
-        return there
-    wanted = f"torch.bool of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
-    got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-    raise ValueError(f"{caller}: mask must be {wanted}, for data of shape {tuple(x.shape)}, got {got}.")
+    if tuple(mask.shape) not in map(tuple, shapes):
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        got = f"for data of shape {tuple(x.shape)}, got {tuple(mask.shape)}"
+        raise ValueError(f"{caller}: mask must have shape {wanted}, {got}.")
+    if not (is_traced() or mask.dtype == torch.bool) and (wrong := mask[mask != there]).numel():
+        raise ValueError(f"{caller}: mask must hold True and False, or 1 and 0, got {wrong[0].item():g}.")
+    return there

@@ -47,11 +47,11 @@ class TransformerEncoder(Encoder):
         >>> x = torch.randn(10, 25, 2)  # 10 series of 25 pairs
         >>> times = torch.rand(10, 25).cumsum(-1)
         >>> encoder = TransformerEncoder(2, context_dim=8)
-        >>> encoder.initialize(x, times)
-        >>> encoder(x, times).shape
+        >>> encoder.initialize(x, times=times)
+        >>> encoder(x, times=times).shape
         torch.Size([10, 8])
         >>> lengths = torch.randint(1, 26, (10, 1))
-        >>> encoder(x, times, mask=torch.arange(25) < lengths).shape  # the first few steps of each
+        >>> encoder(x, torch.arange(25) < lengths, times).shape  # the first few steps of each
         torch.Size([10, 8])
     """
 
@@ -77,15 +77,15 @@ class TransformerEncoder(Encoder):
         )
         self.output = nn.Linear(hidden_dim, context_dim)
 
-    def forward(self, x: Tensor, times: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """Encode series.
 
         Args:
             x: Series of shape ``(*batch, T, num_features)``, in the order of time.  T may be 0.
-            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.  Subtract an
-                origin from times such as seconds since 1970, whose differences float32 does not hold.
             mask: True or 1 for steps that are there, of shape ``(*batch, T)``, or for their entries, of the shape of x.
                 Other values and times are ignored, NaN included; a step without any entry is not there.
+            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.  Subtract an
+                origin from times such as seconds since 1970, whose differences float32 does not hold.
 
         Returns:
             Contexts of shape ``(*batch, context_dim)``.

@@ -39,6 +39,7 @@ from .row_training import RowLoss, train_on_rows
 CALLER = "fit_likelihood"
 SIMULATE = 10_000  # parameters to simulate at once
 MOST = 1000  # categories of an entry
+REPEATS = 0.01  # the share of equal draws of an entry that is told
 
 
 @distributed.collective
@@ -137,6 +138,7 @@ def fit_likelihood(
         for place, column in enumerate(value.T):
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
     _warn_of_integers(x, discrete)
+    _warn_of_repeats(x, discrete)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
     train, judge = divided((x, theta), held_out, batch_size)
     objective = Likelihood()
@@ -180,6 +182,18 @@ def _warn_of_integers(x: Tensor, discrete: Sequence[int]) -> None:
     if found:
         fault = f"entry {found[0]} of x holds integers alone, and is learned as a continuous density"
         warn_user(f"{CALLER}: {fault}. Give discrete=({found[0]},), or add uniform noise to many different integers.")
+
+
+def _warn_of_repeats(x: Tensor, discrete: Sequence[int]) -> None:
+    """Warn of a value that many draws of an entry share, such as the end of censored times: it has no density."""
+    for place, column in enumerate(x.T):
+        value, number = column.mode().values, len(column)
+        share = float((column == value).double().mean())
+        if place in discrete or (column == column.round()).all() or share < max(REPEATS, 3 / number):
+            continue
+        fault = f"{100 * share:.0f} % of the draws of entry {place} of x are {value.item():.6g}, which no density shows"
+        way = "Add an entry of 0 and 1 that marks them, discrete=...; or add uniform noise to rounded numbers"
+        warn_user(f"{CALLER}: {fault}. {way}.")
 
 
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

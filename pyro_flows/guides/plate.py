@@ -142,6 +142,9 @@ class AutoPlateFlow(BlockGuide):
         if not self.is_amortised:
             return 0
         contexts = probe(call, self._encoders[self.plate])
+        if contexts.dim() != 2:
+            wanted = f"one vector for each row of plate {self.plate!r}, (rows, context_dim)"
+            raise ValueError(f"AutoPlateFlow: the encoder must return {wanted}, got shape {tuple(contexts.shape)}.")
         shape = tuple(self._pooled(contexts, None).shape)
         if len(shape) != 1:
             fault = f"for contexts of shape {tuple(contexts.shape)} global_encoder must return one vector (n,)"
@@ -176,9 +179,8 @@ class AutoPlateFlow(BlockGuide):
         """Warn of a number of rows on which the guide was not trained."""
         if self.row_range and not self.row_range[0] <= number <= self.row_range[1]:
             least, most = self.row_range
-            fault = (
-                f"the data have {number} rows of plate {self.plate!r}, and the guide was trained on {least} to {most}"
-            )
+            rows = f"{number} row{'s' * (number != 1)} of plate {self.plate!r}"
+            fault = f"the data have {rows}, and the guide was trained on {least} to {most}"
             warn_user(f"AutoPlateFlow: {fault}. Train it with fit_amortized(..., num_rows=...) that holds {number}.")
 
     def _pooled(self, contexts: Tensor, mask: Tensor | None) -> Tensor:

@@ -113,7 +113,7 @@ def _outside(site: dict[str, Any]) -> Tensor:
     """Return the data of a site, ``(number, *event_shape)``, that Pyro's validation refuses and no mask hides."""
     fn, value = site["fn"], site["value"]
     event = value.shape[value.dim() - fn.event_dim :]
-    if not (states_support(fn) and _is_fixed(fn.support)):
+    if event != fn.event_shape or not (states_support(fn) and _is_fixed(fn.support)):
         return value.new_empty(0, *event)
     try:
         outside = ~fn.support.check(value) & mask_of(site).every

@@ -7,6 +7,8 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import validation_enabled
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
@@ -157,21 +159,30 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
 
 
 def check_likelihood(caller: str, model: Trace) -> None:
-    """Raise ValueError if all observed sites of a model are points, so that hardly any draw has a density.
+    """Raise ValueError if an observed site of a model is a point away from its data, where no draw has a density.
 
     A point at the data is a constant factor: ``pyro.sample("f", dist.Delta(x, log_density=f), obs=x)``.
     """
     sites = {name: site for name, site in model.nodes.items() if is_observation(site)}
     points = [name for name, site in sites.items() if is_point(site["fn"])]
-    if sites.keys() == {*points} and any(_is_elsewhere(site) for site in sites.values()):
+    elsewhere = [name for name in points if _is_elsewhere(sites[name])]
+    if elsewhere and sites.keys() == {*points}:
         got = f"only Delta distributions at {_sites('observed site', points)}"
         way = "Judge a guide of a simulator by calibrate(model, guide)"
         raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}.")
+    if elsewhere:
+        name = elsewhere[0]
+        fault = f"observed site {name!r} is a Delta at other values than its data, so that no draw has a density"
+        way = "If the model draws it itself, let it take what is given: value = draw() if given is None else given"
+        raise ValueError(f"{caller}: {fault}. {way}.")
 
 
+@torch.no_grad()
 def _is_elsewhere(site: dict[str, Any]) -> bool:
-    """True if an observed site is a point mass at other values than the data."""
-    return not bool((_base_of(site["fn"]).v == site["value"]).all())
+    """True if an observed site is a point mass at other values than the data, unless a mask hides them."""
+    with validation_enabled(False):
+        log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
+    return bool((log_prob == -torch.inf).any()) and not bool((_base_of(site["fn"]).v == site["value"]).all())
 
 
 def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:
