@@ -858,11 +858,11 @@ def test_an_amortised_guide_comes_back(tmp_path: Path) -> None:
 
 def test_a_choice_of_arguments_comes_back(tmp_path: Path) -> None:
     x, times, mask = torch.randn(5, 1), torch.rand(5).cumsum(0), torch.arange(5) < 4
-    encoder = Arguments(GRUEncoder(1, 2, 8), 1, "times", mask=3)
+    encoder = Arguments(GRUEncoder(1, 2, 8), 1, 3, times="times")
     guide = AutoFlow(series, small_local, encoder=encoder).setup(5, x, mask=mask, times=times)
     encoder.network.initialize(5 + torch.randn(9, 5, 1))
     again = there_and_back(stirred(guide), tmp_path)
-    assert (again.encoder.positions, again.encoder.named) == ((1, "times"), {"mask": 3})
+    assert (again.encoder.positions, again.encoder.named) == ((1, 3), {"times": "times"})
     wanted = guide.context(5, x, mask=mask, times=times)
     assert bits(again.context(5, x, None, mask, times=times), wanted)
     assert not bits(again.context(5, x, times=times), wanted)
