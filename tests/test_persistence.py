@@ -32,7 +32,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows import AutoFlow, AutoPlateFlow, Flow, flows
+from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_amortized, flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
@@ -42,6 +42,7 @@ from pyro_flows.encoders import (
     GRUEncoder,
     Identity,
     MLPEncoder,
+    Scalars,
     SetEncoder,
     TransformerEncoder,
 )
@@ -869,6 +870,20 @@ def test_a_choice_of_arguments_comes_back(tmp_path: Path) -> None:
     for other in (again, pickle.loads(pickle.dumps(guide)), there_and_back(again, tmp_path)):
         assert bits(other.context(5, x, mask=mask, times=times), wanted)  # names of arguments are known without a model
         assert bits(other.context(x=x, n=5, mask=mask, times=times), wanted)
+
+
+def test_an_encoder_of_numbers_comes_back_with_what_it_has_seen(tmp_path: Path) -> None:
+    def counted(x: Tensor | None = None) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mean[..., None], 1.0).expand([*mean.shape, 6]).to_event(1), obs=x)
+
+    guide = AutoFlow(counted, small_local, encoder=Arguments(Scalars(SetEncoder(1, 2, (8,))), 0))
+    fit_amortized(counted, guide, num_simulations=20, max_epochs=1, progress=False)
+    again, x = there_and_back(guide, tmp_path), torch.randn(6)
+    assert bits(again.context(x), guide.context(x))
+    for found in (guide, again):
+        with pytest.warns(UserWarning, match="SetEncoder: the data have 60 elements, but training had 6"):
+            found.context(torch.randn(60))
 
 
 @pytest.mark.parametrize("size", [None, 2])

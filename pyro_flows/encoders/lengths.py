@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..user_code import warn_user
 from .training_record import judges, records
 
-TOLERANCE = 1.2  # the factor by which lengths, and one element, may leave the range of training without a warning
+TOLERANCE = 1.2  # lengths may leave the range of training by this factor and one element more
 
 
 class Lengths(nn.Module):

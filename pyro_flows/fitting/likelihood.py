@@ -103,8 +103,8 @@ def fit_likelihood(
     Raises:
         TypeError: If the data are no tensors, ``flow`` is no recipe, or ``discrete`` or ``positive`` hold no indices.
         ValueError: If an argument is out of its range, there are both a simulator and ``simulations``, or the simulator
-            returns another number of rows.  If data are
-            constant or not finite, a discrete entry holds other numbers than 0, 1, … or a positive one is not positive.
+            returns another number of rows.  If data are constant or not finite, a discrete entry holds other numbers
+            than 0, 1, … or a positive one is not positive.
         FloatingPointError: If the loss or gradients stay non-finite.
 
     Example::
@@ -137,8 +137,7 @@ def fit_likelihood(
     for name, value in (("theta", theta), ("x", x)):
         for place, column in enumerate(value.T):
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
-    _warn_of_integers(x, discrete)
-    _warn_of_repeats(x, discrete)
+    _warn_of_atoms(x, discrete)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
     train, judge = divided((x, theta), held_out, batch_size)
     objective = Likelihood()
@@ -176,24 +175,21 @@ def _check_entries(recipe: Any, discrete: Any, positive: Any) -> None:
         raise ValueError(f"{CALLER}: entry {min(both)} must be discrete or positive, got both. Take it out of one.")
 
 
-def _warn_of_integers(x: Tensor, discrete: Sequence[int]) -> None:
-    """Warn of entries that hold integers alone but are not discrete: their density may grow without a bound."""
-    found = [place for place, column in enumerate(x.T) if place not in discrete and (column == column.round()).all()]
-    if found:
-        fault = f"entry {found[0]} of x holds integers alone, and is learned as a continuous density"
-        warn_user(f"{CALLER}: {fault}. Give discrete=({found[0]},), or add uniform noise to many different integers.")
-
-
-def _warn_of_repeats(x: Tensor, discrete: Sequence[int]) -> None:
-    """Warn of a value that many draws of an entry share, such as the end of censored times: it has no density."""
+def _warn_of_atoms(x: Tensor, discrete: Sequence[int]) -> None:
+    """Warn of entries with values that have no density: integers, and values that many draws share, as if censored."""
     for place, column in enumerate(x.T):
-        value, number = column.mode().values, len(column)
-        share = float((column == value).double().mean())
-        if place in discrete or (column == column.round()).all() or share < max(REPEATS, 3 / number):
+        if place in discrete:
             continue
-        fault = f"{100 * share:.0f} % of the draws of entry {place} of x are {value.item():.6g}, which no density shows"
-        way = "Add an entry of 0 and 1 that marks them, discrete=...; or add uniform noise to rounded numbers"
-        warn_user(f"{CALLER}: {fault}. {way}.")
+        if (column == column.round()).all():
+            fault = f"entry {place} of x holds integers alone, and is learned as a continuous density"
+            warn_user(f"{CALLER}: {fault}. Give discrete=({place},), or add uniform noise to many different integers.")
+            continue
+        value = column.mode().values
+        share = float((column == value).double().mean())
+        if share >= max(REPEATS, 3 / len(column)):
+            fault = f"{100 * share:.0f} % of the draws of entry {place} of x are {value.item():.6g}, without a density"
+            way = "Add an entry of 0 and 1 that marks them, discrete=...; or add uniform noise to rounded numbers"
+            warn_user(f"{CALLER}: {fault}. {way}.")
 
 
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

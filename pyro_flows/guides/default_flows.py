@@ -244,11 +244,10 @@ def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
     """Build the default flow of :func:`~pyro_flows.fit_likelihood`, x = A_θ(T_θ(u)).
 
     Rows of two to four features get two layers of splines with small networks.  Their affine map has a triangular
-    matrix, so a normal row is found by it alone, with correlations that depend on the parameters.  Learned from 10,000
-    simulations of two moons and of slcp, such a density loses .05 and .03 nats per point, and that of a
-    :func:`placed_flow`, which overfits, .09 and .05.  Larger rows get a :func:`placed_flow`: of ten independent
-    features a triangular map loses .26 nats in place of .14.  Rows of one feature get it with ReLU: two modes that
-    cross several times as the parameter grows then lose .1 nats in place of .5, and a normal row .001 in either case.
+    matrix, so a normal row is found by it alone, with correlations that depend on the parameters.  A
+    :func:`placed_flow` overfits such rows more.  Larger rows get one, since the triangular map of many independent
+    features overfits in turn.  Rows of one feature get it with ReLU, which follows modes that cross several times as
+    the parameter grows.
     """
     if input_dim > CORRELATED:
         return placed_flow(input_dim, context_dim)
