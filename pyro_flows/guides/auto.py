@@ -7,7 +7,7 @@ Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,6 +64,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Latents on circles get circular splines.  These are von Mises latents, and latents on intervals marked
     ``infer={"periodic": True}``.
 
+    Elements that a mask hides are no latents if no visible site depends on them.  They have a fixed value.
+
     With an encoder the guide is *amortised*: q(z | data), one network for all datasets, trained by ``fit_amortized``.
     Before F a fixed map of each latent then takes a normal to the prior, through quantiles of the simulations.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that dataset alone.
@@ -87,7 +89,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called, or ``model`` is a guide.  At :meth:`setup`, if
             the recipe fails.
         ValueError: If ``init_scale`` is not positive.  At :meth:`setup`, if a latent is discrete with infinite support,
-            has a support without volume, is masked or lies in a subsampled plate; the error names the site.  Also if
+            has a support without volume or lies in a subsampled plate.  If a mask divides an event, or hides a part of
+            a latent that visible sites depend on.  The error names the site.  Also if
             the model's density is not finite at the start, or the recipe's flow or the encoder's output does not fit.
             In use, if arguments change which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
@@ -137,18 +140,19 @@ class AutoFlow(FlowGuide, AutoContinuous):
             call = self._call(args, kwargs)
             if not amortised:
                 settle_start(call, choose=self._chooses_start)
+            self._given_plates = self._calls.begin(call, varies=amortised).given
             self.packings = self._layouts(call.latents)
+            self.latent_dim = self.packings["latent"].size  # without absent elements
             moving = moving_supports(call, self._init_scale)
             if amortised:
                 check_supports(call, moving)
             self._engine = Moving(call, self.packings["latent"]).engine if moving else None
-            self._given_plates = self._calls.begin(call).given
         self._build(width_for_one(call, self.encoder))
 
     def _build(self, context_dim: int) -> None:
         circular, sizes = self.circular, (self.latent_dim, context_dim)
         flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, context_dim), *sizes)
-        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
+        self.flow = assemble(flow, self._build_base, self.packings["latent"].start, self._init_scale, circular)
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
@@ -156,6 +160,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return parts | {"context_dim": self.flow.context_dim, "moves": self._engine is not None}
 
     def _restore(self, flow: Flow, context_dim: int, moves: bool = False) -> None:
+        self.latent_dim = self.packings["latent"].size
         check_fits(flow, self.latent_dim, context_dim)
         self.flow, self._engine = flow, "vmap" if moves else None
 
@@ -308,7 +313,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return new
 
     def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
-        return {"latent": Packing("AutoFlow", sites.values())}
+        return {"latent": Packing("AutoFlow", sites.values(), present=self._calls.present)}
 
     def _layout(self, call: Call) -> Packing | Moving:
         """Return the map between the vector and the latents: a run of the model if supports depend on other latents."""
@@ -380,6 +385,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
             context = self.context(*args, **kwargs)
         check_finite("AutoFlow", context)
         return context
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield the latent sites with their unconstrained values, ``(*batch, *shape)``, as Pyro's reparametriser asks.
+
+        Args:
+            latent: Packed latents, ``(*batch, latent_dim)``.
+        """
+        sites = self.prototype_trace.nodes
+        yield from ((sites[name], free) for name, free in self.packings["latent"].free(latent).items())
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Map packed, unconstrained latents ``(*batch, latent_dim)`` to values of sites, ``(*batch, *site_shape)``."""

@@ -36,7 +36,6 @@ from .default_training import Plan
 from .discrete import HideDiscrete, draw_discrete
 from .guide_call import NONE, Call, Found
 from .loaded import Site, program_of, sites_of
-from .masked import check_unmasked
 from .packing import Packing
 from .start_location import init_to_center
 
@@ -150,8 +149,7 @@ class FlowGuide(Plan, AutoGuide):
             return None
         found = call.look()
         check_shapes(call, found)
-        if call.plates:
-            check_unmasked(call, found)
+        self._calls.check_hidden(call, found)
         there = self._layouts({name: found.latents[name] for name in call.latents})
         for name, packing in self.packings.items():
             packing.check_same(call.owner, there[name])
@@ -247,6 +245,7 @@ class FlowGuide(Plan, AutoGuide):
         settings = {key: parts.pop(key) for key in cls.settings if key in parts}
         guide = cls(program_of(sites), init_loc_fn=start, name=None if taken else name, **settings)
         super(FlowGuide, guide)._setup_prototype()
+        guide._calls.present = {site.name: site.present for site in sites if site.present is not None}
         guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
         guide._restore(**parts)
         guide._model, guide._outline = (None,), None if arguments is None else outline(arguments)

@@ -121,7 +121,8 @@ class BlockGuide(FlowGuide):
         self.structure = self._read(self._call(args, kwargs))
         self.row_plates = self.structure.plates
         call = self._call(args, kwargs)
-        found = self._calls.begin(call)
+        found = self._calls.begin(call, varies=self.is_amortised)
+        self.structure = self.structure.without_absent(self._calls.present)
         self._given_plates = found.given
         check_latents(call)
         if not call.latents:
@@ -252,7 +253,7 @@ class BlockGuide(FlowGuide):
         for key, which in sorted(groups, key=depth):  # parents first
             group = groups[key, which]
             words = [*key, SHARED] if which < 0 else [*key, group[0]["name"], "steps"]
-            found["_".join(words)] = Packing(owner, group, key)
+            found["_".join(words)] = Packing(owner, group, key, {} if key else self._calls.present)
         return found
 
     def parts(self) -> dict[str, Any]:
@@ -403,7 +404,7 @@ class BlockGuide(FlowGuide):
                 inside = [plates[name] for name in key]
                 rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else shared
                 q = posterior.at(block, rows, drawn)
-                z = self._draw(block.name, q, indices)
+                z = mask.filled(self._draw(block.name, q, indices))
             drawn.append(Drawn(block, z, q))
             with poutine.mask(mask=mask.rows):
                 result.update(place(block.packing.unpack(z, mask.parts), plates, mask.parts))
@@ -445,10 +446,15 @@ class BlockGuide(FlowGuide):
         self._check_arguments("sample", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
-        rows = self._all_rows(call, found)
+        rows, masks = self._all_rows(call, found), self._masks_of_all_rows(call, found)
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
         size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
-        return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
+        return in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, num_samples, size)
+
+    def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:
+        """Return the masks of all rows, or none if the model takes some of the rows."""
+        some = found is None or any(rows.size < rows.full_size for rows in found.rows.values())
+        return {} if some else self._calls.masks(call, {})
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the guide's log-density, in nats, of constrained values of all rows.

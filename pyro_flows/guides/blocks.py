@@ -239,13 +239,17 @@ class Blocks(nn.Module):
         given = _joined(of_parents(parent.z for parent in parents)) if block.frame is not None else None
         return block.at(context, rows.places, given)
 
-    def draw(self, size: int, rows: Sequence[BlockRows]) -> dict[str, Tensor]:
-        """Sample the sites for some rows of each block, ``(size, *batch, *site_shape)`` for a batch of datasets."""
+    def draw(self, size: int, rows: Sequence[BlockRows], masks: Masks) -> dict[str, Tensor]:
+        """Sample the sites for some rows of each block, ``(size, *batch, *site_shape)`` for a batch of datasets.
+
+        Rows that a mask hides are at the origin of the unconstrained space.
+        """
         drawn, found, batch = list[Drawn](), dict[str, Tensor](), self.batch_of(rows)
         for block, own in zip(self.blocks, rows, strict=True):
             q, depth = self.at(block, own, drawn), block.packing.depth
             ones = () if batch else (1,) * (self.depth - depth)
             z = q.sample(() if block.parents else (size, *ones))  # parents' draws have the size
+            z = masks.get(block.packing.plates, RowMasks()).filled(z)
             drawn.append(Drawn(block, z, q))
             found.update(block.packing.values(z.reshape(size, *batch, *z.shape[z.dim() - 1 - depth :])))
         return found

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..programs.error_text import failure
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
-from ..programs.masks import is_masked, mask_of
+from ..programs.masks import is_masked
 from ..programs.traces import signature_of
 from ..user_code import place_of
 from .circles import scalar_support
 from .guide_call import Call, Found, Key, Rows, frames_of
-from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
+from .masked import RowMasks, absent_of, hidden_outside, masks_of_rows, patterns_of, present_outside
 from .nonfinite import Watch
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
@@ -115,20 +115,32 @@ class Calls:
     Attributes:
         observed: The sites that were data when the guide was built.
         masked: True if some latents have a mask.
+        present: The masks of the present elements of latents outside of rows that are absent in part.
         watch: The watch over the guide's draws.
     """
 
     def __init__(self) -> None:
         self.observed: frozenset[str] = frozenset()
         self.masked = False
+        self.present: dict[str, Tensor] = {}
         self.watch = Watch()
+        self._hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
         self._absent: set[bytes] = set()  # patterns of hidden parts of rows that were found to change nothing else
         self._last: list[object] | None = None  # the keys of the last arguments
 
-    def begin(self, call: Call) -> Found:
-        """Look at all of a model with the arguments that the guide is built for."""
+    def begin(self, call: Call, *, varies: bool = False) -> Found:
+        """Look at all of a model with the arguments that the guide is built for.
+
+        Args:
+            call: The call of the guide.
+            varies: True for a guide of any dataset, whose vectors cannot lack what one dataset hides.
+        """
         found = call.look()
-        self.observed = frozenset(found.observed)
+        self.observed, self._hidden = frozenset(found.observed), hidden_outside(call, found)
+        self.present = present_outside(call, found)
+        if varies and self.present:
+            fault = f"latent site {next(iter(self.present))!r} is masked, and other datasets may have other masks"
+            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only, or fit each dataset by fit_svi.")
         self._settle(call, found)
         if call.plates and all(rows.size == rows.full_size for rows in found.rows.values()):
             self._checked(call, found, {})
@@ -162,16 +174,24 @@ class Calls:
         found_masks = masks_of_rows(found)
         for key, masks in found_masks.items():
             if new := patterns_of(key, masks, found) - self._absent:
-                check_absent(call, masks, found, rows)
+                absent_of(call, masks.hidden, found, rows)
                 self._absent |= new
         return found_masks
 
     def _settle(self, call: Call, found: Found) -> None:
-        """Refuse masks outside of the plates, and remember the arguments."""
+        """Refuse masks outside of the plates that were others when the guide was built, and remember the arguments."""
         self.masked = any(map(is_masked, found.latents.values()))
-        if any(mask_of(site).hides and not frames_of(site, call.plates) for site in found.latents.values()):
-            check_unmasked(call, call.look())  # flat priors and masked rows differ in the data's masks
+        self.check_hidden(call, found)
         self._last = _keys(call)
+
+    def check_hidden(self, call: Call, found: Found) -> None:
+        """Raise ValueError, naming the site, if latents outside of rows have other masks than at setup."""
+        now = hidden_outside(call, found)
+        for name in now.keys() | self._hidden.keys():
+            if name not in now or name not in self._hidden or not torch.equal(now[name], self._hidden[name]):
+                fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
+                way = "Build another guide, or let a plate hold what is masked, and use AutoPlateFlow(model, plate)"
+                raise ValueError(f"{call.owner}: {fault}. {way}.")
 
     def _knows(self, call: Call) -> bool:
         """True if the model need not be run for the arguments of a call.

@@ -31,6 +31,7 @@ class Site:
         batch_shape: The batch shape of its distribution, with its plates.
         event_shape: The event shape of its distribution.
         plates: Its plates, the outermost first: name, dim, the number of rows that the guide saw, and of all rows.
+        present: The mask of its present elements, or None if all are present.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Site:
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
     plates: tuple[tuple[str, int, int, int], ...]
+    present: Tensor | None = None
 
 
 def sites_of(guide: Any) -> list[Site]:
@@ -50,11 +52,11 @@ def sites_of(guide: Any) -> list[Site]:
     if guide.prototype_trace is None:
         fault = f"this {type(guide).__name__} was never set up, so that it has no flow yet"
         raise ValueError(f"save: {fault}. Fit it first, or call guide.setup(...) with the model's arguments.")
-    sites = []
+    sites, masks = [], guide._calls.present
     for name, node in guide.prototype_trace.iter_stochastic_nodes():
         fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
         plates = tuple((f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
-        sites.append(Site(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates))
+        sites.append(Site(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates, masks.get(name)))
     return sites
 
 

@@ -1,9 +1,10 @@
-"""Masked latents: a mask takes rows out of the model's density, so it must take them out of the guide's.
+"""Masked latents: a mask takes elements out of the model's density, so it must take them out of the guide's.
 
-For rows that have a flow the mask is the same.  One joint density cannot leave out a part of a vector.  But
-a part may be *absent* if nothing else depends on it, such as the steps that pad a series.  The guide gives it a
-standard normal distribution in the unconstrained space, and takes that off its density.  A latent that is masked as a
-whole, while no data are, has a flat prior.  The guide draws and scores it as any other.
+An element that a mask hides is *absent* if no visible site depends on it: the steps that pad a series, or the rows
+that ``obs_mask`` observes.  A vector outside of rows lacks its absent elements, which have a fixed value.  Rows that
+have a flow take the mask of the model.  An absent part of a row has a standard normal distribution in the unconstrained
+space, which is taken off the guide's density.  A latent that one number masks as a whole, and on which data depend, has
+a flat prior.  The guide draws and scores it as any other.
 """
 
 from __future__ import annotations
@@ -30,117 +31,149 @@ class RowMasks(NamedTuple):
     Attributes:
         rows: True for the rows that count, aligned with the plates' dimensions; True itself if all do.
         parts: For each latent that is absent in part, a mask of its present parts, over its batch shape.
+        hidden: For each latent that is masked, the same mask, whether it hides whole rows or parts.
     """
 
     rows: Tensor | bool = True
     parts: dict[str, Tensor] = {}
+    hidden: dict[str, Tensor] = {}
+
+    def filled(self, z: Tensor) -> Tensor:
+        """Return vectors of rows, aligned, ``(*batch, *rows, size)``, with the origin in place of hidden rows."""
+        return z if isinstance(self.rows, bool) else z.where(self.rows.to(z.device).unsqueeze(-1), 0.0)
 
 
-def check_unmasked(call: Call, found: Found) -> None:
-    """Raise ValueError if a mask, other than that of a flat prior, hides some of a latent outside of the plates."""
-    hides_data = _hides_data(found)
-    for name, site in found.latents.items():
-        mask = mask_of(site)
-        if mask.hides and (hides_data or not mask.is_scalar) and not frames_of(site, call.plates):
-            way = f"a mask may take out rows of plate {named(call.plates)} only"
-            if not call.plates:
-                way = "where a mask takes out whole rows of a plate, use AutoPlateFlow(model, plate)"
-            fault = f"latent site {name!r} is masked, and one joint density cannot leave out a part of itself"
-            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only; {way}. {FLAT}")
+def hidden_outside(call: Call, found: Found) -> dict[str, Tensor]:
+    """Return the masks of the latents outside of rows that are hidden in part, over their batch shapes.
+
+    Raises:
+        ValueError: Naming the site, if a mask divides an event.
+    """
+    outside = {name: site for name, site in found.latents.items() if not frames_of(site, call.plates)}
+    return _masks_of(call.owner, {name: site for name, site in outside.items() if mask_of(site).hides})
+
+
+def present_outside(call: Call, found: Found) -> dict[str, Tensor]:
+    """Return the masks of the present elements of the latents outside of rows that are absent in part.
+
+    Args:
+        call: The call of the guide at setup.
+        found: All sites of the model.
+
+    Raises:
+        ValueError: Naming the site, if a mask divides an event, or hides what the rest of the model depends on.  If all
+            latents are absent.
+    """
+    hidden = hidden_outside(call, found)
+    if all(mask_of(found.latents[name]).is_scalar for name in hidden) and not _hides_data(found):
+        return {}  # flat priors
+    absent = absent_of(call, hidden, found, {})
+    outside = [name for name, site in found.latents.items() if not frames_of(site, call.plates)]
+    if absent and all(name in absent and not absent[name].any() for name in outside):
+        where = f" outside of plate {named(call.plates)}" if call.plates else ""
+        raise ValueError(
+            f"{call.owner}: masks hide all latents{where}, {named(outside)}. Mask the observed sites only."
+        )
+    return absent
+
+
+def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Return the masks of latents over their batch shapes, or raise ValueError if one divides an event."""
+    masks = {}
+    for name, site in sites.items():
+        some, every = (torch.as_tensor(part, device=site["value"].device) for part in mask_of(site))
+        if not torch.equal(some, every):
+            fault = f"the mask of latent site {name!r} divides an event"
+            raise ValueError(f"{owner}: {fault}. Mask whole events, or the observed sites only.")
+        masks[name] = every.bool().expand(site["value"].shape[: site["value"].dim() - site["fn"].event_dim])
+    return masks
 
 
 def masks_of_rows(found: Found) -> dict[Key, RowMasks]:
     """Return the masks of the latents in rows, by the plates of the rows.
 
     Raises:
-        ValueError: Naming the site, if a mask divides an event, or takes out a row but leaves its data in.
+        ValueError: Naming the site, if a mask divides an event.
     """
     blocks: dict[Key, dict[str, Site]] = {}
     for name, site in found.latents.items():
         if key := tuple(frame.name for frame in frames_of(site, found.plates)):
             blocks.setdefault(key, {})[name] = site
-    return {key: _masks_of(key, inside, found) for key, inside in blocks.items()}
+    return {key: _masks_of_block(key, inside, found) for key, inside in blocks.items()}
 
 
-def _masks_of(key: Key, inside: dict[str, Site], found: Found) -> RowMasks:
-    parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
-    for name, site in inside.items():
-        if not torch.equal(parts[name], torch.as_tensor(mask_of(site).some)):
-            fault = f"the mask of latent site {name!r} divides an event"
-            raise ValueError(f"{found.owner}: {fault}. Mask whole events, or the observed sites only.")
-    hidden = [name for name, part in parts.items() if not part.all()]
+def _masks_of_block(key: Key, inside: dict[str, Site], found: Found) -> RowMasks:
+    masks = _masks_of(found.owner, inside)
+    hidden = {name: mask for name, mask in masks.items() if not mask.all()}
     are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
     if are_flat or not hidden:
         return RowMasks()
-    mask = torch.stack([_reduced(parts[name], site, key) for name, site in inside.items()]).any(0)
-    _check_data(hidden[0], mask, key, found)
-    divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, mask))}
-    return RowMasks(bool(mask.all()) or mask, divided)
-
-
-def _check_data(latent: str, mask: Tensor, key: Key, found: Found) -> None:
-    """Refuse data that count for masked rows, or may: with no data in the rows, those outside may depend on all rows.
-
-    Args:
-        latent: A masked latent in the rows, for errors.
-        mask: True for the rows that count, aligned.
-        key: The plates of the rows.
-        found: The sites of the model.
-    """
-    data = {name: site for name, site in found.observed.items() if is_observation(site)}
-    inside = {name: site for name, site in data.items() if len(frames_of(site, key)) == len(key)}
-    for name, site in inside.items():
-        if bool((_reduced(mask_of(site).some, site, key) & ~mask).any()):
-            fault = f"observed site {name!r} in plate {named(key)} counts where latent site {latent!r} is masked"
-            raise ValueError(f"{found.owner}: {fault}. Mask both alike, or the observed sites only. {FLAT}")
-    for name, site in data.items():
-        if not inside and bool(torch.as_tensor(mask_of(site).some).any()):
-            data_lie = f"the data, such as {name!r}, lie outside of plate {named(key)}"
-            fault = f"latent site {latent!r} is masked, and {data_lie}, and may count for the rows that are left out"
-            raise ValueError(f"{found.owner}: {fault}. {FLAT}")
+    rows = torch.stack([_reduced(masks[name], site, key) for name, site in inside.items()]).any(0)
+    parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
+    return RowMasks(bool(rows.all()) or rows, parts, hidden)
 
 
 def patterns_of(key: Key, masks: RowMasks, found: Found) -> set[bytes]:
-    """Return the patterns of absent parts in the rows of some plates: one word of bytes for each distinct row."""
+    """Return the patterns of hidden parts in the rows of some plates: one word of bytes for each distinct row."""
     columns = []
-    for name in sorted(masks.parts):
-        site = found.latents[name]
-        dims = [frame.dim for frame in frames_of(site, key)]
-        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-        whole = masks.parts[name].bool().expand(batch).movedim(dims, [*range(len(dims))])
+    for name in sorted(masks.hidden):
+        dims = [frame.dim for frame in frames_of(found.latents[name], key)]
+        whole = masks.hidden[name].movedim(dims, [*range(len(dims))])
         columns.append(whole.reshape(whole.shape[: len(dims)].numel(), -1))
     return {bytes(row) for row in torch.cat(columns, -1).tolist()} if columns else set()
 
 
-def check_absent(call: Call, masks: RowMasks, found: Found, rows: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a mask hides a part of a latent on which the rest of the model depends.
+def absent_of(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks of those latents whose hidden parts change nothing else in the model.
 
-    The part is moved, and no site's density may change.  All runs have the same random numbers.
+    One number that hides all of a latent leaves a flat prior if the model depends on the latent.
 
     Args:
         call: The call of the guide.
-        masks: The masks of the latents.
+        hidden: The masks of latents that are hidden in part, over their batch shapes.
         found: The sites of the model.
         rows: The rows of subsampled plates, by their names.
+
+    Raises:
+        ValueError: Naming the site, if another mask hides a part on which the rest of the model depends.
+    """
+    if not hidden or not _dependent(call, hidden, found, rows):
+        return dict(hidden)
+    absent = {}
+    for name, mask in hidden.items():
+        site = _dependent(call, {name: mask}, found, rows)
+        if not site:
+            absent[name] = mask
+        elif not mask_of(found.latents[name]).is_scalar:
+            fault = f"hides a part of it that the rest of the model depends on, as site {site!r}"
+            way = "Mask both alike, or the observed sites only"
+            raise ValueError(f"{call.owner}: the mask of latent site {name!r} {fault}. {way}. {FLAT}")
+    return absent
+
+
+def _dependent(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> str:
+    """Return the site whose density changes if hidden parts of latents move, or an empty string.
+
+    All runs have the same random numbers.
     """
     values = {name: site["value"].detach() for name, site in found.latents.items()}
-    for name, mask in masks.parts.items():
-        fn, here = found.latents[name]["fn"], values[name]
-        bijection, counts = biject_to(fn.support), mask.bool().reshape(mask.shape + (1,) * fn.event_dim)
-        known: dict[str, Tensor] = {}
-        for shift in (0.0, -3.0, -1.0, 1.0, 3.0):
-            moved = torch.where(counts, here, bijection(bijection.inv(here) + shift))
-            with call.same_draws(), validation_enabled(False):
-                torch.manual_seed(0)
-                trace = call.trace_at({**values, **rows, name: moved})
-                trace.compute_log_prob()
-            densities = {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
-            known = known or densities
-            for key, log_prob in densities.items():
-                if not torch.allclose(log_prob, known[key], rtol=1e-5, atol=1e-6, equal_nan=True):
-                    fault = f"hides a part of it that the rest of the model depends on, as site {key!r}"
-                    way = "Mask whole rows, with one mask around all of the plate, or the observed sites only"
-                    raise ValueError(f"{call.owner}: the mask of latent site {name!r} {fault}. {way}.")
+    known: dict[str, Tensor] = {}
+    for shift in (0.0, -3.0, -1.0, 1.0, 3.0):
+        moved = {}
+        for name, mask in hidden.items():
+            fn, here = found.latents[name]["fn"], values[name]
+            bijection, counts = biject_to(fn.support), mask.reshape(mask.shape + (1,) * fn.event_dim)
+            moved[name] = torch.where(counts, here, bijection(bijection.inv(here) + shift))
+        with call.same_draws(), validation_enabled(False):
+            torch.manual_seed(0)
+            trace = call.trace_at({**values, **rows, **moved})
+            trace.compute_log_prob()
+        densities = {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
+        known = known or densities
+        for key, log_prob in densities.items():
+            if not torch.allclose(log_prob, known[key], rtol=1e-5, atol=1e-6, equal_nan=True):
+                return key
+    return ""
 
 
 def masks_of_all(found: Found) -> dict[Key, RowMasks]:

@@ -45,7 +45,7 @@ class Moving:
         for name, part in self._packing.parts.items():
             sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
             value, log_det = (found[key].reshape((*sample, *found[key].shape[1:])) for key in (name, f"log det {name}"))
-            yield name, part, value, log_det
+            yield name, part, value, part.counted(log_det)
 
     def values(self, latent: Tensor) -> Values:
         """Map vectors ``(N, D)`` to values of the sites, ``(N, *site_shape)``."""
@@ -61,9 +61,10 @@ class Moving:
         batch = values[name].shape[: values[name].dim() - part.start.dim()]
         held = {name: values[name].reshape(-1, *part.start.shape) for name, part in self._packing.parts.items()}
         found = self._program.run(self._read(_free), held, batch.numel())
-        total = sum(found[f"log det {name}"].reshape(batch.numel(), -1).sum(-1) for name in held)
-        log_det = torch.as_tensor(total).neg()
-        vectors = torch.cat([found[name].reshape(*batch, -1) for name in held], -1)
+        parts = self._packing.parts
+        changes = (parts[name].counted(found[f"log det {name}"]).reshape(batch.numel(), -1).sum(-1) for name in held)
+        log_det = torch.as_tensor(sum(changes)).neg()
+        vectors = torch.cat([parts[name].gather(found[name]) for name in held], -1).reshape(*batch, -1)
         return vectors.nan_to_num(0.0, 0.0, 0.0), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
 
     def _constrained(self, latent: Tensor) -> Values:

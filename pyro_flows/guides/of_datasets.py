@@ -187,7 +187,7 @@ class OfRow(OfDatasets):
         return OfJoint(block.flow, context, block.packing, shapes)
 
     def sample_all(self, number: int) -> Values:
-        return self.posterior.draw(number, self.rows)
+        return self.posterior.draw(number, self.rows, {})
 
 
 class OneRow:

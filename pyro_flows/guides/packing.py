@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
@@ -29,7 +30,11 @@ NONE: Absent = MappingProxyType({})
 
 
 class Part(NamedTuple):
-    """A site in the vector: its batch shape with 1 for rows, and the shape of an unconstrained event."""
+    """A site in the vector: its batch shape with 1 for rows, and the shape of an unconstrained event.
+
+    The mask of its present elements, over the batch shape, is None if all are present.  The vector has the present ones
+    alone, and the others lie at the origin of the unconstrained space.
+    """
 
     support: constraints.Constraint
     transform: Transform
@@ -38,11 +43,35 @@ class Part(NamedTuple):
     event_dim: int
     plates: tuple[Any, ...]
     start: Tensor
+    present: Tensor | None = None
 
     @property
     def size(self) -> int:
         """The number of unconstrained numbers."""
-        return self.batch.numel() * self.event.numel()
+        number = self.batch.numel() if self.present is None else int(self.present.sum())
+        return number * self.event.numel()
+
+    def gather(self, free: Tensor) -> Tensor:
+        """Return the present elements, ``(*sample, size)``, of unconstrained values ``(*sample, *batch, *event)``."""
+        sample = free.shape[: free.dim() - len(self.batch) - len(self.event)]
+        if self.present is None:
+            return free.reshape(*sample, -1)
+        elements = free.reshape(*sample, self.batch.numel(), self.event.numel())
+        return elements.index_select(-2, self.present.flatten().nonzero().flatten().to(free.device)).flatten(-2)
+
+    def scatter(self, chunk: Tensor, sample: Sequence[int]) -> Tensor:
+        """Return unconstrained values ``(*sample, *batch, *event)`` from their present elements."""
+        if self.present is not None:
+            counts = self.present.flatten()
+            place = torch.where(counts, counts.cumsum(0) - 1, counts.sum()).to(chunk.device)
+            elements = chunk.reshape(*sample, -1, self.event.numel())
+            origin = elements.new_zeros(*sample, 1, self.event.numel())
+            chunk = torch.cat((elements, origin), -2).index_select(-2, place)
+        return chunk.reshape((*sample, *self.batch, *self.event))
+
+    def counted(self, log_det: Tensor) -> Tensor:
+        """Return log-determinants ``(*sample, *batch)`` that are 0 for absent elements."""
+        return log_det if self.present is None else log_det.where(self.present.to(log_det.device), 0.0)
 
     def inner_value(self, at: float = 0.0) -> Tensor:
         """Return the value inside of the support that a constant of the unconstrained space has."""
@@ -59,6 +88,7 @@ class Packing:
         owner: The class of the guide, for errors.
         sites: Latent sites of a prototype trace.
         plates: The plates of all sites that have one vector for each row, the outermost first; none for one vector.
+        present: For sites of one vector that are absent in part, the mask of their present elements.
 
     Attributes:
         size: The length of the vector.
@@ -69,7 +99,9 @@ class Packing:
         ValueError: If the support of a site differs from row to row.
     """
 
-    def __init__(self, owner: str, sites: Iterable[dict[str, Any]], plates: Key = ()) -> None:
+    def __init__(
+        self, owner: str, sites: Iterable[dict[str, Any]], plates: Key = (), present: Mapping[str, Tensor] = NONE
+    ) -> None:
         self.parts: dict[str, Part] = {}
         sites = list(sites)
         self.owner, self.plates = owner, plates
@@ -84,8 +116,9 @@ class Packing:
             batch = list(free[: value.dim() - fn.event_dim])
             for dim in self.dims:
                 batch[dim] = 1
-            event, plates = free[len(batch) :], tuple(site["cond_indep_stack"])
-            self.parts[name] = Part(support, transform, torch.Size(batch), event, fn.event_dim, plates, value.detach())
+            event, plates, counts = free[len(batch) :], tuple(site["cond_indep_stack"]), present.get(name)
+            shape, depth, start = torch.Size(batch), fn.event_dim, value.detach()
+            self.parts[name] = Part(support, transform, shape, event, depth, plates, start, counts)
         self._sizes = [part.size for part in self.parts.values()]
         self.size = sum(self._sizes)
 
@@ -110,6 +143,8 @@ class Packing:
 
     def _free(self, part: Part, chunk: Tensor, sample: Sequence[int]) -> Tensor:
         """Return the unconstrained values of a site, ``(*sample, *batch, *event)``, from its numbers in vectors."""
+        if not self.dims:
+            return part.scatter(chunk, sample)
         first, places = len(sample), [len(part.batch) + dim for dim in self.dims]
         rows = [chunk.shape[chunk.dim() - 1 + dim] for dim in self.dims]
         rest = [size for place, size in enumerate(part.batch) if place not in places]
@@ -140,7 +175,7 @@ class Packing:
             free = self._free(part, chunk, sample)
             value = part.transform(free)
             change = part.transform.log_abs_det_jacobian(free, value)
-            change = _sum_rightmost(change, change.dim() - depth)
+            change = part.counted(_sum_rightmost(change, change.dim() - depth))
             if name in absent:  # the model's gradient there is 0, or not finite, and must not reach the guide
                 change = change.where(absent[name], _normal(free, depth))
                 value = value.where(absent[name].reshape(absent[name].shape + (1,) * part.event_dim), value.detach())
@@ -169,7 +204,7 @@ class Packing:
             free = part.transform.inv(held)
             change = -part.transform.log_abs_det_jacobian(free, held)
             inside = inside.reshape(*value.shape[: sample + plates], -1).all(-1)
-            change = _sum_rightmost(change, change.dim() - sample - plates).where(inside, -torch.inf)
+            change = part.counted(_sum_rightmost(change, change.dim() - sample - plates).where(inside, -torch.inf))
             if name in absent:
                 change = change.where(absent[name], -_normal(free, sample + plates))
             axes = [sample + plates + dim for dim in self.dims]
@@ -178,7 +213,8 @@ class Packing:
             aligned = [1] * self.depth
             for dim, place in zip(self.dims, front, strict=True):
                 aligned[dim] = free.shape[place]
-            packed.append(free.reshape(*free.shape[:sample], *aligned, -1))
+            flat = free.reshape(*free.shape[:sample], *aligned, -1) if self.dims else part.gather(free)
+            packed.append(flat)
             change = _sum_rightmost(change, change.dim() - sample - len(axes))
             changes.append(change.reshape((*change.shape[:sample], *aligned)))
         return torch.cat(packed, -1), sum(changes[1:], changes[0])
@@ -200,6 +236,8 @@ def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dic
         with ExitStack() as stack:
             for frame in part.plates:
                 stack.enter_context(plates[frame.name])
+            if part.present is not None:
+                stack.enter_context(poutine.mask(mask=part.present))
             fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
             placed[name] = pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
     return placed

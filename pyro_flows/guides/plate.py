@@ -38,8 +38,8 @@ class AutoPlateFlow(BlockGuide):
     The posterior of the latents l_i of row i depends on the latents g outside and on the row's context c_i.  An encoder
     computes the context from the data (*amortised*: new rows work as well).  Without an encoder each row's context is
     learned.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.
-    Latents in the plate may lie in further plates, of fixed size, within a row.  Rows that a mask hides do not count in
-    the guide.  A mask may also hide a part of a row if no visible site depends on that part.
+    Latents in the plate may lie in further plates, of fixed size, within a row.  A mask may hide rows, or a
+    part of a row or of the latents outside, on which no visible site depends.  They do not count in the guide.
 
     If all latents lie in the plate, the model is a variational autoencoder; with latents outside too it is a hierarchy.
     If none lie in the plate, the guide is that of ``AutoFlow``.

@@ -70,6 +70,15 @@ class Structure(NamedTuple):
         """Return the structure as nested tuples, for :meth:`of`."""
         return self.plates, *(tuple(tuple(part) for part in parts) for parts in (self.sequences, self.nestings))
 
+    def without_absent(self, present: Mapping[str, Tensor]) -> Structure:
+        """Return the structure without absent elements; a sequence of steps that then differ in size is none.
+
+        Args:
+            present: The masks of the present elements of sites, over their batch shapes.
+        """
+        kept = (_without_absent(sequence, present) for sequence in self.sequences)
+        return self._replace(sequences=tuple(sequence for sequence in kept if sequence))
+
     def outside(self, plate: str) -> tuple[Nesting, ...]:
         """Return the nestings of a plate."""
         return tuple(nesting for nesting in self.nestings if nesting.plate == plate)
@@ -81,6 +90,20 @@ class Structure(NamedTuple):
     def group(self, name: str) -> int:
         """Return the index of the sequence that a site belongs to, or -1."""
         return next((i for i, sequence in enumerate(self.sequences) if name in sequence.sites), -1)
+
+
+def _without_absent(sequence: Sequence, present: Mapping[str, Tensor]) -> Sequence | None:
+    """Return a sequence without absent elements, or None if its steps then differ in size."""
+    if not present.keys() & {*sequence.sites}:
+        return sequence
+    of = []
+    for name, steps in zip(sequence.sites, sequence.of, strict=True):
+        counts = present.get(name, torch.ones(1, dtype=torch.bool)).flatten()
+        of.append(steps.reshape(len(counts), -1)[counts].flatten())
+    met, sizes = torch.cat(of).unique(return_counts=True)
+    if len(met) < 2 or bool((sizes != sizes[0]).any()):
+        return None
+    return Sequence(sequence.sites, len(met), tuple(torch.searchsorted(met, steps) for steps in of))
 
 
 def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:

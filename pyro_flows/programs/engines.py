@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..arguments import is_integer
+from .masks import counted_data, is_masked
 
 ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
@@ -49,7 +50,8 @@ def is_deterministic(site: Site) -> bool:
 
 def row_log_prob(site: Site) -> Tensor:
     """Return the log-density of each row of a site without the scale of its plates, 0 for masked rows."""
-    return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+    value = counted_data(site) if is_masked(site) else site["value"]
+    return scale_and_mask(site["fn"].log_prob(value, *site["args"], **site["kwargs"]), mask=site["mask"])
 
 
 class View(NamedTuple):

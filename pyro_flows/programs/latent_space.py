@@ -3,7 +3,7 @@
 A guide draws its sites except those of type ``Delta``, which only place the values of other sites.  These are one
 packed vector for Pyro's ``AutoContinuous``, and one site per latent in ``AutoNormal`` or in a guide written by hand.
 Unconstrained and packed they are a vector z, over which guide and model both have a density.  Samplers and searches
-need that.
+need that.  What a mask hides in a site of the guide's own counts in neither density: there both are standard normal.
 """
 
 from __future__ import annotations
@@ -20,16 +20,43 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .engines import Site, Values, View, in_batches
-from .latents import innermost, support_of
+from .latents import are_equal, innermost, support_of
 from .log_density import LogDensity, in_parts, is_breakdown, or_nan
-from .masks import mask_of
+from .masks import Mask, mask_of
 from .model_and_guide import Task
 from .program import TOTAL, Program
 from .quantities import Quantities
 
 OWN = "log q of own sites"  # not the name of a site
 CHANGE = "change of "  # prefix of a site's name
-Packing = dict[str, tuple[torch.Size, Transform]]  # the shape and the constraint of each site in a packed vector
+
+
+class Part(NamedTuple):
+    """A site in a packed vector.
+
+    Attributes:
+        shape: The shape of its unconstrained values.
+        transform: Its constraint.
+        mask: True for the numbers in the vector, of the site's batch shape; None if all are.  Others are at the origin.
+    """
+
+    shape: torch.Size
+    transform: Transform
+    mask: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """True for the numbers in the vector, flattened."""
+        mask = torch.ones((), dtype=torch.bool) if self.mask is None else self.mask
+        return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.dim())).expand(self.shape).flatten()
+
+    @property
+    def size(self) -> int:
+        """The number of numbers in the vector."""
+        return self.shape.numel() if self.mask is None else int(self.counts.sum())
+
+
+Packing = dict[str, Part]  # the sites in a packed vector, by name
 
 
 class Scored(NamedTuple):
@@ -72,8 +99,10 @@ class LatentSpace:
             if site["fn"].support.is_discrete:
                 raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
             transform = biject_to(site["fn"].support)
-            self._own[name] = transform.inv(site["value"]).shape, transform
-        self.dim = sum(shape.numel() for shape, _ in self._own.values())
+            self._own[name] = Part(transform.inv(site["value"]).shape, transform)
+        self.dim = sum(part.size for part in self._own.values())
+        hidden = [~_part_of(task.guide.single.nodes[name], part).counts for name, part in self._own.items()]
+        self._hidden = torch.cat(hidden)
         self.read = Quantities(task)
 
     @torch.no_grad()
@@ -87,18 +116,23 @@ class LatentSpace:
 
         def moved(view: View) -> Values:
             constraints = {name: biject_to(view.trace.nodes[name]["fn"].support) for name in values}
-            return {name: constraints[name](transform.inv(values[name])) for name, (_, transform) in self._own.items()}
+            return {name: constraints[name](part.transform.inv(values[name])) for name, part in self._own.items()}
 
         for name, (there,) in self.task.guide.alone(moved, 1).items():
             value = values[name]
             if there.shape != value.shape or not torch.allclose(there, value, rtol=1e-4, atol=1e-6):
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
-        sites = [self.task.model.single.nodes[name] for name in self.task.latents]
-        free = sum(biject_to(support_of(site["fn"])).inv(site["value"]).numel() for site in sites)
-        if free != self.dim:
+        free, drawn = 0, int((~self._hidden).sum())
+        for name in self.task.latents:
+            site, transform = self.task.guide.single.nodes[name], biject_to(support_of(self._site(name)["fn"]))
+            free += _part_of(site, Part(transform.inv(site["value"]).shape, transform)).size
+        if free != drawn:
             raise ValueError(
-                f"the guide draws {self.dim} numbers for latents of {free}; with auxiliary draws it has no density."
+                f"the guide draws {drawn} numbers for latents of {free}; with auxiliary draws it has no density."
             )
+
+    def _site(self, name: str) -> Site:
+        return self.task.model.single.nodes[name]
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Scored:
@@ -110,14 +144,14 @@ class LatentSpace:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(read, {}, size)
-            z = _packed(found, self._own)
+            z = self._noised(_packed(found, self._own))
             _, own = _unpacked(z, self._own)
             latents, changes = self._placed(found, own)
-            scores = self._score(latents, size)
+            scores, of_hidden = self._score(latents, size), self._normal(z)
             return {
                 "z": z,
-                "log_p": scores[TOTAL] + _total(changes.values()),
-                "log_q": found[OWN] + _total(own.values()),
+                "log_p": scores[TOTAL] + _total(changes.values()) + of_hidden,
+                "log_q": found[OWN] + _total(own.values()) + of_hidden,
                 "quantities": self.read.numbers({**latents, **scores}),
             }
 
@@ -129,9 +163,17 @@ class LatentSpace:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self._own}, {}, size)
-            return {"z": _packed(found, self._own)}
+            return {"z": self._noised(_packed(found, self._own))}
 
         return in_batches(step, {}, number, batch_size)["z"]
+
+    def _noised(self, z: Tensor) -> Tensor:
+        """Return vectors with standard normal draws in what masks hide."""
+        return z.where(~self._hidden.to(z.device), torch.randn_like(z)) if self._hidden.any() else z
+
+    def _normal(self, z: Tensor) -> Tensor:
+        """Return the standard normal log-density of what masks hide in vectors, ``(N,)``."""
+        return dist.Normal(0.0, 1.0).log_prob(z[:, self._hidden.to(z.device)]).sum(-1)
 
     def _score(self, latents: Values, size: int) -> Values:
         """Return the model's log-density of N draws, ``TOTAL``, -inf where it breaks down, and deterministic sites."""
@@ -159,7 +201,7 @@ class LatentSpace:
 
     def _log_p(self, z: Tensor) -> Tensor:
         latents, changes = self._place(z)
-        return self.task.model.log_prob(latents, len(z)) + _total(changes.values())
+        return self.task.model.log_prob(latents, len(z)) + _total(changes.values()) + self._normal(z)
 
     def log_prior_and_p(self, z: Tensor, prior: Program | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-densities over z, each ``(N,)`` in nats, of the prior and of the model.
@@ -180,13 +222,14 @@ class LatentSpace:
         else:
             log_p, log_prior = (program.log_prob(latents, len(z)) for program in (model, prior))
         proper = _total(change for name, change in changes.items() if name not in self.flat)
-        return log_prior + proper, log_p + _total(changes.values())
+        of_hidden = self._normal(z)
+        return log_prior + proper + of_hidden, log_p + _total(changes.values()) + of_hidden
 
     def log_q(self, z: Tensor) -> Tensor:
         """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
         held, changes = _unpacked(z, self._own)
         found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held, len(z))
-        return found[OWN] + _total(changes.values())
+        return found[OWN] + _total(changes.values()) + self._normal(z)
 
     @functools.cached_property
     def has_log_q(self) -> bool:
@@ -223,7 +266,7 @@ class LatentSpace:
     @functools.cached_property
     def coordinates(self) -> list[str]:
         """The latent that each of the coordinates belongs to, or the guide's own site if the latent is unknown."""
-        return [name for name, (shape, _) in self._layout.items() for _ in range(shape.numel())]
+        return [name for name, part in self._layout.items() for _ in range(part.size)]
 
     @functools.cached_property
     def _layout(self) -> Packing:
@@ -233,12 +276,13 @@ class LatentSpace:
         nodes = prototype.nodes if prototype else {}
         sites = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
         constraints = {name: biject_to(support_of(site["fn"])) for name, site in sites.items()}
-        constraints.update({name: transform for name, (_, transform) in self._own.items()})
+        constraints.update({name: part.transform for name, part in self._own.items()})
         if isinstance(guide, AutoContinuous):
-            return {name: (shape, constraints[name]) for name, shape in guide._unconstrained_shapes.items()}
+            shapes, placed = guide._unconstrained_shapes, self.task.guide.single.nodes
+            return {name: _part_of(placed[name], Part(shape, constraints[name])) for name, shape in shapes.items()}
         latents = {f"{name}_unconstrained": name for name in constraints}
-        shapes = {latents.get(name, name): shape for name, (shape, _) in self._own.items()}
-        return {name: (shape, constraints[name]) for name, shape in shapes.items()}
+        shapes = {latents.get(name, name): part.shape for name, part in self._own.items()}
+        return {name: Part(shape, constraints[name]) for name, shape in shapes.items()}
 
     @functools.cached_property
     def _angles(self) -> Tensor:
@@ -255,7 +299,8 @@ class LatentSpace:
     @functools.cached_property
     def flat(self) -> list[str]:
         """The latents with improper priors, and with priors whose density is scaled or masked."""
-        return [name for name in self.task.latents if _is_flat(self.task.model.single.nodes[name])]
+        placed = self.task.guide.single.nodes
+        return [name for name in self.task.latents if _is_flat(self._site(name), mask_of(placed[name]))]
 
     @torch.no_grad()
     def outside(self, latents: Values) -> Tensor:
@@ -279,7 +324,7 @@ class LatentSpace:
             held = {name: latents[name] for name in self.flat}
             found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
             located = self._locate(found)
-            return z * math.nan if located is None else located
+            return z * math.nan if located is None else self._noised(located)
 
         return or_nan(drawn, self.dim)(z)
 
@@ -336,29 +381,50 @@ class LatentSpace:
 
 def _packed(values: Values, packing: Packing) -> Tensor:
     """Return packed vectors, ``(N, D)``, of constrained values."""
-    parts = [transform.inv(values[name]) for name, (_, transform) in packing.items()]
-    return torch.cat([part.reshape(len(part), -1) for part in parts], -1)
+    found = []
+    for name, part in packing.items():
+        free = part.transform.inv(values[name]).reshape(len(values[name]), -1)
+        found.append(free if part.mask is None else free[:, part.counts.to(free.device)])
+    return torch.cat(found, -1)
 
 
 def _unpacked(z: Tensor, packing: Packing) -> tuple[Values, Values]:
     """Return the constrained values in packed vectors, and the log-determinants of their constraints, ``(N,)`` each."""
     values, changes = {}, {}
-    parts = z.split([shape.numel() for shape, _ in packing.values()], -1)
-    for (name, (shape, transform)), part in zip(packing.items(), parts, strict=True):
-        free = part.reshape(len(z), *shape)
-        values[name] = transform(free)
-        changes[name] = transform.log_abs_det_jacobian(free, values[name]).reshape(len(z), -1).sum(-1)
+    chunks = z.split([part.size for part in packing.values()], -1)
+    for (name, part), chunk in zip(packing.items(), chunks, strict=True):
+        if part.mask is not None:
+            counts = part.counts.to(z.device)
+            place = torch.where(counts, counts.cumsum(0) - 1, part.size)
+            chunk = torch.cat((chunk, z.new_zeros(len(z), 1)), -1).index_select(-1, place)
+        free = chunk.reshape(len(z), *part.shape)
+        values[name] = part.transform(free)
+        change = part.transform.log_abs_det_jacobian(free, values[name])
+        if part.mask is not None:
+            mask = part.mask.to(z.device)
+            change = change.where(mask.reshape(mask.shape + (1,) * (change.dim() - 1 - mask.dim())), 0.0)
+        changes[name] = change.reshape(len(z), -1).sum(-1)
     return values, changes
+
+
+def _part_of(site: Site, part: Part) -> Part:
+    """Return a site of a guide as a part of a vector without the numbers that a mask hides."""
+    mask = mask_of(site)
+    if not mask.hides:
+        return part
+    batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return part._replace(mask=torch.as_tensor(mask.every).bool().expand(batch))
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return sum(parts, torch.zeros(()))
 
 
-def _is_flat(site: Site) -> bool:
-    """True if a latent's prior is improper, or its density is scaled or masked."""
+def _is_flat(site: Site, drawn: Mask) -> bool:
+    """True if a latent's prior is improper, or its density is scaled, or masked where that of its guide is not."""
     scaled = site["scale"] is not None and bool((torch.as_tensor(site["scale"]) != 1).any())
-    return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or mask_of(site).hides
+    masked = mask_of(site).hides and not are_equal(mask_of(site), drawn)
+    return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or masked
 
 
 def sound_space(task: Task) -> LatentSpace:

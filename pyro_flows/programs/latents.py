@@ -145,7 +145,7 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             raise ValueError(f"{owner}{fault}; is it the guide of another model? {way}.")
     for name, site in drawn.items():
         mask = mask_of(nodes[name])
-        if not mask.hides or site["infer"].get(KEEPS_MASK) or _are_equal(mask, mask_of(site)):
+        if not mask.hides or site["infer"].get(KEEPS_MASK) or are_equal(mask, mask_of(site)):
             continue
         # A mask on latents alone is a flat prior, whose rows the guide counts.
         hides_data = any(mask_of(node).hides for node in nodes.values() if is_observation(node))
@@ -191,7 +191,8 @@ def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:
     return is_point(site["fn"]) and not any(node["infer"].get("is_auxiliary") for node in samples)
 
 
-def _are_equal(one: Mask, other: Mask) -> bool:
+def are_equal(one: Mask, other: Mask) -> bool:
+    """True if two masks hide the same elements."""
     pairs = [[torch.as_tensor(part) for part in pair] for pair in zip(one, other, strict=True)]
     return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Independent, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 Bools = Tensor | bool
@@ -47,6 +49,31 @@ def is_masked(site: dict[str, Any]) -> bool:
 def is_observation(site: dict[str, Any]) -> bool:
     """True if a site is observed data or a factor, but no deterministic value."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
+
+
+def hides_nan(trace: Trace) -> bool:
+    """True if a mask hides data of an observed site that are NaN."""
+    sites = (site for site in trace.nodes.values() if is_observation(site) and isinstance(site["value"], Tensor))
+    return any(is_masked(site) and bool(site["value"].isnan().any()) for site in sites)
+
+
+def counted_data(site: dict[str, Any]) -> Tensor:
+    """Return the data of an observed site, with others in place of those that are NaN and that a mask hides."""
+    value, depth = torch.as_tensor(site["value"]), site["fn"].event_dim
+    counts = torch.as_tensor(mask_of(site).some, device=value.device)
+    events = value.reshape(-1, *value.shape[value.dim() - depth :])
+    whole = ~events.isnan().reshape(len(events), -1).any(-1)
+    other = events[whole.long().argmax()]  # in the support, whatever that is
+    hidden = value.isnan() & ~counts.reshape(counts.shape + (1,) * depth)
+    return torch.where(hidden, other.nan_to_num(), value)
+
+
+class WithoutHiddenNaN(Messenger):
+    """Handler that scores no NaN behind a mask, since 0 times the NaN in its gradient is NaN."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_observation(msg) and isinstance(msg["value"], Tensor) and is_masked(msg):
+            msg["value"] = counted_data(msg)
 
 
 def _of_distribution(fn: Any) -> Mask:

@@ -25,7 +25,7 @@ from .engine_choice import check_noise, settle
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
-from .masks import is_observation
+from .masks import WithoutHiddenNaN, hides_nan, is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
@@ -91,7 +91,8 @@ class Task:
         self.is_settled = self._weighs = False
         enumerated = tuple(summable(single, drawn))
         self.guide = Program(guide, args, kwargs, drawn, nesting)
-        self.model = Program(model, args, kwargs, single, nesting, enumerated)
+        program = WithoutHiddenNaN()(model) if hides_nan(single) else model
+        self.model = Program(program, args, kwargs, single, nesting, enumerated)
         sites = dict(self.model.single.iter_stochastic_nodes())
         follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
         self.latents = [name for name in sites if name not in {*enumerated, *follows}]
