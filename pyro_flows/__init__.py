@@ -1,5 +1,7 @@
 """Normalizing flows as first-class citizens of Pyro."""
 
+from types import ModuleType as _ModuleType
+
 from . import encoders as encoders
 from . import flows as flows
 from . import plots as plots
@@ -48,3 +50,15 @@ from .sampling import Samples as Samples
 from .training import Fit as Fit
 
 __version__ = "0.1.0"
+
+# Packages are public, the modules beside them are not.
+__all__ = [
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and (not isinstance(value, _ModuleType) or hasattr(value, "__path__"))
+]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, which notebooks offer as completions."""
+    return [*__all__, "__version__"]

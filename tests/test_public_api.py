@@ -1,5 +1,6 @@
 """The public names are pinned, here or by the registries of tests, and each of them is documented."""
 
+import builtins
 import inspect
 import re
 
@@ -73,6 +74,18 @@ def test_public_names_are_pinned():
         submodules = {n for n, v in vars(module).items() if isinstance(v, MODULE) and n not in names.split()}
         public = {n for n in vars(module) if not n.startswith("_")} - submodules
         assert public == set(names.split()), module.__name__
+
+
+def test_completions_and_star_imports_offer_public_names_alone():
+    packages = {module.__name__.rpartition(".")[2] for module in NAMES} - {"pyro_flows"}
+    public = {*NAMES[pyro_flows].split(), *packages}
+    assert set(dir(pyro_flows)) == {*public, "__version__"}
+    assert set(pyro_flows.__all__) == public
+    assert set(encoders.__all__) == set(NAMES[encoders].split())
+    for module in NAMES:
+        scope = {}
+        exec(f"from {module.__name__} import *", scope)
+        assert not (scope.keys() - {"__builtins__"}) & set(dir(builtins)), module.__name__
 
 
 OBJECTS = {

@@ -13,3 +13,20 @@ from .scalars import Scalars as Scalars
 from .set import SetEncoder as SetEncoder
 from .standardize import Standardize as Standardize
 from .transformer import TransformerEncoder as TransformerEncoder
+
+# Without the modules: one is called ``set``, and a star import must not hide the built-in.
+__all__ = [
+    "Arguments",
+    "ClassEmbedding",
+    "ConvEncoder",
+    "Encoder",
+    "Flatten",
+    "GRUEncoder",
+    "Identity",
+    "Joined",
+    "MLPEncoder",
+    "Scalars",
+    "SetEncoder",
+    "Standardize",
+    "TransformerEncoder",
+]
