@@ -7,6 +7,8 @@ are inverse to each other, and its log-determinant equals that of autograd.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import laws
 import pytest
@@ -345,3 +347,23 @@ def test_softplus_scales_and_their_gradients_are_finite_from_tiny_to_huge(dtype:
     for scale in (1e-7, 0.01, 0.1, 1.0, 30.0, 1e6):
         _, log_det = bijector.forward_and_log_det(torch.ones((), dtype=dtype), torch.tensor([bijector.raw(scale), 0.0]))
         assert abs(log_det.item() - math.log(scale)) < 1e-5
+
+
+class Off(Affine):
+    """A wrong bijector: zero parameters shift by a thousandth."""
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = super().forward_and_log_det(x, params)
+        return y + 1e-3, log_det
+
+
+def test_the_laws_on_the_page_allow_for_rounding_and_no_more() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    scope: dict[str, Any] = {"torch": torch}
+    exec("def keeps" + page.split("def keeps", 1)[1].split("\n\n\n", 1)[0], scope)
+    torch.manual_seed(0)
+    for bijector in laws.BIJECTORS.values():
+        for dtype in DTYPES:
+            assert scope["keeps_the_laws"](bijector, dtype=dtype)
+    with pytest.raises(AssertionError, match="zero parameters are the identity"):
+        scope["keeps_the_laws"](Off())
