@@ -178,9 +178,18 @@ def test_deterministic_sites_and_model_kwargs():
 # Errors.
 
 
-def test_a_plate_is_asked_for():
-    with pytest.raises(ValueError, match="plate must be the name of the rows' plate, got None"):
-        importance_log_likelihood(model, guide_of(), X)
+def flat(x):
+    """Have no plate."""
+    pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0).expand(x.shape).to_event(2), obs=x)
+
+
+def test_a_plate_is_asked_for_if_the_model_has_several_or_none():
+    found = importance_log_likelihood(model, guide_of(), X, num_samples=2)
+    torch.testing.assert_close(found, exact(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the model has 'row', 'column'\. Pass plate='row'"):
+        importance_log_likelihood(outer, outer_guide, X)
+    with pytest.raises(ValueError, match=r"the model has none\. Put the rows into a pyro\.plate"):
+        importance_log_likelihood(flat, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), X)
     with pytest.raises(ValueError, match=r"plate 'rows'"):
         score(model, guide_of(), X, plate="rows")
 

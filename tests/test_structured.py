@@ -10,6 +10,7 @@ import functools
 import math
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -25,6 +26,7 @@ from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import elbo
 from pyro_flows.fitting.gaussian_start import density_of_all_rows
+from pyro_flows.guides.couplings import FEW
 from pyro_flows.guides.structure import Nesting, Structure
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task
@@ -213,6 +215,21 @@ def test_the_structure_is_that_of_the_model(case: Case) -> None:
     guide = AutoStructuredFlow(case.model).setup(*case.args)
     found = {block.name: (block.packing.size, *block.parents) for block in guide.posterior.blocks}
     assert found == case.blocks
+
+
+def in_one_plate(y):
+    """Sample five numbers outside of a plate, and one in each row."""
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        level = pyro.sample("level", dist.Normal(loc.sum(-1, keepdim=True), 1.0))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(("rows", "plates"), [(64, ()), (65, ("rows",))])
+def test_few_numbers_in_a_plate_are_left_to_one_flow_as_the_page_says(rows: int, plates: tuple[str, ...]) -> None:
+    assert AutoStructuredFlow(in_one_plate).setup(torch.zeros(rows)).structure.plates == plates
+    page = " ".join((Path(__file__).parents[1] / "docs" / "structured.md").read_text().split())
+    assert f"at most {FEW} numbers in all its rows together. So 5 numbers outside of a plate and {FEW} inside" in page
 
 
 @every_case

@@ -297,7 +297,7 @@ def importance_log_likelihood(
         model: A Pyro model whose latents all lie in the plate.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments, with the rows to score.
-        plate: The name of the plate; by default the plate of an ``AutoPlateFlow``.
+        plate: The name of the plate; by default the plate of an ``AutoPlateFlow``, or the only plate of the model.
         num_samples: The number K of draws per row.
         batch_size: The number of draws that run at once.
         max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
@@ -329,12 +329,8 @@ def importance_log_likelihood(
     """
     kwargs = joined("importance_log_likelihood", kwargs, model_kwargs)
     check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
-    name = plate if plate is not None else getattr(guide, "plate", None)
-    if name is None:
-        raise ValueError(
-            'importance_log_likelihood: plate must be the name of the rows\' plate, got None. Pass plate="name".'
-        )
     task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
+    name = plate or getattr(guide, "plate", None) or _only_plate(task.model.single)
     of_guide, of_model = (_rows_of(name, program.single) for program in (task.guide, task.model))
 
     def read(view: View) -> Values:
@@ -347,6 +343,21 @@ def importance_log_likelihood(
         return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
 
     return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
+
+
+def _only_plate(trace: Trace) -> str:
+    """Return the name of a model's only plate.
+
+    Raises:
+        ValueError: If the model has several plates, or none.
+    """
+    sites = (site for site in trace.nodes.values() if site["type"] == "sample")
+    plates = list(dict.fromkeys(frame.name for site in sites for frame in plates_of(site)))
+    if len(plates) != 1:
+        fault = f"plate must be the name of the rows' plate, and the model has {', '.join(map(repr, plates)) or 'none'}"
+        way = f"Pass plate={plates[0]!r}" if plates else "Put the rows into a pyro.plate"
+        raise ValueError(f"importance_log_likelihood: {fault}. {way}.")
+    return plates[0]
 
 
 def _rows_of(plate: str, trace: Trace) -> dict[str, int]:
