@@ -65,7 +65,8 @@ def command_line() -> argparse.ArgumentParser:
         "model", metavar="FILE.py:NAME", help="a model (a function or another callable) in a Python file"
     )
     model.add_argument("--data", type=Path, metavar="FILE", help=DATA)
-    _add_out(model, "posterior.nc", f"the file of {fit.DRAWS} draws, or of all draws of Markov chains")
+    words = f"the file of {fit.DRAWS} draws, or of all draws of Markov chains"
+    _add_out(model, "posterior.nc", words, picture="_check.png")
     model.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
     model.add_argument("--steps", type=_positive, help="optimisation steps (default: depends on the model)")
     model.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
@@ -83,8 +84,8 @@ def command_line() -> argparse.ArgumentParser:
     return main_job
 
 
-def _add_out(parser: argparse.ArgumentParser, default: str, words: str) -> None:
-    words += " (default: %(default)s); the picture's name ends with .png instead"
+def _add_out(parser: argparse.ArgumentParser, default: str, words: str, *, picture: str = ".png") -> None:
+    words += f" (default: %(default)s); the picture's name ends with {picture} instead"
     parser.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
 
 

@@ -656,6 +656,23 @@ def test_bad_tables_are_refused_before_training(text, words, folder, capsys):
 
 
 @pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("delimiter", [",", "\t", " "])
+def test_a_line_of_millions_of_cells_is_refused_at_once(delimiter, folder, capsys):
+    (folder / "t.csv").write_text("\n" + delimiter.join(["0.5"] * 5_000_000))
+    start = time.process_time()
+    assert "must have at most 20000 columns, and its first row has 5000000" in refused(capsys, "t.csv")
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_wide_array_and_a_long_cell_are_refused(folder, capsys):
+    np.save("t.npy", np.zeros((1, 20_001)))
+    assert "must have at most 20000 columns, and its first row has 20001" in refused(capsys, "t.npy")
+    (folder / "t.csv").write_text("a,b\n1,2\n" + "1" * 200_000 + ",2\n")
+    assert "cannot be read: field larger than field limit (131072)" in refused(capsys, "t.csv")
+
+
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

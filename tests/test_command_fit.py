@@ -37,6 +37,7 @@ with warnings.catch_warnings():
 
 RANDOM = np.random.default_rng(0)
 MODELS = """
+import sys
 from dataclasses import dataclass
 
 import pyro
@@ -46,6 +47,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 number = 3
+seen = []
 
 
 def normal(y, scale=1.0):
@@ -108,6 +110,25 @@ def subsampled(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y), subsample_size=2) as rows:
         pyro.sample("y", dist.Normal(x, 1.0), obs=y[rows.long()])
+
+
+def exits(y):
+    normal(y)
+    sys.exit(0)
+
+
+def exits_late(y):
+    normal(y)
+    seen.append(y)
+    if len(seen) > 30:  # in training
+        sys.exit(0)
+
+
+def lacks_a_key(y):
+    normal(y)
+    seen.append(y)
+    if len(seen) > 30:  # in training
+        {}["colour"]
 
 
 def by_position(y, /):
@@ -206,20 +227,20 @@ def test_as_a_command(folder):
 def test_prints_table_diagnostics_and_verdict_and_writes_both_files(folder, capsys):
     assert run("models.py:normal", "--data", "data.json", "--out", "new/folder/answer.nc") == 0
     captured = capsys.readouterr()
-    assert sorted(path.name for path in (folder / "new" / "folder").iterdir()) == ["answer.nc", "answer.png"]
+    assert sorted(path.name for path in (folder / "new" / "folder").iterdir()) == ["answer.nc", "answer_check.png"]
     rows = {words[0]: [float(word) for word in words[1:]] for words in map(str.split, captured.out.splitlines()[2:4])}
     variance = 1 / (1 / 9 + 3)
     assert rows["x"][:2] == pytest.approx([variance * 7, variance**0.5], abs=0.06)
     assert rows["twice"] == pytest.approx([2 * number for number in rows["x"]], abs=0.02)
     for words in ("k-hat", "ESS", "log evidence", "nats", "time", "Trust these draws. ", "Wrote "):
         assert words in captured.out
-    assert str(Path("new/folder/answer.png")) in captured.out
+    assert str(Path("new/folder/answer_check.png")) in captured.out
     assert "20/20" in captured.err  # the progress bar
     data = az.from_netcdf("new/folder/answer.nc")
     assert set(data.posterior) == {"x", "twice"}
     assert data.observed_data["y"].values.tolist() == [1.5, 2.5, 3.0]
     assert data.log_likelihood["y"].shape == (1, 4000, 3)
-    assert (folder / "new" / "folder" / "answer.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (folder / "new" / "folder" / "answer_check.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.slow
@@ -298,7 +319,7 @@ def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeyp
     assert ("Try --escalate" in out) == (status == 3)
     assert ("resampled by their weights" in out) == (verdict == "reweight")
     assert asked == [verdict == "reweight"]
-    assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior.png"}
+    assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior_check.png"}
 
 
 @pytest.mark.slow
@@ -359,11 +380,11 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
     assert exit_.value.code == 130
     said = capsys.readouterr().err
     assert "Interrupted after 6" in said
-    kept = "posterior.interrupted.nc and posterior.interrupted.png, and left posterior.nc as it was"
+    kept = "posterior.interrupted.nc and posterior.interrupted_check.png, and left posterior.nc as it was"
     assert said.endswith(f"python -m pyro_flows fit: interrupted; wrote {kept}\n")
     assert (folder / "posterior.nc").read_text() == "good draws"
     assert az.from_netcdf("posterior.interrupted.nc").posterior.sizes["draw"] == fit.DRAWS
-    assert not (folder / "posterior.png").exists()
+    assert not (folder / "posterior_check.png").exists()
 
 
 @pytest.mark.usefixtures("quick")
@@ -665,8 +686,8 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     words = "models.py:normal", "--data", "data.json", "--out"
     assert "argument --out: 'a.png' must end with .nc" in refused(capsys, *words, "a.png")
     assert "argument --out: cannot write into 'data.json'" in refused(capsys, *words, "data.json/a.nc")
-    (folder / "a.png").mkdir()
-    assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, *words, "a.nc")
+    (folder / "a_check.png").mkdir()
+    assert "argument --out: cannot write 'a_check.png': it is a folder" in refused(capsys, *words, "a.nc")
 
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
@@ -678,6 +699,28 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
 def test_what_training_refuses_is_one_line(folder, capsys):
     """Training detects the improper posterior."""
     assert "the posterior is improper" in refused(capsys, "models.py:improper", "--data", "data.json", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("exits", "SystemExit: 0 (models.py, line "),
+        ("exits_late", "SystemExit: 0 (models.py, line "),
+        ("lacks_a_key", "KeyError: 'colour' (models.py, line "),
+    ],
+)
+def test_a_model_that_ends_or_fails_is_told_of_in_one_line(model, words, folder, capsys):
+    assert refused(capsys, f"models.py:{model}", "--data", "data.json", "--quiet").startswith(words)
+    assert not (folder / "posterior.nc").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_changes_the_working_directory_moves_no_file(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "moving.py").write_text(f"import os\n{MODELS}\nos.chdir('elsewhere')\n")
+    assert run("moving.py:normal", "--data", "data.json", "--quiet", "--out", "there/a.nc") == 0
+    assert sorted(path.name for path in (folder / "there").iterdir()) == ["a.nc", "a_check.png"]
+    assert not list((folder / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--escalte"]])

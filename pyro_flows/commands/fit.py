@@ -22,7 +22,7 @@ from ..flows import Flow
 from ..guides import AutoFlow
 from ..programs.model_and_guide import Task
 from . import RECIPES, Refused
-from .model import check_arguments, in_one_line, load_model
+from .model import check_arguments, in_one_line, line_of, load_model
 from .model_arguments import Data, read_data
 from .outputs import Outputs
 from .report import draws_of, exact_draws, report
@@ -44,15 +44,15 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the wish cannot be granted; and if training fails.
         Interrupted: After Ctrl-C; what was fitted is written.
     """
-    outputs = Outputs(wish.out, ".nc")
+    outputs = Outputs(wish.out, ".nc", picture="_check.png")
     start = time.perf_counter()
-    file = Path(wish.model.rpartition(":")[0])
+    file = Path(wish.model.rpartition(":")[0]).absolute()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64 if wish.double else torch.float32)
         pyro.set_rng_seed(wish.seed)
+        data = read_data(wish.data)  # first, since the model's file may change the working directory
         model = load_model(wish.model)
-        data = read_data(wish.data)
         check_arguments(model, list(data.values))
         guide, observed, arguments = _set_up(model, RECIPES.get(wish.flow), data, file)
         if not observed:
@@ -64,17 +64,19 @@ def run(wish: Namespace) -> bool:
             fit = fit_svi(model, guide, model_kwargs=arguments, **settings)
             outputs.settle(fit)
             checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
-        except (ValueError, TypeError, FloatingPointError) as error:
-            raise Refused(in_one_line(error, file)) from error
-        exact = exact_draws(fit)
-        container = to_arviz(
-            model,
-            exact or fit.guide,
-            num_samples=DRAWS,
-            importance=not exact and checked.verdict == "reweight",
-            log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
-            model_kwargs=arguments,
-        )
+            exact = exact_draws(fit)
+            container = to_arviz(
+                model,
+                exact or fit.guide,
+                num_samples=DRAWS,
+                importance=not exact and checked.verdict == "reweight",
+                log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
+                model_kwargs=arguments,
+            )
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ValueError | TypeError | FloatingPointError) or line_of(error, file):
+                raise Refused(in_one_line(error, file)) from error
+            raise
         outputs.write(lambda path: write_atomically(path, container.to_netcdf))
         advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
         said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
@@ -86,14 +88,14 @@ def _set_up(
     model: Callable[..., Any], recipe: Callable[[int], Flow] | None, data: Data, file: Path
 ) -> tuple[AutoFlow, list[Tensor], dict[str, Any]]:
     """Return a guide for the model, the observations, and the first reading of the data with which the model runs."""
-    first: Exception | None = None
+    first: BaseException | None = None
     for arguments in data.readings():
         pyro.clear_param_store()
         guide = AutoFlow(model, recipe)
         try:
             guide.setup(**arguments)
             return guide, _observed(Task(model, guide, (), arguments).check(whole=False).traces[0]), arguments
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # AutoFlow's words on missing arguments are for its callers.
             bare = error.__cause__ if isinstance(error, TypeError) and not arguments else None
             first = first or (bare if isinstance(bare, TypeError) else error)

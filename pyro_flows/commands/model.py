@@ -86,8 +86,12 @@ def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
 def in_one_line(error: BaseException, file: Path) -> str:
     """Return an error in one line, with its kind and line number if the user's file raised it."""
     words = " ".join(str(error).partition("Trace Shapes:")[0].split()) or "no reason given"
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame.lineno for frame in frames if Path(frame.filename) == file.resolve()]
-    if places:
-        return f"{type(error).__name__}: {words} ({file.name}, line {places[-1]})"
+    if line := line_of(error, file):
+        return f"{type(error).__name__}: {words} ({file.name}, line {line})"
     return words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
+
+
+def line_of(error: BaseException, file: Path) -> int | None:
+    """Return the last line of the user's file through which an error passed, or None."""
+    frames, path = traceback.extract_tb(error.__traceback__), file.resolve()
+    return next((frame.lineno for frame in reversed(frames) if Path(frame.filename) == path), None)

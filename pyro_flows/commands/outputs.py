@@ -23,25 +23,28 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Outputs:
-    """A file and a picture of the same name.
+    """A file and a picture beside it, in the folder in which the command was started.
 
     An interrupted run gets names that are free, so that the files of earlier runs stay.
 
     Args:
         file: The file.
         suffix: The suffix that it must have.
+        picture: The end of the picture's name, in place of the suffix.
 
     Attributes:
-        paths: The two files that this run writes.
+        paths: The two files that this run writes, as the user names them.
 
     Raises:
         Refused: If the file has another suffix.
     """
 
-    def __init__(self, file: Path, suffix: str) -> None:
+    def __init__(self, file: Path, suffix: str, *, picture: str = ".png") -> None:
         if file.suffix != suffix:
             raise Refused(f"argument --out: {str(file)!r} must end with {suffix}")
-        self._whole = self.paths = file, file.with_suffix(".png")
+        self._start = Path.cwd()  # a model may change the working directory
+        self._whole = self.paths = file, file.with_name(file.stem + picture)
+        self._endings = suffix, picture
         self._has_file = False  # of this run
 
     def check_writable(self) -> None:
@@ -49,11 +52,11 @@ class Outputs:
         folder = self._whole[0].parent
         task = f"write into {str(folder)!r}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (self._start / folder).mkdir(parents=True, exist_ok=True)
             for paths, words in ((self._whole, ""), (self._free(), ", as an interrupted run does")):
                 for path in paths:
                     task = f"write {str(path)!r}{words}"
-                    try_path(path)
+                    try_path(self._start / path)
         except OSError as error:
             raise Refused(f"argument --out: cannot {task}: {error.strerror or error}") from error
 
@@ -91,18 +94,22 @@ class Outputs:
     def _free(self) -> tuple[Path, Path]:
         def numbered(number: int) -> tuple[Path, Path]:
             mark = f".interrupted-{number}" if number > 1 else ".interrupted"
-            file, picture = (path.with_name(f"{path.stem}{mark}{path.suffix}") for path in self._whole)
+            whole = self._whole[0]
+            file, picture = (whole.with_name(f"{whole.stem}{mark}{ending}") for ending in self._endings)
             return file, picture
 
+        def is_free(pair: tuple[Path, Path]) -> bool:
+            return not any(os.path.lexists(self._start / path) for path in pair)
+
         pairs = map(numbered, itertools.count(1))
-        return distributed.broadcast(lambda: next(pair for pair in pairs if not any(map(os.path.lexists, pair))))
+        return distributed.broadcast(lambda: next(filter(is_free, pairs)))
 
     def __str__(self) -> str:
         return f"{self.paths[0]} and {self.paths[1]}"
 
     def write(self, write: Callable[[Path], object]) -> None:
         """Write the file."""
-        write(self.paths[0])
+        write(self._start / self.paths[0])
         self._has_file = True
 
     def finish(
@@ -122,7 +129,7 @@ class Outputs:
         """
         if not quiet:  # first, so that a picture that cannot be written does not cost the report
             print(said)
-        write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
+        write_atomically(self._start / self.paths[1], lambda path: draw().savefig(path, dpi=150))
         if not quiet:
             print(wrote)
         if interrupted() or self.paths != self._whole:
@@ -131,6 +138,6 @@ class Outputs:
     def _interruption(self, written: str) -> Interrupted:
         if self.paths == self._whole:
             return Interrupted(f"interrupted after the training; wrote {written}")
-        old = [str(path) for path in self._whole if path.exists()]
+        old = [str(path) for path in self._whole if (self._start / path).exists()]
         left = f", and left {' and '.join(old)} as {'they were' if old[1:] else 'it was'}" if old else ""
         return Interrupted(f"interrupted; wrote {written}{left}")

@@ -26,6 +26,7 @@ LOOKED_AT = 100  # rows that decide on the delimiter
 TOKENIZER = "Error tokenizing data. C error: "  # the beginning of pandas' errors
 FIRST = "column 1"  # the name of a first column without a name
 MANY = 50  # names in a line
+WIDEST = 20_000  # columns, each of which takes half a millisecond to read
 
 
 def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -44,6 +45,7 @@ def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.Dat
     import pandas as pd  # here, since it is slow to import
 
     names, columns, remarks = read_file("table", path, READERS)
+    _check_width(path, len(names))
     if twice := repeated(names):
         raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
     cells = dict(zip(names, columns, strict=True))
@@ -79,6 +81,15 @@ def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.Dat
     table = _complete(table, remarks)
     leave_out("constant columns", _constants(table))
     return table, remarks
+
+
+def _check_width(path: Path, width: int) -> None:
+    """Raise Refused if a table is too wide to be read in seconds."""
+    if width > WIDEST:
+        way = "leave some out, or transpose the table if its lines are columns"
+        raise Refused(
+            f"the table {str(path)!r} must have at most {WIDEST} columns, and its first row has {width}; {way}"
+        )
 
 
 def split_names(text: str) -> list[str]:
@@ -157,21 +168,24 @@ def read_delimited(path: Path) -> Columns:
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has rows that a quotation mark
-            joins to one cell.
+        Refused: If it is not text in UTF-8, is empty or too wide, has lines of different lengths, or has rows that a
+            quotation mark joins to one cell.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"the table {str(path)!r} is not UTF-8 text; save it as CSV in UTF-8") from error
     file = io.StringIO(text.removeprefix("#"))  # NumPy's savetxt begins its header with "#"
+    first = text.lstrip().partition("\n")[0]
+    _check_width(path, max(len(first.split()), *(first.count(delimiter) + 1 for delimiter in ",;\t")))
     delimiter = max(DELIMITERS, key=lambda delimiter: _score(file, delimiter))
     try:
         cells = _cells(file, delimiter)
-    except ValueError as error:
+        short = _first_short_row(file, delimiter, cells.shape[1])
+    except (ValueError, csv.Error) as error:
         words = "is empty" if not text.strip() else f"cannot be read: {str(error).removeprefix(TOKENIZER).strip()}"
         raise Refused(f"the table {str(path)!r} {words}") from error
-    if short := _first_short_row(file, delimiter, cells.shape[1]):
+    if short:
         raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
     if damaged := _first_joined_rows(cells) if '"' in text else "":
         raise Refused(
