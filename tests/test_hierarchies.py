@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_flows import (
     AutoFlow,
     AutoPlateFlow,
+    AutoStructuredFlow,
     calibrate,
     check,
     fit_amortized,
@@ -143,6 +144,35 @@ def test_double_precision_is_kept():
     guide, y = amortised(model), torch.randn(4, 3, dtype=torch.float64)
     own = guide.setup(y).bind(y)
     assert own.sample(3, y)["theta"].dtype == torch.float64
+
+
+def of_rows(y: Tensor) -> None:
+    """Sample the same groups, as many as there are in the data."""
+    hierarchy(y, groups=len(y))
+
+
+@pytest.mark.parametrize(
+    ("guide", "rows"),
+    [
+        (lambda: AutoFlow(of_rows), 4),
+        (lambda: AutoPlateFlow(of_rows, "group"), 4),
+        (lambda: AutoPlateFlow(of_rows, "group", encoder=MLPEncoder(3, 4), global_encoder=SetEncoder(4, 8)), 4),
+        (lambda: AutoStructuredFlow(of_rows), 70),
+    ],
+    ids=["one_flow", "learned_rows", "amortised", "structured"],
+)
+def test_a_guide_that_is_made_double_draws_scores_trains_and_is_saved(guide, rows, tmp_path):
+    y = torch.randn(rows, 3)
+    narrow = guide().setup(y)
+    wide, y = copy.deepcopy(narrow).double(), y.double()
+    draws = wide.sample(5, y)
+    assert {value.dtype for value in (*draws.values(), *wide.median(y).values(), wide.log_prob(draws, y))} == {y.dtype}
+    save(wide, tmp_path / "guide.pt")
+    torch.testing.assert_close(load(tmp_path / "guide.pt").log_prob(draws, y), wide.log_prob(draws, y))
+    fit_svi(of_rows, wide, y, steps=2, progress=False)
+    assert wide.sample(5, y)["theta"].dtype == y.dtype
+    assert wide.float().sample(5, y.float())["theta"].dtype == torch.float32
+    assert narrow.sample(5, y.float())["theta"].dtype == torch.float32
 
 
 def test_the_rows_are_those_of_the_simulations():

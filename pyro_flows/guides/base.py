@@ -114,6 +114,16 @@ class FlowGuide(Plan, AutoGuide):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates, self._outline)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> FlowGuide:
+        """Move what the guide knows of its latents along with its parameters, for example by ``.double()``."""
+        super()._apply(fn, *args)
+        if self.prototype_trace is not None:
+            latents = dict(self.prototype_trace.iter_stochastic_nodes())
+            self.prototype_trace = self.prototype_trace.copy()  # copies of the guide share the trace and its sites
+            self.prototype_trace.nodes.update({n: {**site, "value": fn(site["value"])} for n, site in latents.items()})
+            self.packings = {name: packing.moved(fn) for name, packing in self.packings.items()}
+        return self
+
     def compile(self, **settings: Any) -> None:
         """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
 

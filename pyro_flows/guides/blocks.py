@@ -7,7 +7,7 @@ Variational Inference (Hoffman, Blei 2014, arXiv:1404.4114).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -98,6 +98,11 @@ class Block(nn.Module):
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Block:
+        super()._apply(fn, *args)
+        self.packing = self.packing.moved(fn)
+        return self
 
     @property
     def number(self) -> int:

@@ -8,7 +8,7 @@ their batch has the rows at the dimensions of the plates, and 1 at dimensions be
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -121,6 +121,12 @@ class Packing:
             self.parts[name] = Part(support, transform, shape, event, depth, plates, start, counts)
         self._sizes = [part.size for part in self.parts.values()]
         self.size = sum(self._sizes)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Packing:
+        """Return the packing with its values in another dtype or on another device."""
+        other = copy.copy(self)
+        other.parts = {name: part._replace(start=move(part.start)) for name, part in self.parts.items()}
+        return other
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,7 +256,7 @@ def _normal(free: Tensor, batch_dim: int) -> Tensor:
 
 def alike(one: Tensor, other: Tensor) -> bool:
     """True if two tensors have one shape and, nearly, the same values."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=1e-4, atol=1e-6)
 
 
 def _of_one_row(owner: str, name: str, support: Any, axis: int, rows: int) -> Any:
