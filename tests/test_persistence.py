@@ -289,6 +289,22 @@ def test_frozen_parameters_are_frozen_again(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in again.transforms[1].parameters())
 
 
+def test_modes_of_training_are_kept(tmp_path: Path) -> None:
+    flow = small(3).eval()
+    flow.transforms[0].train()
+    modes = {name: part.training for name, part in flow.named_modules()}
+    assert {name: part.training for name, part in there_and_back(flow, tmp_path).named_modules()} == modes
+    guide = AutoFlow(nested, small).setup(Y).eval()
+    assert not any(part.training for part in there_and_back(guide, tmp_path).modules())
+
+
+def test_files_without_modes_are_read(tmp_path: Path) -> None:
+    """The first files of this format had none."""
+    pf.save(small(3), tmp_path / "flow.pt")
+    edited(tmp_path / "flow.pt", lambda content: content["spec"].__delitem__("training"))
+    assert pf.load(tmp_path / "flow.pt").training
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     flow = flows.nsf(3, hidden_dims=tuple(np.array([8, 8])), bound=np.float64(4.0), num_transforms=2)
     again = there_and_back(flow, tmp_path)
@@ -574,6 +590,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dtype": (lambda c: c["spec"]["dtypes"].update({"base.zeros": "load"}), "'load' is no floating dtype of torch"),
     "buffer": (lambda c: c["spec"]["dtypes"].update({"base.ones": "float32"}), r"it has no base\.ones"),
     "frozen": (lambda c: c["spec"]["frozen"].append("base.ones"), r"it has no base\.ones"),
+    "training": (lambda c: c["spec"]["training"].update({"base.ones": True}), r"it has no base\.ones"),
 }
 
 

@@ -19,16 +19,29 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def marks_of(module: nn.Module) -> dict[str, Any]:
-    """Return the names of frozen parameters, and the dtypes of buffers that the ``state_dict`` lacks."""
+    """Return the names of frozen parameters, the dtypes of buffers that the ``state_dict`` lacks, and the modes.
+
+    The modes are the whole module's, under the name "", and those of the parts that differ: True in training.
+    """
     saved = module.state_dict()
     buffers = {name: b for name, b in module.named_buffers() if name not in saved and b.is_floating_point()}
     dtypes = {name: str(buffer.dtype).rpartition(".")[2] for name, buffer in buffers.items()}
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    return {"frozen": frozen, "dtypes": dtypes}
+    modes = {
+        name: part.training for name, part in module.named_modules() if not name or part.training != module.training
+    }
+    return {"frozen": frozen, "dtypes": dtypes, "training": modes}
 
 
-def restore(module: nn.Module, state: dict[str, Tensor], *, frozen: list[str], dtypes: dict[str, str]) -> None:
-    """Load tensors into a module, in the dtypes of the tensors.
+def restore(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    frozen: list[str],
+    dtypes: dict[str, str],
+    training: dict[str, bool],
+) -> None:
+    """Load tensors into a module, in the dtypes of the tensors, and set its modes.
 
     Raises:
         ValueError: If they do not belong to this module.
@@ -44,8 +57,12 @@ def restore(module: nn.Module, state: dict[str, Tensor], *, frozen: list[str], d
         raise ValueError(" ".join(str(error).split())) from error
     # After loading, which may derive some buffers anew.
     buffers, parameters, still = dict(module.named_buffers()), dict(module.named_parameters()), set(frozen)
-    if unknown := (dtypes.keys() - buffers.keys()) | (still - parameters.keys()):
+    parts = dict(module.named_modules())
+    if unknown := (dtypes.keys() - buffers.keys()) | (still - parameters.keys()) | (training.keys() - parts.keys()):
         raise ValueError(f"it has no {unknown.pop()}")
+    module.train(training.get("", True))
+    for name, mode in training.items():
+        parts[name].training = bool(mode)
     for name, dtype in dtypes.items():
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -91,7 +108,7 @@ def _facts(module: nn.Module) -> dict[str, object]:
         facts[name] = f"a {type(part).__module__}.{type(part).__qualname__}"
         facts[f"{name}.forward"] = "with hooks" if part._forward_hooks or part._forward_pre_hooks else "without hooks"
         for key, value in vars(part).items():
-            if isinstance(value, int | float | str | bool | None) and key != "training":
+            if isinstance(value, int | float | str | bool | None):
                 facts[f"{name}.{key}"] = value
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -26,6 +26,7 @@ from .size_limit import FREE_NUMBER, Allowance
 from .spec import WAY_OUT, build, describe, named
 
 FORMAT = 1
+SPEC = ["class", "arguments", "frozen", "dtypes", "training"]  # the parts of a spec
 Guide = AutoFlow | AutoPlateFlow | AutoStructuredFlow
 _settings_of_torch = threading.Lock()  # torch has one setting for all threads
 
@@ -34,7 +35,7 @@ def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathL
     """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
 
     A guide is saved without its model; after loading it draws and scores latents.  A flow keeps its dtypes, its frozen
-    parameters and its shared layers, and comes back on the CPU.
+    parameters, its shared layers and its mode, training or evaluation.  It comes back on the CPU.
 
     The file is complete or absent.  It holds classes of pyro_flows by name.  Your own networks, transforms and
     bijectors are refused, also if they inherit from ours, and so is a function as encoder.  Activations must be classes
@@ -117,14 +118,14 @@ def load(path: str | os.PathLike[str]) -> Any:
     path = as_file("load", "path", path)
     spec, state, archive = _read(path)
     try:
-        if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
+        if list(spec) not in (SPEC, SPEC[:-1]):  # the first files of this format have no modes of training
             raise ValueError(f"its spec has the parts {list(spec)!r:.100}")
         if spec["class"] not in ROOTS:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
         whole = {name: spec[name] for name in ("class", "arguments")}
         with Allowance(archive.nbytes, archive.tensors, archive.squares):
             made = build(whole, limit=max(FREE_NUMBER, archive.nbytes))
-        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
+        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"], training=spec.get("training", {}))
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = " ".join(reason.partition("Trace Shapes:")[0].split()).rstrip(".")
