@@ -7,6 +7,7 @@ parameters have their best state.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -31,6 +32,7 @@ from pyro_flows.objectives import TemperedELBO
 from pyro_flows.training import loop
 from pyro_flows.training.best_state import Best
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.interrupts import forget_cut_off, hold_interrupts, uninterrupted
 from pyro_flows.training.loop import Descent, Settings
 from pyro_flows.transforms import Elementwise
 
@@ -590,6 +592,66 @@ def test_ctrl_c_that_somebody_else_listens_to_is_left_to_them():
         signal.signal(signal.SIGINT, before)
     assert fit.stopped == "steps"
     assert heard
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_waits_for_the_end_of_an_import():
+    def press(done: list[str]) -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("import")
+
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        press(done)
+    assert done
+    with hold_interrupts() as asked, uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+    assert asked()
+
+
+def test_a_package_whose_import_was_cut_off_is_imported_anew(tmp_path, monkeypatch):
+    """Python keeps the part that was complete, and does not bind it to the package the second time."""
+    package = tmp_path / "cut_off"
+    package.mkdir()
+    (package / "part.py").write_text("number = 1")
+    (package / "__init__.py").write_text("from .part import number\nimport signal_of_the_test")
+    (tmp_path / "signal_of_the_test.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("cut_off")
+    assert "cut_off.part" in sys.modules
+    (tmp_path / "signal_of_the_test.py").write_text("")
+    importlib.invalidate_caches()
+    forget_cut_off("cut_off")
+    assert importlib.import_module("cut_off").part.number == 1
+
+
+AFTER_CTRL_C = """
+import sys, torch, pyro_flows as pf
+from pyro_flows import flows
+
+class Press:
+    def find_spec(self, name, path, target=None):
+        if name == "sympy.printing":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Press())
+x = torch.randn(100, 2)
+flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
+try:
+    pf.fit_density(flow, x, max_epochs=1, progress=False)
+except KeyboardInterrupt:
+    print(pf.fit_density(flow, x, max_epochs=1, progress=False).stopped)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_torch_imports_sympy_does_not_break_the_next_fit():
+    command = [sys.executable, "-W", "ignore", "-c", AFTER_CTRL_C]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "steps\n", done.stderr
 
 
 @pytest.mark.usefixtures("hasty")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..training.best_state import Optimizer
+from ..training.interrupts import uninterrupted
 
 OTHERS = "others"
 # SOAP.
@@ -38,7 +39,8 @@ def optimizers(parameters: list[Tensor], lr: float, *, by_soap: list[Tensor], by
     """
     soap, muon = set(by_soap), set(by_muon) - set(by_soap)
     rest = [parameter for parameter in parameters if parameter not in soap | muon]
-    found: list[Optimizer] = [torch.optim.Adam(rest, lr=lr, fused=True)] if rest else []
+    with uninterrupted():  # the first optimiser imports the compiler
+        found: list[Optimizer] = [torch.optim.Adam(rest, lr=lr, fused=True)] if rest else []
     parts = ((kind, [p for p in parameters if p in own]) for kind, own in ((SOAP, soap), (Muon, muon)))
     return [*found, *(kind(part, lr) for kind, part in parts if part)]
 

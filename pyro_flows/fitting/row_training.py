@@ -16,6 +16,7 @@ from ..encoders import Standardize
 from ..objectives import Likelihood
 from ..threads import OPERATIONS
 from ..training import distributed
+from ..training.interrupts import uninterrupted
 from ..training.loop import Descent, Fit, HeldOut, Settings
 from ..transforms import FixedAffine, QuantileMap
 
@@ -90,10 +91,12 @@ def train_on_rows(
     work = OPERATIONS * (size or math.inf) * pixels * sum(parameter.numel() for parameter in moved)
     trained.train()
     try:
+        with uninterrupted():  # the first optimiser imports the compiler
+            adam = torch.optim.Adam(moved, lr=settings["lr"], foreach=True)
         return Descent(
             lambda: rows.loss(source.next()),
             parameters,
-            [torch.optim.Adam(moved, lr=settings["lr"], foreach=True)],
+            [adam],
             Settings(steps=max_epochs * source.steps, work=work, marks=marks, **settings),
             trained,
             diagnose,

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 
 from ..programs.plate_minibatches import Shuffled
 from .best_state import fill
+from .interrupts import forget_cut_off
 from .randomness import random_state, set_random_state
 
 P = ParamSpec("P")
 T = TypeVar("T")
+SYMBOLIC = "sympy", "mpmath"  # packages that torch imports within a fit
 PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after another one has failed
 
 
@@ -72,6 +74,7 @@ def collective(fit: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(fit)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        forget_cut_off(*SYMBOLIC)
         _join()
         if alone():
             return fit(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,28 @@ def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[
         yield hold.held
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay a first Ctrl-C to the end of a block, such as an import that could not be repeated."""
+    with hold_interrupts() as asked:
+        before = asked()
+        yield
+    if asked() and not before:
+        signal.raise_signal(signal.SIGINT)
+
+
+def forget_cut_off(*packages: str) -> None:
+    """Forget the modules of packages whose import Ctrl-C has cut off.
+
+    Python keeps the modules that were complete, but a second import does not bind them to the package, which then lacks
+    them as attributes.
+    """
+    for package in packages:
+        if package not in sys.modules:
+            for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager
