@@ -186,6 +186,11 @@ def test_integers_get_noise(folder, capsys, monkeypatch):
     assert "lower bound of the log-mass" in " ".join(out.split())
     assert "; x = pyro_flows.dequantize(x, [1]); flow.log_prob(x)" in out
     assert "copies" not in out
+    flow = pyro_flows.load("model.pt")
+    assert flow.columns.names == ("a", "flip")
+    assert set(flow.sample((200,))[:, 1].tolist()) == {0.0, 1.0}
+    with pytest.warns(UserWarning, match=r"integers with noise in columns 'flip'"):
+        flow.log_prob(torch.zeros(3, 2))
 
 
 def test_spikes_and_copies_are_told_of_by_name(folder, capsys):

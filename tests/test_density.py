@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
 from pyro_flows.distributions import NormalBase, StudentTBase
 from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
+from pyro_flows.flows.columns import Columns
 from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, FixedAffine, LULinear, Orthogonal
 
@@ -176,6 +177,30 @@ def test_integers_get_a_mass() -> None:
     # The noise of held-out rows is fixed, so the kept state reproduces its stated loss.
     noisy = dequantize(x[order[1800:]], [0], generator=torch.Generator().manual_seed(0))
     assert -flow.log_prob(noisy).mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
+
+
+def test_a_flow_of_integers_draws_integers_and_warns_of_them(tmp_path: Any) -> None:
+    x = torch.stack((normal(300), torch.arange(300.0) % 3 - 1), 1)
+    fitted = quick(small(2), pd.DataFrame(x.numpy(), columns=["size", "sign"]), discrete=["sign"]).guide
+    save(fitted, tmp_path / "flow")
+    for flow in (fitted, load(tmp_path / "flow"), copy.deepcopy(fitted)):
+        assert flow.columns == Columns(("size", "sign"), ((1, -1.0, 1.0),))
+        for draws in (flow.sample((500,)), flow.sample((500,), chunk_size=99), flow().sample((500,))):
+            assert set(draws[:, 1].tolist()) == {-1.0, 0.0, 1.0}
+            assert not (draws[:, 0] == draws[:, 0].round()).any()
+        assert not (flow().rsample((50,)) == flow().rsample((50,)).round()).all(0).any()
+        for score in (flow.log_prob, flow().log_prob):
+            with pytest.warns(UserWarning, match=r"in columns 'sign', .*dequantize\(value, \[1\]\)") as caught:
+                score(x)
+            assert caught[0].filename == __file__
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                score(dequantize(x, [1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_density(fitted, x, discrete=[1], max_epochs=1, progress=False)  # judges no rows
+    assert fitted.columns.names == ("size", "sign")
+    assert quick(small(2), normal(300, 2)).guide.columns is None
 
 
 def test_angles_keep_their_scale() -> None:

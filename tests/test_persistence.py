@@ -298,10 +298,14 @@ def test_modes_of_training_are_kept(tmp_path: Path) -> None:
     assert not any(part.training for part in there_and_back(guide, tmp_path).modules())
 
 
-def test_files_without_modes_are_read(tmp_path: Path) -> None:
+def test_files_without_modes_and_columns_are_read(tmp_path: Path) -> None:
     """The first files of this format had none."""
+
+    def old(content: dict[str, Any]) -> None:
+        del content["spec"]["training"], content["spec"]["arguments"]["columns"]
+
     pf.save(small(3), tmp_path / "flow.pt")
-    edited(tmp_path / "flow.pt", lambda content: content["spec"].__delitem__("training"))
+    edited(tmp_path / "flow.pt", old)
     assert pf.load(tmp_path / "flow.pt").training
 
 
@@ -590,6 +594,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dtype": (lambda c: c["spec"]["dtypes"].update({"base.zeros": "load"}), "'load' is no floating dtype of torch"),
     "buffer": (lambda c: c["spec"]["dtypes"].update({"base.ones": "float32"}), r"it has no base\.ones"),
     "frozen": (lambda c: c["spec"]["frozen"].append("base.ones"), r"it has no base\.ones"),
+    "columns": (
+        lambda c: c["spec"]["arguments"].update(
+            columns={"class": "flows.Columns", "arguments": {"names": None, "integers": ((3, 0.0, 1.0),)}}
+        ),
+        r"Flow: columns must be those of events of shape \(3,\)",
+    ),
     "training": (lambda c: c["spec"]["training"].update({"base.ones": True}), r"it has no base\.ones"),
 }
 

@@ -81,7 +81,7 @@ def run(wish: Namespace) -> bool:
         outputs.settle(fit)
         outputs.write(partial(save, flow))
         nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
-        samples = flow().sample((SAMPLES,))
+        samples = dequantize(flow.sample((SAMPLES,)), integers)
         gain = nats[2] - floor[2]
         usable = bool(gain.mean() >= -two_errors(gain))
         assert fit.held_out is not None  # there are rows for validation
@@ -191,7 +191,7 @@ def _ending(outputs: Outputs, flow: Flow, dtype: torch.dtype, integers: list[int
     number = str(dtype).removeprefix("torch.")
     said.append(f"Wrote {outputs}. In Python, for rows x of {number} with the columns in the order above:")
     noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
-    code = f"flow = pyro_flows.load({str(outputs.paths[0])!r}); {noise}flow.log_prob(x); flow().sample((1000,))"
+    code = f"flow = pyro_flows.load({str(outputs.paths[0])!r}); {noise}flow.log_prob(x); flow.sample((1000,))"
     return ["", *_wrapped(*said), f"    {code}"]
 
 

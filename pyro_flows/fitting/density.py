@@ -26,6 +26,7 @@ from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import ClassEmbedding
 from ..encoders.training_record import recorded
 from ..flows import Dequantized, Flow
+from ..flows.columns import Columns
 from ..training import distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
 from ..training.loop import Fit
@@ -98,8 +99,8 @@ def fit_density(
             deviations from the mean of their column, and the objective trains the base.
         discrete: The columns of a table that hold integers, by index or name; or None.  Uniform noise from [0, 1) is
             added to them, fresh in each step and the same each time for the rows held out.  The density is then one of
-            integer + noise: to score rows, spread them by :func:`~pyro_flows.dequantize`.  The losses bound the mean
-            -log-mass of the integers from above.
+            integer + noise: to score rows, spread them by :func:`~pyro_flows.dequantize`; ``log_prob`` of integers
+            warns.  ``sample`` draws integers.  The losses bound the mean -log-mass of the integers from above.
         ema_decay: The decay per step of the moving average of the parameters; the average is judged and kept.
         device: The device to train on, such as ``"cuda"``; by default that of the flow.  The flow stays there.
         mixed_precision: Whether networks compute in bfloat16, and the rest in the flow's dtype: faster on GPUs.
@@ -180,8 +181,19 @@ def fit_density(
             )
     finally:
         pictures.conclude()
+    if len(reader.event_shape) == 1:
+        reader.flow.columns = _columns(reader, places, seen, judged)
     warn_of_round_off(CALLER, reader.flow, *some)
     return fit
+
+
+def _columns(reader: Reader, places: list[int], seen: Survey, judged: Survey) -> Columns | None:
+    """Return what a flow keeps of a table's columns; the names are those of an earlier fit if there are no others."""
+    before = reader.flow.columns
+    names = tuple(reader.names) if reader.names else before.names if before else None
+    low, high = torch.minimum(seen.low, judged.low).tolist(), torch.maximum(seen.high, judged.high).tolist()
+    integers = tuple((place, low[place], high[place]) for place in places)
+    return Columns(names, integers) if names or integers else None
 
 
 def _moved(flow: Any, device: str | torch.device | None) -> Any:

@@ -21,6 +21,7 @@ from ..transforms.base import carried_along, chained
 from ..transforms.torch_view import can_be_kept, watch
 from ..vjp import is_plain
 from .arguments import as_size, check_value, parameter_of
+from .columns import Columns
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -40,6 +41,7 @@ class FlowDistribution(dist.TransformedDistribution):
         context: The encoded context, or None.
         batch_shape: The batch shape, to which the base is expanded.
         validate_args: As for all of Pyro's distributions.
+        columns: The columns of the table that the flow was trained on, or None.
     """
 
     path_gradient = False  # True: its own draws are scored with the path gradient
@@ -54,8 +56,9 @@ class FlowDistribution(dist.TransformedDistribution):
         *,
         batch_shape: torch.Size,
         validate_args: bool | None = None,
+        columns: Columns | None = None,
     ) -> None:
-        self.base, self.transforms, self.runs, self.context = base, views, runs, context
+        self.base, self.transforms, self.runs, self.context, self.columns = base, views, runs, context, columns
         self._last: _Draw | None = None
         # The views share one event shape, so the general class need not infer shapes.
         Distribution.__init__(self, batch_shape, views[0].transform.event_shape, validate_args=validate_args)
@@ -74,7 +77,8 @@ class FlowDistribution(dist.TransformedDistribution):
 
         Tensors of the transform may have a batch, which is that of the context.
         """
-        return self._with(transforms=[*self.transforms, View(transform)], runs=[*self.runs, transform])
+        parts = {"transforms": [*self.transforms, View(transform)], "runs": [*self.runs, transform]}
+        return self._with(**parts, columns=None)
 
     def widened(self, by: float) -> FlowDistribution:
         """Return the distribution of vectors whose base is scaled by a number; it scores any value without a check."""
@@ -108,8 +112,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``."""
-        return chained(self.runs, self.base_dist.sample(as_size(sample_shape)), self.context)[0]
+        """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``; see :meth:`Flow.sample`."""
+        rows = chained(self.runs, self.base_dist.sample(as_size(sample_shape)), self.context)[0]
+        return rows if self.columns is None else self.columns.whole(rows)
 
     def noise(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw samples of the base without the batch, ``(*sample_shape, *event_shape)``."""
@@ -180,6 +185,8 @@ class FlowDistribution(dist.TransformedDistribution):
             return own.score()
         if self._validate_args:
             self._validate_sample(value)
+            if self.columns is not None:
+                self.columns.warn_of_integers(value)
         x, log_det = chained(self.runs, value, self.context, inverse=True)
         return log_prob_of(self.base_dist, x) + log_det
 

@@ -24,6 +24,7 @@ from ..transforms.base import chained, checked_chain
 from ..transforms.compiled import CompiledRuns
 from .arguments import as_size, check_context, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
+from .columns import Columns
 from .distribution import FlowDistribution
 
 
@@ -39,6 +40,7 @@ class Flow(nn.Module):
             arguments, or a distribution.  A distribution stays in its dtype and on its device.
         encoder: A network through which contexts pass first, such as those of ``pyro_flows.encoders``; by default the
             transforms take the vectors themselves.
+        columns: The columns of the table that the flow was trained on, which ``fit_density`` sets.
 
     Attributes:
         event_shape: The shape of an event.
@@ -46,10 +48,11 @@ class Flow(nn.Module):
         base: The base, a module that builds the base distribution when called.
         transforms: The transforms, a flat list.
         encoder: The network before them, or None.
+        columns: The names of the columns of a table, and which of them hold integers; None without training on one.
 
     Raises:
         TypeError: If one of ``transforms`` is not a transform.
-        ValueError: If transforms, base and encoder do not fit together.
+        ValueError: If transforms, base, encoder and columns do not fit together.
 
     Example::
 
@@ -64,6 +67,7 @@ class Flow(nn.Module):
     transforms: Sequence[FlowTransform]
     base: nn.Module
     encoder: nn.Module | None
+    columns: Columns | None = None  # for pickles of flows that had none
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Flow(nn.Module):
         base: nn.Module | Distribution | None = None,
         *,
         encoder: nn.Module | None = None,
+        columns: Columns | None = None,
     ) -> None:
         super().__init__()
         transforms, self.context_dim = checked_chain("Flow", transforms)
@@ -87,6 +92,9 @@ class Flow(nn.Module):
             why = f"got {quoted(encoder)}" if self.context_dim else "it is of no use, as no transform takes a context"
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {why}.")
         self.encoder = encoder
+        if columns is not None:
+            columns.check(self.event_shape)
+        self.columns = columns
         self._compiled: CompiledRuns | None = None
 
     def __repr__(self) -> str:
@@ -197,7 +205,8 @@ class Flow(nn.Module):
     def at(self, context: Tensor | None) -> FlowDistribution:
         """Return the distribution at an encoded context, the result of ``encode``, or None."""
         views = [View(transform, context if transform.context_dim else None) for transform in self.transforms]
-        return FlowDistribution(self.base, views, self.runs, context, batch_shape=self._base(context).batch_shape)
+        batch = self._base(context).batch_shape
+        return FlowDistribution(self.base, views, self.runs, context, batch_shape=batch, columns=self.columns)
 
     condition = forward  # Pyro's protocol of conditional distributions
 
@@ -207,11 +216,15 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``: ``flow(context).sample(...)``.
 
+        Columns of integers that ``fit_density`` trained with noise hold integers, from the smallest to the largest that
+        it saw.  ``rsample`` keeps the noise.
+
         With ``chunk_size`` so many pass through the transforms at a time; the draws are the same.
         """
         context = self.encode(context)
         value = self._base(context).sample(as_size(sample_shape))
-        return self._in_chunks(lambda v, c: chained(self.runs, v, c)[0], chunk_size, value, context)
+        rows = self._in_chunks(lambda v, c: chained(self.runs, v, c)[0], chunk_size, value, context)
+        return rows if self.columns is None else self.columns.whole(rows)
 
     def rsample_and_log_prob(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
@@ -245,8 +258,14 @@ class Flow(nn.Module):
         Raises:
             TypeError: If one of them is not a tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is not a positive integer.
+
+        Warns:
+            UserWarning: If columns that were trained as integers with noise hold integers; see
+                :func:`~pyro_flows.dequantize`.
         """
         check_value(value, self.event_shape, like := parameter_of(self.transforms))
+        if self.columns is not None:
+            self.columns.warn_of_integers(value)
 
         def run(y: Tensor, context: Tensor | None) -> Tensor:
             x, log_det = chained(self.runs, y, context, inverse=True)

@@ -18,6 +18,7 @@ from torch import nn
 from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow, Mixed
+from ..flows.columns import Columns
 from ..flows.mixture import FlowMixture
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from ..guides.circles import Circle
@@ -71,6 +72,7 @@ def _own() -> Iterator[Kind]:
         ("flows", Dequantized),
         ("flows", Mixed),
         ("flows", FlowMixture),
+        ("flows", Columns),
         ("guides", Site),
         ("guides", Circle),
     ):
