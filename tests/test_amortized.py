@@ -21,6 +21,7 @@ from pyro import poutine
 from pyro.infer.reparam import NeuTraReparam
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_flows import (
     AutoFlow,
@@ -861,6 +862,14 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run():
     assert math.isfinite(fit.best_loss)
     with pytest.raises(FloatingPointError, match="the guide's density of simulated latents"):
         quick(linear, AutoFlow(linear, small, encoder=Broken(3, 2, (4,))), max_epochs=6, on_nonfinite="raise")
+
+
+@pytest.mark.parametrize("kind", [DataLoader, tuple, dict])
+def test_simulations_of_another_class_are_refused(kind):
+    given = kind([("theta", torch.zeros(30, 2)), ("x", torch.zeros(30, 3))])
+    words = r"simulations must be a pf\.Simulations\(latents, data\), or the result of pf\.simulate\(model\), got"
+    with pytest.raises(TypeError, match=f"fit_amortized: {words}"):
+        quick(linear, AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,))), simulations=given)
 
 
 def test_names_of_arguments_are_those_of_keyword_only_arguments():

@@ -141,7 +141,8 @@ def fit_amortized(
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
     Raises:
-        TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, or ``observed`` holds no tensors.
+        TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, ``observed`` holds no tensors, or
+            ``simulations`` are of another class.
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
             error names the argument or site.
@@ -174,9 +175,9 @@ def fit_amortized(
     file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
     _check_rounds(simulator, rounds, observed, vectorize)
+    if simulations is not None:
+        check_given(CALLER, simulations, simulator.sites, rounds)
     given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
-    if given is not None:
-        check_given(CALLER, given, simulator.sites, rounds)
     total = num_simulations if given is None else len(given)
     settings: dict[str, Any] = {"lr": lr, "clip_norm": clip_norm, "on_nonfinite": on_nonfinite, "progress": progress}
     run = {"batch_size": simulation_batch_size, "vectorize": vectorize}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensors
+from ..arguments import check_kind, check_tensors
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,12 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
 
 
 def check_given(caller: str, simulations: Simulations, data: Iterable[str], rounds: int) -> None:
-    """Raise ValueError for simulations with other data arguments than a model's, or with more than one round."""
+    """Raise TypeError unless simulations are of this class.
+
+    Raise ValueError for other data arguments than a model's, or more than one round.
+    """
+    words = "a pf.Simulations(latents, data), or the result of pf.simulate(model)"
+    check_kind(caller, Simulations, words, simulations=simulations)
     if rounds > 1:
         raise ValueError(f"{caller}: give either simulations or rounds={rounds}, which draw their own.")
     if simulations.data.keys() != set(data) or len(simulations) < 20:
