@@ -13,7 +13,17 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_flows import AutoFlow, Calibration, Flow, calibrate, fit_amortized, flows, plots
+from pyro_flows import (
+    AutoFlow,
+    Calibration,
+    Flow,
+    calibrate,
+    fit_amortized,
+    flows,
+    local_c2st,
+    misspecification,
+    plots,
+)
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.diagnostics.calibration import uniformity
@@ -246,6 +256,26 @@ def test_guides_that_are_not_amortised_are_refused():
         calibrate(model, AutoFlow(model, encoder=MLPEncoder(2, 2)))
     with pytest.raises(ValueError, match="must return an AutoFlow, got NoneType"):
         calibrate(model, lambda x, scale=1.0: None, num_simulations=20, num_samples=20)
+
+
+def test_models_of_other_latents_are_refused():
+    def other(x=None):
+        phi = pyro.sample("phi", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(phi, 1.0).to_event(1), obs=x)
+
+    def fits(x):
+        return AutoFlow(model, init_scale=1.0).setup(x)
+
+    words = r"latent site 'theta' is not in the model, which has 'phi', but the guide was built for one of shape \(2,\)"
+    settings = {"observed": {"x": torch.zeros(2)}}
+    for check, guide, more in (
+        (calibrate, by_hand(), {}),
+        (calibrate, fits, {}),
+        (local_c2st, by_hand(), settings),
+        (misspecification, by_hand(), settings),
+    ):
+        with pytest.raises(ValueError, match=f"{check.__name__}: with these arguments {words}. Build another guide"):
+            check(other, guide, **more)
 
 
 def test_models_that_cannot_be_simulated_are_refused():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_program
 from ..guides import AutoPlateFlow
-from ..guides.guide_call import Call
+from ..guides.checks import check_shapes
+from ..guides.guide_call import Call, Found
 from ..guides.masked import RowMasks, masks_of_all
 from ..guides.of_datasets import OfDatasets
 from ..programs.simulator import Simulator
@@ -33,19 +34,27 @@ def check_amortised(caller: str, guide: Any, others: str = "") -> None:
         raise ValueError(f"{caller}: the guide was never trained. Fit it first: fit_amortized(model, guide).")
 
 
+def check_model(guide: Any, simulator: Simulator, data: dict[str, Tensor]) -> Found:
+    """Raise ValueError unless a model has the latents of a guide; return its sites for a dataset."""
+    args, kwargs = simulator.arguments(data)
+    call = Call(simulator.caller, simulator.model.call, args, kwargs, guide.prototype_trace, guide.row_plates)
+    if guide.is_amortised:
+        return cast(Found, guide.check_same(call))
+    found = call.look()  # supports may depend on other latents
+    check_shapes(call, found)
+    return found
+
+
 def check_observed(guide: Any, simulator: Simulator, observed: dict[str, Tensor]) -> None:
-    """Raise an error unless an observation is one dataset of the model, without rows that a mask hides.
+    """Raise an error unless an observation is one dataset of the guide's model, without rows that a mask hides.
 
     Simulated datasets have all rows, so the tests would compare posteriors of different data.
     """
     simulator.check_data("observed", observed)
-    if isinstance(guide, AutoPlateFlow):
-        args, kwargs = simulator.arguments(observed)
-        call = Call(simulator.caller, simulator.model.call, args, kwargs, guide.prototype_trace, guide.row_plates)
-        found = guide.check_same(call)
-        if found and masks_of_all(found).get((guide.plate,), RowMasks()).rows is not True:
-            fault = f"observed must have all rows of plate {guide.plate!r}, but the model masks some"
-            raise ValueError(f"{simulator.caller}: {fault}. Leave absent rows out of the data and of the plate.")
+    found = check_model(guide, simulator, observed)
+    if isinstance(guide, AutoPlateFlow) and masks_of_all(found).get((guide.plate,), RowMasks()).rows is not True:
+        fault = f"observed must have all rows of plate {guide.plate!r}, but the model masks some"
+        raise ValueError(f"{simulator.caller}: {fault}. Leave absent rows out of the data and of the plate.")
 
 
 @torch.no_grad()

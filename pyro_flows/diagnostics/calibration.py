@@ -16,7 +16,7 @@ from ..guides.of_datasets import OfDatasets
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
-from .amortised import check_amortised, posteriors
+from .amortised import check_amortised, check_model, posteriors
 
 LIMIT = 0.01 / 3  # the p-value of each of three tests below which the draws are not calibrated
 
@@ -152,7 +152,8 @@ def calibrate(
 
     Raises:
         ValueError: If a number is out of its range.  If the guide is not amortised or is untrained, or the function
-            returns no ``AutoFlow``.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
+            returns no ``AutoFlow``.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`, or has
+            other latents than the guide.
 
     Example::
 
@@ -192,12 +193,14 @@ def calibrate(
 def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> OfDatasets:
     """Return the posterior of some datasets."""
     if amortised:
+        check_model(guide, simulator, rows.row(0))
         return posteriors(guide, simulator, rows.data)
     args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)
     if not hasattr(fitted, "pack"):
         raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
+    check_model(fitted, simulator, rows.row(0))
     found: OfDatasets = fitted.of_datasets(*args, **kwargs)
     return found
 

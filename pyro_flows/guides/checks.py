@@ -90,13 +90,14 @@ def check_shapes(call: Call, found: Found) -> None:
             shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
         now = found.latents.get(name)
         if now is None:
-            there, built = "is observed" if name in found.observed else "is not in the model", "one of shape "
+            absent = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
+            there, built = "is observed" if name in found.observed else absent, "one of shape "
         elif tuple(now["value"].shape) != tuple(shape):
             there, built = f"has shape {tuple(now['value'].shape)}", ""
         else:
             continue
         fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
-        way = "Build another, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+        way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
         raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
 
 
