@@ -20,7 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow, fit_likelihood, fit_svi, flows, load, save
-from pyro_flows.encoders import Standardize
+from pyro_flows.encoders import MLPEncoder, Standardize
 from pyro_flows.flows import Flow, Mixed
 from pyro_flows.transforms import TriangularAffine
 
@@ -143,6 +143,18 @@ def test_all_entries_may_be_categories_and_contexts_may_be_absent():
     table = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))
     assert torch.allclose(model().log_prob(table).exp().sum(), torch.ones(()), atol=1e-5)
     assert model().sample((5,)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "categories", "positive"])
+def test_batches_may_be_empty(kind):
+    models = mixed(), Mixed(None, (2, 3), 1), Mixed(recipe(1, 1), (0,), 1, positive=(0,))
+    model = models[["mixed", "categories", "positive"].index(kind)].float()
+    size = len(model.categories)
+    for context, shape in ((torch.zeros(0, 1), ()), (torch.zeros(1), (0,)), (torch.zeros(3, 0, 1), (2,))):
+        q = model(context)
+        draws = q.sample(shape)
+        assert draws.shape == (*shape, *context.shape[:-1], size)
+        assert q.log_prob(draws).shape == draws.shape[:-1]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +301,7 @@ def test_integers_that_are_not_discrete_are_warned_of():
     def counts(theta: Tensor) -> Tensor:
         return torch.cat((torch.poisson(theta.exp()), normal(theta)), -1)
 
-    with pytest.warns(UserWarning, match=r"entry 0 of x holds integers alone.*Give discrete=\(0,\)"):
+    with pytest.warns(UserWarning, match=r"of x, column 0 holds integers \(.*Give integers as discrete=\(0,\)"):
         fit_likelihood(counts, PRIOR, **quick)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -300,11 +312,79 @@ def test_values_that_many_draws_share_are_warned_of():
     def censored(theta: Tensor) -> Tensor:
         return (theta + torch.randn(theta.shape)).clamp(max=1.5)
 
-    with pytest.warns(UserWarning, match=r"\d+ % of the draws of entry 0 of x are 1\.5, without a density\. Add an"):
+    with pytest.warns(UserWarning, match=r"of x, column 0 repeats a value \(1\.5 in \d+ %.*mark a value that repeats"):
         fit_likelihood(censored, PRIOR, **quick)
+    with pytest.warns(UserWarning, match=r"of x, column 0 holds multiples of 0\.5"):
+        fit_likelihood(lambda theta: (2 * normal(theta)).round() / 2, PRIOR, **quick)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit_likelihood(normal, PRIOR, **quick)
+
+
+def shifted(theta: Tensor) -> Tensor:
+    """Return a category k, and theta + k."""
+    k = torch.bernoulli(torch.full_like(theta, 0.3))
+    return torch.cat((k, theta + k), -1)
+
+
+@pytest.mark.parametrize(
+    ("simulator", "settings", "words"),
+    [
+        (lambda t: normal(t).expand(-1, 2), {}, r"x\[:, 0\], x\[:, 1\]"),
+        (lambda t: torch.cat((normal(t), 2 * t + 1), -1), {}, r"theta\[:, 0\], x\[:, 1\]"),
+        (shifted, {"discrete": (0,)}, r"theta\[:, 0\], x\[:, 0\], x\[:, 1\]"),
+    ],
+    ids=["equal columns", "x is theta", "given a category"],
+)
+def test_entries_that_others_or_the_parameters_determine_are_warned_of(simulator, settings, words):
+    with pytest.warns(UserWarning, match=rf"fit_likelihood: {words} determine one another \(by a linear relation\)"):
+        fit_likelihood(simulator, PRIOR, **quick, **settings)
+
+
+def test_parameters_that_determine_one_another_are_no_fault():
+    theta = PRIOR.sample((200,)).expand(-1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_likelihood(simulations=(theta, normal(theta)), flow=recipe, max_epochs=1, progress=False)
+    with pytest.warns(UserWarning, match=r"theta\[:, 1\], x\[:, 0\] determine one another"):
+        fit_likelihood(simulations=(theta, theta[:, :1]), flow=recipe, max_epochs=1, progress=False)
+
+
+def test_complex_data_are_refused_by_name():
+    theta = PRIOR.sample((200,))
+    words = r"fit_likelihood: x must hold real numbers, got torch\.complex64; use torch\.view_as_real\(x\)"
+    with pytest.raises(ValueError, match=words):
+        fit_likelihood(lambda t: torch.complex(normal(t), normal(t)), PRIOR, **quick)
+    with pytest.raises(ValueError, match=words):
+        fit_likelihood(simulations=(theta, torch.complex(theta, theta)), **quick)
+    with pytest.raises(ValueError, match="fit_likelihood: theta must hold real numbers, got"):
+        fit_likelihood(simulations=(torch.complex(theta, theta), theta), **quick)
+
+
+@pytest.mark.parametrize("settings", [{}, {"positive": (0,)}])
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (lambda d, c: flows.nsf(d + 1, c), ValueError, r"shape \(1,\) with contexts of width 1, got Flow\(\(2,\)"),
+        (lambda d, c: flows.nsf(d, c + 1), ValueError, r"contexts of width 1, got Flow\(\(1,\), context_dim=2"),
+        (lambda d, c: flows.nsf(d), ValueError, "contexts of width 1"),
+        (lambda d, c: None, ValueError, "contexts of width 1, got None"),
+        (lambda d: flows.nsf(d), TypeError, "fails: .*takes 1 positional argument"),
+    ],
+    ids=["events", "contexts", "no contexts", "no flow", "arguments"],
+)
+def test_recipes_of_another_size_are_refused(wrong, error, words, settings):
+    with pytest.raises(error, match=rf"fit_likelihood: flow\(1, 1\) .*{words}"):
+        fit_likelihood(lambda t: normal(t).exp(), PRIOR, **quick | {"flow": wrong}, **settings)
+
+
+def test_recipes_may_bring_an_encoder():
+    def encoded(input_dim: int, context_dim: int) -> Flow:
+        encoder = MLPEncoder(context_dim, 3, (4,))
+        return Flow(recipe(input_dim, 3).transforms, encoder=encoder)
+
+    likelihood = fit_likelihood(normal, PRIOR, **quick | {"flow": encoded})
+    assert likelihood(torch.zeros(4, 1)).batch_shape == (4,)
 
 
 def test_data_of_another_width_have_one_clear_error():

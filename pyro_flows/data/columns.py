@@ -142,7 +142,12 @@ def _step(distinct: Tensor, eps: float) -> float | None:
 
 
 def tied_columns(x: Tensor) -> list[int]:
-    """Return the indices of the collinear columns of ``(N, D)``, which have no joint density."""
+    """Return the indices of the collinear columns of ``(N, D)``, which have no joint density.
+
+    As few rows as columns are always collinear, and show nothing.
+    """
+    if len(x) <= x.shape[1]:
+        return []
     x = x.double()
     scale, loc = torch.std_mean(x, 0, correction=0)
     z = (x - loc) / torch.where(scale > 0, scale, 1.0)

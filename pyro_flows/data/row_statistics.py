@@ -198,12 +198,17 @@ def _warn_of_columns(reader: Reader, seen: Survey, places: Sequence[int]) -> Non
         warn_user(f"fit_density: {words}; subtract the mean, or use flow.double().")
     x = seen.sample[0].unique(dim=0) if seen.repeats else seen.sample[0]
     fine = [place for place in places if place not in coarse]
-    if tied := tied_columns(x[:, fine]) if len(fine) > 1 else []:
-        words = f"{listed([label(reader.names, fine[place]) for place in tied])} determine one another"
-        warn_user(f"fit_density: {words} (by a linear relation): densities grow without bound. Leave one of them out.")
+    warn_of_ties("fit_density", x[:, fine], [label(reader.names, place) for place in fine])
     if spikes := spikes_of(x, reader.names, fine):
         warn_user(
             f"fit_density: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats "
             "say how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], "
             "use dequantize(x, columns, step=...) for those of other steps, or leave such columns and copies out."
         )
+
+
+def warn_of_ties(caller: str, x: Tensor, labels: Sequence[str]) -> None:
+    """Warn of collinear columns of ``(N, D)``."""
+    if tied := tied_columns(x) if x.shape[1] > 1 else []:
+        words = f"{listed([labels[place] for place in tied])} determine one another"
+        warn_user(f"{caller}: {words} (by a linear relation): densities grow without bound. Leave one of them out.")

@@ -24,10 +24,13 @@ from ..arguments import (
     suggests_keywords,
 )
 from ..data.batches import Batch, divided
+from ..data.columns import spikes_of, tied_columns
+from ..data.row_statistics import warn_of_ties
+from ..data.table import as_table, listed
 from ..encoders import Standardize
 from ..flows import Flow
 from ..flows.mixed import Mixed
-from ..guides.default_flows import likelihood_flow
+from ..guides.default_flows import built, likelihood_flow
 from ..objectives import Likelihood
 from ..programs.simulations import check_draws
 from ..training import distributed
@@ -39,7 +42,6 @@ from .row_training import RowLoss, train_on_rows
 CALLER = "fit_likelihood"
 SIMULATE = 10_000  # parameters to simulate at once
 MOST = 1000  # categories of an entry
-REPEATS = 0.01  # the share of equal draws of an entry that is told
 
 
 @distributed.collective
@@ -101,11 +103,16 @@ def fit_likelihood(
         parameters are frozen, so that no fit of a model changes them; ``requires_grad_(True)`` lets them be trained.
 
     Raises:
-        TypeError: If the data are no tensors, ``flow`` is no recipe, or ``discrete`` or ``positive`` hold no indices.
+        TypeError: If the data are no tensors, ``flow`` is no recipe or fails, or ``discrete`` or ``positive`` hold no
+            indices.
         ValueError: If an argument is out of its range, there are both a simulator and ``simulations``, or the simulator
-            returns another number of rows.  If data are constant or not finite, a discrete entry holds other numbers
-            than 0, 1, … or a positive one is not positive.
+            returns another number of rows.  If data are complex, constant or not finite, a discrete entry holds other
+            numbers than 0, 1, … or a positive one is not positive.  If the recipe's flow has another size.
         FloatingPointError: If the loss or gradients stay non-finite.
+
+    Warns:
+        UserWarning: If entries that are not discrete hold integers or other values that repeat, or determine one
+            another or the parameters, so that densities grow without bound.
 
     Example::
 
@@ -137,7 +144,7 @@ def fit_likelihood(
     for name, value in (("theta", theta), ("x", x)):
         for place, column in enumerate(value.T):
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
-    _warn_of_atoms(x, discrete)
+    _warn_of_columns(theta, x, discrete)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
     train, judge = divided((x, theta), held_out, batch_size)
     objective = Likelihood()
@@ -175,28 +182,31 @@ def _check_entries(recipe: Any, discrete: Any, positive: Any) -> None:
         raise ValueError(f"{CALLER}: entry {min(both)} must be discrete or positive, got both. Take it out of one.")
 
 
-def _warn_of_atoms(x: Tensor, discrete: Sequence[int]) -> None:
-    """Warn of entries with values that have no density: integers, and values that many draws share, as if censored."""
-    for place, column in enumerate(x.T):
-        if place in discrete:
-            continue
-        if (column == column.round()).all():
-            fault = f"entry {place} of x holds integers alone, and is learned as a continuous density"
-            warn_user(f"{CALLER}: {fault}. Give discrete=({place},), or add uniform noise to many different integers.")
-            continue
-        value = column.mode().values
-        share = float((column == value).double().mean())
-        if share >= max(REPEATS, 3 / len(column)):
-            fault = f"{100 * share:.0f} % of the draws of entry {place} of x are {value.item():.6g}, without a density"
-            way = "Add an entry of 0 and 1 that marks them, discrete=...; or add uniform noise to rounded numbers"
-            warn_user(f"{CALLER}: {fault}. {way}.")
+def _warn_of_columns(theta: Tensor, x: Tensor, discrete: Sequence[int]) -> None:
+    """Warn of entries of x without a density: values that repeat, and linear functions of other entries or of theta."""
+    own = [place for place in range(x.shape[1]) if place not in discrete]
+    if spikes := spikes_of(x, None, own):
+        integers = tuple(spike.column for spike in spikes if spike.kind == "integers")
+        warn_user(
+            f"{CALLER}: of x, {listed([str(spike) for spike in spikes])}. Its density grows without bound there. Give "
+            f"integers as discrete={integers or (0,)}, mark a value that repeats by a further entry of 0 and 1, or add "
+            "uniform noise to rounded numbers."
+        )
+    columns = {f"theta[:, {place}]": column for place, column in enumerate(theta.to("cpu", torch.float64).T)}
+    entries = {f"x[:, {place}]": column for place, column in enumerate(x.to("cpu", torch.float64).T)}
+    given = [*columns, *(name for place, name in enumerate(entries) if place in discrete)]
+    columns |= entries
+    while tied := tied_columns(torch.stack([columns[name] for name in given], 1)):
+        del given[tied[0]]  # parameters and categories may have relations of their own
+    names = [*given, *(name for place, name in enumerate(entries) if place in own)]
+    warn_of_ties(CALLER, torch.stack([columns[name] for name in names], 1), names)
 
 
 def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return existing parameters and data as tables, or raise an error that names the fault."""
     if not (isinstance(simulations, tuple | list) and len(simulations) == 2):
         raise ValueError(f"{CALLER}: simulations must be (theta, x), got {quoted(simulations)}.")
-    theta, x = (_table("simulations", value) for value in simulations)
+    theta, x = (_table("simulations", name, value) for name, value in zip(("theta", "x"), simulations, strict=True))
     if len(theta) != len(x) or len(x) < 20:
         raise ValueError(
             f"{CALLER}: simulations must hold as many theta as x, at least 20, got {len(theta)}, {len(x)}."
@@ -204,16 +214,17 @@ def _given(simulations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return theta, x
 
 
-def _table(name: str, value: Any) -> Tensor:
-    """Return values ``(N,)`` or ``(N, D)`` as a floating table ``(N, D)``."""
+def _table(source: str, name: str, value: Any) -> Tensor:
+    """Return values ``(N,)`` or ``(N, D)`` of theta or x, from an argument, as a floating table ``(N, D)``."""
     if not isinstance(value, Tensor):
-        fault = f"draws of {name} must be tensors, got {type(value).__name__}"
+        fault = f"draws of {source} must be tensors, got {type(value).__name__}"
         raise TypeError(f"{CALLER}: {fault}. Use torch.as_tensor(...).")
+    value, _ = as_table(CALLER, name, value)
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     value = value.unsqueeze(-1) if value.dim() == 1 else value
     if value.dim() != 2:
-        raise ValueError(f"{CALLER}: {name} must have shape (N, D), got {tuple(value.shape)}. Flatten each row.")
-    return value.detach()
+        raise ValueError(f"{CALLER}: {source} must have shape (N, D), got {tuple(value.shape)}. Flatten each row.")
+    return value
 
 
 def _kept(
@@ -242,10 +253,10 @@ def _simulate(simulator: Callable[[Tensor], Tensor], prior: Distribution, number
     if len(prior.batch_shape) + len(prior.event_shape) > 1:
         shape = tuple(prior.batch_shape + prior.event_shape)
         raise ValueError(f"{CALLER}: prior must draw vectors (P,), got draws of shape {shape}. Flatten them.")
-    theta = _table("prior", prior.sample((number,)))
+    theta = _table("prior", "theta", prior.sample((number,)))
     parts = []
     for part in theta.split(SIMULATE):
-        x = _table("simulator", simulator(part))
+        x = _table("simulator", "x", simulator(part))
         if len(x) != len(part):
             must = f"simulator must return one row for each of the {len(part)} parameters it is given"
             raise ValueError(f"{CALLER}: {must}, got {len(x)}. Loop over them and stack the results if it takes one.")
@@ -271,7 +282,7 @@ def _build(
             raise ValueError(f"{CALLER}: entry {place} must be positive, got {low:.6g}. Take it out of positive=.")
     numbers = tuple(_categories(place, x[:, place]) if place in discrete else 0 for place in places)
     width, size = theta.shape[1] + sum(numbers), numbers.count(0)
-    made = (recipe or likelihood_flow)(size, width).to(x) if size else None
+    made = built(CALLER, "flow", recipe, likelihood_flow, size, width, may_encode=True).to(x) if size else None
     if made is not None and not (discrete or positive):
         start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made

@@ -212,7 +212,9 @@ class Mixed(nn.Module):
         seen, found = like.new_zeros(0) if context is None else context, dict[int, Tensor]()
         for place, network in zip(self._discrete, self.classifiers, strict=True):
             logits = network(self._wide(seen))
-            index = dist.Categorical(logits=logits.expand(*shape, -1)).sample()
+            logits = logits.expand(*shape, -1)
+            some = logits.numel() > 0  # torch cannot check a batch without rows
+            index = dist.Categorical(logits=logits, validate_args=None if some else False).sample()
             found[place] = index.to(like.dtype)
             seen = _joined(seen, nn.functional.one_hot(index, self.categories[place]).to(like.dtype))
         if self.flow is not None:
@@ -267,7 +269,7 @@ class MixedDistribution(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         check_event("Mixed", "value", value, self.mixed.event_shape)
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch cannot check the support of no values
             self._validate_sample(value)
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.mixed.log_prob_at(value, self.context).expand(batch)

@@ -191,12 +191,22 @@ def check_recipes(owner: str, **recipes: object) -> None:
             raise TypeError(f"{owner}: {argument} must be {words}, got {type(recipe).__name__}.")
 
 
-def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_dim: int, context_dim: int = 0) -> Flow:
-    """Build the flow from the recipe that a guide is given under a name, or from the default recipe.
+def built(
+    owner: str,
+    name: str,
+    build: Recipe | None,
+    default: Recipe,
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    may_encode: bool = False,
+) -> Flow:
+    """Build the flow from the recipe that the user gives under a name, or from the default recipe.
 
     Raises:
         TypeError: If the recipe fails.
-        ValueError: If it returns no flow over that number of latents, with contexts of that width.
+        ValueError: If it returns no flow over that number of features, with contexts of that width; or one with an
+            encoder, unless it ``may_encode``.
     """
     sizes = (input_dim, context_dim) if context_dim else (input_dim,)
     call = f"{name}({', '.join(map(str, sizes))})"
@@ -204,11 +214,13 @@ def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_di
         flow = (build or default)(*sizes)
     except TypeError as error:
         raise TypeError(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
-    if not isinstance(flow, Flow) or flow.event_shape != (input_dim,) or flow.context_dim != context_dim:
+    fits = isinstance(flow, Flow) and flow.event_shape == (input_dim,)
+    encodes = fits and flow.encoder is not None  # then the encoder takes the contexts
+    if not fits or (flow.context_dim != context_dim and not (encodes and may_encode)):
         context = f"contexts of width {context_dim}" if context_dim else "no context"
         wanted = f"a Flow over events of shape ({input_dim},) with {context}"
         raise ValueError(f"{owner}: {call} must return {wanted}, got {flow!r:.200}.")
-    if flow.encoder is not None:
+    if encodes and not may_encode:
         raise ValueError(f"{owner}: {call} must return a Flow without an encoder; give it to the guide, encoder=....")
     return flow
 
