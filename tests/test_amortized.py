@@ -11,6 +11,7 @@ import itertools
 import math
 import signal
 import sys
+import warnings
 from typing import Any
 
 import pyro
@@ -374,6 +375,30 @@ def test_simulations_made_before():
     refused(linear, words + " 19", simulations=made.take(slice(0, 19)), guide=guide)
     refused(linear, words + r" 600 of \['y'\]", simulations=Simulations(made.latents, {"y": made.data["x"]}))
     refused(linear, "either simulations or rounds=2", simulations=made, rounds=2, observed={"x": X})
+
+
+def test_discrete_latents_are_named():
+    """A discrete site that observes an argument is no latent, and one that the user hides needs no word."""
+
+    def mixture(x=None, count=None):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        theta = pyro.sample("theta", dist.Normal(4 * k - 2, 1.0))
+        pyro.sample("count", dist.Poisson(theta.exp()), obs=count)
+        pyro.sample("x", dist.Bernoulli(logits=theta), obs=x)
+
+    def encode(x, count):
+        return torch.stack((x, count), -1)
+
+    shown = AutoFlow(mixture, small, encoder=encode)
+    hidden = AutoFlow(poutine.block(mixture, hide=["k"]), small, encoder=encode)
+    words = r"fit_amortized: the posterior of discrete latents is not learned, here 'k'\. .*hide=\['k'\]"
+    with pytest.warns(UserWarning, match=words) as found:
+        quick(mixture, shown, max_epochs=1)
+    assert len(found) == 1
+    assert shown.sample(2, torch.ones(()), torch.ones(())).keys() == {"theta"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(mixture, hidden, max_epochs=1)
 
 
 # Guides bound to one dataset.

@@ -30,14 +30,17 @@ from ..arguments import (
 from ..data.batches import Batch, divided
 from ..encoders.training_record import recorded
 from ..guides import AutoFlow, AutoPlateFlow
+from ..guides.discrete import hidden_names
 from ..guides.guide_call import Call
 from ..guides.scored import Packed
+from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import distributed
 from ..training.checkpoint import Checkpoint, check_path, fingerprint
 from ..training.loop import Fit
+from ..user_code import warn_user
 from .plate_rows import PlateRows
 from .row_training import RowLoss, checked, format_of, train_on_rows
 from .truncated import Truncated
@@ -139,6 +142,10 @@ def fit_amortized(
     Returns:
         The :class:`~pyro_flows.Fit` of the last round.  Its losses are -log q(latents | data), in nats of the model's
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
+
+    Warns:
+        UserWarning: If the model has discrete latents.  Their posterior is not learned, and that of the others is
+            marginal over them.
 
     Raises:
         TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, ``observed`` holds no tensors, or
@@ -324,8 +331,17 @@ def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulati
                     )
                 check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
+            _warn_of_discrete(hidden_names(guide.model) - {*simulator.sites.values()})
             guide.start_at_draws(flat)
             some = simulations.take(slice(max(20, NUMBERS // simulations.numbers)))
             args, kwargs = simulator.arguments(some.data)
             guide.initialize_encoders(Call(CALLER, simulator.model.call, args, kwargs))
     return packed
+
+
+def _warn_of_discrete(names: set[str]) -> None:
+    """Warn of discrete latents of the model, which a flow cannot represent."""
+    if names:
+        fault = f"the posterior of discrete latents is not learned, here {named(sorted(names))}"
+        way = f"To silence this, hide them from the guide: AutoFlow(poutine.block(model, hide={sorted(names)}), ...)"
+        warn_user(f"{CALLER}: {fault}. That of the other latents is marginal over them. {way}.")

@@ -24,19 +24,25 @@ class HideDiscrete(BlockMessenger):
     """Handler that hides point masses, and discrete latents that can be summed out, from the guide of a model.
 
     Attributes:
-        has_met: True once the model had such a discrete latent.
+        names: The names of such discrete latents that the model had so far.
     """
 
     def __init__(self) -> None:
         super().__init__(hide_fn=self._hides)
-        self.has_met = False
+        self.names: set[str] = set()
 
     def _hides(self, msg: dict[str, Any]) -> bool:
         if msg["type"] != "sample" or msg["is_observed"]:
             return False
-        sums = is_summable(msg["fn"])
-        self.has_met |= sums
-        return sums or is_point(msg["fn"])
+        if is_summable(msg["fn"]):
+            self.names.add(msg["name"])
+            return True
+        return is_point(msg["fn"])
+
+
+def hidden_names(model: Any) -> set[str]:
+    """Return the names of the discrete latents that are hidden in a guide's model, which a loaded guide lacks."""
+    return model.args[1].args[0].names if model else set()
 
 
 def summed(call: Call) -> Program:
@@ -50,7 +56,7 @@ def summed(call: Call) -> Program:
         except NotImplementedError:  # a flat prior
             return starts.init_fn(site)
 
-    program, values = (InitMessenger(sampled)(inner), {}) if hides.has_met else (inner, call.start)
+    program, values = (InitMessenger(sampled)(inner), {}) if hides.names else (inner, call.start)
     single = trace_at(program, values, call.args, call.kwargs)
     sites = prune_subsample_sites(single).iter_stochastic_nodes()
     names = tuple(name for name, site in sites if is_summable(site["fn"]))
@@ -68,7 +74,7 @@ def draw_discrete(call: Call, latents: Values) -> Values:
         call: The call of the guide; its model has the guide's handlers.
         latents: The guide's latents, with or without a plate of draws.
     """
-    if not latents or get_mask() is not False or not call.model or not call.model.args[1].args[0].has_met:
+    if not latents or get_mask() is not False or not hidden_names(call.model):
         return {}
     program = summed(call)
     if program.subsamples or not program.enumerated:
