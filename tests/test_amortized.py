@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Predictive
 from pyro.infer.reparam import NeuTraReparam
 from scipy import stats
 from torch import Tensor, nn
@@ -737,6 +738,46 @@ def test_data_that_are_not_finite_are_refused():
     for ask in (guide.bind, lambda x: guide.sample(5, x), lambda x: guide.log_prob(guide.sample(5, X), x)):
         with pytest.raises(ValueError, match=r"AutoFlow: the encoder returned 4 NaN .* of 4; are the data finite"):
             ask(wrong)
+
+
+FAR = r"AutoFlow: the draw of latent site 'theta' must be finite, got (nan|-?inf): {}\. Correct the data, or train on"
+
+
+def test_finite_data_whose_draws_are_not_finite_are_refused():
+    """Finite numbers overflow in the networks; all uses of the guide end in one error that names the data."""
+    guide, x = AutoFlow(linear, encoder=MLPEncoder(3, 4, (8,))), torch.tensor([0.0, 1e30, 1.0])
+    quick(linear, guide)
+    uses = (
+        lambda x: guide.sample(5, x),
+        lambda x: guide.sample(5, torch.stack((X, x))),
+        lambda x: guide.log_prob(guide.sample(5, X), x),
+        guide.bind,
+        guide.median,
+        guide,
+        Predictive(linear, guide=guide, num_samples=2),
+        lambda x: psis(linear, guide, x),
+        lambda x: check(linear, guide, x),
+    )
+    words = FAR.format(r"the data lie up to \d\.\de\+29 standard deviations from the mean of those in training")
+    for use in uses:
+        with pytest.raises(FloatingPointError, match=words):
+            use(x)
+    near = torch.tensor([0.0, 1e3, 1.0])  # far, but with finite draws
+    assert guide.sample(5, near)["theta"].isfinite().all()
+
+
+def test_infinite_draws_of_bounded_latents_are_refused_without_standardised_data():
+    def positive(x=None):
+        theta = pyro.sample("theta", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(theta, 0.5), obs=x)
+
+    guide = AutoFlow(positive, small, encoder=lambda x: torch.stack((x, 0.5 * x), -1)).setup(torch.zeros(()))
+    with torch.no_grad():
+        guide.flow.transforms[-1].loc.fill_(200.0)  # log theta
+    with pytest.raises(FloatingPointError, match=FAR.format(r"the contexts of the data reach 1e\+03")):
+        guide.sample(5, torch.tensor(1e3))
+    with pytest.raises(FloatingPointError, match="the guide's parameters are finite, but so large"):
+        guide.sample(5, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("wrong", [[0.0, 1.0, 2.0], X.numpy(), None])

@@ -96,6 +96,16 @@ def test_any_number_of_rows_and_a_batch_of_datasets(trained):
     assert trained.sample(2, torch.randn(9, 3), groups=9)["theta"].shape == (2, 9)
 
 
+def test_a_row_so_far_that_its_draws_are_not_finite_is_refused(trained):
+    y = torch.randn(6, 3)
+    draws = trained.sample(2, y)
+    y[4, 1] = -1e20
+    words = "the data lie up to .*e\\+19 standard deviations from the mean of those in training. Correct the data"
+    for use in (lambda y: trained.sample(2, y), lambda y: trained.log_prob(draws, y), trained.bind, trained):
+        with pytest.raises(FloatingPointError, match=f"AutoPlateFlow: the draw of latent site .*, got nan: {words}"):
+            use(y)
+
+
 def test_rows_have_no_order(trained):
     y, order = torch.randn(6, 3), torch.randperm(6)
     draws = trained.sample(10, y)

@@ -93,7 +93,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             a latent that visible sites depend on.  The error names the site.  Also if
             the model's density is not finite at the start, or the recipe's flow or the encoder's output does not fit.
             In use, if arguments change which latents the model has, or their shapes.
-        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.  In use,
+            if an encoder's data lie so far from those of training that a draw is not finite.
 
     Example::
 
@@ -264,6 +265,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """True if there is an encoder, so that the posterior is a function of the data."""
         return self.encoder is not None
 
+    @property
+    def data_encoders(self) -> list[Any]:
+        return [] if self.encoder is None else [self.encoder]
+
     def packed(self, values: dict[str, Tensor]) -> Packed:
         """Return the packed latents of N simulations, ``(N, latent_dim)``, with log|det| of the packing ``(N,)``."""
         return [self.pack(values)]
@@ -308,6 +313,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         seen = self._context_at_rest(args, kwargs)
         if seen is None or seen.dim() != 1:
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
+        self._sampled(1, seen, args, kwargs)
         new = copy.deepcopy(self)
         new.encoder, new.flow = None, bound(new.flow, seen)
         return new
@@ -350,8 +356,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
         check_integers("AutoFlow.sample", 0, num_samples=num_samples)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        latent = self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim))
-        return self.constrain(latent, *args, **kwargs)
+        return self._sampled(num_samples, context, args, kwargs)
+
+    @torch.no_grad()
+    def _sampled(
+        self, number: int, context: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        latent = self.flow.sample((number,), context, chunk_size=chunk_for(self.latent_dim))
+        values = self.constrain(latent, *args, **kwargs)
+        return self._calls.watch.checked(self, self._call(args, kwargs), values)
 
     @torch.no_grad()
     def sample_roughly(self, number: int) -> Tensor:
@@ -376,7 +389,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_tensors("AutoFlow.log_prob", "values", values)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         packed, log_det = self.pack(values, *args, **kwargs)
-        return self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det
+        log_q = self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det
+        if self.encoder is not None and log_q.isnan().any():
+            self._sampled(1, context, args, kwargs)  # raises an error if the data are at fault
+        return log_q
 
     def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.encoder is not None:

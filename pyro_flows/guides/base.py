@@ -145,6 +145,11 @@ class FlowGuide(Plan, AutoGuide):
             found = self._draws(call)
         return {**found, **draw_discrete(call, found)}
 
+    @property
+    @abstractmethod
+    def data_encoders(self) -> list[Any]:
+        """The encoders of the model's arguments."""
+
     @abstractmethod
     def _draws(self, call: Call) -> dict[str, Tensor]:
         """Sample the guide's latents, each at its sample statement."""
@@ -209,7 +214,8 @@ class FlowGuide(Plan, AutoGuide):
         """Sample packed latents at an auxiliary sample statement.
 
         Raises:
-            FloatingPointError: Naming the site, if a draw is not finite while the guide is trained.
+            FloatingPointError: Naming the site, if a draw is not finite while the guide is trained or given an
+                encoder's data.
         """
         z = pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
         self._calls.watch.see(self, name, q, z, rows)

@@ -384,6 +384,10 @@ class BlockGuide(FlowGuide):
         steps, lr = (500, 0.002) if near else (4000, 0.005)
         return Schedule(steps, num_particles, lr=lr, clip_norm=1e3 * self.size_of_rows)
 
+    @property
+    def data_encoders(self) -> list[Any]:
+        return [*self._encoders.values()]
+
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_fresh:
             for encoder in self._encoders.values():
@@ -449,7 +453,8 @@ class BlockGuide(FlowGuide):
         rows, masks = self._all_rows(call, found), self._masks_of_all_rows(call, found)
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
         size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
-        return in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, num_samples, size)
+        drawn = in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, num_samples, size)
+        return self._calls.watch.checked(self, call, drawn)
 
     def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:
         """Return the masks of all rows, or none if the model takes some of the rows."""
@@ -466,7 +471,16 @@ class BlockGuide(FlowGuide):
         self._check_arguments("log_prob", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
-        return self.posterior.log_prob(values, self._all_rows(call, found), masks_of_all(found) if found else {})
+        rows = self._all_rows(call, found)
+        log_q = self.posterior.log_prob(values, rows, masks_of_all(found) if found else {})
+        if self._encoders and log_q.isnan().any():
+            self._check_draw(call, rows)
+        return log_q
+
+    @torch.no_grad()
+    def _check_draw(self, call: Call, rows: Sequence[BlockRows]) -> None:
+        """Raise an error if a draw is not finite, since an encoder's data are far from those of training."""
+        self._calls.watch.checked(self, call, self.posterior.draw(1, rows))
 
     def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
         """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""

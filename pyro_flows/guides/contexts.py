@@ -5,6 +5,7 @@ Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,12 @@ from ..conditioners.base import Paced
 from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
+from ..encoders.training_record import unjudged
 from ..programs.plate_minibatches import Shuffled
 from ..vjp import graph_of
 from .guide_call import Call, Key, Rows, frame_of
+
+REMOTE = 10.0  # standard deviations of the data of training
 
 
 def check_encoder(owner: str, encoder: object, name: str = "encoder") -> None:
@@ -120,6 +124,24 @@ def check_finite(owner: str, context: Tensor | None) -> None:
     if context is not None and not context.isfinite().all():
         bad = f"{int((~context.isfinite()).sum())} NaN or infinite numbers of {context.numel()}"
         raise ValueError(f"{owner}: the encoder returned {bad}; are the data finite?")
+
+
+def remoteness(call: Call, encoders: Sequence[Any]) -> str:
+    """Return words for how far the arguments of a call lie from the data of training, "" if that is not far."""
+    standard, contexts = list[Tensor](), list[Tensor]()
+    with unjudged(), torch.no_grad(), contextlib.ExitStack() as stack:
+        for encoder in encoders:
+            stack.enter_context(at_rest(encoder))
+            for part in encoder.modules() if isinstance(encoder, nn.Module) else ():
+                if isinstance(part, Standardize) and not part.is_fresh:
+                    stack.enter_context(part.register_forward_hook(lambda _, __, seen: standard.append(seen)))
+            contexts.append(encode(call, encoder))
+    sizes = [float(seen.abs().nan_to_num(0.0).max()) for seen in standard or contexts if seen.numel()]
+    if max(sizes, default=0.0) < REMOTE:
+        return ""
+    if standard:
+        return f"the data lie up to {max(sizes):.2g} standard deviations from the mean of those in training"
+    return f"the contexts of the data reach {max(sizes):.2g}"
 
 
 def initialize(call: Call, encoder: Callable[..., Any] | None) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..compiler_state import is_traced
 from ..flows.distribution import FlowDistribution
-from ..programs.engines import is_weighing
+from ..programs.engines import Values, is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..programs.traces import trace_of
+from .contexts import remoteness
 from .guide_call import Call
 
 MOST = 100  # draws of one step at which the model is run again
@@ -62,20 +63,23 @@ class Watch:
             if not (own or lost):
                 raise
             sites, got, cause = error.args if own else (list(call.latents), math.nan, "")
+            way = ANEW
             if lost:
                 when = "the last step" if self._last else "an earlier step"
                 parameters = f"{lost} of the guide's {len(list(guide.parameters()))} parameters"
                 cause = f"{parameters} are lost, since the gradient of {when} was not{self._fault(guide, call)}"
+            elif far := remoteness(call, guide.data_encoders):
+                cause, way = far, "Correct the data, or train on data that reach as far"
             draw = f"the draw of latent site {sites[0]!r}" + (f" and of {len(sites) - 1} more" if sites[1:] else "")
-            words = f"{call.owner}: {draw} must be finite, got {got}: {cause}. {ANEW}."
+            words = f"{call.owner}: {draw} must be finite, got {got}: {cause}. {way}."
             raise NonFiniteDraw(words) from (None if own else error)
         self._last = self._now or self._last
 
     def see(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Refuse a packed draw that is not finite, or whose constrained value is not.
 
-        Without gradients, for example if draws are weighed, the draw is refused only if parameters of the guide are
-        not finite and validation is on.
+        Without gradients, for example if draws are weighed, the draw is refused only if it is one of an encoder's data
+        and not finite itself, or if parameters of the guide are not finite and validation is on.
         """
         if is_traced():
             return
@@ -83,10 +87,19 @@ class Watch:
         size = torch.linalg.vector_norm(plain, math.inf).item()
         training = z.requires_grad and not is_weighing()
         in_range = size < math.log(torch.finfo(plain.dtype).max)  # so that its exponential is finite; False for NaN
-        if not in_range and (training or (is_validation_enabled() and _number_lost(guide))):
+        remote = not math.isfinite(size) and guide.data_encoders
+        if not in_range and (training or remote or (is_validation_enabled() and _number_lost(guide))):
             self._judge(guide, name, q, plain, size)
         if training:
             self._now[name] = plain, rows
+
+    def checked(self, guide: Any, call: Call, values: Values) -> Values:
+        """Return draws ``(N, *site_shape)`` given an encoder's data; refuse them if some are not finite."""
+        if guide.data_encoders and (sites := [name for name, value in values.items() if not value.isfinite().all()]):
+            with self.over(guide, call):
+                value = values[sites[0]]
+                raise _Broken(sites, worst(value), _overflow(value))
+        return values
 
     @torch.no_grad()
     def _judge(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, size: float) -> None:
@@ -100,7 +113,7 @@ class Watch:
             return
         bad = (~z.isfinite()).reshape(-1, z.shape[-1]).any(0).tolist()
         contexts = [view.context for view in q.transforms if view.context is not None]
-        cause = f"the guide's parameters are finite, but so large that the draw overflows {dtype}"
+        cause = _overflow(z)
         if contexts and not contexts[0].isfinite().all():
             cause = "the encoder returned NaN or infinite numbers, as of data that are not finite"
         sites = dict.fromkeys(site for site, is_bad in zip(packing.coordinates, bad, strict=True) if is_bad)
@@ -143,6 +156,12 @@ class Watch:
 def worst(value: Tensor) -> float:
     """Return the first number that is not finite."""
     return value[~value.isfinite()].flatten()[0].item()
+
+
+def _overflow(value: Tensor) -> str:
+    """Return words for the cause if a draw is not finite though all parameters are."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"the guide's parameters are finite, but so large that the draw overflows {dtype}"
 
 
 def _number_lost(guide: nn.Module) -> int:

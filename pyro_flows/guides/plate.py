@@ -76,7 +76,8 @@ class AutoPlateFlow(BlockGuide):
             divides an event, or hides a part of a row that visible sites depend on.  The error names the site or plate.
             If the model's density is not finite at the start, or the result of the encoder or of a recipe does not fit.
             In use, if arguments change which latents the model has, or their shapes.
-        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.  In use,
+            if an encoder's data lie so far from those of training that a draw is not finite.
 
     Example::
 
@@ -246,6 +247,7 @@ class AutoPlateFlow(BlockGuide):
         rows = self._all_rows(call, self.check_same(call))
         if self.posterior.batch_of(rows):
             raise ValueError("AutoPlateFlow.bind: give one dataset, for which the encoder returns one vector per row.")
+        self._check_draw(call, rows)
         new = copy.deepcopy(self)
         new._encoders, new.global_encoder = {}, None
         with validation_enabled(False):

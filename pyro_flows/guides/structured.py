@@ -60,7 +60,8 @@ class AutoStructuredFlow(BlockGuide):
         TypeError: If a recipe or encoder cannot be called; at :meth:`setup`, if a recipe fails.
         ValueError: If a number is out of its range, or a semi-amortised plate has no encoder.  At :meth:`setup`, as for
             ``AutoPlateFlow``.
-        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.  In use,
+            if an encoder's data lie so far from those of training that a draw is not finite.
 
     Example::
 
