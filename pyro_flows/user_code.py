@@ -6,6 +6,7 @@ import linecache
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -14,7 +15,16 @@ INNER = {"pyro", "torch", __name__.partition(".")[0], *sys.stdlib_module_names} 
 
 def place_of(error: BaseException) -> str:
     """Return an error's innermost line outside Python's library, torch, Pyro and this package, or an empty string."""
-    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
+    return _innermost(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def place_now() -> str:
+    """Return the innermost line of the user's that is being run, or an empty string."""
+    return _innermost(traceback.walk_stack(sys._getframe()))
+
+
+def _innermost(frames: Iterable[tuple[FrameType, int]]) -> str:
+    for frame, number in frames:
         if not _is_inner(frame):
             file = frame.f_code.co_filename
             line = linecache.getline(file, number, frame.f_globals).strip()

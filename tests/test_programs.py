@@ -158,9 +158,7 @@ def test_without_a_plate_it_is_weighed_as_in_single_runs(model):
 
 
 def test_the_loop_is_told_by_the_line_that_needs_it():
-    way_in = (
-        r"^the model runs one draw at a time, as it does not run vectorised over draws: test_programs.py:\d+, .*math"
-    )
+    way_in = r"^the model runs one draw at a time\. In a plate .*test_programs.py:\d+, .*math.* Under .*vmap.*, .*math"
     with pytest.warns(UserWarning, match=way_in):
         pf.psis(converts, converts, torch.tensor(1.0), num_samples=25)
 
@@ -200,7 +198,7 @@ def test_a_guide_that_does_not_run_under_a_plate_is_called_the_guide():
     assert Task(model, guide, (), {}).settle().guide.engine == "vmap"
     assert pf.psis(model, guide, num_samples=25).log_weights.abs().max() < 1e-6
     assert pf.fit_svi(model, guide, **QUICK).losses.isfinite().all()
-    with pytest.warns(UserWarning, match=r"^the guide runs one draw at a time, as it does not run .*: test_programs"):
+    with pytest.warns(UserWarning, match=r"^the guide runs one draw at a time\. .* guide does not run .*: test_prog"):
         assert pf.psis(model, looped, num_samples=25).log_weights.abs().max() < 1e-6
     with pytest.raises(ValueError, match=r"^fit_svi: the guide does not run vectorised over draws: test_programs"):
         pf.fit_svi(model, guide, objective=PathELBO(4, vectorize_particles=True), **QUICK)

@@ -77,8 +77,8 @@ class ModelBatches(Stream):
         args, model = self.next(), task.model
         if (is_lifted or model.enumerated) and _sizes(args) != _sizes(model.args):
             seen = f"{_sizes(args)} numbers of rows after {_sizes(model.args)}"
-            why = "its discrete latents are summed out" if model.enumerated else f"it{model.fault}"
-            fault = f"the batches of the DataLoader have {seen}, and the model needs the same, as {why}"
+            why = "its discrete latents are summed out" if model.enumerated else f"the model{model.fault}"
+            fault = f"the batches of the DataLoader have {seen}, and they must have the same, as {why}"
             raise ValueError(f"fit_svi: {fault}. Give DataLoader(..., drop_last=True).")
         model.args = task.guide.args = args
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..user_code import warn_user
-from .engines import ENGINES, Values, View, is_deterministic, value_of
+from ..user_code import place_now, warn_user
+from .engines import ENGINES, Site, Values, View, is_deterministic, value_of
 from .error_text import quoted
 from .program import TOTAL, Noise, Program
 
@@ -16,6 +17,7 @@ WAY_OUT = (
     "Let the model broadcast to the left of its plates, for example with (x * w).sum(-1) in place of x @ w; give "
     "max_plate_nesting if it has other dimensions to the left of its plates; or leave vectorize out."
 )
+WAYS = {"plate": "In a plate of draws", "vmap": "Under torch.func.vmap"}  # of running many draws, for warnings
 DENSITY, SIZE = "log p of ", "size of "  # prefixes of a site's name; without a name, for all sites together
 REPEATS = 9  # further runs at the same draw, if a density is an estimate
 NOISY, USELESS = 0.1, 3.0  # nats above which weights show noise, and above which they show little else
@@ -39,16 +41,24 @@ def settle(program: Program, draw: Values, vectorize: str, role: str, also: Call
     Raises:
         ValueError: If the results of the engine that is asked for differ from those of single runs.
     """
-    alone = _SingleRuns(program, draw)
+    alone, program.faults = _SingleRuns(program, draw), {}
     for engine in ENGINES if vectorize == "auto" else (vectorize,):
-        program.engine = engine
+        program.engine, program.is_settled = engine, False
         try:
             program.noise = alone.compare(program, also)
-            return
         except _Fault as fault:
-            program.fault = program.fault or str(fault)
             if vectorize != "auto":
                 raise ValueError(f"the {role}{fault}. {WAY_OUT}") from fault.__cause__
+            program.faults[engine] = str(fault)
+            continue
+        program.is_settled = True
+        return
+
+
+def why_alone(role: str, program: Program) -> str:
+    """Return words for a program that runs one draw at a time, with the reason why each faster engine failed."""
+    reasons = " ".join(f"{WAYS[engine]}, the {role}{fault}." for engine, fault in program.faults.items())
+    return f"the {role} runs one draw at a time. {reasons}"
 
 
 class _SingleRuns:
@@ -90,13 +100,14 @@ class _SingleRuns:
         differ = [k for k in compared if not _alike(found[k], self.known[k], self.known.get(k.replace(DENSITY, SIZE)))]
         if not differ:
             return Noise()
-        noise = self._noise()
         scored = [key for key in differ if key.startswith(DENSITY)]
+        line = _LineOf(scored[-1].removeprefix(DENSITY) if scored else "")
+        noise = self._noise(line)
         if scored and not noise.deviation:
-            one, many, site = self.known[scored[-1]], found[scored[-1]], scored[-1].removeprefix(DENSITY)
-            row, where = int((one - many).abs().argmax()), f" at site {site!r}" if site else ""
+            one, many = self.known[scored[-1]], found[scored[-1]]
+            row = int((one - many).abs().argmax())
             raise _Fault(
-                f"'s log-density{where} is {float(one[row]):.4g} for one draw, but {float(many[row]):.4g} vectorised "
+                f"'s log-density{line} is {float(one[row]):.4g} for one draw, but {float(many[row]):.4g} vectorised "
                 "over draws"
             )
         # An estimate, for example of dequantised images, differs from run to run.
@@ -105,18 +116,34 @@ class _SingleRuns:
             raise _Fault(" means something else vectorised over draws" + (f", as at site {site!r}" if site else ""))
         return noise
 
-    def _noise(self) -> Noise:
+    def _noise(self, line: _LineOf | None = None) -> Noise:
         """Return the noise of the log-density at the draw of the trace: one run shows a density without noise."""
+        program = self.program if line is None else self.program.with_(call=line(self.program.call))
         keys, runs = [key for key in self.known if key.startswith(DENSITY)], [self.known]
         if not keys:
             return Noise()
         for _ in range(REPEATS):
-            runs.append(_read(self.program, self.traced, 1))
+            runs.append(_read(program, self.traced, 1))
             if all(torch.equal(runs[1][key], runs[0][key][:1]) for key in keys):
                 return Noise()
         found = {key: torch.cat([run[key][:1].double() for run in runs]) for key in keys}
         site = max(keys, key=lambda key: float(found[key].std()))
         return Noise(float(sum(found.values(), torch.zeros(())).std()), site.removeprefix(DENSITY))
+
+
+class _LineOf(Messenger):
+    """Finds the line of a site in the user's code; as a string, the words that say where a fault is."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__()
+        self.site, self.place = site, ""
+
+    def __str__(self) -> str:
+        return (f" at site {self.site!r}" if self.site else "") + (f" ({self.place})" if self.place else "")
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] == self.site:
+            self.place = place_now()
 
 
 def _read(program: Program, held: Values, size: int) -> Values:

@@ -2,7 +2,7 @@
 
 * ``"plate"``: the program runs once inside a plate of draws, to the left of its other plates.  It must broadcast.
 * ``"vmap"``: ``torch.func.vmap`` maps a single run over draws, whatever shapes the program uses.
-* ``"loop"``: one run per draw, for programs that write in place, call ``.item()`` or branch on values.
+* ``"loop"``: one run per draw, for programs that call ``.item()`` or branch on values.
 
 All three read the same tensors off the trace of a run, see :class:`View`, and return them with the draws in front.
 """
@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.ops import special
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..arguments import is_integer
 from .masks import counted_data, is_masked
+from .vmap_rules import VmapRules
 
 ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
@@ -138,53 +137,17 @@ def run(engine: str, once: Callable[[Values, int | None], View], read: Read, hel
         if engine == "loop":
             rows = [read(once({name: value[row] for name, value in held.items()}, None)) for row in range(size)]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        with warnings.catch_warnings(), _UnderVmap():
+
+        def alone(draw: Tensor, values: Values) -> Values:
+            with VmapRules(draw):
+                return read(once(values, None))
+
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")
-            mapped = torch.func.vmap(lambda _, values: read(once(values, None)), randomness="different")
-            found: Values = mapped(torch.arange(size), held)  # vmap needs one argument of N rows: nothing may be held
+            found: Values = torch.func.vmap(alone, randomness="different")(torch.arange(size), held)
             return found
     finally:
         _weighs.reset(token)
-
-
-class _UnderVmap(TorchFunctionMode):
-    """Lets programs run under vmap that do what it forbids: read ``tensor.data``, or fill an empty tensor at random.
-
-    Pyro's enumeration does the former, torch's distributions the latter.  An empty tensor may hold anything, so it may
-    differ between draws.  Pyro's ``safe_log``, for hidden Markov models, has no rule for vmap and gets one.
-    """
-
-    def __enter__(self) -> _UnderVmap:
-        self._safe_log, special._SafeLog = special._SafeLog, _SafeLog
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        special._SafeLog = self._safe_log
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0].detach()
-        found = func(*args, **(kwargs or {}))
-        return torch.rand_like(found) if func in _EMPTY and found.is_floating_point() else found
-
-
-class _SafeLog(special._SafeLog):
-    """Pyro's logarithm, whose gradient is finite at 0, with a rule for vmap."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.log()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-
-_EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty
 
 
 def in_batches(step: Callable[[Values, int], Values], held: Values, number: int, batch_size: int) -> Values:

@@ -30,7 +30,7 @@ def quoted(error: BaseException) -> str:
     An error without a line of the user's, for example from a log-density, has only kind and message.
     """
     head, mark, _ = str(error).partition("Trace Shapes:")[0].partition("invalid values")  # and not the values
-    words = " ".join((head + mark).split())
+    words = " ".join((head + mark).split()).rstrip(".")
     place = place_of(error)
     return f"{f'{place}: ' if place else ''}{type(error).__name__}{f': {words:.300}' if words else ''}"
 

@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from .. import arguments
 from ..allocator import keep_memory
 from ..user_code import warn_user
-from .engine_choice import check_noise, settle
+from .engine_choice import check_noise, settle, why_alone
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
@@ -191,7 +191,7 @@ class Task:
         if self._vectorize == "auto":
             for role, program in (("model", self.model), ("guide", self.guide)):
                 if program.engine == "loop":
-                    warn_user(f"the {role} runs one draw at a time, as it{program.fault}.")
+                    warn_user(why_alone(role, program))
         check_noise(self.model.noise, is_weighed=self._weighs)
         return self
 

@@ -24,6 +24,7 @@ from .finite_supports import WithValues
 from .log_density import part_size
 from .sequential_sum import Sequential, sum_over
 from .traces import Args, Function, Kwargs, outside_plates, trace_of
+from .vmap_rules import is_refusal
 from .whole_plate import Part, parts_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
@@ -62,7 +63,8 @@ class Program:
         rows: The rows of these plates by their names, the same in every run.
         engine: The way to run many draws: one of ``ENGINES``.
         noise: The noise of the log-density.
-        fault: The reason why no faster engine runs the program, in words.
+        is_settled: True once the engine is chosen.  If vmap refuses some draws later, they run one by one.
+        faults: The reason why a faster engine does not run the program, in words, by the engine.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class Program:
         drawn = {n: s for n, s in plates.items() if n not in self.given and len(s["value"]) < s["fn"].size}
         self.subsamples = {name: site["fn"] for name, site in drawn.items()}
         self.rows = {name: site["value"] for name, site in drawn.items()}
-        self.engine, self.noise, self.fault = "loop", Noise(), ""
+        self.engine, self.noise, self.is_settled = "loop", Noise(), False
+        self.faults: dict[str, str] = {}
         self._sum: Parallel | Sequential | None = None
         self._draws_alone = False
         self._parts: list[Part] = []
@@ -109,7 +112,21 @@ class Program:
             return View(trace, self.single, number, self.nesting)
 
         with pyro.validation_enabled(False):  # a draw without a density has log-density -inf or NaN, and is no error
-            return run(self.engine, once, read, held, size)
+            try:
+                return run(self.engine, once, read, held, size)
+            except RuntimeError as error:
+                if not (self.engine == "vmap" and self.is_settled and is_refusal(error)):
+                    raise
+        if size == 1:
+            return self.with_(engine="loop").run(read, held, size, place=place, enumerate=enumerate)
+        # Halving finds the few draws that are refused, for example where a distribution treats values near 0 apart.
+        half = functools.partial(self.run, read, place=place, enumerate=enumerate)
+        return in_batches(half, held, size, (size + 1) // 2)
+
+    @property
+    def fault(self) -> str:
+        """The reason why the program does not run in a plate of draws, in words that follow its role."""
+        return self.faults.get("plate", f' runs by vectorize="{self.engine}"')
 
     def with_(self, **changes: Any) -> Program:
         """Return a copy of the program with other attributes, for example another ``engine``."""
@@ -154,7 +171,7 @@ class Program:
         """Run the program as :meth:`run` does, and draw the other sites: one by one if vmap cannot draw."""
         if self.engine == "vmap" and not self._draws_alone:
             try:
-                return self.run(read, held, size, place=place)
+                return self.with_(is_settled=False).run(read, held, size, place=place)
             except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
                 self._draws_alone = True
         program = self.with_(engine="loop") if self._draws_alone else self

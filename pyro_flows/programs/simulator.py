@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arguments import check_integers, check_program, check_tensors, quoted
 from ..threads import allowed, using
 from ..user_code import warn_user
-from .engine_choice import settle
+from .engine_choice import settle, why_alone
 from .engines import Values, in_batches
 from .latents import innermost
 from .masks import is_observation
@@ -230,7 +230,7 @@ class Simulator:
         settle(self.model, self._run({}, 1, self.model.with_(engine="loop")), vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":
-            warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")
+            warn_user(f"{self.caller}: {why_alone('model', self.model)}")
 
     def _fault(self) -> str:
         """Return a fault of data without a density that could show it, in words, or an empty string.
