@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pyro
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.ops.indexing import Vindex
@@ -589,3 +591,66 @@ def test_the_choice_takes_at_most_five_runs(model):
         finally:
             DROPOUT.train()
     assert len(runs) - before <= 5
+
+
+# Writes into the values of latents, and a model that has the same density without them.
+
+FREE = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+
+
+def pinning(y=None, matmul=False):
+    """Pin the first of three effects to zero by a write into their draw."""
+    effects = pyro.sample("effects", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with torch.no_grad():
+        effects[..., 0] = 0
+        scale += 1
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(X @ effects if matmul else (X * effects).sum(-1), scale), obs=y)
+
+
+def pinning_twin(y=None, matmul=False):
+    effects = pyro.sample("effects", dist.Normal(torch.zeros(3), 1.0).to_event(1)) * FREE
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0)) + 1
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(X @ effects, scale), obs=y)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_a_write_into_a_sampled_value_changes_no_draw_and_no_prior(engine):
+    guide = AutoFlow(pinning).setup(Y, True)
+    spaces = [LatentSpace(Task(model, guide, (Y, True), {}, engine)) for model in (pinning, pinning_twin)]
+    z = torch.randn(5, 4)
+    before = z.clone()
+    one, twin = (space.log_p(z) for space in spaces)
+    torch.testing.assert_close(one, twin)
+    torch.testing.assert_close(z, before, rtol=0, atol=0)
+    draws = spaces[0].task.draw(20)
+    assert (draws.latents["effects"][:, 0] != 0).all()
+    torch.testing.assert_close(draws.log_p, spaces[1].task.model.log_prob(draws.latents, 20))
+
+
+def pinning_in_a_plate(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        level = pyro.sample("level", dist.LogNormal(mean, 1.0))
+        with torch.no_grad():
+            level[..., 0] = 1
+        pyro.sample("y", dist.Normal(level, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("make", [AutoFlow, pf.AutoStructuredFlow, lambda model: pf.AutoPlateFlow(model, "data")])
+def test_guides_hand_out_values_that_may_be_written_to(make):
+    guide = make(pinning_in_a_plate)
+    svi = SVI(pinning_in_a_plate, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(2, vectorize_particles=True))
+    assert math.isfinite(svi.step(Y))
+    guide = make(pinning_in_a_plate)
+    assert pf.fit_svi(pinning_in_a_plate, guide, Y, warm_start=False, **QUICK).losses.isfinite().all()
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "plate", "vmap", "loop"])
+def test_fits_and_simulations_of_a_model_that_writes_into_its_latents(vectorize):
+    fit = pf.fit_svi(pinning, AutoFlow(pinning), Y, vectorize=vectorize, warm_start=False, **QUICK)
+    assert fit.losses.isfinite().all()
+    found = pf.simulate(pinning, num_simulations=50, vectorize=vectorize)
+    assert 0.6 < found.latents["effects"][:, 0].std() < 1.4  # the standard error is 0.1

@@ -244,7 +244,8 @@ def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dic
                 stack.enter_context(plates[frame.name])
             if part.present is not None:
                 stack.enter_context(poutine.mask(mask=part.present))
-            fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
+            # A copy, since models may write into their latents, and torch forbids that for parts of one vector.
+            fn = dist.Delta(value.clone(), log_density=-log_det, event_dim=part.event_dim)
             placed[name] = pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
     return placed
 

@@ -30,6 +30,7 @@ from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plate
 from .program import GIVEN, TOTAL, Program
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
 from .whole_plate import has_parts
+from .written_values import Writes
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
@@ -81,9 +82,13 @@ class Task:
         keep_memory()
         check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
-        self._programs, self._arguments = (model, guide), (args, kwargs)
-        self.given = arguments_of(model, args, kwargs)
+        self._arguments, self.given = (args, kwargs), arguments_of(model, args, kwargs)
+        writes = Writes()
+        self._programs = writes(model), guide
         single, drawn = self.once()
+        if (writable := writes.writable(model)) is not model:
+            model, self._programs = writable, (writable, guide)
+            single, drawn = self.once()
         check_crossed("", single)
         check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)

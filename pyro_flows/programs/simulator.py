@@ -26,6 +26,7 @@ from .plate_nesting import nesting_of, runs_programs
 from .program import Program
 from .simulations import Simulations
 from .traces import Args, Function, Kwargs, signature_of, trace_at
+from .written_values import Writes
 
 
 @runs_programs
@@ -107,9 +108,11 @@ class Simulator:
                 f"Give all others, as in {caller}(model, ..., n=10)",
                 error,
             )
-        args, kwargs = self.arguments({})
+        (args, kwargs), writes = self.arguments({}), Writes()
         try:
-            single = trace_at(model, {}, args, kwargs)
+            single = trace_at(writes(model), {}, args, kwargs)
+            if (writable := writes.writable(model)) is not model:
+                single = trace_at(model := writable, {}, args, kwargs)
         except (TypeError, AttributeError, NotImplementedError) as error:
             self._refuse(
                 f"it fails without its data ({error}). It must draw what is None from proper distributions, and take "
