@@ -106,6 +106,13 @@ def test_a_row_so_far_that_its_draws_are_not_finite_is_refused(trained):
             use(y)
 
 
+def test_a_number_of_rows_that_differs_from_the_data_is_refused(trained):
+    y = torch.randn(4, 3)
+    for call in (trained.sample, trained.bind):
+        with pytest.raises(ValueError, match=r"has 6 rows of plate 'group', and the data have 4\. Give the model"):
+            call(*[2] * (call == trained.sample), y, groups=6)
+
+
 def test_rows_have_no_order(trained):
     y, order = torch.randn(6, 3), torch.randperm(6)
     draws = trained.sample(10, y)

@@ -131,6 +131,32 @@ def test_nan_is_named_where_discrete_latents_are_summed_out():
     refused(ValueError, r"AutoFlow: observed site 'y' holds 1 NaN", pf.AutoFlow(mixture, small).setup, y)
 
 
+@pytest.mark.parametrize("y", [math.nan, -1.0])
+def test_a_scalar_outside_of_the_support_is_named(y):
+    def scalar(y):
+        pyro.sample("y", dist.LogNormal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    words = "'y' holds 1 NaN" if math.isnan(y) else r"outside of the support of LogNormal \(1 of 1, such as -1\)"
+    for build in (pf.AutoFlow, AutoNormal):
+        refused(ValueError, words, pf.fit_svi, scalar, build(scalar), torch.tensor(y), **SHORT)
+
+
+@pytest.mark.parametrize("hold", [lambda x, y: {"x": x, "y": y}, lambda x, y: (y, [x.numpy()])])
+@pytest.mark.parametrize("validate", [True, False])
+def test_nan_in_nested_arguments_is_named(hold, validate):
+    def nested(data):
+        x, y = (data["x"], data["y"]) if isinstance(data, dict) else (torch.as_tensor(data[1][0]), data[0])
+        model(x, y)
+
+    bad = X.clone()
+    bad[3] = math.nan
+    words = {True: "data: a (dict|tuple) with 3 NaN", False: "'y' has a density of NaN; argument 'data' holds 3 NaN"}
+    with pyro.validation_enabled(validate):
+        error = refused(ValueError, words[validate], pf.fit_svi, nested, pf.AutoFlow(nested), hold(bad, Y), **SHORT)
+        assert "init_loc_fn" not in str(error)
+        pf.AutoFlow(nested).setup(hold(X, Y))
+
+
 def test_masked_nan_is_no_fault():
     def masked(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -480,6 +480,12 @@ def test_a_gain_depends_on_the_scale_of_the_rows() -> None:
     assert 0.9 < found.std() / deviation < 1.1
 
 
+@pytest.mark.parametrize("structure", ["x", {"plates": ()}, AutoStructuredFlow])
+def test_a_structure_of_another_kind_is_refused(structure: Any) -> None:
+    with pytest.raises(TypeError, match=r"structure must be a Structure, such as guide\.structure of another"):
+        AutoStructuredFlow(crossed, structure=structure)
+
+
 @pytest.mark.parametrize(
     ("rows", "sizes", "message"),
     [

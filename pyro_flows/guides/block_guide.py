@@ -48,7 +48,7 @@ from .masked import RowMasks, masks_of_all
 from .moving_supports import check_supports, moving_supports
 from .packing import Packing, place
 from .start_location import settle_start
-from .structure import Nesting, Structure, check_nestings
+from .structure import Nesting, Structure, check_nestings, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
 WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
@@ -504,7 +504,11 @@ class BlockGuide(FlowGuide):
             for encoder in self._encoders.values():
                 stack.enter_context(at_rest(encoder))
             shared = self._shared(call, masks_of_all(found) if found and self.is_amortised else {})
-            return [block.contexts.of_all(call) if block.contexts else shared for block in self.posterior.blocks]
+            own = [block.contexts.of_all(call) if block.contexts else shared for block in self.posterior.blocks]
+        for block, rows in zip(self.posterior.blocks, own, strict=True):
+            if found and block.contexts and block.contexts.encoder:
+                _check_number(call.owner, block.contexts.plates[0], found, rows)
+        return own
 
     def _shared(self, call: Call, masks: Mapping[Key, RowMasks]) -> BlockRows:
         """Return the context of the latents outside of all rows, if they depend on the data.
@@ -514,6 +518,14 @@ class BlockGuide(FlowGuide):
             masks: The masks of the rows.
         """
         return BlockRows()
+
+
+def _check_number(owner: str, plate: str, found: Found, own: BlockRows) -> None:
+    """Raise ValueError if a plate that takes all of its rows has another number of rows than the data."""
+    rows, number = found.rows[plate], own.contexts.shape[-2] if own.contexts is not None else 0
+    if takes_all(rows) and rows.size != number:
+        fault = f"the model has {rows.size} rows of plate {plate!r}, and the data have {number}"
+        raise ValueError(f"{owner}: {fault}. Give the model the number of rows of the data.")
 
 
 def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import suggests_recipes
+from ..arguments import check_kind, suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
@@ -109,6 +109,8 @@ class AutoStructuredFlow(BlockGuide):
             raise ValueError(f"{type(self).__name__}: {fault}. Give encoders={{{missing[0]!r}: ...}}, or leave it out.")
         self._semi_amortized, self._given_structure = tuple(semi_amortized), structure
         if structure is not None:
+            words = "a Structure, such as guide.structure of another guide"
+            check_kind(type(self).__name__, tuple, words, structure=structure)
             self.structure = Structure.of(structure)
             self.row_plates = self.structure.plates
 

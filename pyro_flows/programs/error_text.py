@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import validation_enabled
 from pyro.distributions.util import scale_and_mask
@@ -62,20 +63,24 @@ def _is_ours(error: BaseException) -> bool:
 
 def _described(value: Any) -> str:
     """Return the class, dtype and shape of an array, with a count of NaN, or any other value in a few characters."""
-    kind, lost = type(value).__name__, _count_nan(value)
+    kind, lost = type(value).__name__, count_nan(value)
+    bad = f" with {lost} NaN" if lost else ""
     if isinstance(value, bool | int | float | str | None):
         return arguments.quoted(value)
     try:
         shape = tuple(value.shape)
     except (AttributeError, TypeError, RuntimeError):  # no array, or a nested tensor
-        return f"a {kind}"
-    bad = f" with {lost} NaN" if lost else ""
+        return f"a {kind}{bad}"
     return f"{kind} {str(getattr(value, 'dtype', '')).removeprefix('torch.')} {shape}{bad}"
 
 
-def _count_nan(value: Any) -> int:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta)
-    return int(value.isnan().sum()) if dense and value.is_floating_point() else 0
+def count_nan(value: Any) -> int:
+    """Return the number of NaN in an array, or in the arrays of nested tuples, lists and dictionaries."""
+    leaves = tree_leaves(value)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    dense = [leaf for leaf in tensors if leaf.layout == torch.strided and not (leaf.is_nested or leaf.is_meta)]
+    return sum(int(np.isnan(array).sum()) for array in arrays) + sum(int(tensor.isnan().sum()) for tensor in dense)
 
 
 def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
@@ -89,11 +94,11 @@ def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
         trace: A run of a model.
         given: The model's arguments by their names.
     """
-    sources = [f"argument {name!r} holds {count} NaN" for name, value in given.items() if (count := _count_nan(value))]
+    sources = [f"argument {name!r} holds {count} NaN" for name, value in given.items() if (count := count_nan(value))]
     for name, site in trace.nodes.items():
         if not (is_observation(site) and isinstance(site["value"], Tensor)):
             continue
-        lost, outside = _count_nan(site["value"]), _outside(site)
+        lost, outside = count_nan(site["value"]), _outside(site)
         if (lost and len(outside)) or ((lost or sources) and _is_nan(site)):
             fault = "; ".join([f"holds {lost} NaN" if lost else "has a density of NaN", *sources[:1]])
             way = "Leave those rows out, or mask them by poutine.mask and replace the NaN: y.nan_to_num()"
@@ -120,7 +125,7 @@ def _outside(site: dict[str, Any]) -> Tensor:
         if outside.any():
             fn.log_prob(value)
     except ValueError:
-        return value.expand(*outside.shape, *event)[outside]
+        return value.expand((*outside.shape, *event))[outside]
     return value.new_empty(0, *event)
 
 
