@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 from pyro.infer.reparam import NeuTraReparam
 from torch.distributions import constraints
 
-from pyro_flows import AutoFlow, Flow, fit_svi, flows, psis
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, Flow, fit_svi, flows, psis
 from pyro_flows.bijectors import Affine
 from pyro_flows.guides import init_to_center
 from pyro_flows.guides.default_flows import default_flow, local_flow
@@ -628,6 +628,35 @@ def test_a_guide_starts_elsewhere_where_the_model_breaks_down_at_the_centre():
             AutoFlow(ring, init_loc_fn=init_to_center).setup()  # as specified
         with pytest.raises(ValueError):
             AutoFlow(seen_outside).setup()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("build", [AutoFlow, AutoStructuredFlow, lambda model: AutoPlateFlow(model, "row")])
+def test_a_guide_starts_elsewhere_where_equal_values_are_refused(build, seed):
+    """Sorted cut points are equal at the centre, where ``OrderedLogistic`` refuses them but has a finite density."""
+
+    def ordinal(y, spread=1.0):
+        cuts = pyro.sample("cuts", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        with pyro.plate("row", len(y)):
+            slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.OrderedLogistic(slope, spread * cuts.sort(-1).values), obs=y)
+
+    pyro.set_rng_seed(seed)
+    y = torch.arange(8) % 4
+    guide = build(ordinal).setup(y)
+    start = guide.prototype_trace.nodes["cuts"]["value"]
+    assert len(start.unique()) == 3
+    assert Trace_ELBO().loss(ordinal, guide, y) < math.inf
+    with pytest.raises(ValueError, match=r"OrderedVector.*give the guide a start where it does: init_loc_fn="):
+        build(ordinal).setup(y, 0.0)
+
+
+def test_a_negative_scale_of_a_latent_is_named():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, -1.0))
+
+    with pytest.raises(ValueError, match=r"AutoFlow: the model fails .*scale: -1\.0\) to satisfy .*init_loc_fn"):
+        AutoFlow(model).setup()
 
 
 def test_a_guide_starts_from_the_prior_where_nothing_is_near_the_origin():

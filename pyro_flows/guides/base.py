@@ -103,7 +103,7 @@ class FlowGuide(Plan, AutoGuide):
         except ValueError as error:
             if not (self._chooses_start and is_breakdown(error)):
                 raise
-            with suppress(ValueError):
+            with suppress(ValueError, RuntimeError):  # torch refuses to draw with a negative scale
                 with validation_enabled(False):
                     self._setup_prototype(*args, **kwargs)
                 call = self._call(args, kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..programs.error_text import failure
+from ..programs.error_text import count_nan, failure
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked
@@ -42,9 +42,12 @@ def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: b
     ours = str(error).startswith(f"{owner}: ")
     if ours or not (place_of(error) or isinstance(error, AssertionError | IndexError | KeyError)):
         return None  # Pyro or this package found the fault, not the model
-    same = type(error) in (TypeError, AttributeError) or (type(error) is ValueError and is_breakdown(error))
+    refused = type(error) is ValueError and is_breakdown(error)
+    same = refused or type(error) in (TypeError, AttributeError)
     if same or isinstance(error, RuntimeError | AssertionError | IndexError | KeyError):
         words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
+        if refused and not count_nan(given):
+            words += " If it does, give the guide a start where it does: init_loc_fn=init_to_value(values={...})."
         return type(error)(words) if same else ValueError(words)
     return None
 

@@ -2,8 +2,9 @@
 
 The centre is the default.  It may be absurd for priors as wide as LogNormal(-20, 5): noise of scale e⁻²⁰ makes any data
 impossible.  The steps of an optimiser do not lead out of there.  The origin replaces the centre if its density, data
-included, is far higher.  In models whose draws must fit each other, neither may have a density.  Then random places
-around the origin are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
+included, is far higher.  In models whose draws must fit each other, neither may have a density, and a distribution may
+refuse its parameters there, as an ``OrderedLogistic`` refuses equal cut points.  Then random places around the origin
+are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
+from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.error_text import check_observed
 from ..programs.latents import innermost
+from ..programs.log_density import is_breakdown
 from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
 from ..programs.program import Program
@@ -115,8 +118,11 @@ def _choose(call: Call, program: Program) -> None:
     """Compare densities of unconstrained latents at one subsample of the data, and move the prototype's latents."""
     packing = Packing(call.owner, call.latents.values())
     centre, origin = packing.start, torch.zeros_like(packing.start)
+    validates = not is_validation_enabled()  # otherwise distributions have validated their parameters at the centre
 
     def log_density(z: Tensor) -> float:
+        if validates and not _is_valid(call, packing.values(z)):
+            return -math.inf
         change = sum(log_det.sum() for *_, log_det in packing.unpack(z))
         total = program.log_prob(packing.values(z.unsqueeze(0)), 1)[0] + change
         return -math.inf if total.isnan() else float(total)
@@ -133,6 +139,18 @@ def _choose(call: Call, program: Program) -> None:
             return
         for name, value in packing.values(place).items():
             call.latents[name]["value"] = value
+
+
+def _is_valid(call: Call, values: dict[str, Tensor]) -> bool:
+    """True if the model's distributions accept their parameters at latents."""
+    try:
+        with validation_enabled(True):
+            call.trace_at(values)
+    except Exception as error:
+        if is_breakdown(error):
+            return False
+        raise
+    return True
 
 
 def _check_density(call: Call, program: Program) -> None:
