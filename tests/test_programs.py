@@ -72,7 +72,7 @@ def indexes(y):
 
 def converts(y):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(math.exp(w), 1.0), obs=y)
+    pyro.sample("y", dist.Normal(w.exp() if math.exp(w) > 0 else w, 1.0), obs=y)
 
 
 def misses(y):
@@ -83,7 +83,7 @@ def misses(y):
 FAULTS = {
     asserts: r"`raise AssertionError .*`: AssertionError\.",
     indexes: r"`rate = \{\(\): 1.0\}\[tuple\(w.shape\)\]`: KeyError: \(2,\)\.",
-    converts: r"`pyro.sample\(\"y\", dist.Normal\(math.exp\(w\), 1.0\), obs=y\)`: (ValueError|RuntimeError): .*\.",
+    converts: r"`pyro.sample\(\"y\", dist.Normal\(w.exp\(\) if math.exp\(w\) > .*`: (ValueError|RuntimeError): .*\.",
     misses: r"`pyro.sample\(\"y\", dist.Normal\(w if .*`: AttributeError: .*absent'\.",
 }
 

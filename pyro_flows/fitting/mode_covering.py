@@ -41,6 +41,7 @@ from ..sampling.start_distribution import Reference
 from ..training import distributed
 from ..training.loop import Fit
 from .density import fit_density
+from .score_check import NoScore
 
 DRAWS = 20_000  # weighted draws of the guide
 BATCH = 4096  # draws per run of the model
@@ -92,7 +93,8 @@ class Annealed:
         log_evidence_se: The standard error of the log evidence, in nats.
         modes: The modes, the heaviest first.
         guide: An ``AutoFlow`` that covers the modes, or None if none was asked for.
-        fit: The record of its fit; None if no training was needed, or training broke down, as at hard edges.
+        fit: The record of its fit; None if no training was needed, or training broke down, as at hard
+            edges, or the model has no scores.
         psis: The weights of the guide's draws.
         is_weighed: True if draws and weights of modes come from the guide, False if from the population.
         population: The population, with draws of modes that it had missed.
@@ -224,10 +226,10 @@ def _teach(guide: AutoFlow, population: Population) -> None:
 
 
 def _trained(fit_once: FitOnce, guide: AutoFlow, **settings: Any) -> Fit | None:
-    """Fit a guide by the ELBO; None for a posterior with hard edges, where KL(q || p) is infinite."""
+    """Fit a guide by the ELBO; None for a model without scores, or with hard edges, where KL(q || p) is infinite."""
     try:
         return fit_once(guide, warm_start=False, **settings)
-    except FloatingPointError:
+    except (FloatingPointError, NoScore):
         return None
 
 

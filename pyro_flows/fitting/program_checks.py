@@ -8,13 +8,13 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from ..objectives import PathELBO, PathEnumELBO
+from ..objectives import ForwardKL, PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
-from ..programs.error_text import quoted
 from ..programs.latents import check_drawn, check_guided, check_likelihood, lacking
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 from ..user_code import warn_user
+from .score_check import check_score
 
 
 def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
@@ -33,9 +33,9 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
         check_drawn("fit_svi: ", *task.traces)
         if not task.model.enumerated:  # a point may depend on discrete latents, which are drawn here
             check_likelihood("fit_svi", task.traces[0])
-    if search or objective is None:
+    if search or objective is None or (_takes_scores(objective) and not task.model.enumerated):
         with unchanged():
-            _check_gradients(task)
+            check_score(task)
     if search or (is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
             task.settle()
@@ -51,18 +51,9 @@ def is_vectorised(objective: ELBO | None) -> bool:
     return bool(getattr(objective, "vectorize_particles", False)) and getattr(objective, "num_particles", 1) > 1
 
 
-def _check_gradients(task: Task) -> None:
-    """Raise ValueError if a model that runs at a draw fails if the draw requires gradients."""
-    latents = task.guide.alone(lambda view: {name: view.read(name) for name in task.latents}, 1)
-    held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
-    with torch.enable_grad():
-        try:
-            task.model.with_(engine="loop").log_prob(held, 1)
-        except RuntimeError as error:
-            raise ValueError(
-                f"fit_svi: the model has no gradients, by which guides are trained: {quoted(error)}. Keep latents in "
-                "torch, without .numpy(); or learn from simulations: give an AutoFlow an encoder, and fit_amortized."
-            ) from error
+def _takes_scores(objective: ELBO) -> bool:
+    """True if a user's objective is known to train guides by the model's scores."""
+    return hasattr(objective, "differentiable_loss") and not isinstance(objective, ForwardKL)
 
 
 def check_no_parameters(task: Task) -> None:

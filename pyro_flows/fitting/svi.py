@@ -119,8 +119,9 @@ def fit_svi(
     Raises:
         TypeError: If the model needs arguments that are not given, or a guide is given in its place.
         ValueError: If an argument is out of its range, the guide does not suit the model or lacks a latent that cannot
-            be summed out, there is nothing to train, the posterior is improper, all data are points of ``Delta``, the
-            checkpoint is of another run, or several processes do not fit the same.
+            be summed out, there is nothing to train, the model's score is not the gradient of its log-density, the
+            posterior is improper, all data are points of ``Delta``, the checkpoint is of another run, or several
+            processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
