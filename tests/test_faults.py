@@ -6,14 +6,17 @@ Errors name the site, and models that only look faulty are accepted.
 from __future__ import annotations
 
 import functools
+import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch.distributions import constraints
 
-from pyro_flows import AutoFlow, fit_svi, flows, resample
+from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi, flows, psis, resample, to_arviz
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -160,6 +163,53 @@ def product():
 def test_directions_that_nothing_bounds_are_refused(model):
     with pytest.raises(ValueError, match="nothing in the model bounds latent sites 'a', 'b', whose prior is flat"):
         fit(model)
+
+
+def factors(y):
+    """Masked priors leave factors and loadings improper along curves, which no search for lines finds."""
+    with pyro.poutine.mask(mask=False):
+        loadings = pyro.sample("loadings", dist.Normal(0.0, 1.0).expand([6, 2]).to_event(2))
+        pyro.sample("free", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    held = pyro.sample("factors", dist.Normal(0.0, 1.0).expand([2, 5]).to_event(2).mask(False))
+    pyro.sample("y", dist.Normal(loadings @ held, scale[..., None, None]).to_event(2), obs=y)
+
+
+WORDS = r"the priors of latent sites 'loadings', 'free', 'scale', 'factors' are masked, and so flat\. Take the mask off"
+
+
+@pytest.mark.parametrize("build", [lambda model: AutoFlow(model, small), AutoStructuredFlow, AutoNormal])
+def test_masked_priors_are_named_before_the_first_step(build):
+    guide, free = build(factors), r"nothing in the model bounds latent site 'free'"
+    refused = pytest.raises(ValueError, match=free)
+    known = nullcontext() if build is AutoStructuredFlow else refused  # its draws are no vector of all latents
+    with known, pytest.warns(UserWarning, match=f"fit_svi: the posterior may be improper: {WORDS}"):
+        fit_svi(factors, guide, torch.randn(6, 5), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("use", [psis, check, to_arviz])
+def test_weights_that_are_not_finite_name_site_and_way_out(use):
+    def guide(*_):
+        pyro.sample("scale", dist.LogNormal(0.0, 45.0))  # 5 % of its draws overflow
+
+    def model(mask):
+        with pyro.poutine.mask(mask=mask):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+
+    def broken(mask):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.factor("f", torch.where(scale > 3, math.nan, 0.0))
+
+    def sound(*_):
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    counts = rf"{use.__name__}: \d+ of 1000 log-weights are NaN or \+inf: "
+    with pytest.raises(ValueError, match=counts + "the guide draws latent site 'scale' at inf.*prior of .*'scale' is"):
+        use(model, guide, False, num_samples=1000)
+    with pytest.raises(ValueError, match=counts + "the log-density of the model's site 'f' is nan. Fit a new guide"):
+        use(broken, sound, True, num_samples=1000)
 
 
 # Posteriors that are proper.

@@ -338,6 +338,20 @@ def test_many_skipped_steps_are_told():
         fit_svi(model, AutoNormal(model, init_scale=1.0), torch.tensor(0.0), steps=60, lr=1e-4, progress=False)
 
 
+def test_a_fit_that_ends_without_a_finite_loss_says_so():
+    runs = 0
+
+    def model(y):
+        nonlocal runs
+        runs += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.factor("late", mu * (math.nan if runs > 100 else 0.0))
+
+    with pytest.warns(UserWarning, match=r"\d+ of 120 steps .*; the last \d+ among them: the model's site 'late'"):
+        fit_svi(model, AutoNormal(model), torch.tensor(0.0), steps=120, num_particles=1, progress=False)
+
+
 def test_a_hard_edge_in_the_likelihood_points_to_escalate():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

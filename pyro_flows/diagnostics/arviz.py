@@ -136,7 +136,7 @@ def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> t
     if num_weighed:
         draws, psis = reweighted(draws, number, "to_arviz", task)
     else:
-        psis = weigh(draws.log_p - draws.log_q, "to_arviz", task)
+        psis = weigh(draws.log_p - draws.log_q, "to_arviz", task, draws.latents_at)
     stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
     attrs = {
         "inference_method": "variational",

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
-from ..programs.latents import check_likelihood
+from ..programs.latents import check_likelihood, flat_by_mask
 from ..programs.model_and_guide import Draws, Task
 from ..programs.plate_nesting import plates_of, runs_programs
 from ..sampling.annealed_population import systematic
@@ -155,19 +155,30 @@ def psis(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         draws = task.check().draw(num_samples, batch_size)
-    return weigh(draws.log_p - draws.log_q, "psis", task)
+    return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
 
 
-def weigh(log_weights: Tensor, caller: str = "psis", task: Task | None = None) -> Psis:
+def weigh(
+    log_weights: Tensor,
+    caller: str = "psis",
+    task: Task | None = None,
+    latents: Callable[[Tensor], Values] | None = None,
+) -> Psis:
     """Return the summary of raw log-weights, ``(S,)`` in nats, of the draws of a task.
+
+    Args:
+        log_weights: The log-weights.
+        caller: The public function, for errors.
+        task: The task, if errors are to name its sites.
+        latents: Returns the model's latents at the draws with some indices, ``(K,)``.
 
     Raises:
         ValueError: If a weight is NaN or infinite, or all weights are zero.
     """
-    if bad := int((log_weights.isnan() | (log_weights == math.inf)).sum()):
-        raise ValueError(
-            f"{caller}: {bad} of {len(log_weights)} log-weights are NaN or +inf, from the model's density."
-        )
+    bad = (log_weights.isnan() | (log_weights == math.inf)).nonzero()
+    if len(bad):
+        cause = _cause(task, latents(bad[0])) if task and latents else "from the model's density"
+        raise ValueError(f"{caller}: {len(bad)} of {len(log_weights)} log-weights are NaN or +inf: {cause}.")
     if (log_weights == -math.inf).all():
         if task is not None:
             check_likelihood(caller, task.traces[0])
@@ -186,6 +197,25 @@ def weigh(log_weights: Tensor, caller: str = "psis", task: Task | None = None) -
         log_weights=log_weights,
         smoothed=smoothed.to(log_weights),
     )
+
+
+def _cause(task: Task, latents: Values) -> str:
+    """Return in words which site has no finite density at a draw, ``(1, *site_shape)``, and the way out."""
+    way = flat_by_mask(task.traces[0])
+    way = f"The posterior may be improper: {way}" if way else "Fit a new guide, and look at its losses"
+    for name, value in latents.items():
+        if not value.isfinite().all():
+            return f"the guide draws latent site {name!r} at {float(value[~value.isfinite()][0])}. {way}"
+    if task.model.enumerated:
+        return f"the model's log-density, discrete latents summed out, or the guide's is not finite. {way}"
+
+    def read(view: View) -> Values:
+        return {name: view.log_prob(name.__eq__) for name in view.trace.nodes}
+
+    for name, value in task.model.with_(engine="loop").run(read, latents, 1).items():
+        if not value.isfinite().all():
+            return f"the log-density of the model's site {name!r} is {float(value)}. {way}"
+    return f"the guide's log-density is not finite. {way}"
 
 
 def _unseen(largest: float, khat: float) -> float:
@@ -260,7 +290,7 @@ def resample(
 
 def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None) -> tuple[Draws, Psis]:
     """Return draws of a task resampled by their weights, and the summary of the weights."""
-    psis = weigh(draws.log_p - draws.log_q, caller, task)
+    psis = weigh(draws.log_p - draws.log_q, caller, task, draws.latents_at)
     if not psis.reliable:
         warn_user(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "

@@ -294,7 +294,7 @@ def check(
         suspected = suspects(space, at_once) if space.dim > MANY else None
         scope = _looked_at(space, suspected)
         draws = space.draw(num_samples or number, at_once)
-        psis = weigh(draws.log_p - draws.log_q, "check", space.task)
+        psis = weigh(draws.log_p - draws.log_q, "check", space.task, lambda index: space.latents(draws.z[index]))
         draws = _varying(space, draws)
         # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
         half = draws.z[::2]

@@ -36,12 +36,11 @@ from ..programs.traces import leaves_of
 from ..threads import OPERATIONS
 from ..training import distributed
 from ..training.checkpoint import fingerprint, settings_of
-from ..training.loop import Descent, Fit, Settings, ask
+from ..training.loop import Descent, Fit, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
 from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single_precision import InSingle
-from ..user_code import warn_user
 from ..vjp import is_plain
 from .gaussian_start import SHARE, Start, start_from_blocks, start_from_gaussian
 from .model_batches import Followed, ModelBatches
@@ -116,7 +115,7 @@ class ELBOFit:
         new = new and objective.vectorize_particles and not self.task.subsampled and self.guide.encoder is None
         new = new and not self._batches  # one batch is no posterior
         if new:
-            check_proper(self.guide, self.task)
+            check_proper(self._space, self.guide.start[0])
         if not (new if warm is None else warm):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
@@ -147,7 +146,7 @@ class ELBOFit:
                 objective.num_particles = -(-schedule.num_particles // distributed.size())
             settings = self._settings(asked, schedule, parameters, alone=alone, file=file)
             by_soap, by_muon = plan.by_soap() if alone else [], plan.by_muon()
-            fit = Descent(
+            return Descent(
                 self.joint_loss if alone else self._loss,
                 parameters,
                 optimizers(parameters, settings.lr, by_soap=by_soap, by_muon=by_muon),
@@ -156,10 +155,6 @@ class ELBOFit:
                 lambda: culprit(task),
                 companion=Followed(objective, self._batches) if self._batches else objective,
             ).fit()
-        if fit.skipped > fit.steps / 5:
-            words = f"{fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite"
-            warn_user(f"fit_svi: {words}; the guide was trained by the others. {ask(lambda: culprit(task))}")
-        return fit
 
     def _where(self, start: Start | None, parameters: list[Tensor], kept: dict[str, Any] | None) -> tuple[bool, bool]:
         """Return whether the run starts near the posterior, and whether the rows of plates do, and note both.

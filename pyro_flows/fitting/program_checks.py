@@ -14,6 +14,7 @@ from ..programs.latents import check_drawn, check_guided, check_likelihood, lack
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 from ..user_code import warn_user
+from .propriety import check_masked
 from .score_check import check_score
 
 
@@ -36,6 +37,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
     if search or objective is None or (_takes_scores(objective) and not task.model.enumerated):
         with unchanged():
             check_score(task)
+    check_masked(task)
     if search or (is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
             task.settle()

@@ -11,27 +11,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace
+from ..programs.latents import flat_by_mask
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.model_and_guide import Task
+from ..training.randomness import unchanged
+from ..user_code import warn_user
 
 MANY = 200  # latents with flat priors beyond which the search would take long
 
 
-def check_proper(guide: AutoFlow, task: Task) -> None:
-    """Raise ValueError if the posterior is detectably improper; the message names the sites at fault."""
-    space = LatentSpace(task)
-    flat = _flat_latents(guide, space)
+def check_proper(space: LatentSpace, start: Tensor) -> None:
+    """Raise ValueError if the posterior is detectably improper; the message names the sites at fault.
+
+    Args:
+        space: The latent space of a guide.
+        start: A vector in it, ``(D,)``, to search around.
+    """
+    flat = _flat_latents(space)
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
     density = or_nan(space.log_p)
     for on_lines, places in flat.items():
-        for direction in _straight_lines(density, guide.start[0], places, on_lines):
-            sites = sorted({guide.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
+        for direction in _straight_lines(density, start, places, on_lines):
+            sites = sorted({space.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
             which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
             raise ValueError(
                 f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
@@ -39,14 +46,35 @@ def check_proper(guide: AutoFlow, task: Task) -> None:
             )
 
 
-def _flat_latents(guide: AutoFlow, space: LatentSpace) -> dict[bool, list[int]]:
+def check_masked(task: Task) -> None:
+    """Warn of priors that are masked as a whole; raise ValueError if they leave the posterior detectably improper."""
+    if words := flat_by_mask(task.traces[0]):
+        warn_user(f"fit_svi: the posterior may be improper: {words}.")
+        with unchanged(), validation_enabled(False):
+            if not task.subsampled and (space := _space_of(task)):
+                check_proper(space, space.draw_alone(1, 1)[0])
+
+
+def _space_of(task: Task) -> LatentSpace | None:
+    """Return the latent space of a guide, or None if its draws have no density there."""
+    try:
+        space = LatentSpace(task)
+        space.verify()
+    except ValueError:
+        return None
+    return space
+
+
+def _flat_latents(space: LatentSpace) -> dict[bool, list[int]]:
     """Return the packed latents with flat priors on the real line (True) and elsewhere (False)."""
     flat: dict[bool, list[int]] = {True: [], False: []}
-    for place, name in enumerate(guide.coordinates):
-        support = guide.prototype_trace.nodes[name]["fn"].support
+    for place, name in enumerate(space.coordinates):
+        if name not in space.flat:
+            continue
+        support = space.task.model.single.nodes[name]["fn"].support
         while isinstance(support, constraints.independent):
             support = support.base_constraint
-        if name in space.flat and not isinstance(support, constraints.interval):
+        if not isinstance(support, constraints.interval):
             flat[isinstance(support, type(constraints.real))].append(place)
     return flat
 

@@ -25,6 +25,7 @@ from torch.distributions import biject_to
 from ..programs.engines import Values, View
 from ..programs.error_text import quoted
 from ..programs.latents import is_discrete, support_of
+from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 
@@ -112,17 +113,20 @@ class _Place:
             share: The relative error that is no fault.
             by_site: True to compare each site.
         """
-        if not names:
-            return {}
-        leaves = {name: self.z[name].clone().requires_grad_() for name in names}
-        with torch.enable_grad():
-            values = self._log_densities(leaves, by_site)
-            scores = {site: self._along(value[0], leaves) for site, value in values.items()}
         lengths, rates = [step * self.eps**0.25 for step in steps], list[Values]()
-        for length in lengths:
-            ends = [{n: self.z[n] + way * length * self.direction[n] for n in names} for way in (1, -1)]
-            up, down = (self._log_densities(end, by_site) for end in ends)
-            rates.append({site: (up[site][0] - down[site][0]) / (2 * length) for site in scores})
+        leaves = {name: self.z[name].clone().requires_grad_() for name in names}
+        try:
+            with torch.enable_grad():
+                values = self._log_densities(leaves, by_site)
+                scores = {site: self._along(value[0], leaves) for site, value in values.items()}
+            for length in lengths:
+                ends = [{n: self.z[n] + way * length * self.direction[n] for n in names} for way in (1, -1)]
+                up, down = (self._log_densities(end, by_site) for end in ends)
+                rates.append({site: (up[site][0] - down[site][0]) / (2 * length) for site in scores})
+        except Exception as error:
+            if is_breakdown(error):
+                return {}
+            raise
         found = {}
         for site, score in scores.items():
             rate = torch.stack([rates[i][site] for i in range(len(steps))])

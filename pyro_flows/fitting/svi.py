@@ -125,7 +125,8 @@ def fit_svi(
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
-        UserWarning: If more than a fifth of the steps was skipped, or a checkpoint could not be written.
+        UserWarning: If priors are masked, and so flat.  If more than a fifth of the steps, or the last ones, were
+            skipped.  If a checkpoint could not be written.
 
     Example::
 

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from .finite_supports import with_values
 from .masks import Mask, is_observation, mask_of
 
+FREE = dist.ImproperUniform, dist.Delta  # distributions without a prior density to mask
 KEEPS_MASK = "_keeps_mask"  # marks a guide's site whose density leaves out what the model masks
 
 
@@ -82,6 +83,18 @@ def is_discrete(fn: Any) -> bool:
 def is_summable(fn: Any) -> bool:
     """True if a distribution is discrete and its support finite, so that its site can be summed out."""
     return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
+
+
+def flat_by_mask(model: Trace) -> str:
+    """Return in words which latents have priors that are masked as a whole, or an empty string."""
+    sites = {name: site for name, site in _drawn(model).items() if not isinstance(innermost(site["fn"]), FREE)}
+    masks = {name: mask_of(site) for name, site in sites.items()}
+    names = [name for name, mask in masks.items() if mask.is_scalar and mask.hides]
+    if not names:
+        return ""
+    priors = f"prior{'s' * (len(names) > 1)} of {_sites('latent site', names)}"
+    way = "Take the mask off, or write dist.ImproperUniform for a flat prior"
+    return f"the {priors} {_are(names)} masked, and so flat. {way}"
 
 
 def check_match(model: Trace, guide: Trace, left_out: Sequence[str] = ()) -> None:

@@ -49,9 +49,13 @@ class Draws(NamedTuple):
     log_p: Tensor
     log_q: Tensor
 
+    def latents_at(self, index: Tensor) -> Values:
+        """Return the latents of the draws at some indices, ``(K,)``."""
+        return {name: value[index] for name, value in self.latents.items()}
+
     def take(self, index: Tensor) -> Draws:
         """Return the draws at some indices, ``(K,)``."""
-        return Draws({name: value[index] for name, value in self.latents.items()}, self.log_p[index], self.log_q[index])
+        return Draws(self.latents_at(index), self.log_p[index], self.log_q[index])
 
 
 class Task:

@@ -25,6 +25,7 @@ from .. import plots
 from ..allocator import keep_memory
 from ..programs.log_density import NonFiniteDraw, is_breakdown
 from ..threads import Threads, using
+from ..user_code import warn_user
 from . import distributed
 from .best_state import Average, Best, Optimizer, fill
 from .checkpoint import Checkpoint
@@ -204,6 +205,9 @@ class Descent:
 
         Raises:
             FloatingPointError: If the loss or its gradient stays non-finite.
+
+        Warns:
+            UserWarning: If more than a fifth of the steps was skipped, or the last ones.
         """
         try:
             stopped = self._take_steps()
@@ -220,6 +224,7 @@ class Descent:
             saved = self.checkpoint.path is not None and not self.checkpoint.problem
             onward = "  The same call resumes from the checkpoint." if saved else ""
             print(f"Interrupted after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
+        self._warn_of_skipped()
         losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
         record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
         return Fit(*record, held_out=held_out if self.judge else None)
@@ -233,6 +238,20 @@ class Descent:
     def skipped(self) -> int:
         """The number of steps whose loss or gradient was not finite."""
         return sum(not math.isfinite(value) for value in self.losses)
+
+    @property
+    def _skipped_last(self) -> int:
+        """The number of steps at the end that were skipped."""
+        return next((n for n, value in enumerate(reversed(self.losses)) if math.isfinite(value)), self.step)
+
+    def _warn_of_skipped(self) -> None:
+        """Warn if many steps were skipped, or the last ones."""
+        last = self._skipped_last
+        if self.skipped > self.step / 5 or last > 1:
+            words = f"{self.skipped} of {self.step} steps were skipped, as loss or gradient were not finite"
+            end = f"the last {last} among them" if last > 1 else "the others trained the guide"
+            cause = ask(self.diagnose)
+            warn_user(f"{self.settings.caller}: {words}; {end}{f': {cause}' if cause else ''}.")
 
     def _take_steps(self) -> str:
         """Take steps until there is a reason to stop, and return the reason."""
@@ -315,7 +334,7 @@ class Descent:
 
     def _check_skipped(self, error: Exception | None, limit: int) -> None:
         """Raise FloatingPointError if as many consecutive steps were skipped as are allowed."""
-        number = next((n for n, value in enumerate(reversed(self.losses)) if math.isfinite(value)), self.step)
+        number = self._skipped_last
         if self.settings.on_nonfinite == "skip" and number < limit:
             return
         known = str(error).splitlines()[0].rstrip(".") if error else ""
