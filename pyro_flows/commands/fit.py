@@ -20,6 +20,7 @@ from ..diagnostics import check, to_arviz
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..programs.masks import is_observation
 from ..programs.model_and_guide import Task
 from . import RECIPES, Refused
 from .model import check_arguments, in_one_line, line_of, load_model
@@ -108,4 +109,4 @@ def _set_up(
 def _observed(trace: Trace) -> list[Tensor]:
     """Return the values that a model observes."""
     sites = [trace.nodes[name] for name in trace.observation_nodes]
-    return [site["value"] for site in sites if not site["infer"].get("_deterministic")]
+    return [site["value"] for site in sites if is_observation(site)]

@@ -46,6 +46,7 @@ from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
 from .of_datasets import OfDatasets, OfJoint
 from .packing import Packing, place
+from .reparametrised import with_reparametrised
 from .scored import Packed, Scored
 from .start_location import settle_start
 
@@ -353,7 +354,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
+        """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
+
+        Sites that ``poutine.reparam`` replaced are included if the guide has its model, and is given the arguments.
+        """
         check_integers("AutoFlow.sample", 0, num_samples=num_samples)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         return self._sampled(num_samples, context, args, kwargs)
@@ -363,8 +367,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self, number: int, context: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
         latent = self.flow.sample((number,), context, chunk_size=chunk_for(self.latent_dim))
-        values = self.constrain(latent, *args, **kwargs)
-        return self._calls.watch.checked(self, self._call(args, kwargs), values)
+        values, call = self.constrain(latent, *args, **kwargs), self._call(args, kwargs)
+        return with_reparametrised(call, self._calls.reparametrised, self._calls.watch.checked(self, call, values))
 
     @torch.no_grad()
     def sample_roughly(self, number: int) -> Tensor:

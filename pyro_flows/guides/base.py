@@ -174,6 +174,10 @@ class FlowGuide(Plan, AutoGuide):
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
 
+        Sites that ``poutine.reparam`` replaced are included, as in Pyro's ``Predictive``; those of
+        ``pyro.deterministic`` are not.  They are left out by a guide from a file, which has no model, by a call without
+        the model's arguments, and if a plate is subsampled.
+
         A million draws fit into memory if their values do, since networks see some of them at a time.
         """
 

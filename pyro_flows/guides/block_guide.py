@@ -47,6 +47,7 @@ from .loaded import check_fits
 from .masked import RowMasks, masks_of_all
 from .moving_supports import check_supports, moving_supports
 from .packing import Packing, place
+from .reparametrised import with_reparametrised
 from .start_location import settle_start
 from .structure import Nesting, Structure, check_nestings, takes_all
 
@@ -444,7 +445,8 @@ class BlockGuide(FlowGuide):
         """Sample from the guide, for all rows of the plates in the arguments, at least one draw.
 
         Returns:
-            For each latent site values of shape ``(num_samples, *site_shape)``.
+            For each latent site values of shape ``(num_samples, *site_shape)``.  Sites that ``poutine.reparam``
+            replaced are included if the guide has its model, and is given the arguments.
         """
         check_integers(f"{type(self).__name__}.sample", num_samples=num_samples)
         self._check_arguments("sample", args, kwargs)
@@ -454,7 +456,7 @@ class BlockGuide(FlowGuide):
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
         size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
         drawn = in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, num_samples, size)
-        return self._calls.watch.checked(self, call, drawn)
+        return with_reparametrised(call, self._calls.reparametrised, self._calls.watch.checked(self, call, drawn))
 
     def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:
         """Return the masks of all rows, or none if the model takes some of the rows."""

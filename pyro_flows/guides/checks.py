@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..programs.error_text import count_nan, failure
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
-from ..programs.masks import is_masked
+from ..programs.masks import is_masked, is_reparametrised
 from ..programs.traces import signature_of
 from ..user_code import place_of
 from .circles import scalar_support
@@ -118,6 +118,7 @@ class Calls:
 
     Attributes:
         observed: The sites that were data when the guide was built.
+        reparametrised: The sites that ``poutine.reparam`` replaced.
         masked: True if some latents have a mask.
         present: The masks of the present elements of latents outside of rows that are absent in part.
         watch: The watch over the guide's draws.
@@ -125,6 +126,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.observed: frozenset[str] = frozenset()
+        self.reparametrised: tuple[str, ...] = ()
         self.masked = False
         self.present: dict[str, Tensor] = {}
         self.watch = Watch()
@@ -145,6 +147,7 @@ class Calls:
         if varies and self.present:
             fault = f"latent site {next(iter(self.present))!r} is masked, and other datasets may have other masks"
             raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only, or fit each dataset by fit_svi.")
+        self.reparametrised = tuple(name for name, site in found.observed.items() if is_reparametrised(site))
         self._settle(call, found)
         if call.plates and all(rows.size == rows.full_size for rows in found.rows.values()):
             self._checked(call, found, {})

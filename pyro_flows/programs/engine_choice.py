@@ -9,8 +9,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..user_code import place_now, warn_user
-from .engines import ENGINES, Site, Values, View, is_deterministic, value_of
+from .engines import ENGINES, Site, Values, View, value_of
 from .error_text import quoted
+from .masks import is_deterministic
 from .program import TOTAL, Noise, Program
 
 WAY_OUT = (
@@ -160,7 +161,8 @@ def _terms(view: View) -> Values:
     sites = {name: nodes[name] for name, site in view.single.nodes.items() if site["type"] == "sample"}
     densities = {DENSITY + name: view.log_prob(name.__eq__) for name in sites}
     sizes = {SIZE + name: view.total(site["log_prob"].abs()) for name, site in sites.items()}
-    return {**densities, **sizes, **{name: view.read(name) for name, site in sites.items() if is_deterministic(site)}}
+    derived = [name for name, site in view.single.nodes.items() if is_deterministic(site)]
+    return {**densities, **sizes, **{name: view.read(name) for name in derived}}
 
 
 def _joined(*draws: Values) -> Values:

@@ -42,11 +42,6 @@ def value_of(site: Site) -> Tensor:
     return torch.as_tensor(site["value"])
 
 
-def is_deterministic(site: Site) -> bool:
-    """True if a site is a tensor that ``pyro.deterministic`` has named."""
-    return bool(site["type"] == "sample" and site["infer"].get("_deterministic") and isinstance(site["value"], Tensor))
-
-
 def row_log_prob(site: Site) -> Tensor:
     """Return the log-density of each row of a site without the scale of its plates, 0 for masked rows."""
     value = counted_data(site) if is_masked(site) else site["value"]

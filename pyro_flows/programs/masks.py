@@ -1,11 +1,11 @@
-"""Masks of sites: the elements of a site that count in its log-density."""
+"""Which sites count in a log-density, and which of their elements: masks, observations, and deterministic values."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Independent, MaskedDistribution
+from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -48,7 +48,24 @@ def is_masked(site: dict[str, Any]) -> bool:
 
 def is_observation(site: dict[str, Any]) -> bool:
     """True if a site is observed data or a factor, but no deterministic value."""
-    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
+    return site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """True if a site names a value: by ``pyro.deterministic``, or in place of a reparametrised latent."""
+    return bool(site["type"] == "sample" and (site["infer"].get("_deterministic") or is_reparametrised(site)))
+
+
+def is_reparametrised(site: dict[str, Any]) -> bool:
+    """True if a site was a latent before ``poutine.reparam``, which leaves its value as an observed point.
+
+    The point has no density, other than a point at data, whose density is a factor of the likelihood.
+    """
+    if not site["is_observed"] or site["infer"].get("_deterministic"):
+        return False
+    fn = site["fn"].base_dist if isinstance(site["fn"], MaskedDistribution) else site["fn"]
+    is_point = isinstance(fn, Delta) and fn.v is site["value"]
+    return is_point and (mask_of(site).some is False or not bool(fn.log_density.any()))
 
 
 def hides_nan(trace: Trace) -> bool:

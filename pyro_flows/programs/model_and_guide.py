@@ -25,7 +25,7 @@ from .engine_choice import check_noise, settle, why_alone
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
-from .masks import WithoutHiddenNaN, hides_nan, is_observation
+from .masks import WithoutHiddenNaN, hides_nan, is_deterministic, is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
@@ -345,7 +345,7 @@ def group_of(site: Site) -> str | None:
     """Return a site's group: ``"posterior"`` for latent and deterministic sites, ``"observed"``, or None."""
     if site["type"] != "sample" or site_is_subsample(site) or not isinstance(site["value"], Tensor):
         return None
-    if not site["is_observed"] or site["infer"].get("_deterministic", False):
+    if not site["is_observed"] or is_deterministic(site):
         return "posterior"
     return None if type(site["fn"]).__name__ == "Unit" else "observed"
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import VonMises
 
-from .engines import Values, is_deterministic
+from .engines import Values
 from .latents import innermost
+from .masks import is_deterministic
 from .model_and_guide import Task
 
 MOST = 1000  # numbers of a deterministic site; larger ones are left out
