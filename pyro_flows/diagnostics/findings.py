@@ -24,6 +24,7 @@ class Finding:
     ``"outliers"``   a few draws far outside              the sd with them over the sd without them
     ``"mode"``       a missing mode                       its share of the posterior's mass
     ``"collapsed"``  a missing mode, and drifting chains  its share of the posterior's mass
+    ``"support"``    a support narrower than the model's  the share of the posterior's mass outside
     ``"far"``        little mass missing, far away        as for ``"mean"`` or ``"sd"``
     ``"whitened"``   wrong correlations or tails          as for ``"mean"`` or ``"sd"``, along a direction
     ``"tails"``      tails that are too short             k-hat
@@ -87,6 +88,7 @@ WORDS = {
     "{f.size:.2f} times as large).",
     "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
     "mode": "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
+    "support": "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
     "far": "A little mass is missing, far away ({f.moment}).",
     "collapsed": "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass "
     "was found, and chains drift ({f.quantity}).",
@@ -111,6 +113,7 @@ NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be truste
     "outliers": "Use medians and quantiles.",
     "weights": "Use pf.resample(model, guide, ...).",
     "mode": f"Use {SEARCH}.",
+    "support": "Give the site a distribution over the model's support, or use AutoFlow(model).",
     "far": f"Use {SEARCH}.",
     "evidence": f"Use that fit, or {SEARCH}.",
     "collapsed": "Fit an AutoFlow by fit_svi(..., escalate=True).",

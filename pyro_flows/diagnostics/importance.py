@@ -31,6 +31,7 @@ from ..programs.plate_nesting import plates_of, runs_programs
 from ..sampling.annealed_population import systematic
 from ..user_code import warn_user
 from .pareto import smooth
+from .unreached import check_reach
 
 LEAST = 25  # the fewest draws that have a tail to fit
 EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
@@ -132,7 +133,8 @@ def psis(
 
     Raises:
         ValueError: If a number is out of its range, the guide is a point, the latents of model and guide differ, a
-            plate is subsampled, a weight is not finite, or all weights are zero.
+            plate is subsampled, a weight is not finite, or all weights are zero.  If the guide's support leaves out
+            more than 1 % of the posterior's mass.
 
     Warns:
         UserWarning: If the model runs one draw at a time, or its log-density is an estimate with visible noise.
@@ -154,7 +156,8 @@ def psis(
     kwargs = joined("psis", kwargs, model_kwargs)
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        draws = task.check().draw(num_samples, batch_size)
+        check_reach("psis", task.check())
+        draws = task.draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
 
 
@@ -283,7 +286,7 @@ def resample(
     kwargs = joined("resample", kwargs, model_kwargs)
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task.check()
+        check_reach("resample", task.check())
     kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample", task)
     return task.values(kept.latents, batch_size)
 

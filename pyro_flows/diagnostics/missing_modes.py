@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Chi2
 
-from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.model_and_guide import Task
 from ..sampling.annealed_population import Effort, anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
 from ..sampling.start_distribution import Reference
 from .drift import Drift
+from .unreached import unreached
 
 PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
 STARTS = 64  # gradient ascents
@@ -38,7 +37,6 @@ LEAST = 8.0  # nats of evidence by which a matched Gaussian may be below the gui
 MOST = 32  # modes with a fitted distribution
 MATCHED = 3  # of these, the largest modes, and the highest modes, that get a matched Gaussian too
 ENOUGH = 4  # particles per dimension that suffice for a fit
-TRIED = 200  # draws of the prior that test whether a guide's support is smaller
 PROBES = 4000  # draws of all fitted distributions
 DF = 5.0  # degrees of freedom of the fitted distributions
 
@@ -52,6 +50,7 @@ class Missing(NamedTuple):
         place: The point of highest density in it, ``(D,)``; None if nothing was found.
         error: The resulting errors of the guide's moments for each of K quantities, or None.
         is_blind: Whether the search for modes failed because too few draws of the prior have a density.
+        outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
     """
 
     share: float
@@ -59,6 +58,7 @@ class Missing(NamedTuple):
     place: Tensor | None = None
     error: Drift | None = None
     is_blind: bool = False
+    outside: str = ""
 
 
 def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
@@ -70,39 +70,13 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
         draws: Draws of the guide.
         evidence: The log evidence, as estimated by the weights of the draws.
     """
-    if (outside := _outside(space)) is not None:
-        return outside
+    if (outside := unreached(space.task)) is not None and outside.share > 0:
+        return Missing(outside.share, outside.noise, outside=outside.sites)
     density = or_nan(space.log_p)
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     return found._replace(is_blind=is_blind)
-
-
-def _outside(space: LatentSpace) -> Missing | None:
-    """Return the mass outside a guide's support, or None if the support is the model's.
-
-    The guide's coordinates do not reach it, so the population is annealed in those of an ``AutoFlow``.
-    """
-    model = space.task.model
-    own = [name for name in space.task.latents if name in space.task.own]
-    if all(len({repr(p.single.nodes[n]["fn"].support) for p in (model, space.task.guide)}) == 1 for n in own):
-        return None
-    try:
-        guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
-    except ValueError:  # models that AutoFlow refuses, mostly because they have no density at the start
-        return None
-    other = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
-    drawn = other.prior(guide.start[0].expand(TRIED, -1))
-    drawn = drawn[drawn.isfinite().all(-1)]
-    if not len(drawn) or not bool(space.outside(other.values(drawn)).any()):
-        return None
-    number, effort = FEW if space.task.runs_one_by_one else PARTICLES, EFFORT._replace(gradients=10 * EFFORT.gradients)
-    population = anneal(Reference(other, guide.start[0]), number, effort)
-    if population is None or not population.has_arrived:
-        return None
-    outside = space.outside(other.values(population.z))
-    return Missing(*population.share(outside)) if bool(outside.any()) else None
 
 
 def _lacking(

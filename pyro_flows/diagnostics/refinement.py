@@ -19,6 +19,7 @@ from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import guide_coordinates
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter
+from .unreached import check_reach
 
 BATCH = 500  # chains that run at once
 
@@ -94,8 +95,8 @@ def refine(
 
     Raises:
         ValueError: If a number is out of its range.  If the guide is untrained, is a point, belongs to another model or
-            has no density at its draws.  If the model has a subsampled plate, or a discrete latent of infinite support
-            that the guide lacks.
+            has no density at its draws, or if its support leaves out more than 1 % of the posterior's mass.  If the
+            model has a subsampled plate, or a discrete latent of infinite support that the guide lacks.
 
     Warns:
         UserWarning: If the chains hardly move, the model runs one draw at a time, or its log-density is an estimate
@@ -120,6 +121,7 @@ def refine(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(task)
+        check_reach("refine", task)
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)

@@ -488,8 +488,10 @@ def _flags(seen: Check) -> tuple[Tensor, Tensor]:
 
 def _elsewhere(seen: Check) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses, and of searches and chains that failed."""
-    share, noise, _, error, is_blind = seen.missing
-    if share > max(LOST, noise):  # mass within its noise still counts
+    share, noise, _, error, is_blind, outside = seen.missing
+    if outside and share > max(LOST, noise):
+        yield Finding("support", outside, share, noise)
+    elif share > max(LOST, noise):  # mass within its noise still counts
         flags, _ = _flags(seen)
         if bool(flags.any()):
             drift = seen.chains.worst(seen.names, flags)

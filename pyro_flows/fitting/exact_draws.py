@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 
 from ..arguments import check_flags, check_integers, joined
+from ..diagnostics.unreached import check_reach
 from ..guides import AutoFlow
 from ..programs.latent_space import sound_space
 from ..programs.model_and_guide import Task, check_trained
@@ -71,8 +72,8 @@ def sample(
 
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, is of another model, or
-            has no density over its draws; if a discrete latent of infinite support is left to the model; or if a plate
-            is subsampled.
+            has no density over its draws; if its support leaves out more than 1 % of the posterior's mass; if a
+            discrete latent of infinite support is left to the model; or if a plate is subsampled.
 
     Warns:
         UserWarning: If the chains have not converged, the model runs one draw at a time, or its log-density is a
@@ -103,6 +104,7 @@ def sample(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
         space = sound_space(task)
+        check_reach(CALLER, task)
         found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
         words = f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."

@@ -159,7 +159,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
-        return parts | {"context_dim": self.flow.context_dim, "moves": self._engine is not None}
+        return parts | {"context_dim": self.flow.context_dim, "moves": self.moves}
 
     def _restore(self, flow: Flow, context_dim: int, moves: bool = False) -> None:
         self.latent_dim = self.packings["latent"].size
@@ -172,6 +172,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def has_circles(self) -> bool:
         """True if some latents are angles."""
         return any(self.circular)
+
+    @property
+    def moves(self) -> bool:
+        """True if the supports of some latents depend on other latents."""
+        return self._engine is not None
 
     @property
     def draws_from_flow(self) -> bool:

@@ -303,16 +303,6 @@ class LatentSpace:
         return [name for name in self.task.latents if _is_flat(self._site(name), mask_of(placed[name]))]
 
     @torch.no_grad()
-    def outside(self, latents: Values) -> Tensor:
-        """Return True for draws of the model's latents outside the supports of the guide's own sites, ``(N,)``."""
-        number = len(next(iter(latents.values())))
-        found = torch.zeros(number, dtype=torch.bool)
-        for name in self._own.keys() & latents.keys():
-            fn = self.task.guide.single.nodes[name]["fn"]
-            found |= ~fn.support.check(latents[name]).reshape(number, -1).all(-1).cpu()
-        return found
-
-    @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor:
         """Return draws of the prior, as many as there are vectors z; latents with flat priors stay.
 

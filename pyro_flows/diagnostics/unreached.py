@@ -1,0 +1,152 @@
+"""Mass of a posterior outside of a guide's support, which neither weights nor chains of the guide's draws can show.
+
+Points over the support of each of the model's sites show whether the guide's site has a density there.  So equal
+supports may be expressed in different ways.  A narrower support is a fault only if the posterior has mass outside, and
+a model may well have no density there.  So a population is annealed in coordinates of the model's support.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Tensor
+from torch.distributions import ComposeTransform, biject_to
+
+from ..guides import AutoFlow
+from ..guides.circles import is_circular
+from ..programs.latent_space import LatentSpace
+from ..programs.latents import innermost, is_discrete, is_point, named, states_support
+from ..programs.model_and_guide import Task
+from ..sampling.annealed_population import Effort, anneal
+from ..sampling.start_distribution import Reference
+from ..user_code import warn_user
+
+LADDER = 0.1, 1.0, 3.0, 10.0, 30.0, 1e3, 1e6  # places in the unconstrained space, on both sides of 0
+ROUND_OFF = 0.1  # relative change of a place there and back, from which the support's edge has rounded it
+SAME = 1e-3  # relative change of a value that a guide's transform can reach
+TRIED = 200  # draws of the prior that test whether the model ever leaves the guide's support
+PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
+MANY = 1000  # latents beyond which a search would take long
+EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=1500)
+NEGLIGIBLE = 0.01  # share of the mass that draws may lack
+
+
+class Unreached(NamedTuple):
+    """Mass outside of a guide's support.
+
+    Attributes:
+        sites: The sites with a narrower support than the model's, in words.
+        share: The share of the posterior's mass outside; NaN if it could not be estimated.
+        noise: Its standard error.
+    """
+
+    sites: str
+    share: float
+    noise: float
+
+
+def check_reach(caller: str, task: Task) -> None:
+    """Raise ValueError for a guide whose support leaves out more than 1 % of the posterior's mass.
+
+    Warns:
+        UserWarning: If a support is narrower than the model's, and the mass outside could not be estimated.
+    """
+    if (found := unreached(task)) is None or found.share <= NEGLIGIBLE:
+        return
+    way = "Give the site a distribution over the model's support, or use AutoFlow(model)"
+    if found.share > NEGLIGIBLE:
+        fault = f"got {found.share:.0%} of the posterior's mass outside of the support of the guide's {found.sites}"
+        raise ValueError(f"{caller}: guide must reach where the model has mass, {fault}. {way}.")
+    fault = f"the support of the guide's {found.sites} is narrower than the model's"
+    warn_user(f"{caller}: {fault}, and the mass outside could not be estimated. {way}.")
+
+
+def unreached(task: Task) -> Unreached | None:
+    """Return the posterior's mass outside of a guide's support; None if there is none."""
+    narrow = _narrow(task)
+    if not narrow:
+        return None
+    sites = f"site{'s' * (len(narrow) > 1)} {named(narrow)}"
+    unknown, model = Unreached(sites, math.nan, math.nan), task.settle().model
+    if sum(model.single.nodes[name]["value"].numel() for name in task.latents) > MANY:
+        return unknown
+    try:
+        guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
+    except (ValueError, NotImplementedError):  # models that AutoFlow refuses, mostly those without a density at a start
+        return unknown
+    space = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    drawn = space.prior(guide.start[0].expand(TRIED, -1))
+    drawn = drawn[drawn.isfinite().all(-1)]
+    if not len(drawn):
+        return unknown
+    if not bool(_outside(narrow, space.latents(drawn)).any()):
+        return None
+    number = FEW if task.runs_one_by_one else PARTICLES
+    population = anneal(Reference(space, guide.start[0]), number, EFFORT)
+    if population is None or not population.has_arrived:
+        return unknown
+    outside = _outside(narrow, space.latents(population.z))
+    return Unreached(sites, *population.share(outside)) if bool(outside.any()) else None
+
+
+def _narrow(task: Task) -> dict[str, Any]:
+    """Return the distributions of the guide's sites that have no density at some places of the model's support."""
+    found = {}
+    for name in task.latents:
+        fn, own = _law_of(task, name), task.model.single.nodes[name]["fn"]
+        if fn is None or is_discrete(own) or not states_support(own):
+            continue
+        try:
+            points = _points(own, task.model.single.nodes[name]["value"])
+        except NotImplementedError:  # torch knows no map onto the model's support
+            continue
+        if len(points) and not bool(_is_inside(fn, points).all()):
+            found[name] = fn
+    return found
+
+
+def _law_of(task: Task, name: str) -> Any:
+    """Return a distribution with the support of the guide's draws of a site, or None if it is unknown."""
+    guide: Any = task.guide.call
+    sites = task.guide.single.nodes
+    if name in sites and not is_point(sites[name]["fn"]):
+        return sites[name]["fn"] if states_support(sites[name]["fn"]) else None
+    if getattr(guide, "moves", False):  # its supports are those of the model
+        return None
+    prototype = getattr(guide, "prototype_trace", None)
+    fn = prototype.nodes[name].get("fn") if prototype is not None and name in prototype.nodes else None
+    return None if fn is None or not states_support(fn) or is_circular(fn.support) else fn
+
+
+@torch.no_grad()
+def _points(fn: Any, value: Tensor) -> Tensor:
+    """Return places all over the support of a site, ``(n, *shape)``."""
+    transform = biject_to(fn.support)
+    free = transform.inv(value)
+    steps = torch.tensor([sign * size for size in LADDER for sign in (1, -1)]).to(free)
+    z = steps.reshape(-1, *(1,) * free.dim()).expand(-1, *free.shape)
+    points = transform(z)
+    back = (transform.inv(points) - z).abs() <= ROUND_OFF * z.abs()  # False for NaN
+    inside = fn.support.check(points).reshape(len(z), -1).all(-1)
+    return points[inside & back.reshape(len(z), -1).all(-1)]
+
+
+@torch.no_grad()
+def _is_inside(fn: Any, values: Tensor) -> Tensor:
+    """Return True for the values ``(N, *shape)`` at which a distribution may have a density, ``(N,)``."""
+    inside, inner = fn.support.check(values).reshape(len(values), -1).all(-1), innermost(fn)
+    if isinstance(inner, TransformedDistribution):  # torch states the support of the last transform alone
+        whole = ComposeTransform(inner.transforms)
+        with suppress(NotImplementedError):  # a transform without an inverse
+            back = (whole(whole.inv(values)) - values).abs() <= SAME * (1 + values.abs())  # False for NaN
+            inside &= back.reshape(len(values), -1).all(-1)
+    return inside
+
+
+def _outside(narrow: dict[str, Any], latents: dict[str, Tensor]) -> Tensor:
+    """Return True for the draws of the model's latents outside of some supports, ``(N,)``."""
+    return ~torch.stack([_is_inside(fn, latents[name]) for name, fn in narrow.items()]).all(0)

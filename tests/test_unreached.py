@@ -1,0 +1,187 @@
+"""Guides whose support is narrower than the posterior's are refused by all that weighs or moves their draws."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+from torch.distributions import constraints, transforms
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow
+from pyro_flows.diagnostics.unreached import unreached
+from pyro_flows.programs.model_and_guide import Task
+
+VERBS = {
+    "sample": lambda model, guide: pf.sample(model, guide, progress=False),
+    "refine": lambda model, guide: pf.refine(model, guide, num_samples=100),
+    "resample": pf.resample,
+    "psis": pf.psis,
+}
+WORDS = r"guide must reach where the model has mass, got \d\d% .* of the guide's site 'x'.*Give the site"
+
+
+def model() -> None:
+    """Model whose posterior is Normal(0.5, 0.71), with 48 % of its mass outside (0, 1) and 24 % below 0."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+
+def of(fn):
+    """Return a program that draws one site."""
+    return lambda: pyro.sample("x", fn)
+
+
+def frozen(kind):
+    """Return a guide of Pyro or of ours that was built for another prior."""
+    guide = kind(of(dist.Uniform(0.0, 1.0)))
+    guide()
+    return guide
+
+
+def scaled() -> dist.TransformedDistribution:
+    """Return a distribution over (0, 2), of which torch says that its support is the real line."""
+    parts = [transforms.SigmoidTransform(), transforms.AffineTransform(0.0, 2.0)]
+    return dist.TransformedDistribution(dist.Normal(torch.tensor(0.0), 1.0), parts)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_guide_that_cannot_reach_the_mass_is_refused(verb):
+    for guide in (of(dist.Uniform(0.0, 1.0)), of(dist.HalfNormal(1.0))):
+        with pytest.raises(ValueError, match=f"^{verb}: {WORDS}"):
+            VERBS[verb](model, guide)
+
+
+NARROW = {
+    "interval": (lambda: of(dist.Uniform(0.0, 1.0)), 0.4795),
+    "half line": (lambda: of(dist.LogNormal(0.0, 1.0)), 0.2398),
+    "transformed": (lambda: of(scaled()), 0.2398 + 0.0169),
+    "Pyro's guide of another prior": (lambda: frozen(AutoNormal), 0.4795),
+    "our guide of another prior": (lambda: frozen(AutoFlow), 0.4795),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_mass_outside_is_measured(name):
+    guide, share = NARROW[name]
+    pyro.set_rng_seed(0)
+    found = unreached(Task(model, guide(), (), {}))
+    assert found is not None
+    assert abs(found.share - share) < 4 * found.noise
+    assert found.sites == "site 'x'"
+
+
+def test_a_check_names_the_site_and_the_way_out():
+    found = pf.check(model, of(dist.HalfNormal(1.0)), num_samples=1000, num_chains=32)
+    assert found.verdict == "do not trust"
+    assert found.reason.startswith("The support of the guide's site 'x' leaves out ")
+    assert "Give the site a distribution over the model's support" in repr(found)
+
+
+def improper(support, event: int) -> dist.ImproperUniform:
+    return dist.ImproperUniform(support, torch.Size(), torch.Size([event] if event else []))
+
+
+def interval() -> tuple[Tensor, Tensor]:
+    return torch.tensor(-1.0), torch.tensor(3.0)
+
+
+SAME = {  # distributions of the model's and of the guide's site
+    "vector": (dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.MultivariateNormal(torch.zeros(3), torch.eye(3))),
+    "flow": (dist.Normal(torch.zeros(3), 1.0).to_event(1), pf.flows.nsf(3)()),
+    "nonnegative": (dist.HalfNormal(1.0), dist.LogNormal(0.0, 1.0)),
+    "positive": (dist.LogNormal(0.0, 1.0), dist.HalfCauchy(1.0)),
+    "positive by exp": (
+        dist.Gamma(2.0, 1.0),
+        dist.TransformedDistribution(dist.Normal(torch.tensor(0.0), 1.0), [transforms.ExpTransform()]),
+    ),
+    "unit interval": (dist.Beta(2.0, 2.0), dist.Uniform(0.0, 1.0)),
+    "interval by its map": (
+        dist.Uniform(*interval()),
+        dist.TransformedDistribution(
+            dist.Normal(torch.tensor(0.0), 1.0), [torch.distributions.biject_to(constraints.interval(-1.0, 3.0))]
+        ),
+    ),
+    "intervals": (
+        dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1),
+        dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1),
+    ),
+    "double": (dist.Uniform(torch.zeros((), dtype=torch.float64), 1.0), dist.Uniform(0.0, 1.0)),
+    "wider": (dist.Uniform(0.0, 1.0), dist.Normal(0.5, 0.1)),
+    "simplex": (dist.Dirichlet(torch.ones(3)), dist.Dirichlet(2 * torch.ones(3))),
+    "Cholesky": (dist.LKJCholesky(3, 1.0), dist.LKJCholesky(3, 2.0)),
+    "angle": (dist.VonMises(0.0, 1.0), dist.VonMises(0.0, 2.0)),
+    "flat": (improper(constraints.positive, 0), dist.LogNormal(0.0, 1.0)),
+    "ordered": (
+        improper(dist.constraints.ordered_vector, 3),
+        dist.TransformedDistribution(
+            dist.Normal(torch.zeros(3), 1.0).to_event(1), [dist.transforms.OrderedTransform()]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_equal_and_wider_supports_are_no_fault(name, monkeypatch):
+    """No population is annealed, so the check costs nothing."""
+    of_model, of_guide = SAME[name]
+    monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
+    assert unreached(Task(of(of_model), of(of_guide), (), {})) is None
+
+
+def hierarchy() -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("row", 4):
+        pyro.sample("z", dist.Beta(1 + scale, 2.0))
+
+
+def moving() -> None:
+    a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+    b = pyro.sample("b", dist.Uniform(0.0, 1 - a))
+    pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    ("program", "kind"),
+    [
+        (hierarchy, AutoFlow),
+        (hierarchy, AutoStructuredFlow),
+        (hierarchy, lambda program: AutoPlateFlow(program, "row")),
+        (hierarchy, AutoNormal),
+        (moving, AutoFlow),
+        (of(dist.VonMises(0.0, 1.0)), AutoFlow),
+    ],
+)
+def test_automatic_guides_of_the_model_reach_all_of_it(program, kind, monkeypatch):
+    monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
+    guide = kind(program)
+    guide()
+    assert unreached(Task(program, guide, (), {})) is None
+
+
+def test_a_narrower_support_is_no_fault_where_the_model_has_no_mass():
+    """A negative scale has no density, and the posterior of a mean lies far from 0."""
+
+    def program() -> None:
+        scale = pyro.sample("scale", dist.Normal(1.0, 1.0))
+        mean = pyro.sample("mean", dist.Normal(5.0, 5.0))
+        pyro.sample("y", dist.Normal(mean, scale).expand([20]).to_event(1), obs=5 + torch.linspace(-1.5, 1.5, 20))
+
+    def guide() -> None:
+        pyro.sample("scale", dist.LogNormal(0.0, 0.2))
+        pyro.sample("mean", dist.LogNormal(1.6, 0.06))
+
+    pyro.set_rng_seed(0)
+    found = unreached(Task(program, guide, (), {}))
+    assert found is None or found.share < 0.01
+    assert pf.psis(program, guide, num_samples=1000).reliable
+
+
+def test_what_cannot_be_looked_at_is_said(monkeypatch):
+    monkeypatch.setattr("pyro_flows.diagnostics.unreached.MANY", 0)
+    with pytest.warns(UserWarning, match="psis: the support of the guide's site 'x' is narrower .* Give the site"):
+        pf.psis(model, of(dist.Uniform(0.0, 1.0)), num_samples=100)
