@@ -320,6 +320,11 @@ def test_another_mask_than_at_setup_is_refused() -> None:
         guide(Y, ~SEEN)
 
 
+def test_absent_steps_have_no_flat_priors(recwarn: pytest.WarningsRecorder) -> None:
+    fit_svi(walk, AutoFlow(walk), torch.zeros(6), 4, steps=2, progress=False)
+    assert not [str(warning.message) for warning in recwarn if "flat" in str(warning.message)]
+
+
 def test_a_flat_prior_may_stand_beside_missing_data() -> None:
     def model(x: Tensor, seen: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0).mask(False))

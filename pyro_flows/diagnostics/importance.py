@@ -204,7 +204,7 @@ def weigh(
 
 def _cause(task: Task, latents: Values) -> str:
     """Return in words which site has no finite density at a draw, ``(1, *site_shape)``, and the way out."""
-    way = flat_by_mask(task.traces[0])
+    way = flat_by_mask(*task.traces)
     way = f"The posterior may be improper: {way}" if way else "Fit a new guide, and look at its losses"
     for name, value in latents.items():
         if not value.isfinite().all():

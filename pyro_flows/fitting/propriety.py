@@ -48,7 +48,7 @@ def check_proper(space: LatentSpace, start: Tensor) -> None:
 
 def check_masked(task: Task) -> None:
     """Warn of priors that are masked as a whole; raise ValueError if they leave the posterior detectably improper."""
-    if words := flat_by_mask(task.traces[0]):
+    if words := flat_by_mask(*task.traces):
         warn_user(f"fit_svi: the posterior may be improper: {words}.")
         with unchanged(), validation_enabled(False):
             if not task.subsampled and (space := _space_of(task)):

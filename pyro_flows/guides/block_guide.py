@@ -482,7 +482,7 @@ class BlockGuide(FlowGuide):
     @torch.no_grad()
     def _check_draw(self, call: Call, rows: Sequence[BlockRows]) -> None:
         """Raise an error if a draw is not finite, since an encoder's data are far from those of training."""
-        self._calls.watch.checked(self, call, self.posterior.draw(1, rows))
+        self._calls.watch.checked(self, call, self.posterior.draw(1, rows, {}))
 
     def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
         """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""

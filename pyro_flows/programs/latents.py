@@ -85,11 +85,12 @@ def is_summable(fn: Any) -> bool:
     return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
 
 
-def flat_by_mask(model: Trace) -> str:
-    """Return in words which latents have priors that are masked as a whole, or an empty string."""
+def flat_by_mask(model: Trace, guide: Trace) -> str:
+    """Return in words which latents have priors that are masked as a whole, but not in the guide, or an empty string."""
     sites = {name: site for name, site in _drawn(model).items() if not isinstance(innermost(site["fn"]), FREE)}
     masks = {name: mask_of(site) for name, site in sites.items()}
-    names = [name for name, mask in masks.items() if mask.is_scalar and mask.hides]
+    hidden = [name for name, mask in masks.items() if mask.is_scalar and mask.hides]
+    names = [name for name in hidden if name not in guide.nodes or not mask_of(guide.nodes[name]).hides]
     if not names:
         return ""
     priors = f"prior{'s' * (len(names) > 1)} of {_sites('latent site', names)}"
