@@ -624,6 +624,7 @@ def test_a_write_into_a_sampled_value_changes_no_draw_and_no_prior(engine):
     before = z.clone()
     one, twin = (space.log_p(z) for space in spaces)
     torch.testing.assert_close(one, twin)
+    torch.testing.assert_close(*(score_of(space.log_p, z) for space in spaces))
     torch.testing.assert_close(z, before, rtol=0, atol=0)
     draws = spaces[0].task.draw(20)
     assert (draws.latents["effects"][:, 0] != 0).all()

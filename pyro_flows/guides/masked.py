@@ -85,7 +85,8 @@ def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
         if not torch.equal(some, every):
             fault = f"the mask of latent site {name!r} divides an event"
             raise ValueError(f"{owner}: {fault}. Mask whole events, or the observed sites only.")
-        masks[name] = every.bool().expand(site["value"].shape[: site["value"].dim() - site["fn"].event_dim])
+        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        masks[name] = every.bool().expand(torch.broadcast_shapes(every.shape, batch))
     return masks
 
 

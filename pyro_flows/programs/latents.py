@@ -86,7 +86,7 @@ def is_summable(fn: Any) -> bool:
 
 
 def flat_by_mask(model: Trace, guide: Trace) -> str:
-    """Return in words which latents have priors that are masked as a whole, but not in the guide, or an empty string."""
+    """Return in words which latents have priors that a mask hides, and draws that count; or an empty string."""
     sites = {name: site for name, site in _drawn(model).items() if not isinstance(innermost(site["fn"]), FREE)}
     masks = {name: mask_of(site) for name, site in sites.items()}
     hidden = [name for name, mask in masks.items() if mask.is_scalar and mask.hides]

@@ -1,16 +1,19 @@
 """Programs that write into the values of their latents, such as ``epsilon[..., 0] = 0`` under ``torch.no_grad``.
 
 Such a program gets a copy to write into.  The density counts the value that was drawn, and draws stay as they are.
+Gradients do not pass what was overwritten, also if ``torch.no_grad`` is to hide the write from them.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .traces import Function
 
@@ -37,8 +40,28 @@ class _Copies(Messenger):
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
-        self._names = names
+        self._names, self._seen = names, _SeenByGradients()
+
+    def __enter__(self) -> _Copies:
+        self._seen.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._seen.__exit__(*error)
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self._names:
             msg["value"] = msg["value"].clone()
+
+
+class _SeenByGradients(TorchFunctionMode):
+    """Lets gradients see writes into values that require them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        seen = writes and isinstance(args[0], Tensor) and args[0].requires_grad
+        with torch.enable_grad() if seen else nullcontext():
+            return func(*args, **(kwargs or {}))
