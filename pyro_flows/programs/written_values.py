@@ -57,11 +57,15 @@ class _Copies(Messenger):
 
 
 class _SeenByGradients(TorchFunctionMode):
-    """Lets gradients see writes into values that require them."""
+    """Lets the gradients of a run, if it has any, see writes into tensors, as it would without ``torch.no_grad``."""
+
+    def __enter__(self) -> _SeenByGradients:
+        self._keeps = torch.is_grad_enabled()
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         writes = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        seen = writes and isinstance(args[0], Tensor) and args[0].requires_grad
-        with torch.enable_grad() if seen else nullcontext():
+        with torch.enable_grad() if writes and self._keeps else nullcontext():
             return func(*args, **(kwargs or {}))
