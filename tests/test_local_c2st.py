@@ -62,6 +62,17 @@ def test_an_error_is_found_and_named(how, settings, near):
         assert (found.shift + settings.get("shift", 0)).abs().max() < 0.3
 
 
+def test_an_exact_guide_of_many_latents_far_narrower_than_the_prior_passes():
+    """Its posterior is e⁷⁸ times as dense as the prior; a bound on that ratio would fail every such guide."""
+
+    def narrow(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(theta, 0.1).to_event(1), obs=x)
+
+    guide = gaussian(narrow, lambda x: (x / 1.01, torch.full_like(x, 0.1 / 1.01**0.5)))
+    assert local_c2st(narrow, guide, observed={"x": narrow()}, num_simulations=4000, num_null=200).passed
+
+
 def test_an_error_elsewhere_is_not_found():
     found = run(posterior(width=0.7, near=X + torch.tensor([1.5, 0.0])))
     assert found.p_value > 1e-3  # a test of 1000 statistics has no smaller one
@@ -265,6 +276,23 @@ def test_observations_that_do_not_fit_are_refused(observed, words):
         local_c2st(conjugate, posterior(), observed=observed)
 
 
+NOWHERE = r"local_c2st: observed must lie near some simulations, but {}\. Call misspecification.*num_simulations=5000\."
+
+
+@pytest.mark.parametrize("x", [20.0, 1e3, 1e30])
+def test_an_observation_with_no_simulations_near_is_refused(x):
+    words = NOWHERE.format(r"the nearest 75 are up to (\d.*|inf) standard deviations of its posterior away")
+    with pytest.raises(ValueError, match=words):
+        run(posterior(), observed={"x": torch.full((2,), x)})
+
+
+@pytest.mark.parametrize("x", [12.0, 1e30])
+def test_a_guide_that_is_blind_to_huge_data_does_not_hide_that_no_simulations_are_near(x):
+    guide = gaussian(conjugate, lambda x: (0.8 * x.clamp(-4.5, 4.5), torch.full_like(x, 0.2**0.5)))
+    with pytest.raises(ValueError, match=NOWHERE.format("its data lie outside of those of the nearest 300")):
+        run(guide, observed={"x": torch.full((2,), x)})
+
+
 def test_simulations_that_fail_are_left_out():
     def unstable(x=None):
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -284,6 +312,13 @@ def test_simulations_without_finite_data_are_refused():
     guide = AutoFlow(broken, encoder=MLPEncoder(2, 4, (8,))).setup(torch.zeros(2))
     with pytest.raises(ValueError, match="local_c2st: at least 20 of 100 simulations must have finite data, got 0"):
         local_c2st(broken, guide, observed={"x": torch.zeros(2)}, num_simulations=1000)
+
+
+def test_draws_that_are_not_finite_have_the_error_of_the_guide():
+    guide = AutoFlow(conjugate, encoder=MLPEncoder(2, 4, (8,)))
+    fit_amortized(conjugate, guide, num_simulations=100, max_epochs=1, progress=False)
+    with pytest.raises(FloatingPointError, match=r"the data lie up to .* standard deviations from the mean"):
+        run(guide, observed={"x": torch.full((2,), 1e30)}, num_simulations=1000)
 
 
 def test_guides_that_are_not_amortised_are_refused():

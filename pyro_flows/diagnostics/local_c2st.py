@@ -145,7 +145,9 @@ def local_c2st(
 
     Raises:
         TypeError: If ``observed`` holds no tensors.
-        ValueError: As for :func:`~pyro_flows.calibrate`, or if ``observed`` is not one dataset of the model.
+        ValueError: As for :func:`~pyro_flows.calibrate`, if ``observed`` is not one dataset of the model, or if no
+            simulations are near it.  Then :func:`~pyro_flows.misspecification` tells more.
+        FloatingPointError: If the guide's draws for ``observed`` are not finite.
 
     Example::
 

@@ -31,7 +31,9 @@ RAW = 100  # numbers of a dataset up to which they count next to the context
 FAR = 5.0  # standard deviations at which features of a dataset are cut off
 RIDGE = 1e-3  # of the regression of latents on data, per row
 FEWEST = 20  # rows that can be tested
-TILT = 30.0  # nats at which the log of r is cut off
+TILT = 1e4  # nats at which the log of r is cut off; for a narrow posterior of 30 latents it is some 80
+NEAR = 3.0  # standard deviations of the posterior up to which a quarter of the rows must lie
+OUTSIDE = 2.0  # how far an observation may lie from the mean of the rows' data, relative to the farthest row
 
 
 class Neighbours(NamedTuple):
@@ -158,9 +160,29 @@ def _columns(of: OfDatasets, data: dict[str, Tensor]) -> Tensor:
 def _whitening(rest: Tensor) -> Tensor:
     """Return W such that the rows of ``rest @ W`` have about unit covariance, ``(D, D)``."""
     cov = rest.T @ rest / len(rest)
+    if not cov.isfinite().all():  # so that distances are infinite
+        return torch.full_like(cov, torch.nan)
     cov = cov + 1e-6 * cov.diagonal().mean().clamp(min=1e-30) * torch.eye(len(cov)).to(cov)
     values, vectors = torch.linalg.eigh(cov)
     return vectors / values.clamp(min=1e-30).sqrt()
+
+
+def _remoteness(distance: Tensor, rows: Tensor, own: Tensor) -> str:
+    """Return in words why the rows nearest to an observation are not near it, or an empty string.
+
+    The second reason sees data to which the guide's posterior and the regression are blind, such as huge numbers.
+
+    Args:
+        distance: Their distances, ``(n,)`` in ascending order.
+        rows: The columns of their data, ``(n, F)``.
+        own: The columns of the observation, ``(1, F)``.
+    """
+    number = max(1, len(distance) // 4)
+    if not distance[number - 1] <= NEAR:
+        return f"the nearest {number} are up to {distance[number - 1]:.2g} standard deviations of its posterior away"
+    columns = torch.cat((rows, own)).double()
+    off = ((columns - columns.mean(0)) / columns.std(0).clamp(min=1e-30)).abs().amax(1)
+    return "" if off[-1] <= OUTSIDE * off[:-1].max() else f"its data lie outside of those of the nearest {len(rows)}"
 
 
 def neighbours_of(
@@ -183,6 +205,9 @@ def neighbours_of(
         number: The number n of rows to keep.
         num_samples: The number M of draws per row.
         vectorize: The engine, as for :func:`~pyro_flows.simulate`.
+
+    Raises:
+        ValueError: If too few simulations have finite data, or none are near the observation.
     """
     here, first = posteriors(guide, simulator, observed), round(PILOT * num_simulations)
     pilot = simulator.draw(first, vectorize=vectorize)
@@ -197,8 +222,14 @@ def neighbours_of(
     of_drawn = posteriors(guide, simulator, drawn.data)
     distance, order = nearness(of_drawn, drawn.data).sort()
     distance, order = distance[:number], order[:number]
-    of_rows = of_drawn.take(order)
-    truth, _ = of_rows.pack(of_rows.pick(drawn.take(order).latents))
+    of_rows, rows = of_drawn.take(order), drawn.take(order)
+    if fault := _remoteness(distance, _columns(of_rows, rows.data), _columns(here, observed)):
+        args, kwargs = simulator.arguments({name: value[0] for name, value in observed.items()})
+        guide.sample(100, *args, **kwargs)  # its error tells more if the draws are not finite
+        way = "Call misspecification(model, guide, observed=...) to see whether the model makes such data; if so, use "
+        way += f"more than num_simulations={num_simulations}"
+        raise ValueError(f"{simulator.caller}: observed must lie near some simulations, but {fault}. {way}.")
+    truth, _ = of_rows.pack(of_rows.pick(rows.latents))
     z = torch.cat((truth[None], of_rows.q.sample((num_samples,))))  # (M + 1, n, D)
     log_weights = proposal.log_weights(z.flatten(0, 1)).reshape(z.shape[:2])
     candidates = z, of_rows.numbers(z), of_rows.q.coordinates(z), log_weights
