@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import pickle
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -139,3 +144,25 @@ def test_a_step_trains_what_was_loaded(kind: str) -> None:
     trained = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
     assert trained
     assert all(id(value.unconstrained()) in own for value in trained)
+
+
+@pytest.mark.parametrize("how", ["clear", "scope", "local"])
+def test_parameters_of_guides_are_freed_as_the_page_on_scale_says(how: str) -> None:
+    """The page names the three ways, and a guide stays trained by each of them."""
+    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    assert all(way in page for way in ("clear_param_store()", "get_param_store().scope()", "module_local_params=True"))
+    store, kept = pyro.get_param_store(), pyro.param("kept", torch.tensor(1.0))
+    with pyro.settings.context(module_local_params=how == "local"), store.scope() if how == "scope" else nullcontext():
+        guide = AutoFlow(model, small)
+        pf.fit_svi(model, guide, Y, steps=5, progress=False)
+        trained = seeded(functools.partial(guide.sample, 3, Y))
+    if how == "clear":
+        pyro.clear_param_store()
+    else:
+        assert list(store) == ["kept"]
+        assert store["kept"].equal(kept)
+    torch.testing.assert_close(seeded(functools.partial(guide.sample, 3, Y)), trained)
+    parameter = weakref.ref(next(guide.parameters()))
+    del guide
+    gc.collect()
+    assert parameter() is None
