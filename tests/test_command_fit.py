@@ -643,6 +643,7 @@ def test_a_bad_model_is_refused_before_training(spec, words, folder, capsys):
         ("def model(:", "SyntaxError: invalid syntax"),
         ("\nraise ValueError('two\\nlines')", "ValueError: two lines (broken.py, line 2)"),
         ("raise SystemExit(0)", "SystemExit: 0 (broken.py, line 1)"),
+        ("import os\nos.chdir('..')\n1 / 0", "ZeroDivisionError: division by zero (broken.py, line 3)"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_refused(text, words, folder, capsys):

@@ -46,18 +46,18 @@ def load_model(spec: str) -> Callable[..., Any]:
 
 def _import(path: Path) -> ModuleType:
     """Run a file as a module, under a name that shadows no other."""
-    name = f"_pyro_flows_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    name, file = f"_pyro_flows_model_{path.stem}", path.resolve()  # now, since it may change the working directory
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # noqa: PT018  (a name that ends with .py has a loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
-    folder = str(path.resolve().parent)
+    folder = str(file.parent)
     sys.path.insert(0, folder)  # scripts can import their neighbours, too
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise Refused(f"{str(path)!r} cannot be imported: {in_one_line(error, path)}") from error
+        raise Refused(f"{str(path)!r} cannot be imported: {in_one_line(error, file)}") from error
     finally:
         sys.path.remove(folder)
     return module
