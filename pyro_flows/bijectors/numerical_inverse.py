@@ -81,8 +81,7 @@ class Continued(Bijector):
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         y, table = self._aligned(y, params)
-        with torch.no_grad():
-            x = self._root(y.detach(), tuple(part.detach() for part in table))
+        x = self._root(y.detach(), tuple(part.detach() for part in table))
         x = implicit_root(lambda value: self._continue(value, table), x, y)
         return x, -self._continue(x, table)[1]
 

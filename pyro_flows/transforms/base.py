@@ -164,6 +164,11 @@ class FlowTransform(TransformModule):
         """The opposite direction, a module that owns this one; ``t.inv.inv is t`` unless t is an inverse."""
         return Inverse(self)
 
+    @property
+    def sign(self) -> int:
+        """Raise AttributeError: only maps of numbers have a sign."""
+        raise AttributeError("sign")  # torch's NotImplementedError would stop torch.jit, which lists the attributes
+
     def condition(self, context: Tensor) -> Transform:
         """Return a :class:`View` at a context ``(*batch, context_dim)``, or the transform itself if it takes none."""
         return View(self, context) if self.context_dim else self
@@ -181,8 +186,8 @@ class FlowTransform(TransformModule):
         """Return the batch shape, and events and contexts as rows, ``(N, *event_shape), (N, context_dim)``."""
         batch, event = self._batch_of(x, context), x.shape[x.dim() - len(self.event_shape) :]
         if context is not None:
-            context = context.expand(*batch, context.shape[-1]).reshape(batch.numel(), context.shape[-1])
-        return batch, x.expand(batch + event).reshape(batch.numel(), *event), context
+            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        return batch, x.expand(batch + event).reshape(-1, *event), context
 
     def _sum_event(self, x: Tensor) -> Tensor:
         """Sum over the dimensions of an event, ``(*batch, *event_shape) -> (*batch)``."""

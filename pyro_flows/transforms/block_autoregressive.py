@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
@@ -198,13 +199,13 @@ class _Net(NamedTuple):
 
     def root(self, value: Tensor, steps: int) -> Tensor:
         """Return the x of one feature with p h = value, ``(1, 1, N)``, and the derivatives of the implicit function."""
-        with torch.no_grad():
-            radius = torch.zeros_like(self.last[..., :1])  # how far the copies can be from x
-            for layer in self.layers:
-                radius = torch.baddbmm(layer.reach.abs(), layer.mixture, radius)
-            radius = torch.bmm(self.last, radius)
-            low, high = value - radius, value + radius
-            x = bracketed_root(self._slope, value, (low, *self._slope(low)), (high, *self._slope(high)), steps)
+        net, y = tree_map(Tensor.detach, (self, value))  # not by ``no_grad``, which torch.jit does not record
+        radius = torch.zeros_like(net.last[..., :1])  # how far the copies can be from x
+        for layer in net.layers:
+            radius = torch.baddbmm(layer.reach.abs(), layer.mixture, radius)
+        radius = torch.bmm(net.last, radius)
+        low, high = y - radius, y + radius
+        x = bracketed_root(net._slope, y, (low, *net._slope(low)), (high, *net._slope(high)), steps)
         return implicit_root(self._slope, x, value)
 
     def _slope(self, x: Tensor) -> tuple[Tensor, Tensor]:

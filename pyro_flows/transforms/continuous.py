@@ -76,7 +76,7 @@ class Continuous(FlowTransform):
     εᵀ J ε, with one random ε, E ε εᵀ = I, for a path.
 
     Both directions cost the same, and are exact up to the tolerances.  The number of evaluations follows the data, so
-    it neither compiles to one graph nor maps under ``torch.func``.  Rows that hold NaN or inf become NaN.
+    it neither compiles to one graph nor maps under ``torch.func``; ``torch.jit.trace`` needs fixed steps.  Rows that hold NaN or inf become NaN.
 
     Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366); FFJORD
     (Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud 2018, arXiv:1810.01367); for the costs of paths, How to Train
@@ -237,6 +237,10 @@ class Continuous(FlowTransform):
         """
         from torchdiffeq import odeint, odeint_adjoint  # a late import, since it loads all of SciPy's integrators
 
+        if torch._C._get_tracing_state() and (self.solver in ADAPTIVE or self.adjoint):
+            why = "since a trace repeats the steps of the data that it has seen"
+            way = 'Set solver="rk4" and adjoint=False'
+            raise ValueError(f"Continuous: torch.jit.trace needs fixed steps and no adjoint, {why}. {way}.")
         begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
         watched = Watched(self, rates, goal)
         times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)

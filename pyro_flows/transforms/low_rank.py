@@ -351,13 +351,12 @@ def root(s: Tensor, k: Tensor) -> Tensor:
     and at infinity reach the right-hand side, at the better of the two points, and runs monotonically to the root.
     Slopes are bounded, so a fixed number of steps reaches the last bit.
     """
-    with torch.no_grad():
-        size = k.abs()
-        of_zero, of_infinity = size / (1 + s), size - s
-        z = torch.where(s < 0, torch.minimum(of_zero, of_infinity), torch.maximum(of_zero, of_infinity))
-        for _ in range(STEPS):
-            z = _newton(z, s, size)
-        z = torch.copysign(z, k)
+    fixed, size = s.detach(), k.detach().abs()  # not by ``no_grad``, which torch.jit does not record
+    of_zero, of_infinity = size / (1 + fixed), size - fixed
+    z = torch.where(fixed < 0, torch.minimum(of_zero, of_infinity), torch.maximum(of_zero, of_infinity))
+    for _ in range(STEPS):
+        z = _newton(z, fixed, size)
+    z = torch.copysign(z, k.detach())
     return _newton(_newton(z, s, k), s, k)  # each step doubles the order of the derivatives that are right
 
 

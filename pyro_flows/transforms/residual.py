@@ -18,6 +18,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..arguments import check_flags, check_kind
 from ..conditioners import LipschitzMLP
@@ -84,18 +85,17 @@ class Residual(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layers = self.net.at(context)
+        fixed, target = tree_map(Tensor.detach, (layers, y))  # not by ``no_grad``, which torch.jit does not record
         if self.is_exact:
-            with torch.no_grad():
-                x = _search(layers, y, self.net.lipschitz)
+            x = _search(fixed, target, self.net.lipschitz)
             for _ in range(2):  # each step doubles the order of the derivatives that are right
                 change, jacobian = layers.linearise(x)
                 x = x - jacobian.solve(x + change - y)
         else:
             steps = math.ceil(math.log(torch.finfo(y.dtype).eps) / math.log(self.net.lipschitz))
-            with torch.no_grad():
-                x = y
-                for _ in range(steps):
-                    x = y - layers.linearise(x)[0]
+            x = target
+            for _ in range(steps):
+                x = target - fixed.linearise(x)[0]
             change, jacobian = layers.linearise(x)
             x = x - _neumann(jacobian, x + change - y, steps)
         return x, -self._log_det(layers.linearise(x)[1])
@@ -114,7 +114,12 @@ class Residual(FlowTransform):
         return self.is_exact and not inverse
 
     def _log_det(self, jacobian: Jacobian) -> Tensor:
-        return jacobian.log_det() if self.is_exact else _series(jacobian.ring(), self.net.lipschitz)
+        if self.is_exact:
+            return jacobian.log_det()
+        if torch._C._get_tracing_state():
+            why = "since a trace repeats one random number of terms for ever"
+            raise ValueError(f"Residual: torch.jit.trace needs exact log-determinants, {why}. Use exact=True.")
+        return _series(jacobian.ring(), self.net.lipschitz)
 
 
 def _search(layers: Layers, y: Tensor, lipschitz: float) -> Tensor:

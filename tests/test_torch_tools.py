@@ -1,0 +1,185 @@
+"""Flows and guides under torch's own tools: they are traced, mapped, called at other weights, exported and compiled.
+
+The results are those of plain calls.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import JitTrace_ELBO, Predictive, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, flows
+from pyro_flows.conditioners import LipschitzMLP
+from pyro_flows.flows import Flow
+from pyro_flows.transforms import Residual
+from pyro_flows.transforms.base import chained
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+every_recipe = pytest.mark.parametrize("name", laws.RECIPES)
+
+
+class Verb(nn.Module):
+    """A function of a module and tensors, as a module for torch's tools."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self.module, *args)
+
+
+def small(name: str, context_dim: int = 0) -> Flow:
+    """Build a flow of a recipe with fixed steps, which a trace may repeat."""
+    fixed = {"solver": "rk4", "num_steps": 2} if name == "cnf" else {}
+    return laws.RECIPES[name](2, context_dim, num_transforms=1, hidden_dims=(3,), **fixed).double()
+
+
+def values_and_gradients(function: Callable[..., Any], module: nn.Module, x: Tensor, *others: Tensor) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    y, log_det = function(leaf, *others)
+    weights = torch.linspace(-1, 2, y.numel()).to(y).reshape(y.shape)
+    wanted = [leaf, *module.parameters()]
+    return [y, log_det, *torch.autograd.grad((y * weights).sum() + log_det.sum(), wanted, materialize_grads=True)]
+
+
+# ------------------------------------------------------------ torch.jit
+
+
+@every_recipe
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "random"])
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_a_traced_flow_has_the_values_and_gradients_of_the_flow(name: str, inverse: bool, fresh: bool) -> None:
+    flow = small(name, 0 if fresh else 2)
+    if not fresh:
+        laws.randomise(flow, scale=0.5)
+    verb = Verb(flow, lambda flow, x, *context: chained(flow.runs, x, *(context or [None]), inverse=inverse))
+    few, many = ((laws.normal(n, 2), *([] if fresh else [laws.normal(n, 2, seed=n)])) for n in (3, 5))
+    traced = torch.jit.trace(verb, few, check_trace=False)
+    with torch.jit.optimized_execution(False):  # which takes most of the time, and is torch's own
+        for inputs in (few, many):
+            found, wanted = (values_and_gradients(one, flow, *inputs) for one in (traced, verb))
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_a_traced_flow_takes_all_rows_whatever_the_size_of_chunks() -> None:
+    flow = laws.randomise(small("nsf")).double()
+    density = Verb(flow, lambda flow, x: flow.log_prob(x, chunk_size=2))
+    traced = torch.jit.trace(density, (laws.normal(4, 2),), check_trace=False)
+    torch.testing.assert_close(traced(laws.normal(7, 2)), flow.log_prob(laws.normal(7, 2)))
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (flows.cnf(2), r'Continuous: torch.jit.trace needs fixed steps .* Set solver="rk4"'),
+        (flows.cnf(2, solver="rk4", adjoint=True), r"Continuous: torch.jit.trace needs .* adjoint=False"),
+        (Flow([Residual(LipschitzMLP(2), exact=False)]), r"Residual: torch.jit.trace needs exact .* exact=True"),
+    ],
+    ids=["adaptive", "adjoint", "series"],
+)
+def test_what_a_trace_would_repeat_wrongly_is_refused(flow: Flow, message: str) -> None:
+    """Steps that follow the data, and random numbers of terms, are those of the trace for ever."""
+    with pytest.raises(ValueError, match=message):
+        torch.jit.trace_module(flow, {"log_prob": (torch.zeros(3, 2),)}, check_trace=False)
+
+
+@pytest.mark.parametrize("name", ["bnaf", "nsf_ar", "residual_flow"])
+def test_jit_elbo_trains_flows_that_draw_by_a_search(name: str) -> None:
+    """They are equal from the second step on, because tracing uses more random numbers."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z[..., 0] ** 2 + z[..., 1], 1.0), obs=torch.tensor(2.0))
+
+    guide = AutoFlow(model, partial(getattr(flows, name), num_transforms=1, hidden_dims=(3,))).setup()
+    optimizer = torch.optim.Adam(guide.parameters(), 0.01)
+    compiled, plain = JitTrace_ELBO(ignore_jit_warnings=True), Trace_ELBO()
+    with torch.jit.optimized_execution(False):
+        for step in range(3):
+            found = []
+            for elbo in (plain, compiled):
+                guide.zero_grad()
+                torch.manual_seed(step)
+                loss = elbo.loss_and_grads(model, guide)
+                found.append([torch.tensor(loss), *(p.grad.clone() for p in guide.parameters() if p.grad is not None)])
+            for ours, theirs in zip(*found, strict=True):
+                assert ours.isfinite().all()
+                assert step == 0 or torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+            optimizer.step()
+
+
+def joint() -> None:
+    a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.HalfNormal(1.0))
+    with pyro.plate("rows", 5):
+        pyro.sample("y", dist.Normal(a, b), obs=torch.arange(5.0))
+
+
+def hierarchy() -> None:
+    mean, spread = pyro.sample("mean", dist.Normal(0.0, 1.0)), pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 4):
+        level = pyro.sample("level", dist.Normal(mean, spread))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=torch.arange(4.0))
+
+
+SETUPS: dict[str, Callable[[], tuple[Callable[[], None], Any]]] = {
+    "joint": lambda: (joint, AutoFlow(joint).setup()),
+    "structured": lambda: (hierarchy, AutoStructuredFlow(hierarchy).setup()),
+    "plate": lambda: (hierarchy, AutoPlateFlow(hierarchy, "groups").setup()),
+}
+every_guide = pytest.mark.parametrize("kind", SETUPS)
+
+
+def guided(kind: str) -> tuple[Callable[[], None], Any]:
+    """Return a model and a guide of it, with parameters moved from their start."""
+    model, guide = SETUPS[kind]()
+    source = laws.generator()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=source)
+    return model, guide
+
+
+def served(program: Any) -> Callable[[], tuple[Tensor, ...]]:
+    """Return the method ``call`` of a program that was traced, saved and loaded."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace_module(program, {"call": ()}, check_trace=False), file)
+    file.seek(0)
+    return torch.jit.load(file).call
+
+
+@every_guide
+def test_a_traced_guide_draws_as_the_guide_after_a_file(kind: str) -> None:
+    _, guide = guided(kind)
+    call, found = served(guide), []
+    for draw in (call, guide.call):
+        torch.manual_seed(1)
+        found.append(draw())
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(call()[0], found[0][0])
+
+
+@pytest.mark.parametrize("kind", ["joint", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETUPS)[1:])])
+def test_a_traced_predictive_draws_as_the_guide_after_a_file(kind: str) -> None:
+    """Pyro's ``Predictive`` also draws from the prior, which a trace leaves out, so random numbers differ."""
+    model, guide = guided(kind)
+    program = Predictive(model, guide=guide, num_samples=2)
+    names, call = sorted(program()), served(program)
+    with torch.jit.optimized_execution(False):
+        draws = [dict(zip(names, call(), strict=True)) for _ in range(20)]
+    for name, wanted in guide.sample(10_000).items():
+        got = torch.cat([draw[name].reshape(2, *wanted.shape[1:]) for draw in draws])
+        assert ((got.mean(0) - wanted.mean(0)).abs() < 5 * wanted.std(0) / len(got) ** 0.5).all()
+        assert ((got.std(0) / wanted.std(0)).log().abs() < 5 / len(got) ** 0.5).all()  # tails are not much heavier
