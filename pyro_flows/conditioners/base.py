@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -60,7 +60,7 @@ Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gra
 Pull = Callable[[Tensor, bool], tuple[Tensor, Gradients]]
 
 
-class Conditioner(Network, ABC):
+class Conditioner(Network):
     """A network θ(x, c) that computes ``num_params`` parameters for each of ``output_dim`` features.
 
     It is the abstract base class of the networks behind couplings, autoregressive layers and conditional maps.

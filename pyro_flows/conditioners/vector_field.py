@@ -7,7 +7,7 @@ tr J and the products Jᵀ v.  If a network does not know its Jacobian, autograd
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -33,7 +33,7 @@ class Derivative(Protocol):
 Rates = Callable[[Tensor, Tensor], tuple[Tensor, Derivative]]  # (t, x) -> v, J
 
 
-class VectorField(nn.Module, ABC):
+class VectorField(nn.Module):
     """A field v(t, x, c) of D numbers that depends on time, on the point, and optionally on a context.
 
     It is the abstract base class of the fields that :class:`~pyro_flows.transforms.Continuous` integrates, dx/dt =

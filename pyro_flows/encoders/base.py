@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .standardize import Standardize, ends_with, learning
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(nn.Module):
     """A network c = f(x) that maps each row of the data to ``context_dim`` numbers, a learned summary.
 
     Amortised inference conditions one flow on the summary.  This class is the abstract base of our encoders.  Flows and

@@ -76,7 +76,8 @@ class Continuous(FlowTransform):
     εᵀ J ε, with one random ε, E ε εᵀ = I, for a path.
 
     Both directions cost the same, and are exact up to the tolerances.  The number of evaluations follows the data, so
-    it neither compiles to one graph nor maps under ``torch.func``; ``torch.jit.trace`` needs fixed steps.  Rows that hold NaN or inf become NaN.
+    it neither compiles to one graph nor maps under ``torch.func``; ``torch.jit.trace`` needs fixed steps.  Rows that
+    hold NaN or inf become NaN.
 
     Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366); FFJORD
     (Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud 2018, arXiv:1810.01367); for the costs of paths, How to Train
