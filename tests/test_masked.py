@@ -371,6 +371,37 @@ def test_series_of_several_lengths_have_the_smoother_of_each(build: Callable[...
     assert check(chain, guide, X, LENGTHS).trusted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDERS)
+def test_groups_of_several_lengths_are_exact(name: str) -> None:
+    pyro.set_rng_seed(0)
+    groups, most = 20, 4
+    lengths = torch.randint(1, most + 1, (groups,))
+    y, seen = torch.randn(groups, most) + torch.randn(groups, 1), torch.arange(most) < lengths[:, None]
+
+    def model(y: Tensor, lengths: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", groups, dim=-2):
+            level = pyro.sample("level", dist.Normal(mean, 1.0))
+            with pyro.plate("each", most, dim=-1):
+                shown = torch.arange(most) < lengths[:, None]
+                z = pyro.sample("z", dist.Normal(level, 1.0).mask(shown))
+                pyro.sample("y", dist.Normal(z, 1.0).mask(shown), obs=y)
+
+    guide = BUILDERS[name](model)
+    fit_svi(model, guide, y, lengths, progress=False)
+    group = torch.arange(groups)[:, None].expand(groups, most)[seen]
+    ones = torch.ones(len(group))
+    covariance = 1 + (group[:, None] == group).float() + 2 * torch.eye(len(group))
+    evidence = dist.MultivariateNormal(torch.zeros(len(group)), covariance).log_prob(y[seen])
+    found = psis(model, guide, y, lengths, num_samples=2000)
+    assert abs(found.log_evidence - evidence) < 4 * found.log_evidence_se + 0.01
+    draws = guide.sample(4000, y, lengths)["mean"]
+    scale = float(1 - ones @ torch.linalg.solve(covariance, ones)) ** 0.5
+    assert abs(draws.mean() - ones @ torch.linalg.solve(covariance, y[seen])) < 0.1 * scale
+    assert abs(draws.std() / scale - 1) < 0.1
+
+
 def walk(x: Tensor, length: int) -> None:
     """Sample one walk with a common scale, whose steps beyond a length do not count."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
