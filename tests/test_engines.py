@@ -20,6 +20,8 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics import missing_modes, verdict
+from pyro_flows.fitting import gaussian_start
+from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.log_density import or_nan, score_of
@@ -655,3 +657,51 @@ def test_fits_and_simulations_of_a_model_that_writes_into_its_latents(vectorize)
     assert fit.losses.isfinite().all()
     found = pf.simulate(pinning, num_simulations=50, vectorize=vectorize)
     assert 0.6 < found.latents["effects"][:, 0].std() < 1.4  # the standard error is 0.1
+
+
+# Searches over a model that runs one draw at a time have a budget of runs.
+
+
+def one_by_one(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    COUNTED.append(w[0].item())
+    pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
+
+
+COUNTED: list[float] = []
+
+
+@pytest.mark.filterwarnings("ignore:the model runs one draw")
+def test_the_search_for_a_start_of_a_slow_model_is_left_out_or_ended_by_its_budget(monkeypatch):
+    guide = AutoFlow(one_by_one).setup(Y[0])
+    task = Task(one_by_one, guide, (Y[0],), {}).settle()
+    assert task.model.engine == "loop"
+    assert 0 < task.model.seconds < 1
+    task.model.seconds, before = 1.0, len(COUNTED)
+    with pytest.warns(
+        UserWarning, match=r"no Gaussian is sought to start from, since .* one draw at a time, and a run"
+    ):
+        assert start_from_gaussian(guide, task, seconds=2000.0) is None
+    assert len(COUNTED) == before
+    monkeypatch.setattr(gaussian_start, "LEAST_RUNS", 100)
+    with pytest.warns(UserWarning, match=r"the search for a start ended after 600 runs, as the model runs one draw"):
+        assert start_from_gaussian(guide, task, seconds=600.0) is not None
+    assert len(COUNTED) - before < 2000  # a search without a budget takes more
+
+
+@pytest.mark.filterwarnings("ignore:the model runs one draw")
+def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
+    def exact(y):
+        cov = torch.linalg.inv(torch.eye(2) + 1.0)
+        pyro.sample("w", dist.MultivariateNormal(cov.sum(-1) * y, cov))
+
+    monkeypatch.setattr(verdict, "SLOW", 1e-3)
+    COUNTED.clear()
+    found = pf.check(one_by_one, exact, Y[0])
+    assert found.trusted
+    assert "There was no search for other modes, since the model runs one draw at a time, and a run takes" in repr(
+        found
+    )
+    assert "missing=?" in repr(found)
+    assert len(found.psis.log_weights) == 300
+    assert len(COUNTED) < 2500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
@@ -376,3 +378,43 @@ def test_a_branch_of_a_users_is_refused_even_where_draws_agree():
 
     with pytest.raises(ValueError, match=r"`pyro.sample\(\"y\".*: RuntimeError: vmap: "):
         Task(model, AutoFlow(model).setup(), (), {}, "vmap").settle()
+
+
+class Kernel(nn.Module):
+    """A kernel as GPyTorch writes it: priors replace parameters, and equal inputs are found by their values."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengthscale, self.variance = nn.Parameter(torch.ones(1, 1)), nn.Parameter(torch.ones(1))
+
+    def sampled(self):
+        module = copy.deepcopy(self)
+        for name, parameter in self.named_parameters():
+            value = pyro.sample(name, dist.LogNormal(0.0, 1.0).expand(parameter.shape).to_event(parameter.dim()))
+            delattr(module, name)
+            setattr(module, name, value.expand(parameter.shape))
+        return module
+
+    def forward(self, x):
+        one, other = x / self.lengthscale, x / self.lengthscale
+        square = (one - other.T).square()
+        if torch.equal(one, other):
+            square = square.clone()
+            square.fill_diagonal_(0.0)
+        return self.variance * torch.exp(-square / 2) + 0.1 * torch.eye(len(x))
+
+
+def test_a_module_whose_parameters_are_drawn_runs_by_vmap():
+    kernel, x = Kernel(), torch.linspace(0.0, 1.0, 5).reshape(-1, 1)
+
+    def model(y):
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(5), kernel.sampled()(x)), obs=y)
+
+    y = torch.sin(6 * x[:, 0])
+    guide = AutoFlow(model).setup(y)
+    task = Task(model, guide, (y,), {}).settle()
+    assert task.model.engine == "vmap"
+    latents = {name: torch.rand(3, *value.shape) + 0.5 for name, value in kernel.named_parameters()}
+    found = [task.model.with_(engine=engine).log_prob(latents, 3) for engine in ("vmap", "loop")]
+    torch.testing.assert_close(*found)
+    assert [type(part) for part in kernel.parameters()] == [nn.Parameter, nn.Parameter]

@@ -63,6 +63,7 @@ MANY = 1000  # latents beyond which a check looks at some of them
 LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
 NUMBERS = 10_000_000, 100_000  # of weighted draws and of chains, about
 SLOWEST = 10.0  # the variance of means of chains, in units of independent sweeps, beyond which a spread is unknown
+SLOW, WHOLE = 180.0, 20_000  # seconds for a model that runs one draw at a time, and the runs of a whole check of it
 FEWEST = 500, 32  # draws and chains of many latents
 BATCH = 20_000_000  # numbers of draws that are found at once
 
@@ -97,7 +98,8 @@ class Check:
         spreads: If there are more than 1,000 latents, the errors of the root mean square of each large site: the
             ``names`` of S sites, the relative ``error`` and its ``noise``, and the ``slowness`` of the chains, ``(S,)``
             each.
-        scope: What was looked at, in words, if there are more than 1,000 latents; otherwise empty.
+        scope: What was looked at, in words, if there are more than 1,000 latents, or what was left out of a check of a
+            slow model; otherwise empty.
         rows: Then, for each set of plates with many rows, what the weights of single rows show: the largest ``khat``
             of a row, and the ``name``, ``error`` and ``noise`` of the mean that is wrong by the most standard errors.
 
@@ -251,7 +253,8 @@ def check(
         guide: A trained guide of the same latents.
         *args: The model's arguments.
         num_samples: The number of weighted draws, at least 100; by default 10,000, or 1,000 if the model runs one draw
-            at a time, and down to 500 for many latents.
+            at a time, and down to 500 for many latents.  If 20,000 such runs take more than three minutes, it is 300,
+            and there is no search for missing mass.
         num_chains: The number of chains, at least 16; by default 256, or 16 if the model runs one draw at a time, and
             down to 32 for many latents.
         vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
@@ -292,7 +295,7 @@ def check(
         space = sound_space(task)
         alone, (number, count, at_once) = space.task.runs_one_by_one, _sizes(space)
         suspected = suspects(space, at_once) if space.dim > MANY else None
-        scope = _looked_at(space, suspected)
+        scope = _looked_at(space, suspected) or _left_out(space)
         draws = space.draw(num_samples or number, at_once)
         psis = weigh(draws.log_p - draws.log_q, "check", space.task, lambda index: space.latents(draws.z[index]))
         draws = _varying(space, draws)
@@ -308,7 +311,7 @@ def check(
             along = suspected.chart.inverse(draws.z) @ suspected.directions
             directions = directions.pooled_with(weighted_drift(along.detach(), psis.smoothed))
         missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
-        rows = row_weights(space, at_once) if scope else ()
+        rows = row_weights(space, at_once) if suspected else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
     of_all = (met.chains, directions, weighted, (met.shape, of_weights), space.read.names)
     spent = time.perf_counter() - start
@@ -332,12 +335,19 @@ def _looked_at(space: LatentSpace, suspected: Suspects | None) -> str:
     return f"Weights and chains looked at {seen}, and not for other modes."
 
 
+def _left_out(space: LatentSpace) -> str:
+    """Return words on what a check leaves out since the model is slow, or an empty string."""
+    runs = space.task.budget(SLOW)
+    return f"There was no search for other modes, since {runs.words}." if runs.number < WHOLE else ""
+
+
 def _sizes(space: LatentSpace) -> tuple[int, int, int]:
     """Return the default numbers of weighted draws, of chains, and of draws at once.
 
     With many latents they depend on the numbers in a draw, and in the largest tensor that the model computes from it.
     """
     usual = (1000, 16) if space.task.runs_one_by_one else (10_000, 256)
+    usual = (min(usual[0], 300), usual[1]) if _left_out(space) else usual
     if space.dim <= MANY:
         return *usual, 1000
     numbers = max(space.dim, space.task.model.largest)
@@ -402,7 +412,8 @@ def _run(
     began, places = space.draw(num_chains), list[Tensor]()
     twin = guide_density(space, suspected.chart) if suspected else None
     start = began.z if twin is None else torch.cat((began.z, began.z))
-    chains = Chains(or_nan(space.log_p), charts, start, twin=twin)
+    runs = space.task.budget(SLOW)
+    chains = Chains(or_nan(runs.counted(space.log_p)), charts, start, twin=twin)
     for z in chains.sweeps(TRIES * ADAPT, adapt=True):
         places.append(z)
         if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
@@ -431,7 +442,7 @@ def _run(
         if suspected:
             right &= bool((along.errors + along.noise < BENT).all() and wide.are_clear(LIMIT, SLOWEST).all())
             off |= bool(along.beyond(BENT).any())
-        if right or (block > 0 and off):
+        if right or (block > 0 and off) or runs.is_spent:
             break
     return _Met(drift, along, shape.shape(), wide if suspected else None, chains.acceptance)
 
@@ -545,7 +556,7 @@ def _misshapen(seen: Check) -> Iterator[Finding]:
         yield shape.worst([*seen.names, "the distance from the middle"], verdict)
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
     apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
-    if seen.psis.reliable and apart > UNEQUAL and not seen.scope:  # small errors of many latents add up
+    if seen.psis.reliable and apart > UNEQUAL and not seen.spreads:  # small errors of many latents add up
         yield Finding("weights", "", apart, verdict="reweight")
 
 
@@ -556,7 +567,7 @@ def _doubts(seen: Check) -> list[Finding]:
     labels = [f"whitened direction {i}" for i in range(len(directions.error))]
     if bool(bent.any()):
         return [directions.worst(labels, bent, "whitened")]
-    if psis.khat >= WORST_KHAT and not psis.even and not seen.scope:
+    if psis.khat >= WORST_KHAT and not psis.even and not seen.spreads:
         return [Finding("tails", "", psis.khat)]
     if seen.spreads and not psis.even:
         for name, error, noise, slowness in zip(*seen.spreads, strict=True):
@@ -569,7 +580,7 @@ def _doubts(seen: Check) -> list[Finding]:
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
     dim = (directions.noise > BENT) & (directions.variance > 1)
-    if seen.scope and bool(dim.any()):
+    if seen.spreads and bool(dim.any()):
         return [directions.worst(labels, dim, "unclear")]
     doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + _more(seen)) * chains.noise)
     doubtful[1] &= chains.variance > 1  # guides that are too narrow, which weights cannot show

@@ -42,7 +42,7 @@ from ..training.stopping import noise_at
 from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single_precision import InSingle
 from ..vjp import is_plain
-from .gaussian_start import SHARE, Start, start_from_blocks, start_from_gaussian
+from .gaussian_start import SECONDS, SHARE, Start, start_from_blocks, start_from_gaussian
 from .model_batches import Followed, ModelBatches
 from .optimizers import optimizers
 from .program_checks import culprit, is_vectorised
@@ -119,8 +119,9 @@ class ELBOFit:
         if not (new if warm is None else warm):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-        suited = self.plan.schedule()
-        return start_from_gaussian(self.guide, self.task, power, SHARE * suited.steps * suited.num_particles, progress)
+        suited, seconds = self.plan.schedule(), math.inf if warm else SECONDS
+        budget = SHARE * suited.steps * suited.num_particles
+        return start_from_gaussian(self.guide, self.task, power, budget, progress, seconds)
 
     def run(self, asked: dict[str, Any], file: Path | None) -> Fit:
         """Train the guide.

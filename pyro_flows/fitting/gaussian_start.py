@@ -24,23 +24,31 @@ from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.program import TOTAL
+from ..programs.run_budget import RunBudget
 from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
 from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
 from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
 from ..training import distributed
 from ..training.interrupts import watching
+from ..user_code import warn_user
 
 MATCHED = 512  # latents, beyond which batch and match takes too many draws
 FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
 LEAST = 10_000  # gradients for a start of low rank
 SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
+SECONDS, LEAST_RUNS = 60.0, 3000  # the longest search if the model runs one draw at a time, and the fewest runs for one
 Start = Gaussian | BlockGaussian | LowRankGaussian
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 
 
 def start_from_gaussian(
-    guide: AutoFlow, task: Task, power: float = 1.0, budget: float = math.inf, progress: bool = False
+    guide: AutoFlow,
+    task: Task,
+    power: float = 1.0,
+    budget: float = math.inf,
+    progress: bool = False,
+    seconds: float = SECONDS,
 ) -> Start | None:
     """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
 
@@ -53,11 +61,13 @@ def start_from_gaussian(
         power: The exponent of the posterior that the Gaussian approximates.
         budget: The largest number of gradients to spend.
         progress: True to show a progress bar if the search takes more than a second.
+        seconds: The time to spend on a model that runs one draw at a time.
     """
-    if guide.has_circles:
+    if guide.has_circles or not _allows(runs := task.settle().budget(seconds), ", or warm_start=True"):
         return None
-    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
-        untempered = or_nan(LatentSpace(task).log_p)  # draws without density must reach the scores
+    with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
+        untempered = or_nan(runs.counted(LatentSpace(task).log_p))  # draws without density must reach the scores
+        watch = runs.watched(held, "fit_svi")
 
         def density(latent: Tensor) -> Tensor:
             return power * untempered(latent)
@@ -100,9 +110,9 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         task: The model and the guide.
         progress: True to show a progress bar if the search takes more than a second.
     """
-    if not guide.takes_gaussian:
+    if not guide.takes_gaussian or not _allows(runs := task.settle().budget(SECONDS)):
         return None
-    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
+    with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
         density = density_of_all_rows(guide, task.settle()) if task.subsampled else None
         whole = density is not None or not task.subsampled
         space = LatentSpace(task if whole else _unscaled(guide, task))
@@ -110,7 +120,8 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         start = torch.cat([block.start(whole=whole).flatten() for block in guide.posterior.blocks])
         if density is None and space.dim != len(start):  # the guide was set up with other numbers of rows
             return None
-        found = fit_blocks(or_nan(density or space.log_p), layouts, start, guide.posterior.scale, watch=watch)
+        counted, watch = or_nan(runs.counted(density or space.log_p)), runs.watched(held, "fit_svi")
+        found = fit_blocks(counted, layouts, start, guide.posterior.scale, watch=watch)
     if found is None:
         return None
     guide.start_from(found.blocks)
@@ -148,6 +159,14 @@ def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
         return density
 
     return sum_in_parts([density_of(part) for part in parts], model.chunk, model.threads)
+
+
+def _allows(runs: RunBudget, way: str = "") -> bool:
+    """True if a budget is enough for a search; warn otherwise."""
+    if runs.number < LEAST_RUNS:
+        words = f"no Gaussian is sought to start from, since {runs.words}"
+        warn_user(f"fit_svi: {words}. Training begins at the guide's own start; give more steps{way}.")
+    return runs.number >= LEAST_RUNS
 
 
 def _bar(progress: bool) -> tqdm:

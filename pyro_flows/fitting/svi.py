@@ -84,7 +84,9 @@ def fit_svi(
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
         warm_start: Whether to search for a Gaussian to start from; for a ``TemperedELBO``, one of the flattened
             posterior.  By default a new ``AutoFlow`` does so with objectives of ``pyro_flows`` that are vectorised over
-            draws, without subsampled plates.  A guide that was trained before resumes from its present state.
+            draws, without subsampled plates.  It takes at most a minute then if the model runs one draw at a time, and
+            is left out with a warning if too few runs fit into that.  A guide that was trained before resumes from its
+            present state.
         on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
             after 100 consecutive ones; ``"raise"`` raises it at the first.  With ``escalate`` or ``restarts`` an error
             of a later fit ends the search.  The best earlier fit is returned, and its ``stopped`` quotes the error.

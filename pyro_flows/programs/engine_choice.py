@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -71,7 +72,7 @@ class _SingleRuns:
 
     def __init__(self, program: Program, draw: Values) -> None:
         self.traced = {name: value_of(program.single.nodes[name]).unsqueeze(0) for name in draw}
-        program.engine = "loop"
+        program.engine, self.seconds = "loop", 0.0
         self.program = program.with_()
         if program.enumerated:
             self.held, self.size = _joined(draw, self.traced, draw), 3
@@ -86,7 +87,8 @@ class _SingleRuns:
     def compare(self, program: Program, also: Callable[[], str]) -> Noise:
         """Return the noise of the log-density, or raise _Fault if the program's engine differs from single runs."""
         if program.engine == "loop":
-            return self._noise()
+            noise, program.seconds = self._noise(), self.seconds
+            return noise
         try:
             # Draws of a guide that cannot score given values have other densities, so the run itself is the check.
             found = _read(program, self.held, self.size) if self.known else program.run(_terms, {}, 2)
@@ -124,7 +126,9 @@ class _SingleRuns:
         if not keys:
             return Noise()
         for _ in range(REPEATS):
+            start = time.perf_counter()
             runs.append(_read(program, self.traced, 1))
+            self.seconds = time.perf_counter() - start
             if all(torch.equal(runs[1][key], runs[0][key][:1]) for key in keys):
                 return Noise()
         found = {key: torch.cat([run[key][:1].double() for run in runs]) for key in keys}

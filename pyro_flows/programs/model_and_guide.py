@@ -28,6 +28,7 @@ from .latents import check_match, is_point, summable
 from .masks import WithoutHiddenNaN, hides_nan, is_deterministic, is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
+from .run_budget import RunBudget
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
 from .whole_plate import has_parts
 from .written_values import Writes
@@ -137,6 +138,10 @@ class Task:
     def runs_one_by_one(self) -> bool:
         """True if model or guide run one draw at a time."""
         return "loop" in (self.model.engine, self.guide.engine)
+
+    def budget(self, seconds: float) -> RunBudget:
+        """Return the runs that a time allows, without a limit if model and guide run many draws at once."""
+        return RunBudget(seconds, sum(part.seconds for part in (self.model, self.guide) if part.engine == "loop"))
 
     @property
     def left_out(self) -> list[str]:

@@ -64,6 +64,7 @@ class Program:
         engine: The way to run many draws: one of ``ENGINES``.
         noise: The noise of the log-density.
         is_settled: True once the engine is chosen.  If vmap refuses some draws later, they run one by one.
+        seconds: The time of a run for one draw, 0 if it was not measured: it is for programs that run in a loop.
         faults: The reason why a faster engine does not run the program, in words, by the engine.
     """
 
@@ -84,6 +85,7 @@ class Program:
         self.subsamples = {name: site["fn"] for name, site in drawn.items()}
         self.rows = {name: site["value"] for name, site in drawn.items()}
         self.engine, self.noise, self.is_settled = "loop", Noise(), False
+        self.seconds = 0.0
         self.faults: dict[str, str] = {}
         self._sum: Parallel | Sequential | None = None
         self._draws_alone = False

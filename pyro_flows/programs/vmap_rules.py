@@ -7,6 +7,7 @@ read ``tensor.data``.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
 
-LIBRARIES = "torch", "pyro"
+INSTALLED = "site-packages", "dist-packages"  # folders of libraries
 
 
 class DrawsDiffer(RuntimeError):
@@ -32,8 +33,8 @@ class VmapRules(TorchFunctionMode):
 
     * A write into a tensor that the run has created, and that is the same for all draws, makes one of each draw of it.
       Random writes count.
-    * A branch of torch or Pyro is taken if all draws agree on it.  Branches of users are refused, since the few draws
-      that choose an engine may agree by chance.
+    * A branch of a library is taken if all draws agree on it.  Branches of users are refused, since the few draws that
+      choose an engine may agree by chance.
     * Pyro's ``safe_log``, for hidden Markov models, has no rule for vmap and gets one.
 
     Args:
@@ -59,10 +60,12 @@ class VmapRules(TorchFunctionMode):
             return args[0].detach()
         if func is Tensor.__format__:
             return "a number per draw"
-        if func in _READS and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        if func in _READS and _is_library(sys._getframe(1)):
             args = tuple(map(_common, args))
         if func is Tensor.__getitem__ and isinstance(args[1], slice):
             args = args[0], slice(*map(_common, (args[1].start, args[1].stop, args[1].step)))
+        if func in _EQUAL:
+            return args[0].shape == args[1].shape and bool(_common((args[0] == args[1]).all()))
         if func is Tensor.__setitem__ and _is_fill(*args):
             func = Tensor.masked_fill_  # vmap has no rule for a mask as an index
         found = self._written(func, args, kwargs or {})
@@ -83,10 +86,15 @@ class VmapRules(TorchFunctionMode):
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, torch.arange}
+_EQUAL = torch.equal, Tensor.equal
 _LIKE = torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like
 _NEW = Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor
 _CREATORS = {torch.tensor, torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, *_LIKE, *_NEW}
 _CREATORS |= {torch.clone, Tensor.clone}
+
+
+def _is_library(frame: FrameType) -> bool:
+    return any(folder in frame.f_code.co_filename for folder in INSTALLED)
 
 
 def _is_fill(written: Tensor, index: Any, value: Any) -> bool:
