@@ -13,10 +13,22 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal, init_to_median
+from pyro.infer.reparam import ProjectedNormalReparam
 from torch.distributions import constraints
 
-from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi, flows, psis, resample, to_arviz
+from pyro_flows import (
+    AutoFlow,
+    AutoPlateFlow,
+    AutoStructuredFlow,
+    check,
+    fit_svi,
+    flows,
+    psis,
+    resample,
+    to_arviz,
+)
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -74,12 +86,40 @@ def test_intervals_without_volume_are_refused(low, high, infer):
         AutoFlow(model).setup()
 
 
-def test_spheres_are_refused():
-    def model():
-        pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
+GUIDES = {
+    "joint": AutoFlow,
+    "structured": AutoStructuredFlow,
+    "plate": lambda model, **settings: AutoPlateFlow(model, "row", **settings),
+}
+every_guide = pytest.mark.parametrize("build", GUIDES.values(), ids=list(GUIDES))
 
-    with pytest.raises((ValueError, NotImplementedError), match="'direction'"):
-        AutoFlow(model).setup()
+
+def directions():
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", 3):
+        place = pyro.sample("direction", dist.ProjectedNormal(torch.tensor([3.0, 4.0])))
+        pyro.sample("y", dist.Normal(place + shift.unsqueeze(-1), 0.5).to_event(1), obs=torch.tensor([0.0, 1.0]))
+
+
+@every_guide
+@pytest.mark.parametrize("start", [{}, {"init_loc_fn": init_to_median}], ids=["default", "median"])
+def test_spheres_are_refused_with_the_way_out(build, start):
+    with pytest.raises(
+        (ValueError, NotImplementedError), match=r"'direction'.*poutine.reparam.*ProjectedNormalReparam"
+    ):
+        build(directions, **start).setup()
+
+
+@every_guide
+def test_the_way_out_of_spheres_works(build):
+    """The reparametrised site starts at the mean direction."""
+    model = poutine.reparam(directions, {"direction": ProjectedNormalReparam()})
+    guide = build(model, init_scale=1e-3).setup()
+    normal = guide.sample(1000)["direction_normal"]  # the direction is that of the normal plus the concentration
+    found = torch.nn.functional.normalize(normal + torch.tensor([3.0, 4.0]), dim=-1)
+    torch.testing.assert_close(found.mean(0), torch.tensor([0.6, 0.8]).expand(3, 2), rtol=0, atol=0.01)
+    losses = fit_svi(model, guide, steps=3, num_particles=4, warm_start=False, progress=False).losses
+    assert losses.isfinite().all()
 
 
 # Posteriors that are improper.

@@ -19,7 +19,7 @@ from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, is_reparametrised
 from ..programs.traces import signature_of
 from ..user_code import place_of
-from .circles import scalar_support
+from .circles import bijection_onto, scalar_support
 from .guide_call import Call, Found, Key, Rows, frames_of
 from .masked import RowMasks, absent_of, hidden_outside, masks_of_rows, patterns_of, present_outside
 from .nonfinite import Watch
@@ -66,7 +66,7 @@ def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def check_latents(call: Call) -> None:
-    """Refuse discrete latents, supports without volume, and latents in other subsampled plates than the guide's."""
+    """Refuse discrete latents, supports without volume or bijection, and subsampled plates other than the guide's."""
     if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
         which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
         why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
@@ -74,6 +74,7 @@ def check_latents(call: Call) -> None:
         raise ValueError(f"{call.owner}: latent {which} discrete, and cannot be enumerated: {why}. {way}.")
     for name, site in call.latents.items():
         support = site["fn"].support
+        bijection_onto(call.owner, name, support)
         low, high = (getattr(scalar_support(support), bound, None) for bound in ("lower_bound", "upper_bound"))
         if low is not None and high is not None and (torch.as_tensor(low) >= torch.as_tensor(high)).any():
             fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"

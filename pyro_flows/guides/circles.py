@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.constraints import sphere
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
@@ -82,6 +83,20 @@ def scalar_support(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def bijection_onto(owner: str, name: Any, support: Any) -> Transform:
+    """Return torch's bijection onto the support of a site, or raise NotImplementedError with a way out."""
+    try:
+        found: Transform = biject_to(support)
+    except NotImplementedError as error:
+        fault = f"torch maps no real vectors onto {support}, the support of latent site {name!r}"
+        way = "Write the site another way, such as a covariance as scales and an LKJCholesky"
+        if support is sphere:
+            reparam = f"poutine.reparam(model, {{{name!r}: ProjectedNormalReparam()}})"
+            way = f"Draw it from a ProjectedNormal, and use {reparam} in place of the model"
+        raise NotImplementedError(f"{owner}: {fault}. {way}.") from error
+    return found
 
 
 @biject_to.register(Circle)  # type: ignore[untyped-decorator]

@@ -18,7 +18,6 @@ import torch
 from pyro import validation_enabled
 from pyro.distributions import is_validation_enabled
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..programs.error_text import check_observed
 from ..programs.latents import innermost
@@ -27,6 +26,7 @@ from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
 from ..programs.program import Program
 from ..programs.traces import arguments_of
+from .circles import bijection_onto
 from .discrete import summed
 from .guide_call import Call
 from .nonfinite import worst
@@ -41,6 +41,7 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
 
     Otherwise the value is the mean of the prior if it is finite, or else the origin of the unconstrained space.  It is
     the same each time.  Pyro's strategies draw from the prior; this one also starts flat priors (``ImproperUniform``).
+    A ``ProjectedNormal``, which a guide takes after Pyro's ``ProjectedNormalReparam`` alone, starts at its mean.
 
     Args:
         site: A Pyro sample site.  Without one the strategy itself is returned, as Pyro's strategies do.
@@ -49,7 +50,7 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
         A value of the site's shape, in its support.
 
     Raises:
-        NotImplementedError: If torch knows no bijection onto the site's support.
+        NotImplementedError: If torch knows no bijection onto the site's support, and its mean is not known.
 
     Example::
 
@@ -64,14 +65,15 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
     fn = site["fn"]
     if fn.support.is_discrete:
         return fn.sample()  # the guide refuses the site with a better error
+    centres = [value for value in _centres(fn) if value.shape == fn.shape()]
     try:
-        bijection = biject_to(fn.support)
-    except NotImplementedError as error:
-        fault = f"torch maps no real vectors onto {fn.support}, the support of site {site.get('name')!r}"
-        way = "Write the site another way, such as a covariance as scales and an LKJCholesky"
-        raise NotImplementedError(f"init_to_center: {fault}. {way}.") from error
-    for value in _centres(fn):
-        if value.shape == fn.shape() and bijection.inv(value).isfinite().all():
+        bijection = bijection_onto("init_to_center", site.get("name"), fn.support)
+    except NotImplementedError:  # a reparametrisation may replace the site, or else the guide refuses it
+        if not centres:
+            raise
+        return centres[0]
+    for value in centres:
+        if bijection.inv(value).isfinite().all():
             return value
     like = next(iter(_tensors(fn)), torch.zeros(()))
     return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
