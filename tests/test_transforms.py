@@ -38,7 +38,9 @@ from pyro_flows.transforms import (
     PerPixel,
     Planar,
     QuantileMap,
+    Recomputed,
     Residual,
+    Sigmoid,
 )
 
 ROWS = 8
@@ -492,6 +494,24 @@ def test_conditioning_gives_a_plain_transform(case: Case) -> None:
     assert torch.equal(fixed(x), y)
     torch.testing.assert_close(fixed.log_abs_det_jacobian(x, y), log_det)
     assert torch.equal(fixed.inv(y.clone()), transform.inverse_and_log_det(y, context)[0])
+    assert torch.equal(fixed._call(x), y)  # torch's protocol of transforms
+    assert torch.equal(fixed._inverse(y), fixed.inv(y))
+
+
+def test_domains_and_codomains_are_those_of_what_is_inside() -> None:
+    sigmoid = Sigmoid((2,), low=-1.0)
+    for layer in (sigmoid.inv.inv, Compose([ActNorm(2), sigmoid]), Compose([sigmoid.inv]).inv, Recomputed(sigmoid)):
+        assert (str(layer.domain), str(layer.codomain)) == (str(sigmoid.domain), str(sigmoid.codomain))
+        assert (layer.inv.domain, layer.inv.codomain) == (layer.codomain, layer.domain)
+
+
+def test_the_support_of_a_flow_is_that_of_its_last_transform() -> None:
+    last = Sigmoid((2,))
+    for transforms in ([ActNorm(2), last], [Compose([ActNorm(2), last])], [ActNorm(2), last.inv.inv]):
+        q = Flow(transforms)()
+        assert q.support.check(q.sample((5,))).all()
+        assert not q.support.check(torch.tensor([0.5, 2.0]))
+    assert Flow([Sigmoid((2,)), Compose([last.inv])])().support.check(torch.tensor([0.5, 2.0]))
 
 
 def test_actnorm_sets_itself_from_data() -> None:

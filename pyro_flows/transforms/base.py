@@ -243,6 +243,7 @@ class Inverse(FlowTransform):
     def __init__(self, transform: FlowTransform) -> None:
         check_kind("Inverse", FlowTransform, TRANSFORM, transform=transform)
         super().__init__(transform.event_shape, transform.context_dim)
+        self.domain, self.codomain = transform.codomain, transform.domain
         self.transform = transform
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -296,6 +297,7 @@ class Compose(FlowTransform):
     def __init__(self, transforms: Iterable[FlowTransform]) -> None:
         transforms, context_dim = checked_chain("Compose", transforms)
         super().__init__(transforms[0].event_shape, context_dim)
+        self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -354,6 +356,7 @@ class Conditioned(FlowTransform):
         check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
         check_kind("Conditioned", Tensor, "a tensor", context=context)
         super().__init__(transform.event_shape)
+        self.domain, self.codomain = transform.domain, transform.codomain
         wanted, got = (transform.context_dim,), tuple(context.shape)
         if got != wanted:
             raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")

@@ -44,12 +44,12 @@ class View(Transform):
         # The last pair y = t(x), its log|det dy/dx|, and a watch over the tensors that it depends on.
         self._pair: tuple[Tensor, Tensor, Tensor, Callable[[], bool]] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _call(self, x: Tensor) -> Tensor:
         y, log_det = self.transform.forward_and_log_det(x, self.context)
         self._keep(x, y, log_det)
         return y
 
-    def _inv_call(self, y: Tensor) -> Tensor:
+    def _inverse(self, y: Tensor) -> Tensor:
         x, log_det = self.transform.inverse_and_log_det(y, self.context)
         self._keep(x, y, -log_det)
         return x
