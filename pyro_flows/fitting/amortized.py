@@ -143,10 +143,6 @@ def fit_amortized(
         The :class:`~pyro_flows.Fit` of the last round.  Its losses are -log q(latents | data), in nats of the model's
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
-    Warns:
-        UserWarning: If the model has discrete latents.  Their posterior is not learned, and that of the others is
-            marginal over them.
-
     Raises:
         TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, ``observed`` holds no tensors, or
             ``simulations`` are of another class.
@@ -154,6 +150,10 @@ def fit_amortized(
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
             error names the argument or site.
         FloatingPointError: If the loss or gradients stay non-finite.
+
+    Warns:
+        UserWarning: If the model has discrete latents.  Their posterior is not learned, and that of the others is
+            marginal over them.
 
     Example::
 
@@ -331,7 +331,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulati
                     )
                 check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
-            _warn_of_discrete(hidden_names(guide.model) - {*simulator.sites.values()})
+            _warn_of_discrete(guide, hidden_names(guide.model) - {*simulator.sites.values()})
             guide.start_at_draws(flat)
             some = simulations.take(slice(max(20, NUMBERS // simulations.numbers)))
             args, kwargs = simulator.arguments(some.data)
@@ -339,9 +339,9 @@ def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulati
     return packed
 
 
-def _warn_of_discrete(names: set[str]) -> None:
+def _warn_of_discrete(guide: AutoFlow | AutoPlateFlow, names: set[str]) -> None:
     """Warn of discrete latents of the model, which a flow cannot represent."""
     if names:
         fault = f"the posterior of discrete latents is not learned, here {named(sorted(names))}"
-        way = f"To silence this, hide them from the guide: AutoFlow(poutine.block(model, hide={sorted(names)}), ...)"
-        warn_user(f"{CALLER}: {fault}. That of the other latents is marginal over them. {way}.")
+        hidden = f"{type(guide).__name__}(poutine.block(model, hide={sorted(names)}), ...)"
+        warn_user(f"{CALLER}: {fault}. That of the other latents is marginal over them. To silence this: {hidden}.")
