@@ -31,7 +31,7 @@ RAW = 100  # numbers of a dataset up to which they count next to the context
 FAR = 5.0  # standard deviations at which features of a dataset are cut off
 RIDGE = 1e-3  # of the regression of latents on data, per row
 FEWEST = 20  # rows that can be tested
-TILT = 1e4  # nats at which the log of r is cut off; for a narrow posterior of 30 latents it is some 80
+TILT = 1e4  # nats at which the log of r is cut off; narrow posteriors of 30 latents reach more than 50
 NEAR = 3.0  # standard deviations of the posterior up to which a quarter of the rows must lie
 OUTSIDE = 2.0  # how far an observation may lie from the mean of the rows' data, relative to the farthest row
 
