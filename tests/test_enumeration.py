@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -334,10 +336,10 @@ def crowded(y):
     pyro.sample("y", dist.Normal(x + sum(float(one) for one in k), 1.0), obs=y)
 
 
-def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_line_and_the_way_out():
+def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_site_and_the_way_out():
     with pytest.raises(
         ValueError,
-        match=r"discrete latents 'k' cannot be summed out: .* another density .*, and rows of their plates",
+        match=r"discrete latents 'k' cannot be summed out: site 'y' outside of plate 'rows' .* Draw each row at a site",
     ):
         AutoFlow(crowded).setup(torch.tensor(1.0))
 
@@ -573,8 +575,64 @@ def test_rows_that_see_each_other_are_refused():
             shift = torch.tensor([2.0 * a, 2.0 * b + 3.0 * (a and not b)])
             pyro.sample("y", dist.Normal(z + shift, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match="depend on the values of other rows"):
+    with pytest.raises(
+        ValueError, match=r"'kind' cannot be .* site 'y' in plate 'rows' depends on the values of other"
+    ):
         AutoFlow(model).setup(torch.tensor([2.0, 3.0]))
+
+
+NEXT = torch.tensor([0.5, 2.0, -1.0])
+
+
+def see_next(y):
+    """Let each row see the next one."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    rows = pyro.plate("rows", 3)
+    with rows:
+        kind = pyro.sample("kind", dist.Bernoulli(0.4))
+    after = torch.cat([kind[..., 1:], kind[..., :1]], -1)
+    with rows:
+        pyro.sample("y", dist.Normal(z + kind + 2 * after, 1.0), obs=y)
+
+
+def see_next_from_outside(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        kind = pyro.sample("kind", dist.Bernoulli(0.4))
+    with pyro.plate("data", 3):
+        pyro.sample("y", dist.Normal(z + kind + 2 * kind.roll(-1, -1), 1.0), obs=y)
+
+
+def one_by_one(y):
+    """Have the density of ``see_next``, with a site for each row."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    kinds = [pyro.sample(f"kind_{i}", dist.Bernoulli(0.4)) for i in range(3)]
+    for i in range(3):
+        pyro.sample(f"y_{i}", dist.Normal(z + kinds[i] + 2 * kinds[(i + 1) % 3], 1.0), obs=y[i])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(see_next, "site 'y' in plate 'rows'"), (see_next_from_outside, "site 'y' outside of plate 'rows'")],
+)
+def test_rows_that_depend_on_each_other_are_named_with_a_way_out_that_works(model, words):
+    with pytest.raises(
+        ValueError, match=f"{words} depends on .*TraceEnum_ELBO raises no error.* Draw each row at a site"
+    ):
+        AutoFlow(model).setup(NEXT)
+    held, total = {"z": torch.tensor(0.3)}, torch.tensor(-torch.inf)
+    wanted = dist.Normal(0.0, 1.0).log_prob(held["z"])
+    for kinds in itertools.product((0.0, 1.0), repeat=3):
+        kind = torch.tensor(kinds)
+        mean = held["z"] + kind + 2 * kind.roll(-1)
+        term = dist.Bernoulli(0.4).log_prob(kind).sum() + dist.Normal(mean, 1.0).log_prob(NEXT).sum()
+        total = torch.logaddexp(total, term)
+    wanted = wanted + total
+    task = Task(one_by_one, AutoFlow(one_by_one).setup(NEXT), (NEXT,), {}).settle()
+    torch.testing.assert_close(task.model.log_prob({"z": held["z"][None]}, 1)[0], wanted)
+    pyros = poutine.condition(config_enumerate(model), data=held)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    assert abs(-elbo.loss(pyros, lambda y: None, NEXT) - wanted) > 0.01
 
 
 @pytest.mark.parametrize("seed", range(3))

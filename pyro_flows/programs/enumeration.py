@@ -35,6 +35,10 @@ Factors = OrderedDict[frozenset[str], list[Packed]]
 TraceAt = Callable[..., Trace]  # the trace of a model at values: trace_at(values, enumerate=False)
 
 
+class WrongSum(ValueError):
+    """A model has another density at all discrete values at once than at one; Pyro sums it without an error."""
+
+
 class Parallel:
     """The sum over discrete latents at all of their values at once.
 
@@ -109,7 +113,7 @@ class Parallel:
                 continue  # both runs find these values impossible
             if not (here - there).abs() <= 1e-3 * (1 + wanted[name].abs().sum()):
                 what = name if name == REST else f"site {name!r}"
-                raise ValueError(f"{what} has another density at all discrete values at once than at one")
+                raise WrongSum(f"{what} has another density at all discrete values at once than at one")
 
     def _place_of(self, name: str, value: Tensor) -> Packed | None:
         """Return the indices of a discrete site's values in its support, packed; None for a support of one value."""

@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .engines import Site, Values, View
-from .enumeration import REST, Parallel, TraceAt, check_masks, check_rows, terms_of
+from .enumeration import REST, Parallel, TraceAt, WrongSum, check_masks, check_rows, terms_of
 from .error_text import quoted
 from .finite_supports import MOST, with_values
 from .plate_nesting import plates_of
@@ -44,14 +44,24 @@ def sum_over(trace_at: TraceAt, single: Trace, names: tuple[str, ...], nesting: 
     try:
         return Parallel(trace_at, single, names, nesting)
     except Exception as error:  # a user's program may raise anything
+        fault = f"discrete latents {', '.join(map(repr, names))} cannot be summed out"
         try:
             return Sequential(trace_at, single, names)
+        except _RowsDepend as more:
+            words = "Pyro's TraceEnum_ELBO raises no error, but sums as if rows were independent, which is wrong. "
+            words *= isinstance(error, WrongSum)
+            way = f'Draw each row at a site of its own, in a Python loop: pyro.sample(f"{names[0]}_{{i}}", ...)'
+            raise ValueError(f"{fault}: {more}. {words}{way}.") from error
         except ValueError as more:
             raise ValueError(
-                f"discrete latents {', '.join(map(repr, names))} cannot be summed out: the model does not run at all "
-                f"of their values at once ({quoted(error)}), and {more}. Let it broadcast over dimensions to the left "
-                "of its plates, as for Pyro's TraceEnum_ELBO: no .item() and no branches on discrete values."
+                f"{fault}: the model does not run at all of their values at once ({quoted(error)}), and {more}. Let it "
+                "broadcast over dimensions to the left of its plates, as for Pyro's TraceEnum_ELBO: no .item() and no "
+                "branches on discrete values."
             ) from error
+
+
+class _RowsDepend(ValueError):
+    """A site depends on the discrete values of several rows."""
 
 
 class Sequential:
@@ -113,12 +123,37 @@ class Sequential:
         generator, rest, by_value = torch.Generator().manual_seed(0), torch.stack(rests), torch.stack(rows)
         for _ in range(TRIES if self._plates else 0):
             places = torch.randint(self._number, self._rows, generator=generator).to(by_value.device)
-            mixed = self._read(View(trace_at(self._values(places)), self._single, None, 0))
-            wanted = by_value.gather(0, places.unsqueeze(0))[0]
-            for found, known in ((mixed[ROWS], wanted), (mixed[REST], rest)):
-                if not torch.allclose(found, known, rtol=1e-5, atol=1e-4, equal_nan=True):
-                    raise ValueError("rows of their plates, or sites outside, depend on the values of other rows")
+            view = View(trace_at(self._values(places)), self._single, None, 0)
+            mixed, wanted = self._read(view), by_value.gather(0, places.unsqueeze(0))[0]
+            if not (_alike(mixed[ROWS], wanted) and _alike(mixed[REST], rest)):
+                raise _RowsDepend(self._dependent(view, trace_at, places))
         return rest[:1] + self._scale * by_value.logsumexp(0).sum()
+
+    def _dependent(self, mixed: View, trace_at: TraceAt, places: Tensor) -> str:
+        """Return words for the first site that depends on the values of several rows.
+
+        Args:
+            mixed: A run whose rows take different values.
+            trace_at: As for the class.
+            places: The indices of these values, ``(*rows)``.
+        """
+        views = [View(trace_at(values), self._single, None, 0) for values in self._joint_values()]
+        plates = f"plate{'s' * (len(self._plates) > 1)} {', '.join(map(repr, self._plates))}"
+        names = [name for name, site in self._single.nodes.items() if site["type"] == "sample"]
+        for name in names:
+            if not self._is_inside(self._single.nodes[name]):
+                here, *there = (view.log_prob(name.__eq__) for view in (mixed, *views))
+                if not all(_alike(here, other) for other in there):
+                    return f"site {name!r} outside of {plates} depends on the values of several rows"
+                continue
+            here, *there = (self._of_site(view, name) for view in (mixed, *views))
+            if not _alike(here, torch.stack(there).gather(0, places.unsqueeze(0))[0]):
+                return f"site {name!r} in {plates} depends on the values of other rows"
+        return f"rows of {plates} depend on the values of other rows"
+
+    def _of_site(self, view: View, name: str) -> Tensor:
+        """Return the log-density of a site inside of the plates by row, ``(*rows)``."""
+        return self._by_row(terms_of(view, {name: view.trace.nodes[name]}, self._tables)[name], False)
 
     def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
@@ -161,6 +196,10 @@ class Sequential:
         term = term.reshape(lead + torch.Size((1,) * (depth - len(shape))) + shape)
         others = [dim for dim in range(has_draws - term.dim(), 0) if dim not in self._dims]
         return (term.sum(others) if others else term).expand(lead + self._rows)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def _support_of(fn: Any) -> Tensor:
