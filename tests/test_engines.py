@@ -429,7 +429,7 @@ def test_a_draw_out_of_range_is_weighed_and_no_error():
 
 
 def test_the_engine_of_hidden_markov_models_is_vmap():
-    """Pyro's logarithm that is safe at 0 has no vmap rule, and is replaced by one with the same gradient."""
+    """Pyro's logarithm that is safe at 0 has no vmap rule; the density does without it, also under a mask."""
 
     def model(data):
         p = pyro.sample("p", dist.Beta(2.0, 2.0))

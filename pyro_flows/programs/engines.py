@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..arguments import is_integer
 from .masks import counted_data, is_masked
-from .vmap_rules import VmapRules
+from .vmap_rules import VmapRules, mappable
 
 ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
@@ -135,7 +135,11 @@ def run(engine: str, once: Callable[[Values, int | None], View], read: Read, hel
 
         def alone(draw: Tensor, values: Values) -> Values:
             with VmapRules(draw):
-                return read(once(values, None))
+                view = once(values, None)
+                for site in view.trace.nodes.values():
+                    if site["type"] == "sample":
+                        site["fn"] = mappable(site["fn"])
+                return read(view)
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")

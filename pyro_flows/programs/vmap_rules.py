@@ -6,12 +6,13 @@ read ``tensor.data``.
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import FrameType
 from typing import Any
 
+import pyro.distributions as dist
 import torch
-from pyro.ops import special
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
@@ -35,7 +36,6 @@ class VmapRules(TorchFunctionMode):
       Random writes count.
     * A branch of a library is taken if all draws agree on it.  Branches of users are refused, since the few draws that
       choose an engine may agree by chance.
-    * Pyro's ``safe_log``, for hidden Markov models, has no rule for vmap and gets one.
 
     Args:
         draw: The index of the draw, a tensor that differs between draws.
@@ -45,15 +45,6 @@ class VmapRules(TorchFunctionMode):
         super().__init__()
         self._draw = draw
         self._created: dict[int, Tensor] = {}
-
-    def __enter__(self) -> VmapRules:
-        self._safe_log, special._SafeLog = special._SafeLog, _SafeLog
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        special._SafeLog = self._safe_log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
@@ -126,15 +117,34 @@ class _Common(torch.autograd.Function):
         return rows[0].detach().clone(), None
 
 
-class _SafeLog(special._SafeLog):
-    """Pyro's logarithm, whose gradient is finite at 0, with a rule for vmap."""
+def mappable(fn: Any) -> Any:
+    """Return a distribution whose log-density runs by vmap: an equal one for hidden Markov models, or the same."""
+    if type(fn) is dist.DiscreteHMM:
+        return _DiscreteHMM(fn.initial_logits, fn.transition_logits, fn.observation_dist, False, fn.duration)
+    base = getattr(fn, "base_dist", None)
+    if base is None or (new := mappable(base)) is base:
+        return fn
+    other = copy.copy(fn)
+    other.base_dist = new
+    return other
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.log()
+class _DiscreteHMM(dist.DiscreteHMM):
+    """Pyro's hidden Markov model without its ``safe_log``, a function that has no rule for vmap."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def log_prob(self, value: Tensor) -> Tensor:
+        value = value.unsqueeze(-1 - self.observation_dist.event_dim)
+        steps = self.transition_logits + self.observation_dist.log_prob(value).unsqueeze(-2)  # (*batch, T, S, S)
+        while (number := steps.shape[-3]) > 1:
+            pairs, last = steps[..., : number // 2 * 2, :, :], steps[..., number // 2 * 2 :, :, :]
+            steps = torch.cat((_log_matmul(pairs[..., ::2, :, :], pairs[..., 1::2, :, :]), last), -3)
+        return (self.initial_logits + steps.squeeze(-3).logsumexp(-1)).logsumexp(-1)
+
+
+def _log_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``log(exp(x) @ exp(y))``, with gradient 0 where it is -inf."""
+    least = torch.finfo(x.dtype).min
+    x_top, y_top = x.detach().amax(-1, True).clamp(min=least), y.detach().amax(-2, True).clamp(min=least)
+    total = (x - x_top).exp() @ (y - y_top).exp()
+    never = total == 0
+    return total.masked_fill(never, 1.0).log().masked_fill(never, -torch.inf) + x_top + y_top
