@@ -316,6 +316,20 @@ def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_oth
         Task(summing, guide, (Y[0],), {}, "plate").settle()
 
 
+def test_the_warning_of_the_loop_quotes_the_line_of_a_density_that_differs():
+    def model(y):
+        summing(y)
+        pyro.sample("v", dist.Normal(0.0, 1.0)).reshape(-1).min().item()
+
+    said = (
+        r"^the model runs one draw at a time\. In a plate of draws, the model's log-density at site 'penalty' "
+        r"\(test_engines\.py:\d+, `pyro\.factor\(\"penalty\".*`\) is \S+ for one draw, but \S+ vectorised over draws\. "
+        r"Under torch\.func\.vmap, the model does not run .*\.item\(\)`: RuntimeError: vmap: "
+    )
+    with pytest.warns(UserWarning, match=said):
+        Task(model, AutoFlow(model).setup(Y[0]), (Y[0],), {}).settle()
+
+
 def deriving(y):
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     pyro.deterministic("share", w / w.sum())

@@ -350,6 +350,54 @@ def test_an_ordinal_regression_runs_by_vmap(cut_points):
     assert pf.fit_svi(model, guide, steps=3, progress=False, warm_start=False).losses.isfinite().all()
 
 
+def writing(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    mean, total, noise = torch.zeros(4), torch.tensor(0.0), torch.ones(4)
+    assert w.dim() == 1
+    for i in torch.arange(3):
+        mean[i] = w[i] * 2
+        total += w[i].exp()
+        noise[1:] += w[i].square()
+        pyro.deterministic(f"mean_{i}", mean[i])
+    mean[3:] = total
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+
+def reading(y):
+    """Read a tensor through a part that was made before the write."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    assert w.dim() == 0
+    mean = torch.zeros(4)
+    first = mean[0]
+    mean[:] = w
+    pyro.sample("y", dist.Normal(first, 1.0), obs=y[0])
+
+
+def writing_through_a_part(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    assert w.dim() == 0
+    mean = torch.zeros(4)
+    first = mean[:1]
+    first += w
+    pyro.sample("y", dist.Normal(mean[0], 1.0), obs=y[0])
+
+
+@pytest.mark.filterwarnings("ignore:the model runs one draw")
+@pytest.mark.parametrize(("model", "engine"), [(writing, "vmap"), (reading, "loop"), (writing_through_a_part, "loop")])
+def test_writes_into_new_tensors_have_the_density_and_gradient_of_single_runs(model, engine):
+    y = torch.tensor([0.3, -1.0, 0.5, 2.0])
+    task = Task(model, AutoFlow(model).setup(y), (y,), {}).settle()
+    assert task.model.engine == engine
+    found = {}
+    for way in (engine, "loop"):
+        w = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)[:, : 3 if model is writing else 1]
+        w = (w if model is writing else w[:, 0]).clone().requires_grad_()
+        log_p = task.model.with_(engine=way).log_prob({"w": w}, 3)
+        found[way] = log_p, torch.autograd.grad(log_p.sum(), w)[0]
+    torch.testing.assert_close(found[engine], found["loop"])
+
+
 STORE = torch.zeros(4, dtype=torch.float64)
 
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
 
 INSTALLED = "site-packages", "dist-packages"  # folders of libraries
+REFUSALS = "vmap: ", "Batching rule not implemented", "In order to use an autograd.Function"  # torch's first words
 
 
 class DrawsDiffer(RuntimeError):
@@ -26,7 +27,7 @@ class DrawsDiffer(RuntimeError):
 
 def is_refusal(error: Exception) -> bool:
     """True if vmap refused what a program does, or if draws differ in a branch of a library."""
-    return isinstance(error, DrawsDiffer) or (isinstance(error, RuntimeError) and str(error).startswith("vmap: "))
+    return isinstance(error, DrawsDiffer) or (isinstance(error, RuntimeError) and str(error).startswith(REFUSALS))
 
 
 class VmapRules(TorchFunctionMode):
@@ -49,8 +50,6 @@ class VmapRules(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
-        if func is Tensor.__format__:
-            return "a number per draw"
         if func in _READS and _is_library(sys._getframe(1)):
             args = tuple(map(_common, args))
         if func is Tensor.__getitem__ and isinstance(args[1], slice):
@@ -65,13 +64,20 @@ class VmapRules(TorchFunctionMode):
         return found
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function; if it fails to write into a tensor of this run, let the tensor differ between draws."""
+        """Call a function; if it fails to write into a tensor of this run, let the tensor differ between draws.
+
+        A part of such a tensor no longer belongs to it then, since ``x[1:] += y`` assigns the part to its place.
+        """
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            if not args or self._created.pop(id(args[0]), None) is None:
+            if func is Tensor.__format__:
+                return "a number per draw"
+            written = args[0] if args and isinstance(args[0], Tensor) else None
+            if written is None or (id(written) not in self._created and id(written._base) not in self._created):
                 raise
-            swap_tensors(args[0], torch.where(self._draw >= 0, args[0], args[0]))
+            self._created.pop(id(written), None)
+            swap_tensors(written, torch.where(self._draw >= 0, written, written))
             return func(*args, **kwargs)
 
 
