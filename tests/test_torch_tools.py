@@ -5,6 +5,7 @@ The results are those of plain calls.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ import pytest
 import torch
 from pyro.infer import JitTrace_ELBO, Predictive, Trace_ELBO
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, flows
 from pyro_flows.conditioners import LipschitzMLP
@@ -183,3 +185,166 @@ def test_a_traced_predictive_draws_as_the_guide_after_a_file(kind: str) -> None:
         got = torch.cat([draw[name].reshape(2, *wanted.shape[1:]) for draw in draws])
         assert ((got.mean(0) - wanted.mean(0)).abs() < 5 * wanted.std(0) / len(got) ** 0.5).all()
         assert ((got.std(0) / wanted.std(0)).log().abs() < 5 / len(got) ** 0.5).all()  # tails are not much heavier
+
+
+# ------------------------------------------------------------ torch.func
+
+X = laws.normal(6, 3)
+
+
+def flow() -> Flow:
+    return laws.randomise(flows.nsf(3, num_transforms=2, hidden_dims=(8,)), scale=0.3).double()
+
+
+@torch.no_grad()
+def at(module: Any, weights: dict[str, Tensor]) -> Any:
+    """Return a copy of a module with other weights."""
+    other = copy.deepcopy(module)
+    for name, parameter in other.named_parameters():
+        parameter.copy_(weights[name])
+    return other
+
+
+def density(module: Any) -> Verb:
+    return Verb(module, lambda module, x: module.log_prob(x))
+
+
+def of_part(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": tensor for name, tensor in parameters.items()}
+
+
+def test_a_flow_maps_under_vmap() -> None:
+    """So do its gradients, its draws, and an ensemble of flows."""
+    one, many = flow(), [flow() for _ in range(3)]
+    torch.testing.assert_close(vmap(one.log_prob)(X), one.log_prob(X))
+    leaf = X.clone().requires_grad_()
+    torch.testing.assert_close(vmap(grad(one.log_prob))(X), torch.autograd.grad(one.log_prob(leaf).sum(), leaf)[0])
+    y, log_prob = vmap(lambda _: one.rsample_and_log_prob((2,)), randomness="different")(X)
+    torch.testing.assert_close(one.log_prob(y), log_prob)
+    assert y.flatten(0, 1).unique(dim=0).shape == (12, 3)
+    parameters, buffers = stack_module_state(many)
+    found = vmap(lambda *state: functional_call(density(one), tuple(map(of_part, state)), X))(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([member.log_prob(X) for member in many]))
+
+
+@every_guide
+def test_a_guide_maps_under_vmap(kind: str) -> None:
+    _, guide = guided(kind)
+    values = guide.sample(7)
+    torch.testing.assert_close(vmap(guide.log_prob)(values), guide.log_prob(values))
+    guide()  # Pyro's store of parameters is filled by the first call, which vmap cannot do
+    for draws in vmap(lambda _: guide(), randomness="different")(torch.arange(7)).values():
+        assert draws.flatten().unique().numel() == draws.numel()
+
+
+def test_a_functional_call_of_a_flow_has_the_given_weights() -> None:
+    one = flow()
+    given = {name: 1.1 * parameter.detach() for name, parameter in one.named_parameters()}
+    found = functional_call(density(one), of_part(given), X)
+    torch.testing.assert_close(found, at(one, given).log_prob(X))
+
+
+@every_guide
+@pytest.mark.parametrize("called", [False, True], ids=["new", "called"])
+def test_a_functional_call_of_a_guide_has_the_given_weights(kind: str, called: bool) -> None:
+    """Neither do parameters of Pyro's store, which it holds after a call, replace them, nor they the parameters."""
+    _, guide = guided(kind)
+    if called:
+        guide()
+    own = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    given = {name: (1.1 * tensor).requires_grad_() for name, tensor in own.items()}
+    values, kept, found = guide.sample(5), copy.deepcopy(given), []
+    draws = functional_call(guide, given)
+    assert any(
+        gradient is not None
+        for gradient in torch.autograd.grad(
+            sum(map(torch.sum, draws.values())), list(given.values()), allow_unused=True
+        )
+    )
+    for draw in (lambda: functional_call(guide, given), at(guide, kept), guide, at(guide, own)):
+        torch.manual_seed(0)
+        found.append(draw())
+    assert all(torch.equal(given[name], tensor) for name, tensor in kept.items())
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])
+    score = functional_call(density(guide), of_part(given), values)
+    torch.testing.assert_close(score, at(guide, kept).log_prob(values))
+
+
+# ------------------------------------------------------------ torch.export and torch.compile
+
+
+def test_an_exported_flow_has_the_densities_of_the_flow_at_any_size() -> None:
+    one = flow()
+    program = torch.export.export(density(one), (X,), dynamic_shapes=(({0: torch.export.Dim("rows")},),)).module()
+    for x in (X, laws.normal(9, 3)):
+        torch.testing.assert_close(program(x), one.log_prob(x))
+
+
+@pytest.mark.parametrize("kind", ["joint", "structured"])
+def test_an_exported_guide_draws_as_the_guide(kind: str) -> None:
+    _, guide = guided(kind)
+    found = []
+    for draw in (torch.export.export(guide, ()).module(), guide):
+        torch.manual_seed(0)
+        found.append(draw())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
+def test_a_compiled_flow_is_the_flow() -> None:
+    torch._dynamo.reset()
+    one = flow()
+    whole = torch.compile(one.log_prob, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(X), one.log_prob(X))
+    torch.testing.assert_close(torch.compile(one, backend="aot_eager")().log_prob(X), one.log_prob(X))
+    y, log_prob = torch.compile(one.rsample_and_log_prob, backend="aot_eager")((4,))
+    torch.testing.assert_close(log_prob, one.log_prob(y))
+
+
+@pytest.mark.slow
+@every_guide
+def test_a_compiled_guide_is_the_guide(kind: str) -> None:
+    torch._dynamo.reset()
+    model, guide = guided(kind)
+    compiled, values, found = torch.compile(guide, backend="aot_eager"), guide.sample(3), []
+    for same in (compiled, guide):
+        guide.zero_grad()
+        torch.manual_seed(0)
+        draws = same()
+        loss = Trace_ELBO().differentiable_loss(model, same)
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in guide.parameters() if parameter.grad is not None]
+        found.append((draws, loss, gradients, same.log_prob(values)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    pyro.enable_validation(True)  # compiling turns torch's default validation off
+
+
+# ------------------------------------------------------------ containers
+
+CONTAINERS: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "list": lambda *of: nn.ModuleList(of),
+    "dict": lambda *of: nn.ModuleDict(dict(zip("ab", of, strict=True))),
+    "sequential": lambda *of: nn.Sequential(*of),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", ["flow", "layer", *SETUPS])
+def test_containers_hold_parameters_states_and_copies(kind: str, container: str) -> None:
+    builders: dict[str, Callable[[], nn.Module]] = {"flow": flow, "layer": lambda: flow().transforms[0]}
+    first, second = (builders[kind]() if kind in builders else guided(kind)[1] for _ in range(2))
+    held, other = (
+        CONTAINERS[container](*of) for of in ((first, second), (copy.deepcopy(second), copy.deepcopy(first)))
+    )
+    assert len(list(held.parameters())) == len(list(first.parameters())) + len(list(second.parameters()))
+    other.load_state_dict(held.state_dict(), strict=True)
+    inside, copies = next(other.children()), next(copy.deepcopy(held).children())
+    found = []
+    for same in (first, inside, copies):
+        torch.manual_seed(0)
+        found.append(same(X) if kind == "layer" else same.sample(()) if kind == "flow" else same())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    if container == "sequential" and kind == "layer":
+        torch.testing.assert_close(held(X), second(first(X)))

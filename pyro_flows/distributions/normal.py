@@ -13,6 +13,14 @@ from torch.distributions import Distribution, constraints
 from ..arguments import as_flags, as_shape, check_kind, check_numbers
 
 
+class _Normal(dist.Normal):
+    """A normal distribution whose draws are not made in place, so that vmap can draw for each of its batch."""
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.loc + torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device) * self.scale
+
+
 class StandardNormal(nn.Module):
     """The standard normal N(0, I) over events of a given shape, in the dtype and on the device of its flow.
 
@@ -40,7 +48,7 @@ class StandardNormal(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""
-        return dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False).to_event(self.zeros.dim())
+        return _Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False).to_event(self.zeros.dim())
 
 
 class NormalBase(nn.Module):
@@ -67,7 +75,7 @@ class NormalBase(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution at the current parameters, of batch shape ``()`` and event shape ``event_shape``."""
-        return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
+        return _Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
 
 
 class FixedBase(nn.Module):
@@ -134,7 +142,7 @@ class CircularBase(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""
-        normal = dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
+        normal = _Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
         return NormalOrUniform(self.circular, self.bound, normal)
 
 

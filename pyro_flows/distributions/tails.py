@@ -102,7 +102,8 @@ class ContaminatedNormal(dist.TorchDistribution):
         return torch.full_like(self._like, 1 - self.share + self.share * self.scale**2)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        noise = self._like.new_empty(self._extended_shape(torch.Size(sample_shape))).normal_()
+        like = self._like  # drawn anew and not in place, so that vmap can draw for each of its batch
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=like.dtype, device=like.device)
         return torch.where(torch.rand_like(noise) < self.share, self.scale * noise, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -291,17 +291,21 @@ class FlowGuide(Plan, AutoGuide):
         _live[name] = self
         self.__dict__["_pyro_name"] = name
 
-    def _adopt_stored(self, *names: str) -> None:
+    def _adopt_stored(self, *names: str) -> bool:
         """Copy what the parameter store holds under the guide's name into modules, for example after its ``load``.
 
-        The store then drops its own tensors, so that it and the guide share one set.
+        The store then drops its own tensors, so that it and the guide share one set.  False if modules hold other
+        tensors than parameters, as in ``torch.func.functional_call`` and ``torch.export``, which the store must not
+        keep.
         """
         if _is_module_local_param_enabled():
-            return
+            return True
         store = pyro.get_param_store()
         for outer in names or self._modules:
             module = self._modules[outer]
             for inner, parameter in module.named_parameters() if module is not None else ():
+                if type(parameter) is not nn.Parameter:
+                    return False
                 full = param_with_module_name(f"{self._pyro_name}.{outer}", inner)
                 if (kept := store._params.get(full)) is None or kept is parameter:  # nearly always, and at each step
                     continue
@@ -314,6 +318,7 @@ class FlowGuide(Plan, AutoGuide):
                 with torch.no_grad():
                     parameter.copy_(stored)
                 del store[full]
+        return True
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Keep the guide's own name inside a list of guides: it is unique, and the place in the list is not."""
@@ -321,8 +326,8 @@ class FlowGuide(Plan, AutoGuide):
 
     def __getattr__(self, name: str) -> Any:
         """Return a module with the store's parameters, since every access to a network passes through here."""
-        if name in self.__dict__.get("_modules", ()):
-            self._adopt_stored(name)
+        if name in self.__dict__.get("_modules", ()) and not self._adopt_stored(name):
+            return self._modules[name]
         value = super().__getattr__(name)
         if isinstance(value, nn.Module) and not isinstance(value, PyroModule) and _is_module_local_param_enabled():
             for parameter in value.parameters():  # SVI asks each parameter for this, and Pyro forgets it in this mode

@@ -78,7 +78,7 @@ class Call(NamedTuple):
 
     def same_draws(self) -> AbstractContextManager[None]:
         """Restore the random number generators after a block, on the CPU and on the latents' devices."""
-        return torch.random.fork_rng({v.device.index for v in self.start.values() if v.device.type == "cuda"})
+        return torch.random.fork_rng(sorted({v.device.index for v in self.start.values() if v.device.type == "cuda"}))
 
     def look(self, *, until: Collection[str] | None = None, indices: Mapping[str, Tensor] = NONE) -> Found:
         """Run the model, hidden from outer handlers, and return its sites; random number generators are restored.

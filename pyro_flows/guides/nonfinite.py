@@ -59,6 +59,8 @@ class Watch:
         try:
             yield
         except (ValueError, RuntimeError, FloatingPointError) as error:
+            if is_traced():  # numbers cannot be looked at
+                raise
             own, lost = isinstance(error, _Broken), _number_lost(guide)
             if not (own or lost):
                 raise

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
+from ..compiler_state import is_traced
 from ..programs.latents import KEEPS_MASK
 from .circles import is_circular
 from .guide_call import Key, frames_of, rows_in
@@ -244,8 +245,9 @@ def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dic
                 stack.enter_context(plates[frame.name])
             if part.present is not None:
                 stack.enter_context(poutine.mask(mask=part.present))
-            # A copy, since models may write into their latents, and torch forbids that for parts of one vector.
-            fn = dist.Delta(value.clone(), log_density=-log_det, event_dim=part.event_dim)
+            value = value.clone()  # models may write into their latents, and torch forbids that for parts of one vector
+            checked = False if is_traced() else None  # a graph cannot branch on numbers
+            fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim, validate_args=checked)
             placed[name] = pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
     return placed
 
