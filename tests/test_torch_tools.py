@@ -17,11 +17,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import JitTrace_ELBO, Predictive, Trace_ELBO
+from test_images import IMAGES
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, flows
 from pyro_flows.conditioners import LipschitzMLP
+from pyro_flows.encoders import MLPEncoder
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import Residual
 from pyro_flows.transforms.base import chained
@@ -55,6 +57,16 @@ def values_and_gradients(function: Callable[..., Any], module: nn.Module, x: Ten
     return [y, log_det, *torch.autograd.grad((y * weights).sum() + log_det.sum(), wanted, materialize_grads=True)]
 
 
+def traces(flow: Flow, verb: Verb, few: tuple[Tensor, ...], many: tuple[Tensor, ...]) -> None:
+    """A trace at few rows has the values and gradients of the function, also at many rows."""
+    traced = torch.jit.trace(verb, few, check_trace=False)
+    with torch.jit.optimized_execution(False):  # which takes most of the time, and is torch's own
+        for inputs in (few, many):
+            found, wanted = (values_and_gradients(one, flow, *inputs) for one in (traced, verb))
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
 # ------------------------------------------------------------ torch.jit
 
 
@@ -67,12 +79,15 @@ def test_a_traced_flow_has_the_values_and_gradients_of_the_flow(name: str, inver
         laws.randomise(flow, scale=0.5)
     verb = Verb(flow, lambda flow, x, *context: chained(flow.runs, x, *(context or [None]), inverse=inverse))
     few, many = ((laws.normal(n, 2), *([] if fresh else [laws.normal(n, 2, seed=n)])) for n in (3, 5))
-    traced = torch.jit.trace(verb, few, check_trace=False)
-    with torch.jit.optimized_execution(False):  # which takes most of the time, and is torch's own
-        for inputs in (few, many):
-            found, wanted = (values_and_gradients(one, flow, *inputs) for one in (traced, verb))
-            for ours, theirs in zip(found, wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    traces(flow, verb, few, many)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_a_traced_flow_of_images_has_the_values_and_gradients_of_the_flow(name: str, inverse: bool) -> None:
+    flow = laws.randomise(IMAGES[name]((1, 4, 4)), scale=0.1).double()
+    verb = Verb(flow, lambda flow, x: chained(flow.runs, x, None, inverse=inverse))
+    traces(flow, verb, *((laws.normal(n, 1, 4, 4),) for n in (3, 5)))
 
 
 def test_a_traced_flow_takes_all_rows_whatever_the_size_of_chunks() -> None:
@@ -171,6 +186,21 @@ def test_a_traced_guide_draws_as_the_guide_after_a_file(kind: str) -> None:
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not torch.equal(call()[0], found[0][0])
+
+
+def test_a_traced_amortised_guide_reads_its_data() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    guide = AutoFlow(model, partial(flows.maf, num_transforms=2), encoder=MLPEncoder(2, 4)).setup(torch.zeros(2))
+    laws.randomise(guide, scale=0.3)
+    traced = torch.jit.trace_module(guide, {"call": (torch.zeros(2),)}, check_trace=False)
+    for x in (torch.zeros(2), torch.ones(2)):
+        torch.manual_seed(0)
+        found = traced.call(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, guide.call(x))
 
 
 @pytest.mark.parametrize("kind", ["joint", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETUPS)[1:])])

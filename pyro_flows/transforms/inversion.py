@@ -51,7 +51,7 @@ def invert_tokens(
     bijector: Bijector, net: CausalTransformer, y: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Invert token by token, ``(N, T, D), (N, C) -> (N, T, D), (N,)``."""
-    tokens, known = Tokens(net, context, len(y)), None
+    tokens, known = Tokens(net, context, y.shape[0]), None
     found: list[tuple[Tensor, Tensor]] = []
     for place in net.places:
         known, log_det = bijector.inverse_and_log_det(y[:, place], tokens.step(known))
