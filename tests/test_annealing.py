@@ -390,6 +390,19 @@ def test_modes_without_particles_count_in_the_evidence() -> None:
     assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
 
 
+def test_a_gaussian_is_one_mode_of_a_small_population() -> None:
+    """64 particles are few for 20 dimensions, but they are all in one mode."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.ones(20))
+
+    found = found_in(model, number=64)
+    assert [mode.weight for mode in found.modes] == pytest.approx([1.0])
+    exact = float(dist.Normal(0.0, math.sqrt(2)).log_prob(torch.ones(20)).sum())
+    assert abs(found.log_evidence - exact) < 4 * found.log_evidence_se
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("prior", "number"), [(2.0, 1024), (3.5, 512)])
 def test_modes_with_hard_edges_are_covered(prior: float, number: int, short: None) -> None:

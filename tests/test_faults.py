@@ -22,6 +22,7 @@ from pyro_flows import (
     AutoFlow,
     AutoPlateFlow,
     AutoStructuredFlow,
+    anneal,
     check,
     fit_svi,
     flows,
@@ -29,6 +30,10 @@ from pyro_flows import (
     resample,
     to_arviz,
 )
+from pyro_flows.fitting.propriety import check_bounded
+from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.sampling.start_distribution import Reference
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -355,3 +360,64 @@ def vague():
 def test_proper_posteriors_are_welcome(model):
     recipe = None if model is circle else small
     assert fit(model, recipe=recipe).steps == 1
+
+
+# Densities that anneal refuses before it moves a particle.
+
+
+def growing():
+    loose = pyro.sample("loose", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0))
+    pyro.factor("growth", loose**2)
+
+
+def growing_scale():
+    pyro.factor("growth", 1.5 * pyro.sample("loose", dist.Exponential(1.0)))
+
+
+def level():
+    """Log-density that levels off far out, as that of a mixture's component does."""
+    pyro.factor("f", torch.logaddexp(dist.Normal(0.0, 1.0).log_prob(flat("loose")), torch.tensor(-2.0)))
+
+
+def separated():
+    pyro.sample("y", dist.Bernoulli(logits=flat("loose")), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "model", [growing, growing_scale, level, separated, unused_positive, total], ids=lambda model: model.__name__
+)
+def test_anneal_refuses_a_density_without_an_end(model):
+    with pytest.raises(ValueError, match=r"anneal: the posterior is improper: .* latent sites? '(loose|a', 'b)'"):
+        anneal(model, num_particles=64, fit=False)
+
+
+def heavy_tails():
+    pyro.sample("cauchy", dist.Cauchy(0.0, 1.0))
+    pyro.sample("scale", dist.HalfCauchy(1.0))
+    pyro.sample("t", dist.StudentT(0.7, 0.0, 1.0))
+
+
+def many_supports():
+    pyro.sample("angle", dist.VonMises(0.0, 1.0))
+    pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("factor", dist.LKJCholesky(3, 1.0))
+    pyro.sample("turn", dist.Uniform(0.0, 1.0), infer={"periodic": True})
+    pyro.sample("part", dist.Beta(0.5, 0.5))
+
+
+def wide_prior():
+    """Separated data: the likelihood levels off far out, and a very wide prior bounds it."""
+    pyro.sample("y", dist.Bernoulli(logits=pyro.sample("x", dist.Normal(0.0, 1e6))), obs=torch.tensor(1.0))
+
+
+def no_counts():
+    rate = pyro.sample("x", dist.Normal(0.0, 5.0)).exp()
+    pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("model", [heavy_tails, many_supports, wide_prior, no_counts], ids=lambda model: model.__name__)
+def test_wide_and_heavy_tails_have_an_end(model):
+    guide = AutoFlow(model).setup()
+    space = LatentSpace(Task(model, guide, (), {}))
+    with pyro.validation_enabled(False):
+        check_bounded("anneal", guide, space, Reference(space, guide.start[0]).draw(100))

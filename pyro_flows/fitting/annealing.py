@@ -9,11 +9,13 @@ from pyro.infer.autoguide import AutoGuide
 
 from ..arguments import check_flags, check_integers, check_program, joined
 from ..guides import AutoFlow
+from ..programs.latent_space import LatentSpace
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import ISLANDS
 from ..training.loop import Fit
 from .mode_covering import Annealed, cover
+from .propriety import check_proper
 from .svi import fit_svi
 
 CALLER = "anneal"
@@ -61,7 +63,7 @@ def anneal(
     Raises:
         TypeError: If a guide is given.
         ValueError: If a number is out of its range, ``AutoFlow`` refuses the model, or hardly a draw of the prior has a
-            density.
+            density.  If the posterior is detectably improper; the error names the sites.
 
     Warns:
         UserWarning: If the model runs one draw at a time, or its log-density is a visibly noisy estimate.
@@ -90,4 +92,6 @@ def anneal(
     def fit_once(guide: AutoFlow, **settings: Any) -> Fit:
         return fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs, **settings)
 
-    return cover(Task(model, guide, args, kwargs, vectorize), num_particles, fit_once if fit else None)
+    task = Task(model, guide, args, kwargs, vectorize)
+    check_proper(CALLER, LatentSpace(task), guide.start[0])
+    return cover(task, num_particles, fit_once if fit else None)

@@ -115,7 +115,7 @@ class ELBOFit:
         new = new and objective.vectorize_particles and not self.task.subsampled and self.guide.encoder is None
         new = new and not self._batches  # one batch is no posterior
         if new:
-            check_proper(self._space, self.guide.start[0])
+            check_proper("fit_svi", self._space, self.guide.start[0])
         if not (new if warm is None else warm):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0

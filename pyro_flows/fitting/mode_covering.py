@@ -41,6 +41,7 @@ from ..sampling.start_distribution import Reference
 from ..training import distributed
 from ..training.loop import Fit
 from .density import fit_density
+from .propriety import check_bounded
 from .score_check import NoScore
 
 DRAWS = 20_000  # weighted draws of the guide
@@ -158,12 +159,13 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         starts: Starts of climbs to modes that particles may miss, ``(n, D)``.
 
     Raises:
-        ValueError: If hardly a draw of the prior has a density.
+        ValueError: If hardly a draw of the prior has a density, or the posterior is detectably improper.
     """
     began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
         space = sound_space(task)
         reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
+        check_bounded("anneal", guide, space, reference.draw(SOME))
         population, others = distributed.broadcast(
             lambda: (anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), reference.draw(SOME)))
         )

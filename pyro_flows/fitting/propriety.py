@@ -1,13 +1,18 @@
-"""Detection of improper posteriors, which flat priors cause.
+"""Detection of improper posteriors, which flat priors and growing factors cause.
 
 A density is not integrable if its logarithm, over the unconstrained space, is a straight line along some direction v.
 Then the score times v is constant.  Such directions are null vectors of scores at some places, among the latents with
 flat priors.  Each direction is followed as far as floating-point numbers resolve, so no posterior is refused for being
-wide.  A density that only levels off is not detected, for example that of a mixture's component.
+wide.
+
+Nor is a density integrable if its integral is infinite along one axis, through places that are not chosen for it: by
+Fubini's theorem almost all such integrals of an integrable density are finite.  From draws near the posterior the axes
+are followed over many magnitudes.  A density that falls no faster than the inverse root of the distance is improper.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,13 +27,18 @@ from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 from ..user_code import warn_user
 
-MANY = 200  # latents with flat priors beyond which the search would take long
+MANY = 200  # latents with flat priors beyond which the search would take long; the most axes that are followed
+PLACES, STEPS = 4, (3.0, 1e1, 3e1, 1e2, 1e3, 1e4, 1e6, 1e9, 1e12)  # starts on each axis; steps, in standard deviations
+ROUND_OFF = 0.1  # relative change of a place there and back, from which the edge of a support has rounded it
+SLOWEST = -0.5  # power of the distance; a density that falls more slowly than the power -1 has no integral
+BATCH = 2048  # vectors per run of the model
 
 
-def check_proper(space: LatentSpace, start: Tensor) -> None:
-    """Raise ValueError if the posterior is detectably improper; the message names the sites at fault.
+def check_proper(caller: str, space: LatentSpace, start: Tensor) -> None:
+    """Raise ValueError if a flat prior leaves the posterior detectably improper; the message names the sites.
 
     Args:
+        caller: The start of the message.
         space: The latent space of a guide.
         start: A vector in it, ``(D,)``, to search around.
     """
@@ -41,7 +51,7 @@ def check_proper(space: LatentSpace, start: Tensor) -> None:
             sites = sorted({space.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
             which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
             raise ValueError(
-                f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
+                f"{caller}: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
                 f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
             )
 
@@ -52,7 +62,7 @@ def check_masked(task: Task) -> None:
         warn_user(f"fit_svi: the posterior may be improper: {words}.")
         with unchanged(), validation_enabled(False):
             if not task.subsampled and (space := _space_of(task)):
-                check_proper(space, space.draw_alone(1, 1)[0])
+                check_proper("fit_svi", space, space.draw_alone(1, 1)[0])
 
 
 def _space_of(task: Task) -> LatentSpace | None:
@@ -63,6 +73,57 @@ def _space_of(task: Task) -> LatentSpace | None:
     except ValueError:
         return None
     return space
+
+
+def check_bounded(caller: str, guide: AutoFlow, space: LatentSpace, z: Tensor) -> None:
+    """Raise ValueError if the posterior's integral along the axis of a latent is infinite.
+
+    Args:
+        caller: The start of the message.
+        guide: The guide whose coordinates the space has.
+        space: The space.
+        z: Draws of the prior, ``(N, D)``.
+    """
+    z = z[z.isfinite().all(-1)]
+    axes = (~torch.tensor(guide.circular)).nonzero().flatten()  # angles have no end
+    axes = axes[torch.randperm(len(axes))[:MANY]].to(z.device)
+    if len(z) < PLACES or not len(axes):
+        return
+    steps = torch.tensor(STEPS).to(z)
+    unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
+    walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
+    ends = z[:PLACES].view(-1, 1, 1, 1, z.shape[1]) + walks
+    log_p = torch.cat([_where_exact(space, part, or_nan(space.log_p)) for part in ends.flatten(0, -2).split(BATCH)])
+    endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
+    if bool(endless.any()):
+        sites = sorted({guide.coordinates[int(axis)] for axis in axes[endless]})
+        which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
+        raise ValueError(
+            f"{caller}: the posterior is improper: its density has no end along {which}. Give a prior that falls "
+            "faster than the other factors grow."
+        )
+
+
+@torch.no_grad()
+def _where_exact(space: LatentSpace, z: Tensor, density: LogDensity) -> Tensor:
+    """Return a log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
+    back = space.located(space.latents(z))
+    off = torch.zeros_like(z) if back is None else (back - z).abs() - ROUND_OFF * z.abs()
+    return density(z).where((off <= 0).all(-1), math.nan)
+
+
+def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:
+    """Return True for lines along which a density falls too slowly to have an integral, as far as it is finite.
+
+    Args:
+        log_p: The log-density at some steps, ``(*lines, steps)``.
+        log_steps: The logarithms of these steps.
+    """
+    known = (~log_p.isnan() & (log_p < torch.inf)).long().cumprod(-1)
+    count = known.sum(-1, keepdim=True)
+    slopes = (log_p.diff(dim=-1) / log_steps.diff()).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    last = slopes.gather(-1, (count - 2 - torch.arange(2, device=log_p.device)).clamp_min(0))
+    return (count.squeeze(-1) > 2) & (last > SLOWEST).all(-1)
 
 
 def _flat_latents(space: LatentSpace) -> dict[bool, list[int]]:

@@ -313,7 +313,7 @@ class LatentSpace:
             latents = self.latents(z)
             held = {name: latents[name] for name in self.flat}
             found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
-            located = self._locate(found)
+            located = self.located(found)
             return z * math.nan if located is None else self._noised(located)
 
         return or_nan(drawn, self.dim)(z)
@@ -357,7 +357,7 @@ class LatentSpace:
         same = all(a.shape == b.shape and torch.allclose(a, b.to(a), 1e-4, 1e-6, equal_nan=True) for a, b in pairs)
         return self._layout if same else {}
 
-    def _locate(self, values: Values) -> Tensor | None:
+    def located(self, values: Values) -> Tensor | None:
         """Return the vectors at which the latents take values ``(N, *shape)``, or None if they are unknown."""
         guide: Any = self.task.guide.call
         if hasattr(guide, "pack"):

@@ -127,9 +127,11 @@ class ModeMixture:
         z, log_weights, *_ = self.population
         inside = found.holds(z)
         _, weights = _distinct(z[inside], log_weights[inside].exp())
-        is_rare = float(weights.sum()) ** 2 < ENOUGH * len(found.loc) * float(weights.square().sum())
-        mass = found.elbo - self.population.log_evidence
-        lacks = self.population.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
+        mass, share = found.elbo - self.population.log_evidence, self.population.share(inside)[0]
+        effective = 1 / float(log_weights.exp().square().sum())  # copies count here, as long as islands weigh the same
+        least = min(ENOUGH * len(found.loc), share * effective / 4)  # few particles make no mode of a small population
+        is_rare = float(weights.sum()) ** 2 < least * float(weights.square().sum())
+        lacks = share < math.exp(min(mass, 0.0)) / 4
         return mass > -LITTLE and (lacks or is_rare)
 
     def _gaussians(self, modes: int) -> tuple[Tensor, list[Tensor]]:
