@@ -165,10 +165,13 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     with pyro.validation_enabled(False):
         space = sound_space(task)
         reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
-        check_bounded("anneal", guide, space, reference.draw(SOME))
-        population, others = distributed.broadcast(
-            lambda: (anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), reference.draw(SOME)))
-        )
+
+        def particles() -> tuple[Population | None, Tensor]:
+            drawn = reference.draw(SOME)
+            check_bounded("anneal", guide, space, drawn)
+            return anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), drawn)
+
+        population, others = distributed.broadcast(particles)
         distributed.sync()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")

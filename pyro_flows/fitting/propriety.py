@@ -6,8 +6,9 @@ flat priors.  Each direction is followed as far as floating-point numbers resolv
 wide.
 
 Nor is a density integrable if its integral is infinite along one axis, through places that are not chosen for it: by
-Fubini's theorem almost all such integrals of an integrable density are finite.  From draws near the posterior the axes
+Fubini's theorem almost all such integrals of an integrable density are finite.  From some draws of the prior the axes
 are followed over many magnitudes.  A density that falls no faster than the inverse root of the distance is improper.
+The first test is for a fit; ``anneal`` makes both.
 """
 
 from __future__ import annotations
