@@ -21,8 +21,8 @@ import torch
 import xarray
 from models import Y, nested
 
-from pyro_flows import AutoFlow, arviz_versions, flows, psis, resample, to_arviz
-from pyro_flows.diagnostics.importance import reweighted, weigh
+from pyro_flows import AutoFlow, arviz_versions, check, flows, psis, resample, to_arviz
+from pyro_flows.diagnostics.importance import reweighted
 from pyro_flows.diagnostics.pareto import smooth
 from pyro_flows.programs.model_and_guide import Draws
 from pyro_flows.sampling.annealed_population import systematic
@@ -122,11 +122,24 @@ def test_without_vectorize_the_layout_is_the_same(guide, data):
             assert value.sizes.get("draw", 25) == 25
 
 
-def test_attrs_hold_khat(data):
-    khat = weigh(torch.as_tensor(data.sample_stats["log_weight"].values[0])).khat
+def test_attrs_hold_khat():
+    """It is found from 10,000 draws whatever their number, as in psis and check, of which the latter draws others."""
+    guide = gaussian(0.5)  # k-hat is 1 - 0.5², so that it warns
+    pyro.set_rng_seed(0)
+    khat = psis(target, guide).khat
+    pyro.set_rng_seed(0)
+    with pytest.warns(UserWarning, match=rf"k-hat is {khat:.2f}, above 0\.70: .* Judge the guide by pf\.check"):
+        data = to_arviz(target, guide, num_samples=30)
     for group in groups_of(data):
-        assert data[group].attrs["inference_library"] == "pyro_flows"
-        assert data[group].attrs["khat"] == pytest.approx(khat)
+        attrs = data[group].attrs
+        assert (attrs["inference_library"], attrs["khat"], attrs["num_weighed"]) == ("pyro_flows", khat, 10_000)
+    checked = check(target, guide, num_chains=16).psis
+    assert len(checked.log_weights) == 10_000
+    # The shape of the 300 largest weights has a standard error of (1 + k) / sqrt(300).
+    assert abs(checked.khat - khat) < 4 * 2**0.5 * (1 + khat) / 300**0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_arviz(target, gaussian(1.1), num_samples=30, num_weighed=100).posterior.attrs["num_weighed"] == 100
 
 
 def test_netcdf_round_trip(data, tmp_path):

@@ -494,7 +494,7 @@ def test_a_posterior_that_is_gaussian_takes_few_steps_and_draws(monkeypatch):
 
     def stop(descent):
         asked.append(descent.settings.steps)
-        return SimpleNamespace(steps=descent.settings.steps, skipped=0)
+        return SimpleNamespace(steps=descent.settings.steps, stopped="interrupted")
 
     monkeypatch.setattr("pyro_flows.training.loop.Descent.fit", stop)
     fit_svi(model, AutoFlow(model), progress=False)

@@ -15,7 +15,8 @@ from ..programs.engines import Site, Values, in_batches, row_log_prob
 from ..programs.model_and_guide import Task, warn_untrained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.samples import Samples
-from .importance import LEAST, reweighted, weigh
+from ..user_code import warn_user
+from .importance import LEAST, MANY, number_to_weigh, reweighted, weigh
 
 
 @runs_programs
@@ -25,7 +26,7 @@ def to_arviz(
     *args: Any,
     num_samples: int = 1000,
     importance: bool = False,
-    num_weighed: int = 10_000,
+    num_weighed: int | None = None,
     posterior_predictive: bool = False,
     log_likelihood: bool = True,
     batch_size: int = 1000,
@@ -40,9 +41,10 @@ def to_arviz(
     difference ``log_weight``, in nats), ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.
 
     Draws of a guide have the dimensions ``(chain=1, draw=N)`` and those of the model's plates.  Each group has the
-    attributes ``khat``, ``importance_resampled`` (1 or 0) and ``importance_ess``, the effective sample size of the
-    weights.  The draws are unweighted, or with ``importance`` resampled as by :func:`~pyro_flows.resample`.  For them
-    ``r_hat`` and ``ess`` of ``arviz.summary`` have no meaning: see :func:`~pyro_flows.check`.
+    attributes ``khat``, ``num_weighed``, the number of weighted draws that k-hat is found from, ``importance_ess``,
+    their effective sample size, and ``importance_resampled`` (1 or 0).  The draws are unweighted, or with
+    ``importance`` resampled as by :func:`~pyro_flows.resample`.  For them ``r_hat`` and ``ess`` of ``arviz.summary``
+    have no meaning: see :func:`~pyro_flows.check`.
 
     Draws of :func:`~pyro_flows.sample` keep their chains, so ``r_hat`` and ``ess`` apply.  The dimensions are
     ``(chain, draw)``, ``sample_stats`` holds ``log_p``, and the attributes are ``converged`` (1 or 0), ``divergences``
@@ -59,7 +61,8 @@ def to_arviz(
         num_samples: The number N of draws of a guide, at least 25.
         importance: Whether to resample the draws by their Pareto-smoothed weights.  ``sample_stats`` then describes the
             kept draws, some of them repeated.
-        num_weighed: The number of weighted draws to choose from, at least 25; N if N is larger.
+        num_weighed: The number of weighted draws to find k-hat from, and with ``importance`` to choose from: at least
+            25, and N if N is larger.  By default as many as :func:`~pyro_flows.check` weighs.
         posterior_predictive: Whether to sample the observed sites given the latents.  Sites that depend on an observed
             site then use its new value.
         log_likelihood: Whether to include the log-likelihood of each observation, in nats.
@@ -77,8 +80,8 @@ def to_arviz(
         ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
-        UserWarning: If the guide was never trained.  With ``importance``, if k-hat is above its threshold, so that the
-            draws cannot be trusted.
+        UserWarning: If the guide was never trained, or k-hat is above its threshold, so that the weights do not confirm
+            the draws.  Beyond 1,000 latents only with ``importance``.
 
     Example::
 
@@ -90,7 +93,8 @@ def to_arviz(
         >>> dict(data["posterior"].sizes)
         {'chain': 1, 'draw': 100}
     """
-    check_integers("to_arviz", LEAST, num_samples=num_samples, num_weighed=num_weighed)
+    check_integers("to_arviz", LEAST, num_samples=num_samples)
+    check_integers("to_arviz", LEAST, optional=True, num_weighed=num_weighed)
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
@@ -103,7 +107,7 @@ def to_arviz(
         latents, stats, attrs = _from_chains(task, chains, batch_size)
     else:
         warn_untrained("to_arviz", guide)
-        latents, stats, attrs = _from_guide(task, num_samples, num_weighed if importance else 0, batch_size)
+        latents, stats, attrs = _from_guide(task, num_samples, num_weighed, importance, batch_size)
     number = len(next(iter(chains.draws.values()))) if chains else 1
     nodes, observed = task.model.single.nodes, task.sites("observed")
 
@@ -126,22 +130,33 @@ def to_arviz(
     return container(groups, {"inference_library": "pyro_flows", **attrs})
 
 
-def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> tuple[Values, Values, dict[str, Any]]:
-    """Draw from a guide, and resample the draws if ``num_weighed`` is positive.
+def _from_guide(
+    task: Task, number: int, num_weighed: int | None, importance: bool, batch_size: int
+) -> tuple[Values, Values, dict[str, Any]]:
+    """Draw from a guide, and resample the draws by their weights if that is asked for.
 
     Returns:
         The draws of all latents, each ``(N, *site_shape)``, statistics of each draw, ``(N,)``, and of all draws.
     """
-    draws = task.draw(max(number, num_weighed), batch_size)
-    if num_weighed:
+    dim = sum(torch.as_tensor(task.model.single.nodes[name]["value"]).numel() for name in task.latents)
+    drawn = max(number, num_weighed or number_to_weigh(task.settle(), dim))
+    draws = task.draw(drawn, batch_size)
+    if importance:
         draws, psis = reweighted(draws, number, "to_arviz", task)
     else:
         psis = weigh(draws.log_p - draws.log_q, "to_arviz", task, draws.latents_at)
+        draws = draws.take(torch.arange(number))
+        if not psis.reliable and dim <= MANY:
+            warn_user(
+                f"to_arviz: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: the weights do not confirm that "
+                "these are draws of the posterior. Judge the guide by pf.check(model, guide, ...)."
+            )
     stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
     attrs = {
         "inference_method": "variational",
         "khat": psis.khat,
-        "importance_resampled": int(bool(num_weighed)),
+        "num_weighed": drawn,
+        "importance_resampled": int(importance),
         "importance_ess": psis.ess,
     }
     return task.complete(draws.latents, batch_size), stats, attrs

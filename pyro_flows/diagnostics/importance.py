@@ -34,6 +34,9 @@ from .pareto import smooth
 from .unreached import check_reach
 
 LEAST = 25  # the fewest draws that have a tail to fit
+MANY = 1000  # latents beyond which small errors of many of them add up in k-hat
+SEVERAL, FEW = 10_000, 1000  # weighted draws, and if the model runs one draw at a time
+FEWEST, NUMBERS = 500, 10_000_000  # the fewest draws of many latents, and numbers in all draws together
 EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
 
 
@@ -159,6 +162,17 @@ def psis(
         check_reach("psis", task.check())
         draws = task.draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
+
+
+def number_to_weigh(task: Task, dim: int) -> int:
+    """Return the default number of draws to weigh; with many latents it depends on the numbers in a draw.
+
+    Args:
+        task: The task, whose engines are chosen.
+        dim: The number of latents.
+    """
+    usual = FEW if task.runs_one_by_one else SEVERAL
+    return usual if dim <= MANY else min(usual, max(FEWEST, NUMBERS // max(dim, task.model.largest)))
 
 
 def weigh(

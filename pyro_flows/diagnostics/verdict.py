@@ -39,7 +39,7 @@ from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates, guide_density
 from .drift import CERTAIN, FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import NEXT, Finding, worst
-from .importance import Psis, weigh
+from .importance import MANY, Psis, number_to_weigh, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_modes import Missing, search
 from .outliers import outliers
@@ -59,12 +59,11 @@ WORST_KHAT = 1.0  # beyond it the weights have no mean
 ADAPT, BLOCK, SWEEPS = 4, 10, 50  # sweeps to adapt steps, sweeps per block, and the most afterwards
 SHORT = 5  # sweeps per block of chains with twins, which have little noise
 TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
-MANY = 1000  # latents beyond which a check looks at some of them
 LOOKED, SMALL = 100, 16  # quantities then, and the size of sites all of whose numbers are among them
-NUMBERS = 10_000_000, 100_000  # of weighted draws and of chains, about
+NUMBERS = 100_000  # of chains, about
 SLOWEST = 10.0  # the variance of means of chains, in units of independent sweeps, beyond which a spread is unknown
 SLOW, WHOLE = 180.0, 20_000  # seconds for a model that runs one draw at a time, and the runs of a whole check of it
-FEWEST = 500, 32  # draws and chains of many latents
+CHAINS, ALONE, FEWEST = 256, 16, 32  # chains, if the model runs one draw at a time, and of many latents
 BATCH = 20_000_000  # numbers of draws that are found at once
 
 
@@ -346,13 +345,12 @@ def _sizes(space: LatentSpace) -> tuple[int, int, int]:
 
     With many latents they depend on the numbers in a draw, and in the largest tensor that the model computes from it.
     """
-    usual = (1000, 16) if space.task.runs_one_by_one else (10_000, 256)
-    usual = (min(usual[0], 300), usual[1]) if _left_out(space) else usual
+    draws, chains = number_to_weigh(space.task, space.dim), ALONE if space.task.runs_one_by_one else CHAINS
+    draws = min(draws, 300) if _left_out(space) else draws
     if space.dim <= MANY:
-        return *usual, 1000
+        return draws, chains, 1000
     numbers = max(space.dim, space.task.model.largest)
-    draws, chains = (max(least, most // numbers) for least, most in zip(FEWEST, NUMBERS, strict=True))
-    return min(usual[0], draws), min(usual[1], chains), max(1, min(1000, BATCH // numbers))
+    return draws, min(chains, max(FEWEST, NUMBERS // numbers)), max(1, min(1000, BATCH // numbers))
 
 
 def _varying(space: LatentSpace, draws: Scored) -> Scored:

@@ -11,9 +11,11 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine, validation_enabled
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
@@ -55,6 +57,8 @@ PACED = Network, Elementwise, RowContexts, ScaledLinear
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit has converged
+LEAST, MOST = 10, 50  # losses of which the mean is reported at the end
+SHARP = 0.01  # nats, the standard error below which no more of them are taken
 MANY = 64  # draws per step, from which on SOAP does better than Adam
 ONE_BY_ONE = 8  # draws per step if the model runs one at a time
 
@@ -147,7 +151,7 @@ class ELBOFit:
                 objective.num_particles = -(-schedule.num_particles // distributed.size())
             settings = self._settings(asked, schedule, parameters, alone=alone, file=file)
             by_soap, by_muon = plan.by_soap() if alone else [], plan.by_muon()
-            return Descent(
+            descent = Descent(
                 self.joint_loss if alone else self._loss,
                 parameters,
                 optimizers(parameters, settings.lr, by_soap=by_soap, by_muon=by_muon),
@@ -155,7 +159,19 @@ class ELBOFit:
                 guide,
                 lambda: culprit(task),
                 companion=Followed(objective, self._batches) if self._batches else objective,
-            ).fit()
+            )
+            fit = descent.fit()
+        if self._batches or task.subsampled or not self._can_repeat or fit.stopped == "interrupted":
+            return fit
+        return replace(fit, best_loss=fresh_loss(descent.loss, fit))
+
+    @property
+    def _can_repeat(self) -> bool:
+        """True if the loss of the objective, at the end of the run, is the same function of the guide at each call."""
+        objective = self.objective
+        if not hasattr(objective, "differentiable_loss") or vars(objective).keys() & {*RECORDED}:
+            return False
+        return getattr(objective, "settled", True) and not hasattr(objective, "num_steps")
 
     def _where(self, start: Start | None, parameters: list[Tensor], kept: dict[str, Any] | None) -> tuple[bool, bool]:
         """Return whether the run starts near the posterior, and whether the rows of plates do, and note both.
@@ -235,6 +251,26 @@ class ELBOFit:
         """Return the loss of the default objective, without the handlers that an ELBO runs a guide under."""
         z, log_q = self._flow().with_path_gradient().rsample_and_log_prob((self.objective.num_particles,))
         return (log_q - self._space.log_p(z)).mean()
+
+
+@torch.no_grad()
+def fresh_loss(loss: Callable[[], Tensor], fit: Fit) -> float:
+    """Return the loss at the state that a fit has kept, as a mean of new draws; random numbers are left alone.
+
+    The running loss of a short fit lags behind, since it is a mean over the steps that led to the state.
+    """
+    found: list[float] = []
+    with unchanged():
+        pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
+        while len(found) < LEAST or (len(found) < MOST and torch.tensor(found).std() > SHARP * len(found) ** 0.5):
+            try:
+                found.append(float(loss()))
+            except Exception as error:
+                if not is_breakdown(error):
+                    raise
+                found.append(math.nan)
+    every = [value for values in distributed.all_gather(lambda: found) for value in values if math.isfinite(value)]
+    return sum(every) / len(every) if every else fit.best_loss
 
 
 def _program_of(task: Task, objective: ELBO) -> Callable[..., Any]:

@@ -44,7 +44,8 @@ class Fit:
     Attributes:
         guide: The trained guide or flow; with several rungs, that of the rung that was kept.
         losses: The loss of each step, ``(steps,)``, in nats or the unit of the objective; NaN if the step was skipped.
-        best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
+        best_loss: The loss at the state that was kept: on held-out data, if there are any; in ``fit_svi`` a mean of new
+            draws, if all data are used at once; otherwise the running mean of the loss.
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
         skipped: The number of steps that were skipped, because the loss or a gradient was not finite or could not be
