@@ -39,6 +39,13 @@ def of_scale(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean, scale.detach()), obs=y)
 
 
+def branch(y: Tensor) -> None:
+    """Detach the latent, and visit another site on each side of 0."""
+    a = pyro.sample("a", dist.Normal(0.0, 1e-3))
+    pyro.factor("right" if a > 0 else "left", torch.as_tensor(-(a.item() ** 2)))
+    pyro.factor("f", -1e5 * (a.detach() + 1) ** 2)
+
+
 def mixture(y: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 3.0).to_event(1))
     with pyro.plate("row", len(y)):
@@ -59,6 +66,8 @@ def test_the_one_latent_that_is_detached_is_named(dtype: torch.dtype) -> None:
     y = torch.linspace(2, 4, 1000, dtype=dtype)
     with pytest.raises(ValueError, match=r"score of site 'y' .* got 0 along latent 'scale'"):
         pf.fit_svi(of_scale, pf.AutoFlow(of_scale), y, **QUICK)
+    with pytest.raises(ValueError, match=r"score of site 'f' .* got 0 along latent 'a'"):
+        check_score(Task(branch, AutoNormal(branch), (y,), {}))
     with pytest.raises(ValueError, match=r"discrete latents summed out, .* along latent 'loc'"):
         pf.fit_svi(mixture, pf.AutoFlow(mixture), y, **QUICK)
 
@@ -137,7 +146,15 @@ def subsampled(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(a, 1.0), obs=10 * y[i])
 
 
-WELCOME = [steps, straight_through, kinks, noise, noise_of_its_own, many_rows, process, bounded, subsampled]
+def branches(y: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    if a > 0:
+        pyro.factor("right", -a)
+    else:
+        pyro.factor("left", a.exp())
+
+
+WELCOME = [branches, steps, straight_through, kinks, noise, noise_of_its_own, many_rows, process, bounded, subsampled]
 
 
 @pytest.mark.parametrize("model", WELCOME)

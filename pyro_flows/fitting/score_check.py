@@ -64,7 +64,7 @@ def check_score(task: Task) -> None:
     places = place, _Place(task, task.once()[0])
     if not all(one.faults(one.names, STEPS, SMALL) for one in places):
         return
-    for name in place.names[:FEW]:
+    for name in [name for name in place.names if name in places[1].maps][:FEW]:
         here, there = (one.faults([name], STEPS, LARGE, by_site=True) for one in places)
         for site in here.keys() & there.keys():
             score, rate = here[site]
@@ -88,7 +88,8 @@ class _Place:
     """
 
     def __init__(self, task: Task, trace: Trace) -> None:
-        self.model, sites = task.model.with_(engine="loop"), {name: trace.nodes[name] for name in task.latents}
+        self.model = task.model.with_(engine="loop")
+        sites = {name: trace.nodes[name] for name in task.latents if name in trace.nodes}
         self.held = {name: torch.as_tensor(site["value"]).detach() for name, site in sites.items()}
         self.maps: dict[str, Any] = {}
         for name, site in sites.items():
@@ -122,14 +123,17 @@ class _Place:
             for length in lengths:
                 ends = [{n: self.z[n] + way * length * self.direction[n] for n in names} for way in (1, -1)]
                 up, down = (self._log_densities(end, by_site) for end in ends)
-                rates.append({site: (up[site][0] - down[site][0]) / (2 * length) for site in scores})
+                both = up.keys() & down.keys()  # a branch may lead to other sites
+                rates.append({site: (up[site][0] - down[site][0]) / (2 * length) for site in both})
         except Exception as error:
             if is_breakdown(error):
                 return {}
             raise
         found = {}
         for site, score in scores.items():
-            rate = torch.stack([rates[i][site] for i in range(len(steps))])
+            if not all(site in known for known in rates):
+                continue
+            rate = torch.stack([known[site] for known in rates])
             doubt = SPREAD * (rate.max() - rate.min()) + ROUNDING * self.eps * values[site][1] / lengths[0]
             apart, size = (rate[0] - score).abs(), torch.maximum(rate[0].abs(), score.abs())
             if apart.isfinite() and apart > doubt + share * size and rate[0].abs() > doubt:
