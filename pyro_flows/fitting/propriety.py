@@ -21,6 +21,7 @@ from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import flat_by_mask
 from ..programs.log_density import LogDensity, or_nan, score_of
