@@ -323,6 +323,28 @@ def test_a_lost_mode_is_missed(share):
     assert found.missing.place[0] == pytest.approx(-4, abs=0.5)
 
 
+def test_a_lost_neck_is_no_second_mode():
+    """The guide misses a part of a funnel's neck.  Its words advise to non-centre, and not to look for modes."""
+
+    def model() -> None:
+        pyro.sample("x", of(pyro.sample("v", dist.Normal(0.0, 2.0))))
+
+    def of(v: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).expand([*v.shape, 3]).to_event(1)
+
+    def guide() -> None:
+        pyro.sample("x", of(pyro.sample("v", dist.Normal(1.0, 1.5))))
+
+    found = check(model, guide, num_samples=4000, num_chains=64)
+    assert found.verdict == "do not trust"
+    (finding,) = (finding for finding in found.findings if finding.kind == "neck")
+    assert finding.quantity.startswith("v near -")
+    assert f"missing={found.missing.share:.2f}" in repr(found)
+    assert "LocScaleReparam(0.0), or use pf.sample" in repr(found)
+    assert "anneal" not in repr(found)
+    assert not found.misses_a_mode
+
+
 def test_a_lost_mode_that_only_the_prior_knows():
     """The lost mode is a hundred sds away."""
 

@@ -415,6 +415,7 @@ def amortised():
 @pytest.mark.parametrize("call", [pf.check, pf.psis, pf.resample, pf.sample, pf.fit_svi])
 def test_a_simulator_has_no_likelihood(call, amortised):
     words = rf"{call.__name__}: model must have a likelihood, got only Delta .* site 'x'\. Judge .* by calibrate"
+    words += ".* local_c2st and misspecification"
     refused(ValueError, words, call, simulator, amortised, torch.zeros(2))
 
 
@@ -561,6 +562,9 @@ def test_shapes_are_written_once(guide):
 
 def test_a_finding_of_all_mass_has_a_sentence():
     assert str(Finding("mode", size=1.0)).endswith("draws nothing where nearly all of the posterior's mass was found.")
+    share = Finding("far", "x", 0.82, 0.003, of="sd", share=0.0043)
+    assert str(share).endswith("far away: 0.43% of the posterior's (sd of x 0.820 ± 0.003 times the posterior's).")
+    assert Finding("mean", "x", 0.5, 0.00004).moment == "mean of x off by +0.5000 ± 0.0000 sd"
     assert "draws nothing where 37% of the posterior's mass was found" in str(Finding("collapsed", "x", size=0.37))
     assert NEXT.keys() == WORDS.keys()
 

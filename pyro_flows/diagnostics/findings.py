@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LITTLE = 0.05  # share of the mass below which two decimals of a percentage are shown
 VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
 
 
@@ -24,6 +25,7 @@ class Finding:
     ``"outliers"``   a few draws far outside              the sd with them over the sd without them
     ``"mode"``       a missing mode                       its share of the posterior's mass
     ``"collapsed"``  a missing mode, and drifting chains  its share of the posterior's mass
+    ``"neck"``       a missing neck of a scale            its share of the posterior's mass
     ``"support"``    a support narrower than the model's  the share of the posterior's mass outside
     ``"far"``        little mass missing, far away        as for ``"mean"`` or ``"sd"``
     ``"whitened"``   wrong correlations or tails          as for ``"mean"`` or ``"sd"``, along a direction
@@ -43,6 +45,7 @@ class Finding:
         noise: The standard error of the size, or NaN.
         verdict: The verdict that follows: ``"reweight"`` or ``"do not trust"``.
         of: For ``"whitened"``, ``"unclear"``, ``"doubt"`` and ``"far"``: whether it is a ``"mean"`` or an ``"sd"``.
+        share: For ``"far"``: the share of the posterior's mass that is missing.
 
     Example::
 
@@ -56,22 +59,30 @@ class Finding:
     noise: float = math.nan
     verdict: str = "do not trust"
     of: str = ""
+    share: float = math.nan
 
     @property
     def moment(self) -> str:
         """The quantity and its error, in words."""
         if (self.of or self.kind) == "mean":
-            return f"mean of {self.quantity} off by {self.size:+.2f} ± {self.noise:.2f} sd"
+            return f"mean of {self.quantity} off by {measured(self.size, self.noise, sign='+')} sd"
         if (self.of or self.kind) == "sd":
-            return f"sd of {self.quantity} {self.size:.2f} ± {self.noise:.2f} times the posterior's"
-        return f"distribution function of {self.quantity} off by {self.size:.2f} ± {self.noise:.2f}"
+            return f"sd of {self.quantity} {measured(self.size, self.noise)} times the posterior's"
+        return f"distribution function of {self.quantity} off by {measured(self.size, self.noise)}"
 
     @property
     def _share(self) -> str:
-        return "nearly all" if self.size > 0.995 else f"{self.size:.0%}"
+        share = self.share if self.kind == "far" else self.size
+        return "nearly all" if share > 0.995 else f"{share:.{0 if share >= LITTLE else 2}%}"
 
     def __str__(self) -> str:
         return WORDS[self.kind].format(f=self)
+
+
+def measured(size: float, noise: float, sign: str = "") -> str:
+    """Return a number with its standard error, in at least two decimals and as many as the error needs, up to four."""
+    digits = min(4, math.ceil(-math.log10(noise))) if 0 < noise < 0.01 else 2
+    return f"{size:{sign}.{digits}f} ± {noise:.{digits}f}"
 
 
 def worst(findings: Sequence[Finding]) -> str:
@@ -89,7 +100,8 @@ WORDS = {
     "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
     "mode": "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
     "support": "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
-    "far": "A little mass is missing, far away ({f.moment}).",
+    "neck": "The guide draws nothing in the neck of {f.quantity}, where {f._share} of the posterior's mass was found.",
+    "far": "A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).",
     "collapsed": "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass "
     "was found, and chains drift ({f.quantity}).",
     "whitened": "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
@@ -113,6 +125,8 @@ NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be truste
     "outliers": "Use medians and quantiles.",
     "weights": "Use pf.resample(model, guide, ...).",
     "mode": f"Use {SEARCH}.",
+    "neck": "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for "
+    "exact draws.",
     "support": "Give the site a distribution over the model's support, or use AutoFlow(model).",
     "far": f"Use {SEARCH}.",
     "evidence": f"Use that fit, or {SEARCH}.",

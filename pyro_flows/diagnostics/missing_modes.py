@@ -37,6 +37,7 @@ LEAST = 8.0  # nats of evidence by which a matched Gaussian may be below the gui
 MOST = 32  # modes with a fitted distribution
 MATCHED = 3  # of these, the largest modes, and the highest modes, that get a matched Gaussian too
 ENOUGH = 4  # particles per dimension that suffice for a fit
+BEYOND = 2.0  # standard deviations of the guide's draws from which a place lies outside of them
 PROBES = 4000  # draws of all fitted distributions
 DF = 5.0  # degrees of freedom of the fitted distributions
 
@@ -50,6 +51,7 @@ class Missing(NamedTuple):
         place: The point of highest density in it, ``(D,)``; None if nothing was found.
         error: The resulting errors of the guide's moments for each of K quantities, or None.
         is_blind: Whether the search for modes failed because too few draws of the prior have a density.
+        neck: The latent in whose neck the mass lies, and its value there, in words; empty if the mass lies elsewhere.
         outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
     """
 
@@ -58,6 +60,7 @@ class Missing(NamedTuple):
     place: Tensor | None = None
     error: Drift | None = None
     is_blind: bool = False
+    neck: str = ""
     outside: str = ""
 
 
@@ -76,7 +79,28 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
-    return found._replace(is_blind=is_blind)
+    neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
+    return found._replace(is_blind=is_blind, neck=neck)
+
+
+@torch.no_grad()
+def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, place: Tensor) -> str:
+    """Return the latent along which climbs from a guide's draws lead to a place far above them, and its value there.
+
+    Such a place is the neck of a scale that goes to 0.  The string is empty if a valley lies between, as before another
+    mode; if the place is not higher, as in a tail; or if it lies amid the draws.
+    """
+    scores = ((place - draws.z.mean(0)) / draws.z.std(0)).abs()
+    axis = int(scores.argmax())
+    if scores[axis] < BEYOND or float(density(place.unsqueeze(0))) <= float(draws.log_p.max()):
+        return ""
+    ends = ascend(density, white, draws.z[:STARTS])
+    labels = components(density, white, torch.cat((place.unsqueeze(0), ends)))
+    if not bool((labels[1:] == labels[0]).any()):
+        return ""
+    name = space.coordinates[axis]
+    value = space.values(place.unsqueeze(0)).get(name)
+    return name if value is None or value.numel() > 1 else f"{name} near {float(value):.2g}"
 
 
 def _lacking(

@@ -55,6 +55,8 @@ CONTRARY = 2.0  # additional standard errors that chains must then show
 OUTSIDE = 0.002  # the share of draws without a density that numerical overflow may explain
 UNEQUAL = 0.4  # the total variation distance beyond which reliable weights must be used
 LOST = 0.05  # the largest share of the posterior's mass that a trusted guide may miss
+LITTLE = 0.01  # the share of missing mass below which it is printed in four decimals
+COLLAPSED = 0.5  # the missing share from which a guide that lacks a neck lacks the rest as well
 WORST_KHAT = 1.0  # beyond it the weights have no mean
 ADAPT, BLOCK, SWEEPS = 4, 10, 50  # sweeps to adapt steps, sweeps per block, and the most afterwards
 SHORT = 5  # sweeps per block of chains with twins, which have little noise
@@ -202,7 +204,8 @@ class Check:
 
     def __repr__(self) -> str:
         low, high = self.sd_ratios
-        missing = "?" if self.scope else f"{self.missing.share:.2f}"
+        share = self.missing.share
+        missing = "?" if self.scope else f"{share:.{4 if self.findings and 0 < share < LITTLE else 2}f}"
         return (
             f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
             f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
@@ -497,12 +500,14 @@ def _flags(seen: Check) -> tuple[Tensor, Tensor]:
 
 def _elsewhere(seen: Check) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses, and of searches and chains that failed."""
-    share, noise, _, error, is_blind, outside = seen.missing
+    share, noise, _, error, is_blind, neck, outside = seen.missing
     if outside and share > max(LOST, noise):
         yield Finding("support", outside, share, noise)
     elif share > max(LOST, noise):  # mass within its noise still counts
         flags, _ = _flags(seen)
-        if bool(flags.any()):
+        if neck and share < COLLAPSED:
+            yield Finding("neck", neck, share, noise)
+        elif bool(flags.any()):
             drift = seen.chains.worst(seen.names, flags)
             yield Finding("collapsed", drift.moment, share, noise)
         else:
@@ -510,7 +515,8 @@ def _elsewhere(seen: Check) -> Iterator[Finding]:
     elif error is not None and share > noise:
         far = (error.errors > LIMIT) & (error.errors > 2 * error.noise)
         if bool(far.any()):
-            yield error.worst(seen.names, far, "far")
+            found = replace(error.worst(seen.names, far, "far"), share=share)
+            yield Finding("neck", f"{neck} ({found.moment})", share, noise) if neck else found
     if is_blind:
         yield Finding("blind")
     if max(seen.acceptance) < FROZEN:

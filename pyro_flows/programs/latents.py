@@ -182,7 +182,10 @@ def check_likelihood(caller: str, model: Trace) -> None:
     elsewhere = [name for name in points if _is_elsewhere(sites[name])]
     if elsewhere and sites.keys() == {*points}:
         got = f"only Delta distributions at {_sites('observed site', points)}"
-        way = "Judge a guide of a simulator by calibrate(model, guide)"
+        way = (
+            "Judge a guide of a simulator by calibrate(model, guide), and near one observation by local_c2st and "
+            "misspecification"
+        )
         raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}.")
     if elsewhere:
         name = elsewhere[0]

@@ -57,15 +57,13 @@ def is_deterministic(site: dict[str, Any]) -> bool:
 
 
 def is_reparametrised(site: dict[str, Any]) -> bool:
-    """True if a site was a latent before ``poutine.reparam``, which leaves its value as an observed point.
+    """True if a site was a latent before ``poutine.reparam``, which observes its value as a point that is masked out.
 
-    The point has no density, other than a point at data, whose density is a factor of the likelihood.
+    A point at data is not masked out.
     """
-    if not site["is_observed"] or site["infer"].get("_deterministic"):
-        return False
-    fn = site["fn"].base_dist if isinstance(site["fn"], MaskedDistribution) else site["fn"]
-    is_point = isinstance(fn, Delta) and fn.v is site["value"]
-    return is_point and (mask_of(site).some is False or not bool(fn.log_density.any()))
+    fn, is_marked = site["fn"], site["infer"].get("_deterministic")
+    is_point = isinstance(fn, MaskedDistribution) and isinstance(fn.base_dist, Delta) and fn._mask is False
+    return bool(site["is_observed"] and is_point and not is_marked)
 
 
 def hides_nan(trace: Trace) -> bool:
