@@ -345,6 +345,20 @@ def test_a_lost_neck_is_no_second_mode():
     assert not found.misses_a_mode
 
 
+def test_a_lost_spike_beside_a_broad_mode_is_no_neck():
+    broad, spike = (dist.Normal(torch.tensor([at, 0.0]), sd).to_event(1) for at, sd in ((0.0, 1.0), (2.5, 0.1)))
+
+    def model() -> None:
+        x = pyro.sample("x", broad)
+        terms = broad.log_prob(x) + math.log(0.7), spike.log_prob(x) + math.log(0.3)
+        pyro.factor("both", torch.logaddexp(*terms) - broad.log_prob(x))
+
+    pyro.set_rng_seed(0)
+    found = check(model, lambda: pyro.sample("x", broad), num_samples=4000, num_chains=64)
+    assert [finding.kind for finding in found.findings] == ["mode"]
+    assert "Use pf.anneal" in repr(found)
+
+
 def test_a_lost_mode_that_only_the_prior_knows():
     """The lost mode is a hundred sds away."""
 

@@ -38,6 +38,8 @@ MOST = 32  # modes with a fitted distribution
 MATCHED = 3  # of these, the largest modes, and the highest modes, that get a matched Gaussian too
 ENOUGH = 4  # particles per dimension that suffice for a fit
 BEYOND = 2.0  # standard deviations of the guide's draws from which a place lies outside of them
+ALONG = 0.2  # share of the way back along which a neck's density falls by little,
+STEEP = 3.0  # at most these nats, and one for each latent of its scale
 PROBES = 4000  # draws of all fitted distributions
 DF = 5.0  # degrees of freedom of the fitted distributions
 
@@ -88,11 +90,16 @@ def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, 
     """Return the latent along which climbs from a guide's draws lead to a place far above them, and its value there.
 
     Such a place is the neck of a scale that goes to 0.  The string is empty if a valley lies between, as before another
-    mode; if the place is not higher, as in a tail; or if it lies amid the draws.
+    mode; if the place is not higher, as in a tail; if it lies amid the draws; or if it is as narrow along that latent
+    as across it, as a spike is.
     """
-    scores = ((place - draws.z.mean(0)) / draws.z.std(0)).abs()
+    centre = draws.z.mean(0)
+    scores = ((place - centre) / draws.z.std(0)).abs()
     axis = int(scores.argmax())
-    if scores[axis] < BEYOND or float(density(place.unsqueeze(0))) <= float(draws.log_p.max()):
+    nearer = place.clone()
+    nearer[axis] += ALONG * (centre[axis] - place[axis])
+    height, along = density(torch.stack((place, nearer))).tolist()
+    if scores[axis] < BEYOND or height <= float(draws.log_p.max()) or not along > height - STEEP - space.dim:
         return ""
     ends = ascend(density, white, draws.z[:STARTS])
     labels = components(density, white, torch.cat((place.unsqueeze(0), ends)))
