@@ -163,13 +163,13 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     """
     began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
-        space = sound_space(task)
-        reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
+        space, at = sound_space(task), guide.start[0]
+        reference, number = Reference(space, at), -(-number // ISLANDS) * ISLANDS
 
         def particles() -> tuple[Population | None, Tensor]:
-            drawn = reference.draw(SOME)
-            check_bounded("anneal", guide, space, drawn)
-            return anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), drawn)
+            with torch.random.fork_rng([at.device] if at.is_cuda else []):  # the particles do not depend on the check
+                check_bounded("anneal", guide, space, reference.draw(SOME))
+            return anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), reference.draw(SOME))
 
         population, others = distributed.broadcast(particles)
         distributed.sync()
