@@ -309,16 +309,17 @@ def test_double_calculates_in_float64_and_leaves_no_trace(folder):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, for every verdict
 @pytest.mark.parametrize(("verdict", "status"), [("trust", 0), ("reweight", 0), ("do not trust", 3)])
-def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeypatch, a_check):
-    """Draws are resampled only if the verdict is "reweight"."""
-    asked, to_arviz = [], fit.to_arviz
+def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeypatch, a_check, recwarn):
+    """Draws are resampled only if the verdict is "reweight".  No warning of the weights contradicts a verdict."""
+    asked, container_of = [], fit.container_of
     monkeypatch.setattr(fit, "check", lambda *_, **__: with_verdict(a_check, verdict))
-    monkeypatch.setattr(fit, "to_arviz", lambda *a, **k: asked.append(k["importance"]) or to_arviz(*a, **k))
+    monkeypatch.setattr(fit, "container_of", lambda *a, **k: asked.append(k["importance"]) or container_of(*a, **k))
     assert run("models.py:normal", "--data", "data.json") == status
     out = " ".join(capsys.readouterr().out.split())
     assert ("Try --escalate" in out) == (status == 3)
     assert ("resampled by their weights" in out) == (verdict == "reweight")
     assert asked == [verdict == "reweight"]
+    assert not [str(warning.message) for warning in recwarn if "to_arviz: k-hat" in str(warning.message)]
     assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior_check.png"}
 
 

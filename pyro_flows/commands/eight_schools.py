@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import write_atomically
-from ..diagnostics import check, to_arviz
+from ..diagnostics import check
 from ..fitting import fit_svi
 from ..guides import AutoFlow
 from ..plots.draws import density_of
 from ..plots.panels import panels
 from . import RECIPES
 from .outputs import Outputs
-from .report import draws_of, report
+from .report import container_of, draws_of, report
 
 SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -66,7 +66,7 @@ def run(wish: Namespace) -> bool:
         fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
         outputs.settle(fit)
         checked = check(eight_schools, guide, *data, num_samples=40_000)
-        drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
+        drawn = partial(container_of, eight_schools, guide, *data, importance=checked.verdict == "reweight")
         outputs.write(lambda path: write_atomically(path, drawn(num_samples=WRITTEN).to_netcdf))
         draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
         said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))

@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..atomic_files import write_atomically
-from ..diagnostics import check, to_arviz
+from ..diagnostics import check
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
@@ -26,7 +26,7 @@ from . import RECIPES, Refused
 from .model import check_arguments, in_one_line, line_of, load_model
 from .model_arguments import Data, read_data
 from .outputs import Outputs
-from .report import draws_of, exact_draws, report
+from .report import container_of, draws_of, exact_draws, report
 
 DRAWS = 4000
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
@@ -66,7 +66,7 @@ def run(wish: Namespace) -> bool:
             outputs.settle(fit)
             checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
             exact = exact_draws(fit)
-            container = to_arviz(
+            container = container_of(
                 model,
                 exact or fit.guide,
                 num_samples=DRAWS,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from math import floor, log10
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..diagnostics import Check
+from ..diagnostics import Check, to_arviz
 from ..sampling.samples import Samples
 from ..training import Fit
 
@@ -22,6 +23,13 @@ VERDICTS = {
     "reweight": "Use these draws as they are here: resampled by their weights.",
     "do not trust": "Do not trust these draws.",
 }
+
+
+def container_of(model: Callable[..., Any], guide: Any, *args: Any, **settings: Any) -> Any:
+    """Return draws in ArviZ's container, as ``to_arviz`` does; its warning of k-hat is left to the verdict."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "to_arviz: k-hat")
+        return to_arviz(model, guide, *args, **settings)
 
 
 def draws_of(data: Any) -> dict[str, np.ndarray]:
