@@ -17,6 +17,7 @@ Writes ``attacks.csv`` and ``attacks.md`` into ``docs/benchmarks``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import sys
@@ -38,6 +39,7 @@ from attacks_laws import (
     Checkerboard,
     Correlations,
     Edged,
+    ExpGamma,
     Law,
     Mixture,
     Shell,
@@ -59,6 +61,7 @@ from pyro_flows.programs.model_and_guide import Task
 KINDS = {
     "labels": "symmetric modes near the centre of the prior",
     "spike": "a broad mode and a narrow one",
+    "narrow": "a far narrower mode within or beside a broad one",
     "far": "a small mode far away",
     "edges": "hard edges",
     "shape": "correct moments, wrong shape",
@@ -70,6 +73,7 @@ VERDICTS = "trust", "reweight", "do not trust"
 COLUMNS = "name", "kind", "wrong", "verdict", "fooled", "seconds", "khat", "drift", "missing", "how", "reason"
 LOST = 3.0  # nats: mass is missing where the guide's log-density is below the posterior's by more
 DRAWS = 100_000
+NARROW = 40  # targets of a narrow mode in a broad one
 Row = dict[str, str]
 
 
@@ -274,6 +278,20 @@ def spike() -> Iterator[Attack]:
         yield Attack(name, "spike", model, exact, False, "exact")
         yield Attack(f"{name}, the spike", "spike", model, component(0), True, "50 % missing around it")
         yield Attack(f"{name}, the slab", "spike", model, component(1), True, "50 % missing in a point of it")
+
+
+def narrow() -> Iterator[Attack]:
+    """Yield a broad normal that the guide keeps, and a far narrower one of random scale, share and place.
+
+    The numbers of the targets are their seeds.  Parameters were chosen on even numbers; odd ones are only reported.
+    """
+    for number in range(NARROW):
+        model, place = partial(targets.needle, number), targets.needle_place(number)
+        how = f"{place.share:.0%} missing, of sd {place.scale:.3f} at distance {place.loc.norm():.1f}"
+        name = f"needle {number}, {place.where}, {len(place.loc)}-D"
+        yield Attack(name, "narrow", model, component(0), True, how)
+        if number % 4 == 1:
+            yield Attack(f"{name}, both", "narrow", model, exact, False, "exact")
 
 
 def far() -> Iterator[Attack]:
@@ -626,6 +644,10 @@ def plain() -> Iterator[Attack]:
     }
     for name, (law, prior) in bounded.items():
         yield Attack(name, "plain", partial(posterior_of, law, prior), exact, False, "exact")
+    for (shape, rate), dim in itertools.product(((2.0, 2.0), (4.0, 2.0), (9.0, 3.0)), (1, 2, 4)):
+        law, prior = partial(ExpGamma, shape, rate, dim), partial(gamma, 1, 0.1, dim)
+        name = f"exponential of Gamma({shape:g}, {rate:g}), {dim}-D"
+        yield Attack(name, "plain", partial(posterior_of, law, prior), exact, False, "exact")
     logistic = partial(targets.logistic, 3, 300)
     yield Attack("logistic regression, AutoFlow", "plain", logistic, fitted("AutoFlow"), False, "well fitted")
     linear = partial(targets.regression, 5, 50)
@@ -640,7 +662,9 @@ def stiff(dim: int, condition: float) -> Distribution:
 
 
 ATTACKS: dict[str, Attack] = {
-    attack.name: attack for family in (labels, spike, far, edges, shape, part, support, plain) for attack in family()
+    attack.name: attack
+    for family in (labels, spike, narrow, far, edges, shape, part, support, plain)
+    for attack in family()
 }
 
 

@@ -140,6 +140,21 @@ class Edged(Law):
         return torch.where(inside, self.base.log_prob(torch.where(held, value, self.base.mean)), -torch.inf)
 
 
+class ExpGamma(Law):
+    """Independent numbers above 1 whose logarithms are gamma-distributed."""
+
+    def __init__(self, shape: float, rate: float, dim: int) -> None:
+        super().__init__((dim,))
+        self._support = dist.constraints.independent(dist.constraints.positive, 1)
+        self.logs = Edged(dist.Gamma(shape * torch.ones(dim), rate * torch.ones(dim)).to_event(1))
+
+    def draw(self, size: torch.Size) -> Tensor:
+        return self.logs.sample(size).exp()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.logs.log_prob(value.log()) - value.log().sum(-1)
+
+
 def box(low: float, high: float, dim: int) -> Law:
     """Return the uniform distribution on a cube, with hard edges."""
     return Edged(dist.Uniform(low * torch.ones(dim), high * torch.ones(dim), validate_args=False).to_event(1))

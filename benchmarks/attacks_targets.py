@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -84,6 +85,32 @@ def repeated(law: Distribution, dim: int) -> Distribution:
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Return standard normal numbers for data, identical in each run."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Needle(NamedTuple):
+    """A narrow mode in a standard normal posterior: its share of the mass, standard deviation and place."""
+
+    share: float
+    scale: float
+    loc: Tensor
+    where: str
+
+
+def needle_place(seed: int) -> Needle:
+    """Return a random narrow mode in 2 to 10 dimensions, of scale .01 to .1 and share .1 to .5."""
+    numbers = random.Random(seed)
+    dim = numbers.choice((2, 3, 4, 5, 7, 10))
+    scale, share = 0.01 * 10 ** numbers.random(), 0.1 * 5 ** numbers.random()
+    where = numbers.choice(("inside", "beside"))
+    way = torch.tensor([numbers.gauss(0, 1) for _ in range(dim)], dtype=torch.float64)
+    size = numbers.random() if where == "inside" else (math.sqrt(dim) + numbers.uniform(1, 4)) / way.norm()
+    return Needle(share, scale, way * size, where)
+
+
+def needle(seed: int) -> Target:
+    """Return a standard normal with a narrow mode as target."""
+    share, scale, loc, _ = needle_place(seed)
+    return free(Mixture([1 - share, share], [normal(0.0, 1.0, len(loc)), normal(loc, scale, len(loc))]), 3.0)
 
 
 # Posteriors of data with symmetries.

@@ -18,6 +18,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import check
 from pyro_flows.diagnostics import Finding
+from pyro_flows.diagnostics.narrow_modes import CHANCE, SOUGHT, narrowest_shown
 
 Program = Callable[[], None]
 Law = dist.TorchDistribution
@@ -254,6 +255,49 @@ def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
     found = check(model, lambda: pyro.sample("x", normal(3.0, 1.0, 5)))
     assert found.misses_a_mode
     assert found.missing.share == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dim", "scale", "place"), [(2, 0.01, 0.5), (3, 0.05, 0.9), (4, 0.05, 0.5), (5, 0.1, 0.4), (3, 0.05, 2.5)]
+)
+def test_a_needle_that_no_ascent_meets_is_found(dim: int, scale: float, place: float) -> None:
+    """The needle lies within the broad mode that the guide keeps, and the last one beside it."""
+    law = Mixture(0.67, normal(0.0, 1.0, dim), normal(place, scale, dim))
+    pyro.set_rng_seed(0)
+    found = check(posterior(law, 3.0), sampling(law.first))
+    assert found.verdict == "do not trust"
+    assert found.missing.share == pytest.approx(0.33, abs=0.05)
+    assert 0 < found.missing.narrowest < 1
+
+
+def test_the_limit_of_narrow_modes_agrees_with_counts() -> None:
+    """Draws of the guide within the reach of a mode of the narrowest scale are about as many as predicted."""
+    for dim in (2, 4):
+        scale = narrowest_shown(dim, 60_000)
+        excess = math.log(SOUGHT / (1 - SOUGHT)) - dim * math.log(scale) + dim / 2
+        draws = torch.randn(2_000_000, dim, generator=torch.Generator().manual_seed(0))
+        near = (draws - 1.0).norm(dim=-1) < scale * math.sqrt(2 * excess)  # |c|² = D
+        shown = 60_000 * float(near.double().mean())
+        assert shown == pytest.approx(CHANCE, rel=0.4)
+
+
+def test_rounding_errors_of_cancelling_densities_are_no_modes() -> None:
+    """Far out the prior's log-density is as large as 1e16 and cancels, so that the sum is noise."""
+    prior, logs = dist.Exponential(1.0), dist.Gamma(4.0, 2.0)
+
+    def log_prob(x: Tensor) -> Tensor:
+        z = x.log()
+        return torch.where(z > 0, logs.log_prob(z.clamp_min(1e-30)), -math.inf) - z
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        pyro.factor("data", log_prob(x) - prior.log_prob(x))
+
+    def guide() -> None:
+        pyro.sample("x", dist.TransformedDistribution(logs, [dist.transforms.ExpTransform()]))
+
+    pyro.set_rng_seed(0)
+    assert check(model, guide).missing.share < 0.05
 
 
 @pytest.mark.slow

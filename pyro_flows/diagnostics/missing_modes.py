@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..programs.latent_space import LatentSpace, Scored
-from ..programs.log_density import LogDensity, or_nan
+from ..programs.log_density import LogDensity
 from ..sampling.annealed_population import Effort, anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
 from ..sampling.start_distribution import Reference
 from .drift import Drift
+from .narrow_modes import narrowest, peaks
 from .unreached import unreached
 
 PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
@@ -55,6 +56,8 @@ class Missing(NamedTuple):
         is_blind: Whether the search for modes failed because too few draws of the prior have a density.
         neck: The latent in whose neck the mass lies, and its value there, in words; empty if the mass lies elsewhere.
         outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
+        narrowest: The scale of the narrowest mode within the guide's draws that the search finds with a chance of
+            95 %, relative to the guide's standard deviations; 1 if it did not look for narrow modes.
     """
 
     share: float
@@ -64,6 +67,7 @@ class Missing(NamedTuple):
     is_blind: bool = False
     neck: str = ""
     outside: str = ""
+    narrowest: float = 1.0
 
 
 def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
@@ -77,12 +81,13 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
     """
     if (outside := unreached(space.task)) is not None and outside.share > 0:
         return Missing(outside.share, outside.noise, outside=outside.sites)
-    density = or_nan(space.log_p)
-    lacking, is_blind = _lacking(space, white, density, draws, evidence)
+    reference = Reference(space, white.loc, white.scale_tril)
+    density = reference.log_p
+    lacking, is_blind = _lacking(space, white, reference, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
-    return found._replace(is_blind=is_blind, neck=neck)
+    return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest(space, len(draws.z)))
 
 
 @torch.no_grad()
@@ -111,13 +116,12 @@ def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, 
 
 
 def _lacking(
-    space: LatentSpace, white: White, density: LogDensity, draws: Scored, evidence: float
+    space: LatentSpace, white: White, reference: Reference, draws: Scored, evidence: float
 ) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
     particles, number = (FEW, STARTS // 8) if space.task.runs_one_by_one else (PARTICLES, STARTS // 2)
-    reference = Reference(space, white.loc, white.scale_tril)
     population = anneal(reference, particles, EFFORT)
-    drawn = reference.draw(particles)
+    drawn, density = reference.draw(particles), reference.log_p
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
@@ -125,7 +129,8 @@ def _lacking(
     arrived = population.z if population is not None and population.has_arrived else drawn[:0]
     if population is not None and not population.has_arrived:  # its particles have not reached the posterior
         starts = torch.cat((starts, population.z))
-    places = space.wrapped(torch.cat((arrived, climb(density, white, starts, least=faint))), white.loc)
+    tops = climb(density, white, starts, least=faint), peaks(space, density, white, draws)
+    places = space.wrapped(torch.cat((arrived, *tops)), white.loc)
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)

@@ -500,7 +500,7 @@ def _flags(seen: Check) -> tuple[Tensor, Tensor]:
 
 def _elsewhere(seen: Check) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses, and of searches and chains that failed."""
-    share, noise, _, error, is_blind, neck, outside = seen.missing
+    share, noise, _, error, is_blind, neck, outside, _ = seen.missing
     if outside and share > max(LOST, noise):
         yield Finding("support", outside, share, noise)
     elif share > max(LOST, noise):  # mass within its noise still counts

@@ -88,6 +88,13 @@ class Reference:
         both = torch.cat([or_nan(self._log_r_and_p, 2)(part) for part in z.split(BATCH)])
         return both[..., 0], both[..., 1]
 
+    def log_p(self, z: Tensor) -> Tensor:
+        """Return the log-density of p over z, ``(N,)`` in nats; NaN where rounding errors of the prior may hide it.
+
+        Far out a huge log prior may be cancelled by as huge a log-likelihood, and their sum is noise.
+        """
+        return or_nan(self._space.in_parts(self._log_p))(z)
+
     def bridge(self, beta: float) -> LogDensity:
         """Return the log-density of r¹⁻ᵝ pᵝ, up to a constant."""
         if beta == 1:
@@ -106,8 +113,13 @@ class Reference:
             log_r, log_p = self._space.log_prior_and_p(z, self._prior)
         if self._wide is not None:
             log_r = log_r + self._wide.log_prob(z[:, self._flat])
-        lost = log_r.detach().abs() * torch.finfo(log_r.dtype).eps > ROUND_OFF
-        return torch.stack((log_r.masked_fill(lost, math.nan), log_p), -1)
+        return torch.stack((log_r.masked_fill(_is_lost(log_r), math.nan), log_p), -1)
+
+    def _log_p(self, z: Tensor) -> Tensor:
+        if self._prior is not None:  # which takes another run
+            return self._space.log_p(z)
+        log_prior, log_p = self._space.log_prior_and_p(z)
+        return log_p.masked_fill(_is_lost(log_prior), math.nan)
 
     def _wide_gaussian(self) -> MultivariateNormal:
         """Build a wide Gaussian of the flat latents."""
@@ -122,3 +134,8 @@ class Reference:
         """Return the share of some draws of r at which p has a density."""
         log_r, log_p = self.log_r_and_p(self.draw(TRIED))
         return float((log_r + log_p).isfinite().double().mean())
+
+
+def _is_lost(log_density: Tensor) -> Tensor:
+    """Return True for log-densities whose rounding error is large."""
+    return log_density.detach().abs() * torch.finfo(log_density.dtype).eps > ROUND_OFF

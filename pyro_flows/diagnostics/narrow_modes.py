@@ -1,0 +1,110 @@
+"""The search for modes much narrower than the guide, within its draws and around them.
+
+A population of few particles does not meet a narrow mode, and gradient ascents of log p end in the broad mode that
+surrounds it.  The ratio h = log p - log q tells more: it is nearly constant where the guide q is right, so nothing
+hides the slope of a narrow mode.  Here h is computed at many draws of the guide and at draws spread more widely.  The
+largest values at each distance from the centre start ascents of h.
+
+A narrow mode is a normal distribution with a share w of the mass and s times the guide's standard deviations in D
+dimensions.  At its centre c, in coordinates where the guide is standard normal, it exceeds the guide by
+
+    L = log(w / (1 - w)) - D log s + |c|² / 2
+
+nats.  Its excess at a distance r is L - r² / (2 s²), and is visible up to the radius R = s √(2 (L + V)).  If h varies
+by itself, as that of a trained guide does, V is about 0.  If the guide is exact apart from the mode, only rounding
+limits it, and V is about 34 nats in double precision, 14 in single.  So N draws contain about
+
+    N (2 π)^(-D/2) exp(-|c|² / 2) π^(D/2) / Γ(D/2 + 1) R^D
+
+that show the mode.  No method that evaluates h at N draws finds a mode where this number is far below 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..programs.latent_space import LatentSpace, Scored
+from ..programs.log_density import LogDensity, value_and_score
+from ..sampling.coordinates import White
+
+DRAWS, NUMBERS = 100_000, 20_000_000  # places, limited by the count of numbers that model and guide compute there
+WIDE, WIDEST = 0.4, 4.0  # the share of places that are spread more widely, and their largest factor
+MOST = 16  # dimensions beyond which places lie too far apart
+SHELLS, TOPS = 16, 6  # ranges of distances from the centre, and ascents from each
+STEPS, LONGEST, SHORTEST = 40, 0.15, 0.003  # of an ascent; lengths of the first and of the last, in whitened units
+BATCH = 5000
+SOUGHT, CHANCE = 0.1, 3.0  # the share of a mode, and the draws that must show it, for a chance of 95 %
+
+
+def number_of_places(space: LatentSpace) -> int:
+    """Return the number of places to look at in addition to given draws; 0 if a search is hopeless or too slow."""
+    if space.task.runs_one_by_one or space.dim > MOST:
+        return 0
+    return min(DRAWS, NUMBERS // (space.task.model.largest + space.task.guide.largest))
+
+
+def peaks(space: LatentSpace, density: LogDensity, white: White, draws: Scored) -> Tensor:
+    """Return the ends of ascents of log p - log q from the places where it is largest, ``(n, D)``.
+
+    Args:
+        space: The guide's space.
+        density: The model's log-density.
+        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
+        draws: Draws of the guide.
+    """
+    number = number_of_places(space)
+    if not number:
+        return draws.z[:0]
+
+    def ratio(x: Tensor) -> Tensor:
+        z, _ = white.forward(x)
+        return density(z) - space.log_q(z)
+
+    more = white.inverse(space.draw_alone(number, 2 * BATCH))
+    wide = int(WIDE * number)
+    more[:wide] *= WIDEST ** torch.rand(wide, 1).to(more)
+    with torch.no_grad():
+        found = torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(BATCH))])
+    x, found = torch.cat((white.inverse(draws.z), more)), found.nan_to_num(-math.inf, -math.inf, -math.inf)
+    # In each shell by itself, because the ratio of a good guide may be largest in its tails.
+    shells = x.norm(dim=-1).argsort().tensor_split(SHELLS)
+    starts = torch.cat([shell[found[shell].topk(min(TOPS, len(shell))).indices] for shell in shells])
+    return white.forward(_ascended(ratio, x[starts]))[0]
+
+
+def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
+    """Return the highest places on paths uphill, with steps of given lengths since slopes differ by many magnitudes."""
+    best, highest = x.clone(), torch.full_like(x[:, 0], -math.inf)
+    for step in range(STEPS):
+        height, slope = value_and_score(ratio, x)
+        is_higher = height.to(x) > highest
+        best[is_higher], highest[is_higher] = x[is_higher], height.to(x)[is_higher]
+        slope = slope.nan_to_num(0, 0, 0)
+        length = LONGEST * (SHORTEST / LONGEST) ** (step / (STEPS - 1))
+        x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return best
+
+
+def narrowest(space: LatentSpace, drawn: int) -> float:
+    """Return the scale of the narrowest mode that the search finds with a chance of 95 %, given a number of draws."""
+    places = number_of_places(space)
+    return narrowest_shown(space.dim, drawn + places - int(WIDE * places)) if places else 1.0
+
+
+def narrowest_shown(dim: int, number: int) -> float:
+    """Return the scale of the narrowest mode that a number of draws shows with a chance of 95 %.
+
+    It is relative to the guide's standard deviations.  The mode has a tenth of the mass, and lies where the guide has
+    its mean log-density.  Guides whose ratio to the posterior is exactly constant elsewhere show narrower ones.
+    """
+
+    def shown(scale: float) -> float:
+        excess = math.log(SOUGHT / (1 - SOUGHT)) - dim * math.log(scale) + dim / 2
+        radius = scale * math.sqrt(2 * max(excess, 0.0))
+        return number * math.exp(-dim / 2) * (radius / math.sqrt(2)) ** dim / math.gamma(dim / 2 + 1)
+
+    scales = [0.001 * 1.05**step for step in range(142)]  # up to about 1
+    return next((scale for scale in scales if shown(scale) > CHANCE), 1.0)
