@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
+import scipy.stats
 import torch
 from attacks_laws import Chain, Mixture, Tabulated, normal
 from torch import Tensor
@@ -26,6 +28,7 @@ Draws = dict[str, Tensor]
 Program = Callable[[], Any]
 Factor = Callable[[Tensor], Tensor]  # log-likelihood of latents, broadcast over leading dimensions
 DRAWS = 100_000  # draws around a mode
+ROUNDING = 34.0  # nats below a density at which double precision loses a term
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,16 @@ class Needle(NamedTuple):
     scale: float
     loc: Tensor
     where: str
+
+    @property
+    def shown(self) -> float:
+        """The expected number of draws that show it: 70,000 of the guide and 40,000 spread up to 4 times as widely."""
+        dim, apart = len(self.loc), float(self.loc.square().sum())
+        excess = math.log(self.share / (1 - self.share)) - dim * math.log(self.scale) + apart / 2
+        reach = 2 * self.scale**2 * (excess + ROUNDING)  # the square of the distance from which it is visible
+        spreads = 16 ** np.linspace(0, 1, 64)  # squares of factors
+        chances = scipy.stats.ncx2.cdf(reach / spreads, dim, apart / spreads)
+        return float(70_000 * chances[0] + 40_000 * chances.mean())
 
 
 def needle_place(seed: int) -> Needle:
