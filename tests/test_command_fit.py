@@ -717,6 +717,13 @@ def test_a_model_that_ends_or_fails_is_told_of_in_one_line(model, words, folder,
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_end_outside_of_the_file_of_the_model_is_told(folder, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "check", lambda *_, **__: sys.exit(0))
+    assert refused(capsys, "models.py:normal", "--data", "data.json", "--quiet").startswith("SystemExit: 0")
+    assert not (folder / "posterior.nc").exists()
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_model_that_changes_the_working_directory_moves_no_file(folder):
     (folder / "elsewhere").mkdir()
     (folder / "moving.py").write_text(f"import os\n{MODELS}\nos.chdir('elsewhere')\n")

@@ -312,7 +312,7 @@ def test_values_that_many_draws_share_are_warned_of():
     def censored(theta: Tensor) -> Tensor:
         return (theta + torch.randn(theta.shape)).clamp(max=1.5)
 
-    with pytest.warns(UserWarning, match=r"of x, column 0 repeats a value \(1\.5 in \d+ %.*mark a value that repeats"):
+    with pytest.warns(UserWarning, match=r"of x, column 0 repeats a value \(1\.5 in \d+ %.*Mark a value that repeats"):
         fit_likelihood(censored, PRIOR, **quick)
     with pytest.warns(UserWarning, match=r"of x, column 0 holds multiples of 0\.5"):
         fit_likelihood(lambda theta: (2 * normal(theta)).round() / 2, PRIOR, **quick)

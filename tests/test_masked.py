@@ -325,6 +325,91 @@ def test_absent_steps_have_no_flat_priors(recwarn: pytest.WarningsRecorder) -> N
     assert not [str(warning.message) for warning in recwarn if "flat" in str(warning.message)]
 
 
+def test_a_dependence_that_vanishes_at_the_start_is_seen() -> None:
+    """A product of latents does not change near its zero if one of them moves."""
+
+    def model(mask: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(mask))
+            pyro.sample("y", dist.Normal(slope * z, 1.0), obs=torch.zeros(3))
+
+    with pytest.raises(ValueError, match=r"the mask of latent site 'z' hides a part .* as site 'y'"):
+        AutoFlow(model).setup(torch.tensor([True, False, True]))
+
+
+def test_a_pattern_of_one_latent_excuses_no_other() -> None:
+    seen = torch.arange(300) % 2 == 0
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("a", 300), poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y1", dist.Normal(z, 1.0), obs=y)
+        with pyro.plate("b", 300):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0).mask(seen))
+            pyro.sample("y2", dist.Normal(w, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"the mask of latent site 'w' hides a part .* as site 'y2'"):
+        AutoStructuredFlow(model).setup(torch.full((300,), 3.0))
+
+
+def test_a_faint_dependence_in_a_huge_factor_is_seen() -> None:
+    def model(mask: Tensor) -> None:
+        with pyro.plate("row", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(mask))
+        pyro.factor("f", torch.tensor(-5e5) - 0.1 * (z[..., 1] - 4) ** 2)
+
+    with pytest.raises(ValueError, match=r"the mask of latent site 'z' hides a part .* as site 'f'"):
+        AutoFlow(model).setup(torch.tensor([True, False, True]))
+
+
+def test_noise_of_a_model_is_no_dependence() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def model(y: Tensor) -> None:
+        masked(y)
+        pyro.factor("noise", 0.1 * torch.randn((), generator=generator))
+
+    assert AutoFlow(model).setup(Y).latent_dim == int(SEEN.sum())
+
+
+def test_masks_of_other_shapes_are_taken_or_named() -> None:
+    def model(y: Tensor, seen: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)), poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    assert AutoFlow(model).setup(Y, SEEN[None]).latent_dim == 1 + int(SEEN.sum())
+
+    def wider(y: Tensor) -> None:
+        with poutine.mask(mask=SEEN):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"latent site 'mean' is masked by shape \(10,\), but its batch shape is \(\)"):
+        AutoFlow(wider).setup(Y)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_missing_counts_are_named(name: str) -> None:
+    def model(x: Tensor, seen: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x, obs_mask=seen)
+
+    with pytest.raises(ValueError, match="latent site 'x_unobserved' is discrete"):
+        BUILDERS[name](model).setup(torch.ones(ROWS), SEEN)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_traced_elbo_takes_missing_data(name: str) -> None:
+    guide = BUILDERS[name](missing).setup(Y, SEEN)
+    svi = SVI(missing, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO(ignore_jit_warnings=True))
+    assert all(torch.tensor(svi.step(Y, SEEN)).isfinite() for _ in range(2))
+
+
 def test_a_flat_prior_may_stand_beside_missing_data() -> None:
     def model(x: Tensor, seen: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0).mask(False))

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer import Trace_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
@@ -53,7 +53,9 @@ def mixture(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc.detach()[..., kind], 1.0), obs=y)
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": Trace_ELBO()}])
+@pytest.mark.parametrize(
+    "settings", [{}, *({"objective": kind} for kind in (Trace_ELBO(), TraceGraph_ELBO(), RenyiELBO(num_particles=2)))]
+)
 @pytest.mark.parametrize("build", [pf.AutoFlow, pf.AutoStructuredFlow, AutoNormal, AutoDelta, lambda _: own])
 def test_a_likelihood_that_detaches_its_latents_is_refused(build: Callable[..., Any], settings: dict[str, Any]) -> None:
     words = r"fit_svi: the score of site 'f' .* got 0 along latent 'a' .*\. Keep latents in torch\..* use pf\.anneal"

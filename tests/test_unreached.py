@@ -48,6 +48,11 @@ def scaled() -> dist.TransformedDistribution:
     return dist.TransformedDistribution(dist.Normal(torch.tensor(0.0), 1.0), parts)
 
 
+def shifted() -> dist.TransformedDistribution:
+    """Return a uniform distribution over (0, 1), of which torch says that its support is the real line."""
+    return dist.TransformedDistribution(dist.Uniform(-1.0, 0.0), [transforms.AffineTransform(1.0, 1.0)])
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_guide_that_cannot_reach_the_mass_is_refused(verb):
     for guide in (of(dist.Uniform(0.0, 1.0)), of(dist.HalfNormal(1.0))):
@@ -59,6 +64,7 @@ NARROW = {
     "interval": (lambda: of(dist.Uniform(0.0, 1.0)), 0.4795),
     "half line": (lambda: of(dist.LogNormal(0.0, 1.0)), 0.2398),
     "transformed": (lambda: of(scaled()), 0.2398 + 0.0169),
+    "transformed from an interval": (lambda: of(shifted()), 0.4795),
     "Pyro's guide of another prior": (lambda: frozen(AutoNormal), 0.4795),
     "our guide of another prior": (lambda: frozen(AutoFlow), 0.4795),
 }
@@ -110,6 +116,16 @@ SAME = {  # distributions of the model's and of the guide's site
         dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1),
     ),
     "double": (dist.Uniform(torch.zeros((), dtype=torch.float64), 1.0), dist.Uniform(0.0, 1.0)),
+    "mixture": (
+        dist.Uniform(0.0, 1.0),
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), dist.Uniform(torch.tensor([0.0, 0.5]), torch.tensor([0.5, 1.0]))
+        ),
+    ),
+    "transform without an inverse": (
+        dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [dist.transforms.planar(2)]),
+    ),
     "wider": (dist.Uniform(0.0, 1.0), dist.Normal(0.5, 0.1)),
     "simplex": (dist.Dirichlet(torch.ones(3)), dist.Dirichlet(2 * torch.ones(3))),
     "Cholesky": (dist.LKJCholesky(3, 1.0), dist.LKJCholesky(3, 2.0)),
@@ -130,6 +146,27 @@ def test_equal_and_wider_supports_are_no_fault(name, monkeypatch):
     of_model, of_guide = SAME[name]
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
     assert unreached(Task(of(of_model), of(of_guide), (), {})) is None
+
+
+def test_the_posterior_may_lie_where_no_draw_of_the_prior_does() -> None:
+    def far() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 400):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.full((400,), 4.5))
+
+    with pytest.raises(ValueError, match=r"got 100% .* of the guide's site 'x'"):
+        pf.psis(far, of(dist.Uniform(-3.8, 3.8)))
+
+
+@pytest.mark.slow
+def test_a_check_of_many_latents_compares_supports() -> None:
+    def many() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(1100), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.zeros(1100))
+
+    found = pf.check(many, of(dist.Uniform(-0.5 * torch.ones(1100), 0.5).to_event(1)))
+    assert found.verdict == "do not trust"
+    assert "The support of the guide's site 'x' leaves out an unknown part" in found.reason
 
 
 def hierarchy() -> None:

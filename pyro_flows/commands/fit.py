@@ -75,7 +75,7 @@ def run(wish: Namespace) -> bool:
                 model_kwargs=arguments,
             )
         except (Exception, SystemExit) as error:
-            if isinstance(error, ValueError | TypeError | FloatingPointError) or line_of(error, file):
+            if isinstance(error, ValueError | TypeError | FloatingPointError | SystemExit) or line_of(error, file):
                 raise Refused(in_one_line(error, file)) from error
             raise
         outputs.write(lambda path: write_atomically(path, container.to_netcdf))

@@ -73,6 +73,8 @@ class Finding:
     @property
     def _share(self) -> str:
         share = self.share if self.kind == "far" else self.size
+        if math.isnan(share):
+            return "an unknown part"
         return "nearly all" if share > 0.995 else f"{share:.{0 if share >= LITTLE else 2}%}"
 
     def __str__(self) -> str:

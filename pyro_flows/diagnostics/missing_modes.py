@@ -79,8 +79,8 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
         draws: Draws of the guide.
         evidence: The log evidence, as estimated by the weights of the draws.
     """
-    if (outside := unreached(space.task)) is not None and outside.share > 0:
-        return Missing(outside.share, outside.noise, outside=outside.sites)
+    if (outside := beyond_support(space)).outside:
+        return outside
     reference = Reference(space, white.loc, white.scale_tril)
     density = reference.log_p
     lacking, is_blind = _lacking(space, white, reference, draws, evidence)
@@ -88,6 +88,12 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
     return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest(space, len(draws.z)))
+
+
+def beyond_support(space: LatentSpace) -> Missing:
+    """Return the mass outside of the guide's support; its share is NaN if a support is narrower, and it is unknown."""
+    found = unreached(space.task)
+    return Missing(0.0, 0.0) if found is None else Missing(found.share, found.noise, outside=found.sites)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ RIDGE = 1e-3  # of the regression of latents on data, per row
 FEWEST = 20  # rows that can be tested
 TILT = 1e4  # nats at which the log of r is cut off; narrow posteriors of 30 latents reach more than 50
 NEAR = 3.0  # standard deviations of the posterior up to which a quarter of the rows must lie
+SAME = 1e-3  # a spread of the nearest rows, relative to all rows, below which they are equal
 OUTSIDE = 2.0  # how far an observation may lie from the mean of the rows' data, relative to the farthest row
 
 
@@ -167,7 +168,7 @@ def _whitening(rest: Tensor) -> Tensor:
     return vectors / values.clamp(min=1e-30).sqrt()
 
 
-def _remoteness(distance: Tensor, rows: Tensor, own: Tensor) -> str:
+def _remoteness(distance: Tensor, rows: Tensor, own: Tensor, scale: Tensor) -> str:
     """Return in words why the rows nearest to an observation are not near it, or an empty string.
 
     The second reason sees data to which the guide's posterior and the regression are blind, such as huge numbers.
@@ -176,13 +177,19 @@ def _remoteness(distance: Tensor, rows: Tensor, own: Tensor) -> str:
         distance: Their distances, ``(n,)`` in ascending order.
         rows: The columns of their data, ``(n, F)``.
         own: The columns of the observation, ``(1, F)``.
+        scale: The standard deviations of the columns over simulations from the prior, ``(F,)``.
     """
     number = max(1, len(distance) // 4)
     if not distance[number - 1] <= NEAR:
         return f"the nearest {number} are up to {distance[number - 1]:.2g} standard deviations of its posterior away"
     columns = torch.cat((rows, own)).double()
-    off = ((columns - columns.mean(0)) / columns.std(0).clamp(min=1e-30)).abs().amax(1)
-    return "" if off[-1] <= OUTSIDE * off[:-1].max() else f"its data lie outside of those of the nearest {len(rows)}"
+    spread = columns.std(0).maximum(SAME * scale)  # rows of equal data differ by round-off in their contexts
+    off = ((columns - columns.mean(0)) / spread.clamp(min=1e-30)).abs().amax(1)
+    return (
+        ""
+        if off[-1] <= max(1.0, OUTSIDE * float(off[:-1].max()))
+        else f"its data lie outside of those of the nearest {len(rows)}"
+    )
 
 
 def neighbours_of(
@@ -223,7 +230,7 @@ def neighbours_of(
     distance, order = nearness(of_drawn, drawn.data).sort()
     distance, order = distance[:number], order[:number]
     of_rows, rows = of_drawn.take(order), drawn.take(order)
-    if fault := _remoteness(distance, _columns(of_rows, rows.data), _columns(here, observed)):
+    if fault := _remoteness(distance, _columns(of_rows, rows.data), _columns(here, observed), nearness.scale):
         args, kwargs = simulator.arguments({name: value[0] for name, value in observed.items()})
         guide.sample(100, *args, **kwargs)  # its error tells more if the draws are not finite
         way = "Call misspecification(model, guide, observed=...) to see whether the model makes such data; if so, use "

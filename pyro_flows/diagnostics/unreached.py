@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import TransformedDistribution
+from pyro.distributions import MixtureSameFamily, TransformedDistribution
 from torch import Tensor
 from torch.distributions import ComposeTransform, biject_to
 
@@ -28,7 +28,6 @@ from ..user_code import warn_user
 LADDER = 0.1, 1.0, 3.0, 10.0, 30.0, 1e3, 1e6  # places in the unconstrained space, on both sides of 0
 ROUND_OFF = 0.1  # relative change of a place there and back, from which the support's edge has rounded it
 SAME = 1e-3  # relative change of a value that a guide's transform can reach
-TRIED = 200  # draws of the prior that test whether the model ever leaves the guide's support
 PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
 MANY = 1000  # latents beyond which a search would take long
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=1500)
@@ -79,12 +78,6 @@ def unreached(task: Task) -> Unreached | None:
     except (ValueError, NotImplementedError):  # models that AutoFlow refuses, mostly those without a density at a start
         return unknown
     space = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
-    drawn = space.prior(guide.start[0].expand(TRIED, -1))
-    drawn = drawn[drawn.isfinite().all(-1)]
-    if not len(drawn):
-        return unknown
-    if not bool(_outside(narrow, space.latents(drawn)).any()):
-        return None
     number = FEW if task.runs_one_by_one else PARTICLES
     population = anneal(Reference(space, guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:
@@ -138,12 +131,16 @@ def _points(fn: Any, value: Tensor) -> Tensor:
 @torch.no_grad()
 def _is_inside(fn: Any, values: Tensor) -> Tensor:
     """Return True for the values ``(N, *shape)`` at which a distribution may have a density, ``(N,)``."""
-    inside, inner = fn.support.check(values).reshape(len(values), -1).all(-1), innermost(fn)
+    inner = innermost(fn)
+    if isinstance(inner, MixtureSameFamily) or not states_support(fn):  # torch joins the supports of all components
+        return torch.ones(len(values), dtype=torch.bool, device=values.device)
+    inside = fn.support.check(values).reshape(len(values), -1).all(-1)
     if isinstance(inner, TransformedDistribution):  # torch states the support of the last transform alone
         whole = ComposeTransform(inner.transforms)
-        with suppress(NotImplementedError):  # a transform without an inverse
-            back = (whole(whole.inv(values)) - values).abs() <= SAME * (1 + values.abs())  # False for NaN
-            inside &= back.reshape(len(values), -1).all(-1)
+        with suppress(NotImplementedError, KeyError):  # a transform without an inverse; Pyro's raise KeyError
+            base = whole.inv(values)
+            back = (whole(base) - values).abs() <= SAME * (1 + values.abs())  # False for NaN
+            inside &= back.reshape(len(values), -1).all(-1) & _is_inside(inner.base_dist, base)
     return inside
 
 

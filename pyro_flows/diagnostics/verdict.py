@@ -41,7 +41,7 @@ from .drift import CERTAIN, FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import NEXT, Finding, worst
 from .importance import MANY, Psis, number_to_weigh, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
-from .missing_modes import Missing, search
+from .missing_modes import Missing, beyond_support, search
 from .outliers import outliers
 from .row_weights import RowWeights, row_weights
 from .spreads import SpreadMeter, Spreads
@@ -312,7 +312,7 @@ def check(
         if suspected and psis.reliable and not space.read.angles:
             along = suspected.chart.inverse(draws.z) @ suspected.directions
             directions = directions.pooled_with(weighted_drift(along.detach(), psis.smoothed))
-        missing = Missing(0.0, 0.0) if scope else search(space, white, draws, psis.log_evidence)
+        missing = beyond_support(space) if scope else search(space, white, draws, psis.log_evidence)
         rows = row_weights(space, at_once) if suspected else ()
         rare = torch.zeros_like(weighted.error) if alone or scope else outliers(space, draws, psis)
     of_all = (met.chains, directions, weighted, (met.shape, of_weights), space.read.names)
@@ -501,7 +501,7 @@ def _flags(seen: Check) -> tuple[Tensor, Tensor]:
 def _elsewhere(seen: Check) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses, and of searches and chains that failed."""
     share, noise, _, error, is_blind, neck, outside, _ = seen.missing
-    if outside and share > max(LOST, noise):
+    if outside and not share <= max(LOST, noise):  # also if the share is unknown
         yield Finding("support", outside, share, noise)
     elif share > max(LOST, noise):  # mass within its noise still counts
         flags, _ = _flags(seen)

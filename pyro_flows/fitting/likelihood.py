@@ -187,11 +187,9 @@ def _warn_of_columns(theta: Tensor, x: Tensor, discrete: Sequence[int]) -> None:
     own = [place for place in range(x.shape[1]) if place not in discrete]
     if spikes := spikes_of(x, None, own):
         integers = tuple(spike.column for spike in spikes if spike.kind == "integers")
-        warn_user(
-            f"{CALLER}: of x, {listed([str(spike) for spike in spikes])}. Its density grows without bound there. Give "
-            f"integers as discrete={integers or (0,)}, mark a value that repeats by a further entry of 0 and 1, or add "
-            "uniform noise to rounded numbers."
-        )
+        fault = f"{CALLER}: of x, {listed([str(spike) for spike in spikes])}. Its density grows without bound there"
+        way = "Mark a value that repeats by a further entry of 0 and 1, or add uniform noise to rounded numbers"
+        warn_user(f"{fault}. {f'Give integers as discrete={integers}. ' if integers else ''}{way}.")
     columns = {f"theta[:, {place}]": column for place, column in enumerate(theta.to("cpu", torch.float64).T)}
     entries = {f"x[:, {place}]": column for place, column in enumerate(x.to("cpu", torch.float64).T)}
     given = [*columns, *(name for place, name in enumerate(entries) if place in discrete)]

@@ -54,8 +54,8 @@ def is_vectorised(objective: ELBO | None) -> bool:
 
 
 def _takes_scores(objective: ELBO) -> bool:
-    """True if a user's objective is known to train guides by the model's scores."""
-    return hasattr(objective, "differentiable_loss") and not isinstance(objective, ForwardKL)
+    """True if an objective trains guides by the model's scores."""
+    return not isinstance(objective, ForwardKL)
 
 
 def check_no_parameters(task: Task) -> None:

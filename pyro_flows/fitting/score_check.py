@@ -72,7 +72,7 @@ def check_score(task: Task) -> None:
             raise NoScore(
                 f"fit_svi: the score of {where} must be the gradient of its log-density, got {score:.3g} along latent "
                 f"{name!r} where the log-density changes at a rate of {rate:.3g}. The model leaves torch there, as by "
-                f".detach(), .numpy() or .item(). {WAY_OUT}."
+                f".detach(), .numpy() or .item(), or rounds. {WAY_OUT}."
             )
 
 

@@ -45,6 +45,7 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     path_gradient = False  # True: its own draws are scored with the path gradient
+    columns: Columns | None = None  # for pickles of distributions that had none
     one_step = False  # True: its draws are scored in the step that drew them
 
     def __init__(

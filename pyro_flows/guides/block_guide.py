@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -22,7 +22,7 @@ from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
 from .base import FlowGuide
 from .blocks import Block, Blocks, BlockTransform, Drawn
-from .checks import check_arguments, check_latents
+from .checks import check_arguments, check_continuous, check_latents
 from .circles import is_circular
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
 from .default_flows import (
@@ -119,6 +119,7 @@ class BlockGuide(FlowGuide):
 
     def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Build the blocks of the prototype's latents."""
+        check_continuous(self._call(args, kwargs))
         self.structure = self._read(self._call(args, kwargs))
         self.row_plates = self.structure.plates
         call = self._call(args, kwargs)
@@ -405,13 +406,13 @@ class BlockGuide(FlowGuide):
             key, mask = block.packing.plates, masks.get(block.packing.plates, RowMasks())
             with ExitStack() as stack:
                 indices = {name: stack.enter_context(plates[name]) for name in key}
-                stack.enter_context(poutine.mask(mask=mask.rows))
+                stack.enter_context(_masked(mask))
                 inside = [plates[name] for name in key]
                 rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else shared
                 q = posterior.at(block, rows, drawn)
                 z = mask.filled(self._draw(block.name, q, indices))
             drawn.append(Drawn(block, z, q))
-            with poutine.mask(mask=mask.rows):
+            with _masked(mask):
                 result.update(place(block.packing.unpack(z, mask.parts), plates, mask.parts))
         return result
 
@@ -528,6 +529,11 @@ def _check_number(owner: str, plate: str, found: Found, own: BlockRows) -> None:
     if takes_all(rows) and rows.size != number:
         fault = f"the model has {rows.size} rows of plate {plate!r}, and the data have {number}"
         raise ValueError(f"{owner}: {fault}. Give the model the number of rows of the data.")
+
+
+def _masked(mask: RowMasks) -> AbstractContextManager[Any]:
+    """Return the handler that masks rows, or none if all count, since the JIT joins no Python bool to a mask."""
+    return nullcontext() if mask.rows is True else poutine.mask(mask=mask.rows)
 
 
 def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:

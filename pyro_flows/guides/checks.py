@@ -65,8 +65,8 @@ def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict
         raise TypeError(f"{method}: the model's arguments must be given too, got {error}. Use {call}.") from error
 
 
-def check_latents(call: Call) -> None:
-    """Refuse discrete latents, supports without volume or bijection, and subsampled plates other than the guide's."""
+def check_continuous(call: Call) -> None:
+    """Refuse discrete latents, and supports without volume or bijection."""
     if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
         which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
         why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
@@ -79,6 +79,12 @@ def check_latents(call: Call) -> None:
         if low is not None and high is not None and (torch.as_tensor(low) >= torch.as_tensor(high)).any():
             fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
             raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
+
+
+def check_latents(call: Call) -> None:
+    """Refuse latents that are not continuous, or lie in subsampled plates other than the guide's."""
+    check_continuous(call)
+    for name, site in call.latents.items():
         for frame in site["cond_indep_stack"]:
             if frame.name not in call.plates and frame.full_size is not None and frame.size < frame.full_size:
                 rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
@@ -125,14 +131,17 @@ class Calls:
         watch: The watch over the guide's draws.
     """
 
+    reparametrised: tuple[str, ...] = ()  # for pickles of guides that had none of these
+    present: dict[str, Tensor] = {}
+    _hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
+
     def __init__(self) -> None:
         self.observed: frozenset[str] = frozenset()
-        self.reparametrised: tuple[str, ...] = ()
         self.masked = False
-        self.present: dict[str, Tensor] = {}
         self.watch = Watch()
-        self._hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
-        self._absent: set[bytes] = set()  # patterns of hidden parts of rows that were found to change nothing else
+        self._absent: set[tuple[Key, Key, bytes]] = (
+            set()
+        )  # patterns of hidden parts of rows that were found to change nothing else
         self._last: list[object] | None = None  # the keys of the last arguments
 
     def begin(self, call: Call, *, varies: bool = False) -> Found:
@@ -195,10 +204,10 @@ class Calls:
     def check_hidden(self, call: Call, found: Found) -> None:
         """Raise ValueError, naming the site, if latents outside of rows have other masks than at setup."""
         now = hidden_outside(call, found)
-        for name in now.keys() | self._hidden.keys():
+        for name in [*now, *self._hidden]:
             if name not in now or name not in self._hidden or not torch.equal(now[name], self._hidden[name]):
                 fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
-                way = "Build another guide, or let a plate hold what is masked, and use AutoPlateFlow(model, plate)"
+                way = "Build another guide, or use AutoPlateFlow(model, plate), whose rows take a new mask in each call"
                 raise ValueError(f"{call.owner}: {fault}. {way}.")
 
     def _knows(self, call: Call) -> bool:

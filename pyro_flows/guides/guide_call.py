@@ -72,6 +72,10 @@ class Call(NamedTuple):
         """The values of the prototype's latents."""
         return {name: site["value"].detach() for name, site in self.latents.items()}
 
+    def is_outside(self, site: dict[str, Any]) -> bool:
+        """True if a site lies outside of the plates whose rows have flows."""
+        return not frames_of(site, self.plates)
+
     def trace_at(self, values: dict[str, Tensor]) -> Trace:
         """Return the trace of a run of the model with some sites held at values."""
         return trace_at(self.model, values, self.args, self.kwargs)

@@ -266,7 +266,12 @@ class LatentSpace:
     @functools.cached_property
     def coordinates(self) -> list[str]:
         """The latent that each of the coordinates belongs to, or the guide's own site if the latent is unknown."""
-        return [name for name, part in self._layout.items() for _ in range(part.size)]
+        guide, names = self.task.guide.call, list[str]()
+        packings = {f"_{getattr(guide, '_pyro_name', '')}_{n}": p for n, p in getattr(guide, "packings", {}).items()}
+        for name, part in self._layout.items():
+            inside = packings[name].coordinates if name in packings else [name]  # of each row
+            names += inside * (part.size // len(inside))
+        return names
 
     @functools.cached_property
     def _layout(self) -> Packing:
