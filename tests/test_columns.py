@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flows import Spike, dequantize, find_spikes
 from pyro_flows.data.columns import tied_columns
 from pyro_flows.data.table import as_table
+from pyro_flows.flows.columns import Columns
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -275,3 +276,13 @@ def test_masked_values_are_missing() -> None:
     masked = np.ma.array([[1, 2], [3, 4]], mask=[[False, True], [False, False]])
     with pytest.raises(ValueError, match=r"NaN or inf \(1 of 4 numbers\)"):
         find_spikes(masked)
+
+
+@pytest.mark.parametrize("number", [10, 9, 1])
+def test_some_rows_of_integers_are_warned_of_too(number):
+    """One raw row among ten is no chance: noise is hardly ever exactly zero."""
+    columns, rows = Columns(("k",), ((0, 0.0, 2.0),)), torch.full((10, 1), 1.5)
+    columns.warn_of_integers(rows)
+    rows[:number] = 1.0
+    with pytest.warns(UserWarning, match="integers with noise in columns 'k'"):
+        columns.warn_of_integers(rows)
