@@ -23,6 +23,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from ..compiler_state import is_traced
 from ..programs.latents import KEEPS_MASK
+from ..programs.masks import among_absent, present_of
 from .circles import is_circular
 from .guide_call import Key, frames_of, rows_in
 
@@ -52,23 +53,20 @@ class Part(NamedTuple):
         number = self.batch.numel() if self.present is None else int(self.present.sum())
         return number * self.event.numel()
 
+    @property
+    def counts(self) -> Tensor | None:
+        """True for the unconstrained numbers in the vector, flattened; None if all are."""
+        return None if self.present is None else self.present.flatten().repeat_interleave(self.event.numel())
+
     def gather(self, free: Tensor) -> Tensor:
         """Return the present elements, ``(*sample, size)``, of unconstrained values ``(*sample, *batch, *event)``."""
         sample = free.shape[: free.dim() - len(self.batch) - len(self.event)]
-        if self.present is None:
-            return free.reshape(*sample, -1)
-        elements = free.reshape(*sample, self.batch.numel(), self.event.numel())
-        return elements.index_select(-2, self.present.flatten().nonzero().flatten().to(free.device)).flatten(-2)
+        return present_of(free.reshape(*sample, -1), self.counts)
 
     def scatter(self, chunk: Tensor, sample: Sequence[int]) -> Tensor:
         """Return unconstrained values ``(*sample, *batch, *event)`` from their present elements."""
-        if self.present is not None:
-            counts = self.present.flatten()
-            place = torch.where(counts, counts.cumsum(0) - 1, counts.sum()).to(chunk.device)
-            elements = chunk.reshape(*sample, -1, self.event.numel())
-            origin = elements.new_zeros(*sample, 1, self.event.numel())
-            chunk = torch.cat((elements, origin), -2).index_select(-2, place)
-        return chunk.reshape((*sample, *self.batch, *self.event))
+        flat = among_absent(chunk.reshape((*sample, self.size)), self.counts)
+        return flat.reshape((*sample, *self.batch, *self.event))
 
     def counted(self, log_det: Tensor) -> Tensor:
         """Return log-determinants ``(*sample, *batch)`` that are 0 for absent elements."""

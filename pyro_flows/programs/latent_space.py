@@ -22,7 +22,7 @@ from torch.distributions import Transform, biject_to
 from .engines import Site, Values, View, in_batches
 from .latents import are_equal, innermost, support_of
 from .log_density import LogDensity, in_parts, is_breakdown, or_nan
-from .masks import Mask, mask_of
+from .masks import Mask, among_absent, mask_of, present_of
 from .model_and_guide import Task
 from .program import TOTAL, Program
 from .quantities import Quantities
@@ -45,15 +45,18 @@ class Part(NamedTuple):
     mask: Tensor | None = None
 
     @property
-    def counts(self) -> Tensor:
-        """True for the numbers in the vector, flattened."""
-        mask = torch.ones((), dtype=torch.bool) if self.mask is None else self.mask
-        return mask.reshape(mask.shape + (1,) * (len(self.shape) - mask.dim())).expand(self.shape).flatten()
+    def counts(self) -> Tensor | None:
+        """True for the numbers in the vector, flattened; None if all are."""
+        if self.mask is None:
+            return None
+        return (
+            self.mask.reshape(self.mask.shape + (1,) * (len(self.shape) - self.mask.dim())).expand(self.shape).flatten()
+        )
 
     @property
     def size(self) -> int:
         """The number of numbers in the vector."""
-        return self.shape.numel() if self.mask is None else int(self.counts.sum())
+        return self.shape.numel() if self.counts is None else int(self.counts.sum())
 
 
 Packing = dict[str, Part]  # the sites in a packed vector, by name
@@ -101,8 +104,12 @@ class LatentSpace:
             transform = biject_to(site["fn"].support)
             self._own[name] = Part(transform.inv(site["value"]).shape, transform)
         self.dim = sum(part.size for part in self._own.values())
-        hidden = [~_part_of(task.guide.single.nodes[name], part).counts for name, part in self._own.items()]
-        self._hidden = torch.cat(hidden)
+        counts = (_part_of(task.guide.single.nodes[name], part).counts for name, part in self._own.items())
+        sizes = (part.size for part in self._own.values())
+        self._hidden = torch.cat(
+            [torch.zeros(n).bool() if c is None else ~c for n, c in zip(sizes, counts, strict=True)]
+        )
+        self._hides = bool(self._hidden.any())
         self.read = Quantities(task)
 
     @torch.no_grad()
@@ -169,10 +176,12 @@ class LatentSpace:
 
     def _noised(self, z: Tensor) -> Tensor:
         """Return vectors with standard normal draws in what masks hide."""
-        return z.where(~self._hidden.to(z.device), torch.randn_like(z)) if self._hidden.any() else z
+        return z.where(~self._hidden.to(z.device), torch.randn_like(z)) if self._hides else z
 
     def _normal(self, z: Tensor) -> Tensor:
-        """Return the standard normal log-density of what masks hide in vectors, ``(N,)``."""
+        """Return the standard normal log-density of what masks hide in vectors, ``(N,)``, or 0."""
+        if not self._hides:
+            return torch.zeros(())
         return dist.Normal(0.0, 1.0).log_prob(z[:, self._hidden.to(z.device)]).sum(-1)
 
     def _score(self, latents: Values, size: int) -> Values:
@@ -379,7 +388,7 @@ def _packed(values: Values, packing: Packing) -> Tensor:
     found = []
     for name, part in packing.items():
         free = part.transform.inv(values[name]).reshape(len(values[name]), -1)
-        found.append(free if part.mask is None else free[:, part.counts.to(free.device)])
+        found.append(present_of(free, part.counts))
     return torch.cat(found, -1)
 
 
@@ -388,11 +397,7 @@ def _unpacked(z: Tensor, packing: Packing) -> tuple[Values, Values]:
     values, changes = {}, {}
     chunks = z.split([part.size for part in packing.values()], -1)
     for (name, part), chunk in zip(packing.items(), chunks, strict=True):
-        if part.mask is not None:
-            counts = part.counts.to(z.device)
-            place = torch.where(counts, counts.cumsum(0) - 1, part.size)
-            chunk = torch.cat((chunk, z.new_zeros(len(z), 1)), -1).index_select(-1, place)
-        free = chunk.reshape(len(z), *part.shape)
+        free = among_absent(chunk, part.counts).reshape(len(z), *part.shape)
         values[name] = part.transform(free)
         change = part.transform.log_abs_det_jacobian(free, values[name])
         if part.mask is not None:

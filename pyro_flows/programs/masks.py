@@ -66,6 +66,20 @@ def is_reparametrised(site: dict[str, Any]) -> bool:
     return bool(site["is_observed"] and is_point and not is_marked)
 
 
+def present_of(values: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the numbers that count, ``(*batch, n)``, of ``(*batch, N)``; None stands for all."""
+    return values if counts is None else values[..., counts.to(values.device)]
+
+
+def among_absent(values: Tensor, counts: Tensor | None) -> Tensor:
+    """Return numbers ``(*batch, n)`` at their places among zeros, ``(*batch, N)``, as :func:`present_of` took them."""
+    if counts is None:
+        return values
+    counts = counts.to(values.device)
+    padded = torch.cat((values, values.new_zeros(*values.shape[:-1], 1)), -1)
+    return padded.index_select(-1, torch.where(counts, counts.cumsum(0) - 1, values.shape[-1]))
+
+
 def hides_nan(trace: Trace) -> bool:
     """True if a mask hides data of an observed site that are NaN."""
     sites = (site for site in trace.nodes.values() if is_observation(site) and isinstance(site["value"], Tensor))
