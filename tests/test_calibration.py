@@ -274,7 +274,7 @@ def test_models_of_other_latents_are_refused():
         (local_c2st, by_hand(), settings),
         (misspecification, by_hand(), settings),
     ):
-        with pytest.raises(ValueError, match=f"{check.__name__}: with these arguments {words}. Build another guide"):
+        with pytest.raises(ValueError, match=f"{check.__name__}: with these arguments {words}. Give the model that"):
             check(other, guide, **more)
 
 

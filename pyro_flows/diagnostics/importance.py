@@ -378,7 +378,7 @@ def importance_log_likelihood(
     check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
     task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
     name = plate or getattr(guide, "plate", None) or _only_plate(task.model.single)
-    of_guide, of_model = (_rows_of(name, program.single) for program in (task.guide, task.model))
+    of_model, of_guide = (_rows_of(name, program.single) for program in (task.model, task.guide))
 
     def read(view: View) -> Values:
         return {"log_q": _by_row(view, of_guide), **{n: view.read(n) for n in task.latents}}

@@ -108,6 +108,8 @@ def check_shapes(call: Call, found: Found) -> None:
             continue
         fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
         way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+        if not call.latents.keys() & found.latents.keys():
+            way = "Give the model that the guide was built for"
         raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
 
 
