@@ -166,7 +166,7 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> int:
-        """Raise AttributeError: only maps of numbers have a sign."""
+        """The sign of the derivative, which only maps of numbers have; AttributeError."""
         raise AttributeError("sign")  # torch's NotImplementedError would stop torch.jit, which lists the attributes
 
     def condition(self, context: Tensor) -> Transform:
