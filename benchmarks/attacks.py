@@ -762,7 +762,7 @@ def variation(a: Tensor, b: Tensor) -> float:
 
 def densities(target: Target, space: LatentSpace, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
     """Return the missing share and the joint total variation, or NaN if the guide's coordinates are unknown."""
-    z = space._locate({name: exact_draws[name] for name in space.task.latents})
+    z = space.located({name: exact_draws[name] for name in space.task.latents})
     if z is None:
         return math.nan, math.nan
     parts = z.split(1000)
