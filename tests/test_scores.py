@@ -168,7 +168,27 @@ def test_sound_models_are_welcome(model: Callable[..., Any]) -> None:
         check_score(Task(model, AutoNormal(model, init_scale=0.5), (y,), {}))
 
 
-def test_a_sound_model_takes_three_runs() -> None:
+@pytest.mark.parametrize("seed", [1039, 1195, 1276, 1449])
+def test_a_draw_where_the_density_is_flat_hides_no_fault(seed: int) -> None:
+    """With one draw, one seed in a hundred passed: there the density hardly changed along the direction."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1.0, 1.0, 10)
+    y = 0.5 + 1.5 * x + 0.5 * torch.randn(10)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        mean = torch.as_tensor(a.detach().numpy() + b.detach().numpy() * x.numpy())
+        pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
+
+    for offset in range(25):
+        pyro.set_rng_seed(seed + offset)
+        guide = pf.AutoFlow(model)
+        with pytest.raises(ValueError, match="the score of site 'y' must be the gradient"):
+            check_score(Task(model, guide, (), {}))
+
+
+def test_a_sound_model_takes_seven_runs() -> None:
     runs = 0
 
     def model() -> None:
@@ -180,7 +200,7 @@ def test_a_sound_model_takes_three_runs() -> None:
     task = Task(model, AutoNormal(model), (), {})
     runs = 0
     check_score(task)
-    assert runs == 3
+    assert runs == 7
 
 
 def test_objectives_and_guides_that_take_no_scores_are_left_alone() -> None:

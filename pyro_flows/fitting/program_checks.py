@@ -35,8 +35,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
         if not task.model.enumerated:  # a point may depend on discrete latents, which are drawn here
             check_likelihood("fit_svi", task.traces[0])
     if search or objective is None or (_takes_scores(objective) and not task.model.enumerated):
-        with unchanged():
-            check_score(task)
+        check_score(task)
     check_masked(task)
     if search or (is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
