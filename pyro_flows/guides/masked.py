@@ -194,7 +194,8 @@ def _changed(call: Call, hidden: Mapping[str, Tensor], found: Found, values: dic
             torch.manual_seed(0)
             trace = call.trace_at({**values, **moved})
             trace.compute_log_prob()
-        densities = {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
+        sites = {key: site for key, site in trace.nodes.items() if site["type"] == "sample"}
+        densities = {key: site["log_prob"] for key, site in sites.items() if site["log_prob"].numel()}
         known = known or densities
         apart = {key: (value - known[key]).abs().nan_to_num(0.0, torch.inf) for key, value in densities.items()}
         if known is not densities and not noise:
