@@ -477,7 +477,7 @@ def test_ctrl_c_skips_the_search_and_the_fit_goes_on():
 
     def model() -> None:
         calls.append(0)
-        if len(calls) == 30:
+        if len(calls) == 50:
             signal.raise_signal(signal.SIGINT)
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("z", dist.Normal(x**2, 0.3))
