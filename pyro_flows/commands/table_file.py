@@ -26,7 +26,7 @@ LOOKED_AT = 100  # rows that decide on the delimiter
 TOKENIZER = "Error tokenizing data. C error: "  # the beginning of pandas' errors
 FIRST = "column 1"  # the name of a first column without a name
 MANY = 50  # names in a line
-WIDEST = 20_000  # columns, each of which takes half a millisecond to read
+WIDEST = 20_000  # columns; one takes half a millisecond to read
 
 
 def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFrame, list[str]]:

@@ -57,7 +57,7 @@ PACED = Network, Elementwise, RowContexts, ScaledLinear
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit has converged
-LEAST, MOST = 10, 50  # losses of which the mean is reported at the end
+LEAST, MOST = 10, 50  # losses in the mean that is reported at the end
 SHARP = 0.01  # nats, the standard error below which no more of them are taken
 MANY = 64  # draws per step, from which on SOAP does better than Adam
 ONE_BY_ONE = 8  # draws per step if the model runs one at a time

@@ -30,7 +30,7 @@ class Writes(Messenger):
             self._drawn[msg["name"]] = msg["value"], msg["value"].clone()
 
     def writable(self, program: Function) -> Function:
-        """Return a program that gets copies of these latents: the program itself if there are none."""
+        """Return a program that gets copies of these latents; the program itself if it writes into no latent."""
         names = [name for name, (now, before) in self._drawn.items() if not torch.equal(now, before)]
         return _Copies(names)(program) if names else program
 
