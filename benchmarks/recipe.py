@@ -20,6 +20,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -37,7 +38,7 @@ from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.default_flows import FEW
+from pyro_flows.guides.default_flows import LIMITS
 from pyro_flows.guides.default_flows import affine_couplings as default
 from pyro_flows.guides.default_training import plan_of
 from pyro_flows.training.stopping import Horizon
@@ -173,7 +174,7 @@ VARIANTS = {
     "5 spline couplings": Variant(guide=recipe(flows.nsf, activation=nn.ELU)),
     "5 spline couplings, step size / 3": Variant(guide=recipe(flows.nsf, activation=nn.ELU), lr=1 / 3),
     "a spline for each latent at the end": Variant(guide=recipe(with_splines)),
-    "a scale for each latent at the end": Variant(other={"guides.default_flows.LEARNED": 0}),
+    "a scale for each latent at the end": Variant(other={"guides.guide_flow.LIMITS": replace(LIMITS, learned=0)}),
     "steps x 0.7, clipped at 1, and with 51 latents 16 couplings": Variant(
         guide={"flow": None, "base": None}, fit={"clip_norm": 1.0}, steps=0.7
     ),
@@ -188,7 +189,7 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
 
     def fit(target: targets.Target) -> Any:
         guide = pf.AutoFlow(target.model, **{**recipe(default), **variant.guide}).setup()
-        suited, many = plan_of(guide).schedule(), guide.latent_dim > FEW
+        suited, many = plan_of(guide).schedule(), guide.latent_dim > LIMITS.few
         steps = 20 if quick else round(variant.steps * (3000 if many else suited.steps))
         asked = None if variant.steps == 1 and not (quick or many) else steps
         particles, lr = round(variant.draws * suited.num_particles), variant.lr * suited.lr

@@ -179,7 +179,7 @@ def moved(guide: pf.AutoFlow, matrix: Tensor, shift: Tensor) -> None:
     """Change the draws z of a guide to m + s A (z - m) / s + s shift, with its mean m and its sds s."""
     z = guide.flow().sample((20_000,))
     mean, sd = z.mean(0), z.std(0)
-    fixed = guide.flow.transforms[-1]
+    fixed = guide.flow.fixed
     scaled = sd.unsqueeze(-1) * matrix / sd
     with torch.no_grad():
         scale = fixed.scale.tril() if fixed.dense else fixed.scale.diag()

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.optimizers import SOAP, WIDEST, Muon, optimizers
-from pyro_flows.guides.default_flows import FEW
+from pyro_flows.guides.default_flows import LIMITS
 from pyro_flows.guides.default_training import plan_of
 from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
@@ -34,7 +34,7 @@ def guide_over(dim: int, recipe=small) -> AutoFlow:
 
 @pytest.mark.parametrize("recipe", [small, functools.partial(flows.iaf, num_transforms=2)], ids=["coupling", "iaf"])
 def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
-    guide = guide_over(FEW + 1, recipe)
+    guide = guide_over(LIMITS.few + 1, recipe)
     parameters = list(guide.parameters())
     adam, muon = optimizers(parameters, 0.01, by_soap=guide.by_soap(), by_muon=guide.by_muon())
     assert (type(adam), type(muon)) == (torch.optim.Adam, Muon)
@@ -144,7 +144,7 @@ def test_wide_sides_keep_their_basis():
     assert {"rows", "columns"} & {*optimizer.state[f"2x{WIDEST + 1}"]} == {"rows"}
 
 
-@pytest.mark.parametrize(("dim", "couplings", "clip_norm"), [(FEW, 8, 100.0), (FEW + 1, 16, 1.0)])
+@pytest.mark.parametrize(("dim", "couplings", "clip_norm"), [(LIMITS.few, 8, 100.0), (LIMITS.few + 1, 16, 1.0)])
 def test_many_latents_have_a_deeper_flow_and_smaller_gradients(dim, couplings, clip_norm):
     guide = AutoFlow(functools.partial(chain, dim)).setup()
     assert sum(isinstance(layer, Coupling) for layer in guide.flow.transforms) == couplings
@@ -158,7 +158,7 @@ def test_adam_has_all_of_other_guides():
 @pytest.mark.slow
 def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
     pyro.set_rng_seed(0)
-    dim = FEW + 8
+    dim = LIMITS.few + 8
     guide = guide_over(dim)
     fit = fit_svi(guide.model, guide, steps=600, num_particles=64, warm_start=False, progress=False)
     evidence = dist.Normal(0.0, (dim + 1) ** 0.5).log_prob(torch.tensor(5.0)).item()
@@ -166,7 +166,7 @@ def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "num_particles"), [(FEW + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
+@pytest.mark.parametrize(("dim", "num_particles"), [(LIMITS.few + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
 def test_a_killed_run_goes_on_to_the_same_end(dim, num_particles, tmp_path, monkeypatch):
     clock = itertools.count(step=60)  # each call adds a minute, so that every 50 steps end with a checkpoint
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))

@@ -441,7 +441,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "part of a guide": (
         lambda: AutoFlow(nested, lambda dim: Flow([OwnTransform(range(dim))])).setup(Y),
-        r"flow\.transforms\[0\] is of .*OwnTransform",
+        r"flow\.couplings\[0\] is of .*OwnTransform",
     ),
 }
 

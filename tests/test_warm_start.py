@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -21,7 +22,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.gaussian_start import start_from_gaussian
-from pyro_flows.guides import default_flows
+from pyro_flows.guides import guide_flow
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
@@ -207,7 +208,7 @@ def test_start_at_makes_the_guide_that_gaussian(dim, name):
 
 
 def test_of_very_many_latents_the_guide_has_the_marginals(monkeypatch):
-    monkeypatch.setattr(default_flows, "DENSE", 600)
+    monkeypatch.setattr(guide_flow, "LIMITS", replace(guide_flow.LIMITS, dense=600))
     guide, law = AutoFlow(gaussian_model(601), small).setup(), rotated(601, 1e5, 2.0)
     guide.start_at(law.loc, law.scale_tril)
     assert max(parameter.numel() for parameter in guide.parameters()) < 601**2

@@ -243,9 +243,8 @@ class ELBOFit:
     @functools.cached_property
     def _flow(self) -> Flow:
         flow = self.guide.flow
-        *layers, fixed = flow.transforms  # the last layer standardises, so the others can run in single precision
-        single = self.guide.has_default_flow and is_plain([flow]) and InSingle.suits(layers)
-        return Flow([InSingle(layers), fixed], flow.base) if single else flow
+        single = self.guide.has_default_flow and is_plain([flow]) and InSingle.suits(flow.unscaled)
+        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow
 
     def joint_loss(self) -> Tensor:
         """Return the loss of the default objective, without the handlers that an ELBO runs a guide under."""

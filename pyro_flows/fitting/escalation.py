@@ -27,7 +27,7 @@ from torch import Tensor
 from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
-from ..guides.default_flows import affine_couplings, split
+from ..guides.default_flows import affine_couplings
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
@@ -302,14 +302,13 @@ def _elsewhere(space: LatentSpace, start: Tensor) -> Tensor:
 
 def _deepened(guide: AutoFlow) -> AutoFlow:
     """Build a guide with the same distribution, and with more, wider couplings between the base and the flow."""
-    layers, ends = split(guide.flow)
 
     def deeper(dim: int) -> Flow:
         more = affine_couplings(dim, hidden_dims=(128, 128))
-        return Flow([*more.transforms, *copy.deepcopy(layers)], copy.deepcopy(guide.flow.base))
+        return Flow([*more.transforms, *copy.deepcopy(guide.flow.couplings)], copy.deepcopy(guide.flow.base))
 
     new = guide.rebuilt(deeper)
     new.flow.base.load_state_dict(guide.flow.base.state_dict())
-    for own, kept in zip(split(new.flow)[1].layers, ends.layers, strict=True):
+    for own, kept in zip(new.flow.ends, guide.flow.ends, strict=True):
         own.load_state_dict(kept.state_dict())
     return new

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
-from ..guides.default_flows import DENSE, rank_for
+from ..guides.default_flows import LIMITS
+from ..guides.guide_flow import rank_for
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
@@ -82,7 +83,7 @@ def start_from_gaussian(
 def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Start | None:
     """Start a guide of more latents than batch and match has draws for, unless too few rounds are within the budget."""
     dim, gradients = guide.latent_dim, budget / SHARE
-    if dim > DENSE:
+    if dim > LIMITS.dense:
         if gradients < LEAST:
             return None
         sparse = fit_low_rank(density, *guide.start, rank_for(dim), budget=gradients, watch=watch)

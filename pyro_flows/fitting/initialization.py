@@ -18,7 +18,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..flows import Flow
-from ..guides.default_flows import permutes
+from ..guides.guide_flow import permutes
 from ..transforms import FixedAffine, PerPixel
 
 INITIAL = 5000  # rows from which layers such as ActNorm start

@@ -30,7 +30,6 @@ from ..diagnostics import Psis
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
-from ..guides.default_flows import split
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
@@ -255,9 +254,9 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     circular = cast(AutoFlow, task.guide.call).circular
     build = partial(ModesBase, num_components=len(mixture.weights), circular=circular)
     guide = _at_population(task, modes, base=build)
-    base, (_, ends) = cast(ModesBase, guide.flow.base), split(guide.flow)
-    divide = partial(torch.linalg.solve_triangular, ends.scale_tril, upper=False)
-    places = divide((mixture.loc - ends.fixed.loc).mT).mT
+    base = cast(ModesBase, guide.flow.base)
+    divide = partial(torch.linalg.solve_triangular, guide.flow.scale_tril, upper=False)
+    places = divide((mixture.loc - guide.flow.fixed.loc).mT).mT
     base.set(places, divide(mixture.scale_tril), mixture.weights.sqrt())
     return guide
 

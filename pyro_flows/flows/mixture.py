@@ -64,7 +64,7 @@ class FlowMixture(nn.Module):
         fault = "a mixture of flows, as in an ensemble of guides, is no single transform of a base"
         raise NotImplementedError(f"FlowMixture: {fault}. Use one of its flows, or one member of the ensemble.")
 
-    runs = base = transforms
+    runs = base = fixed = unscaled = transforms
 
     def contexts(self, context: Tensor | None) -> list[Tensor | None]:
         """Return the context of each flow, given one for all, ``(*batch, context_dim)``."""

@@ -29,19 +29,10 @@ from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
 from .contexts import check_finite, encode, initialize, width_for_one
-from .default_flows import (
-    FEW,
-    assemble,
-    bound,
-    built,
-    check_recipes,
-    default_for,
-    is_untrained,
-    start_at,
-    start_at_draws,
-)
+from .default_flows import LIMITS, built, check_recipes, default_for
 from .default_training import Schedule, schedule_of_many
 from .guide_call import Call
+from .guide_flow import GuideFlow, assemble, bound
 from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
 from .of_datasets import OfDatasets, OfJoint
@@ -161,7 +152,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
         return parts | {"context_dim": self.flow.context_dim, "moves": self.moves}
 
-    def _restore(self, flow: Flow, context_dim: int, moves: bool = False) -> None:
+    def _restore(self, flow: GuideFlow, context_dim: int, moves: bool = False) -> None:
         self.latent_dim = self.packings["latent"].size
         check_fits(flow, self.latent_dim, context_dim)
         self.flow, self._engine = flow, "vmap" if moves else None
@@ -187,12 +178,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def has_default_flow(self) -> bool:
         """True if the flow is the default one, and not from a recipe of the user."""
-        return self._build_flow is None and type(self.flow) is Flow
+        return self._build_flow is None and type(self.flow) is GuideFlow
 
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained."""
-        return isinstance(self.flow, Flow) and is_untrained(self.flow, self._init_scale, self.circular)
+        return isinstance(self.flow, GuideFlow) and self.flow.is_untrained
 
     @property
     def takes_paths(self) -> bool:
@@ -205,7 +196,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         if self.has_circles:
             return Schedule(steps=2000, num_particles=256, lr=0.003)
-        if self.latent_dim > FEW:
+        if self.latent_dim > LIMITS.few:
             return schedule_of_many(self.latent_dim, near=near)
         if not alone:
             return Schedule(500 if near else 1000, num_particles=256)
@@ -219,10 +210,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError(f"AutoFlow: {fault}. Train one of its members, or resample its draws by pf.resample.")
 
     def by_soap(self) -> list[Tensor]:
-        return [] if self.has_circles or self.latent_dim > FEW else list(self.flow.parameters())
+        return [] if self.has_circles or self.latent_dim > LIMITS.few else list(self.flow.parameters())
 
     def by_muon(self) -> list[Tensor]:
-        if self.has_circles or self.latent_dim <= FEW:
+        if self.has_circles or self.latent_dim <= LIMITS.few:
             return []
         return [layer.weight for layer in self.flow.modules() if isinstance(layer, nn.Linear)]
 
@@ -235,7 +226,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def start(self) -> tuple[Tensor, float]:
         """The packed, unconstrained latents at the start, from ``init_loc_fn``, and ``init_scale``."""
-        return self.flow.transforms[-1].loc.detach().clone(), self._init_scale
+        return self.flow.fixed.loc.detach().clone(), self._init_scale
 
     def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:
         """Return a new, untrained guide of the same model, with another recipe or with the same."""
@@ -262,7 +253,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: If there are more directions than the guide's map has, which has none for up to 4096 latents.
         """
-        start_at(self.flow, loc, scale, self.circular, directions, stretch)
+        self.flow.start_at(loc, scale, directions, stretch)
 
     # Training on simulations, for a guide with an encoder.
 
@@ -281,7 +272,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def start_at_draws(self, vectors: Sequence[Tensor]) -> None:
         """Start from the marginal distributions of the packed latents of simulations, ``(N, latent_dim)``."""
-        start_at_draws(self.flow, vectors[0], self.circular)
+        self.flow.start_at_draws(vectors[0])
 
     def initialize_encoders(self, call: Call) -> None:
         """Initialise the ``Standardize`` layers of the encoder from the data of a call."""
@@ -381,8 +372,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         This takes half the time.  The last, fixed affine map is exact, so that latents may be far from zero.
         """
-        *layers, fixed = self.flow.transforms
-        rough = copy.deepcopy(Flow(layers, self.flow.base)).float()
+        rough, fixed = copy.deepcopy(Flow(self.flow.unscaled, self.flow.base)).float(), self.flow.fixed
         x = rough.sample((number,), chunk_size=chunk_for(self.latent_dim))
         return fixed.forward_and_log_det(x.to(fixed.loc))[0]
 

@@ -26,23 +26,19 @@ from .checks import check_arguments, check_continuous, check_latents
 from .circles import is_circular
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
 from .default_flows import (
-    FEW,
-    assemble,
-    assemble_local,
+    LIMITS,
     autoencoder_flow,
     built,
     check_recipes,
     default_for,
-    is_untrained,
     local_flow,
-    permutes,
     rows_flow,
     sequence_flow,
-    start_at,
 )
 from .default_training import Schedule, schedule_of_many
 from .frame import Frame
 from .guide_call import Call, Found, Key, Rows, frames_of
+from .guide_flow import GuideFlow, assemble, assemble_local
 from .loaded import check_fits
 from .masked import RowMasks, masks_of_all
 from .moving_supports import check_supports, moving_supports
@@ -206,7 +202,7 @@ class BlockGuide(FlowGuide):
 
     def _flow(
         self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, linear: int | None
-    ) -> Flow:
+    ) -> GuideFlow:
         """Build the flow of a block.
 
         Args:
@@ -288,18 +284,8 @@ class BlockGuide(FlowGuide):
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained, and has not started from another distribution."""
-        for block in self.posterior.blocks:
-            if block.has_started(WIDE * self.posterior.scale):
-                return False
-            start, flow = block.packing.start, block.flow
-            if block.contexts is None and block.order is None:
-                fresh = is_untrained(flow, self.posterior.scale, [False] * block.packing.size)
-            else:
-                layers = flow.transforms[:-1]
-                fresh = not layers or permutes(layers, start.new_zeros(block.packing.size))
-            if not fresh:
-                return False
-        return True
+        blocks, unit = self.posterior.blocks, WIDE * self.posterior.scale
+        return all(not block.has_started(unit) and block.flow.is_untrained for block in blocks)
 
     @property
     def repeats_for_paths(self) -> bool:
@@ -353,9 +339,9 @@ class BlockGuide(FlowGuide):
             loc, scale = found.loc, found.scale
             rows = block.sizes if whole else block.seen
             if block.frame is None:
-                start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
+                block.flow.start_at(loc[0, 0], scale[0, 0])
             else:
-                end = block.flow.transforms[-1]
+                end = block.flow.fixed
                 end.set(torch.zeros_like(end.loc), torch.ones_like(end.scale))
                 given = [means[i][block.rows_of(self.posterior.blocks[i], rows)] for i in block.parents]
                 none = loc.new_zeros(*loc.shape[:1], 0), loc.new_zeros(*loc.shape, 0)
@@ -377,7 +363,7 @@ class BlockGuide(FlowGuide):
         the gradients do; a fixed norm would weight minibatches by their gradients.  Shared latents alone are one flow.
         """
         first, *others = self.posterior.blocks
-        if not others and first.contexts is None and first.frame is None and first.packing.size > FEW:
+        if not others and first.contexts is None and first.frame is None and first.packing.size > LIMITS.few:
             return schedule_of_many(first.packing.size, near=near)
         of_rows = {name for packing in self.packings.values() if packing.plates for name in packing.parts}
         sizes = {name: site["value"].numel() for name, site in self.prototype_trace.iter_stochastic_nodes()}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
 from ..transforms import Permute
@@ -24,6 +23,7 @@ from ..transforms.base import chained
 from .contexts import BlockRows, RowContexts
 from .frame import Frame
 from .guide_call import Key
+from .guide_flow import GuideFlow
 from .masked import RowMasks
 from .packing import Packing
 from .structure import Nesting
@@ -55,7 +55,7 @@ class Drawn:
         are relative to the start.
         """
         if self.block.is_pooled:
-            middle = self.block.flow.transforms[-1].loc.detach()
+            middle = self.block.flow.fixed.loc.detach()
         else:
             middle, _ = chained(self.q.runs, self.z.new_zeros(self.block.packing.size), self.q.context)
         return (self.z - middle) / self.block.unit.detach()
@@ -83,7 +83,7 @@ class Block(nn.Module):
         self,
         name: str,
         packing: Packing,
-        flow: Flow,
+        flow: GuideFlow,
         contexts: RowContexts | None,
         parents: Sequence[int],
         nestings: Sequence[Nesting],

@@ -1,55 +1,60 @@
-"""Default flows of guides and of likelihoods, and the affine maps between a recipe's flow and the latents.
+"""Default recipes of guides and of likelihoods, and the flow that is built from a recipe of the user.
 
 *Choosing a flow* in the docs says how the defaults were found.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import flows
-from ..bijectors import Affine, RationalQuadraticSpline, SoftplusAffine
+from ..bijectors import Affine, RationalQuadraticSpline
 from ..conditioners import MLP, Conditioner, Given, GivenLinear, StepNet
 from ..conditioners.base import Network
-from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
+from ..distributions import ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
-from ..flows.mixture import FlowMixture
-from ..transforms import (
-    ActNorm,
-    Conditioned,
-    Coupling,
-    Elementwise,
-    FixedAffine,
-    FlowTransform,
-    QuantileMap,
-    Recurrence,
-    ScaledLinear,
-    TriangularAffine,
-)
-from ..transforms.base import chained
-from ..transforms.linear import unrotated
+from ..transforms import Coupling, Elementwise, FlowTransform, Recurrence, TriangularAffine
 
-# Largest numbers of latents
-FEW = 32  # for eight couplings and SOAP; beyond, sixteen and Muon
-QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
-LEARNED = 64  # for a full matrix in the learned affine map
-DENSE = 4096  # for a full matrix in the map that the guide starts from; beyond, it stretches some directions
-STRETCHED, DIRECTIONS = 5_000_000, (16, 512)  # numbers in these directions, the fewest directions, and the most
-TAILED = 512  # for a base with wide tails; beyond, each latent has a spline of its own
-CORRELATED = 4  # for correlations of a learned likelihood that depend on its parameters
-FACTORS = 8  # of the parents' latents that each row has coefficients for
-# The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
-# the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
-PLACE_PACE = 16.0
 
+@dataclass(frozen=True)
+class Limits:
+    """The largest numbers of latents up to which a default of guides holds, and sizes that follow from them.
+
+    Attributes:
+        few: Eight couplings, trained by SOAP; beyond, sixteen and Muon.
+        quick: Couplings that each move by a quarter of a step, beyond ``few``.
+        learned: A full matrix in the learned affine map.
+        tailed: A base with wide tails.  Beyond, each latent has a spline of its own.
+        dense: A full matrix in the map that the guide starts from.  Beyond, it stretches some directions.
+        stretched: Numbers in all these directions together, which bound their memory.
+        directions: The fewest directions, and the most.
+        correlated: Features of a learned likelihood whose correlations depend on its parameters.
+        factors: The parents' latents of which each row has coefficients, and needs no network.
+        place_pace: The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it
+            learns less in the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the
+            rows far away.
+    """
+
+    few: int = 32
+    quick: int = 64
+    learned: int = 64
+    tailed: int = 512
+    dense: int = 4096
+    stretched: int = 5_000_000
+    directions: tuple[int, int] = (16, 512)
+    correlated: int = 4
+    factors: int = 8
+    place_pace: float = 16.0
+
+
+LIMITS = Limits()
 Recipe = Callable[..., Flow]
 
 
@@ -108,14 +113,14 @@ def default_flow(input_dim: int) -> Flow:
         >>> [len(default_flow(dim).transforms) for dim in (32, 33)]
         [8, 16]
     """
-    couplings = affine_couplings(input_dim, num_transforms=8 if input_dim <= FEW else 16)
+    couplings = affine_couplings(input_dim, num_transforms=8 if input_dim <= LIMITS.few else 16)
     base: nn.Module = StandardNormal(input_dim)
-    if input_dim <= FEW:
+    if input_dim <= LIMITS.few:
         base = ContaminatedNormalBase(input_dim)
-    elif input_dim <= TAILED:
+    elif input_dim <= LIMITS.tailed:
         # Among many latents one is always in the wide component, which must then be less wide.
         base = ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
-    if FEW < input_dim <= QUICK:
+    if LIMITS.few < input_dim <= LIMITS.quick:
         # If 16 shared a step they would bend slowly.  With fewer latents, networks of this pace bend on a long way to
         # the posterior; with more, draws can leave the range of float32.
         for network in _networks(couplings):
@@ -133,7 +138,7 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
         layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
     else:
         layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
-    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=PLACE_PACE)
+    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=LIMITS.place_pace)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
@@ -261,83 +266,13 @@ def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
     features overfits in turn.  Rows of one feature get it with ReLU, which follows modes that cross several times as
     the parameter grows.
     """
-    if input_dim > CORRELATED:
+    if input_dim > LIMITS.correlated:
         return placed_flow(input_dim, context_dim)
     if input_dim == 1:
         return placed_flow(1, context_dim, nn.ReLU)
     splines = flows.nsf_ar(input_dim, context_dim, num_transforms=2, hidden_dims=(32, 32))
     place = MLP(context_dim, 1, TriangularAffine.count_params(input_dim), skip=True)
     return Flow([*splines.transforms, TriangularAffine(input_dim, place)])
-
-
-def assemble(
-    flow: Flow,
-    base: Callable[[int], nn.Module] | None,
-    loc: Tensor,
-    scale: float,
-    circular: Sequence[bool] = (),
-) -> Flow:
-    """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
-
-    Beyond 512 latents the fixed map has two parts, z = loc + S B(C x), and between them a learned spline B of each
-    latent.  So each latent has a marginal distribution of any shape, with the correlations of a Gaussian.  For fewer
-    latents of an amortised guide a fixed map of each latent lies before, from a normal to its prior.
-
-    Raises:
-        ValueError: If the flow has no place for the angles among the latents.
-    """
-    dim, angles = len(loc), any(circular)
-    circular = circular or [False] * dim
-    made_base = base(dim) if base else flow.base
-    held = [b.circular.tolist() if isinstance(b, CircularBase | ModesBase) else [] for b in (flow.base, made_base)]
-    if angles and any(found != list(circular) for found in held):
-        fault = "some latents are angles, which a base or recipe for real numbers cannot hold"
-        way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
-        raise ValueError(f"AutoFlow: {fault}; leave both out, or {way}.")
-    if not flow.context_dim:  # amortised guides are trained on simulations, without paces
-        set_pace(flow)
-    reachable, rest = _reachable(scale), torch.as_tensor(circular, device=loc.device)
-    width = torch.full_like(loc, scale / reachable)
-    layers = [*flow.transforms, _learned(circular, reachable)]
-    if dim > TAILED and not angles:
-        correlations = FixedAffine(dim, dense=dim <= DENSE, rank=0 if dim <= DENSE else rank_for(dim))
-        layers += [correlations, Elementwise(RationalQuadraticSpline(), dim)]
-    elif flow.context_dim:
-        layers.append(QuantileMap(dim))
-    return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= TAILED)
-
-
-def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, amortised: bool = False) -> Flow:
-    """Return a recipe's flow for the latents of a row, followed by a fixed affine map.
-
-    With ``by_row`` another affine map lies between them; its parameters are the first numbers of the context.  If the
-    guide is ``amortised``, a fixed map of each latent does, from a normal to its prior.
-    """
-    if not amortised:
-        set_pace(flow)
-    dim, width, last = len(loc), torch.full_like(loc, scale), list[FlowTransform]()
-    if by_row:
-        last.append(Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params)))
-    if amortised:
-        last.append(QuantileMap(dim))
-    return _ending([*flow.transforms, *last], flow.base, loc, width, dense=False)
-
-
-def _ending(layers: Sequence[FlowTransform], base: nn.Module, loc: Tensor, scale: Tensor, *, dense: bool) -> Flow:
-    """Return a flow of layers that ends with a fixed affine map."""
-    fixed = FixedAffine(len(loc), dense=dense)
-    made = Flow([*layers, fixed], base).to(device=loc.device, dtype=loc.dtype)
-    fixed.set(loc, scale)
-    return made
-
-
-def bound(flow: Any, context: Tensor) -> Any:
-    """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
-    if isinstance(flow, FlowMixture):
-        pairs = zip(flow.flows, flow.contexts(context), strict=True)
-        return FlowMixture([part if own is None else bound(part, own) for part, own in pairs])
-    held = nn.Parameter(context.detach().clone())
-    return Flow([Conditioned(t, held) if t.context_dim else t for t in flow.transforms], flow.base)
 
 
 def set_pace(flow: Flow) -> None:
@@ -360,165 +295,3 @@ def _networks(module: nn.Module) -> Iterator[Network]:
             yield part
         if not isinstance(part, Conditioner):
             yield from _networks(part)
-
-
-class Ends(NamedTuple):
-    """The layers of an assembled flow after those of the recipe, which together start from z = loc + S C A x."""
-
-    learned: FlowTransform
-    correlations: FixedAffine | None
-    bend: Elementwise | QuantileMap | None
-    fixed: FixedAffine
-
-    @property
-    def layers(self) -> list[FlowTransform]:
-        """The layers, from the base to the latents."""
-        return [layer for layer in self if layer is not None]
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """The matrix L of the fixed map, z = loc + L x, if nothing bends it, ``(D, D)``."""
-        matrix = self.fixed.scale if self.fixed.dense else self.fixed.scale.diag()
-        if self.correlations is None:
-            return matrix
-        inner = self.correlations.scale if self.correlations.dense else self.correlations.scale.diag()
-        if self.correlations.rank:
-            directions, stretch = self.correlations.directions, self.correlations.stretch
-            inner = inner + inner @ (directions * (stretch - 1)) @ directions.T
-        return matrix @ inner
-
-
-def split(flow: Flow) -> tuple[list[FlowTransform], Ends]:
-    """Divide an assembled flow into the layers of the recipe and those after them."""
-    *layers, learned, fixed = flow.transforms
-    if isinstance(learned, Elementwise) and isinstance(learned.bijector, RationalQuadraticSpline):
-        *layers, scale, correlations = layers
-        return layers, Ends(scale, correlations, learned, fixed)
-    if isinstance(learned, QuantileMap):
-        *layers, scale = layers
-        return layers, Ends(scale, None, learned, fixed)
-    return layers, Ends(learned, None, None, fixed)
-
-
-def rank_for(dim: int) -> int:
-    """Return the number of directions that the fixed affine map of more latents than ``DENSE`` stretches."""
-    least, most = DIRECTIONS
-    return max(least, min(most, STRETCHED // dim))
-
-
-def start_at(
-    flow: Flow,
-    loc: Tensor,
-    scale: Tensor,
-    circular: Sequence[bool],
-    directions: Tensor | None = None,
-    stretch: Tensor | None = None,
-) -> None:
-    """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned layers after it.
-
-    ``scale`` is L, or its diagonal; then some directions may be stretched before.  Angles stay the same.
-
-    Raises:
-        ValueError: If there are more directions than the map has.
-    """
-    _, ends = split(flow)
-    most, given = 0 if ends.correlations is None else ends.correlations.rank, 0 if stretch is None else len(stretch)
-    if given > most:
-        raise ValueError(f"AutoFlow.start_at: stretch must have at most {most} numbers for this guide, got {given}.")
-    ends.learned.load_state_dict(_learned(circular, 1.0).state_dict())
-    if any(circular):
-        angles = torch.as_tensor(circular, device=loc.device)
-        loc = loc.masked_fill(angles, 0.0)
-        if scale.dim() == 1:
-            scale = scale.masked_fill(angles, 1.0)
-        else:
-            rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
-            factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
-            scale = factor * factor.diagonal().sign()
-    if isinstance(ends.bend, QuantileMap):
-        ends.bend.set(None)
-    if ends.correlations is not None and isinstance(ends.bend, Elementwise):
-        nn.init.zeros_(ends.bend.params)
-        deviation = scale.norm(dim=-1) if scale.dim() == 2 else scale
-        if directions is not None and stretch is not None:
-            deviation = deviation * (1 + directions.square() @ (stretch.square() - 1)).sqrt()
-        unit = scale / (deviation.unsqueeze(-1) if scale.dim() == 2 else deviation)
-        ends.correlations.set(torch.zeros_like(loc), unit, directions, stretch)
-        scale = deviation
-    ends.fixed.set(loc, scale)
-
-
-@torch.no_grad()
-def start_at_draws(flow: Flow, z: Tensor, circular: Sequence[bool] = (), *, is_local: bool = False) -> Tensor:
-    """Set the fixed maps of an amortised guide's flow to the marginal distributions of draws ``(N, D)``.
-
-    Args:
-        flow: The flow.
-        z: The draws.
-        circular: For each latent, True if it is an angle; by default none is.
-        is_local: True if the flow is of :func:`assemble_local`.
-
-    Returns:
-        The scale of each latent, ``(D,)``.
-    """
-    loc, scale = z.median(0).values, _spread(z)
-    *_, bend, fixed = flow.transforms
-    if is_local:
-        fixed.set(loc, scale)
-    else:
-        start_at(flow, loc, scale, circular or [False] * len(loc))
-    if isinstance(bend, QuantileMap):
-        bend.set((z - loc) / scale, torch.as_tensor(circular, device=z.device) if any(circular) else None)
-    return scale
-
-
-def _spread(z: Tensor) -> Tensor:
-    """Return the standard deviation of each column, from its quartiles if they differ: heavy tails do not move them."""
-    quarter = max(1, len(z) // 4)
-    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
-    return torch.where(width > 0, width / 1.349, z.std(0))
-
-
-@torch.no_grad()
-def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
-    """True if an assembled flow is as at its start: its learned affine map was not trained, and its layers permute."""
-    if isinstance(flow.base, ModesBase) and flow.base.loc.any():
-        return False  # the modes were found by training
-    layers, ends = split(flow)
-    mine = list(ends.learned.parameters())
-    starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]
-    if type(ends.learned) is not type(starts[0]):
-        return False  # the flow is from a file of another version
-    rests = any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts)
-    straight = not isinstance(ends.bend, Elementwise) or not ends.bend.params.any()
-    return rests and straight and permutes(layers, mine[0].new_zeros(len(circular)))
-
-
-@torch.no_grad()
-def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
-    """True if layers, apart from the rotations that they start from, only permute, as they do before training."""
-    x = torch.linspace(-1.5, 1.5, 3 * like.numel()).reshape(3, *like.shape).to(like)
-    with unrotated(layers):
-        y, _ = chained(layers, x, x.new_zeros(max(layer.context_dim for layer in layers)))
-    return torch.allclose(x.flatten(1).sort().values, y.flatten(1).sort().values, rtol=0, atol=1e-3)
-
-
-def _reachable(scale: float) -> float:
-    """Return the scale that the learned map starts at; the fixed map has the rest."""
-    return min(max(scale, 0.01), 100.0)
-
-
-def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
-    """Build the learned affine map: a full matrix for few latents, a scale for each of many; angles are left alone."""
-    dim, angles = len(circular), any(circular)
-    if dim > LEARNED and not angles:
-        scaled = Elementwise(SoftplusAffine(), dim)
-        scaled.params.data[:, 0] = SoftplusAffine.raw(scale)
-        return scaled
-    if dim == 1 or angles:
-        norm = ActNorm(dim, fixed=circular if angles else None)
-        norm.log_scale.data.fill_(math.log(scale))
-        return norm
-    linear = ScaledLinear(dim, pace=1.0)
-    linear.set_scale(scale)
-    return linear

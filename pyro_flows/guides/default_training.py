@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .default_flows import DENSE
+from .default_flows import LIMITS
 
 
 class Schedule(NamedTuple):
@@ -31,7 +31,7 @@ def schedule_of_many(number: int, *, near: bool) -> Schedule:
     """
     steps = 2100 if number <= 64 else 1000
     if near:
-        steps = steps // 2 if number <= DENSE else 100
+        steps = steps // 2 if number <= LIMITS.dense else 100
     return Schedule(steps, num_particles=256, clip_norm=1.0)
 
 

@@ -22,8 +22,8 @@ from ..user_code import warn_user
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
-from .default_flows import bound, start_at_draws
 from .guide_call import Call, Key
+from .guide_flow import bound
 from .masked import RowMasks
 from .of_datasets import OfDatasets, OfRow
 from .scored import EACH, Packed, Scored
@@ -200,7 +200,7 @@ class AutoPlateFlow(BlockGuide):
     def start_at_draws(self, vectors: Sequence[Tensor]) -> None:
         """Start from the marginal distributions of the vectors of each block in simulations, each ``(N, size)``."""
         for block, z in zip(self.posterior.blocks, vectors, strict=True):
-            block.unit.copy_(start_at_draws(block.flow, z, is_local=block.contexts is not None))
+            block.unit.copy_(block.flow.start_at_draws(z))
 
     def initialize_encoders(self, call: Call) -> None:
         """Initialise the ``Standardize`` layers of both encoders from the data of a call."""

@@ -17,7 +17,7 @@ from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
 from .couplings import read_structure
-from .default_flows import FACTORS
+from .default_flows import LIMITS
 from .guide_call import Call, Key
 from .structure import Structure
 
@@ -143,7 +143,7 @@ class AutoStructuredFlow(BlockGuide):
         return other
 
     def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
-        return self._build_local is not None or contexts.encoder is not None or num_given > FACTORS
+        return self._build_local is not None or contexts.encoder is not None or num_given > LIMITS.factors
 
     def parts(self) -> dict[str, Any]:
         encoders = {"encoders": tuple(self._encoders.items()), "semi_amortized": self._semi_amortized}

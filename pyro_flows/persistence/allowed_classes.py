@@ -22,6 +22,7 @@ from ..flows.columns import Columns
 from ..flows.mixture import FlowMixture
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from ..guides.circles import Circle
+from ..guides.guide_flow import GuideFlow
 from ..guides.loaded import Site
 
 
@@ -73,6 +74,7 @@ def _own() -> Iterator[Kind]:
         ("flows", Mixed),
         ("flows", FlowMixture),
         ("flows", Columns),
+        ("guides", GuideFlow),
         ("guides", Site),
         ("guides", Circle),
     ):
