@@ -178,7 +178,7 @@ def local_cases() -> list[Case]:
     """Return the cases of ``pf.local_c2st``."""
 
     def run(build: Callable[[Tensor], pf.AutoFlow], model: Callable[..., Any] = tasks.conjugate) -> Any:
-        def repetition(seed: int) -> pf.LocalC2ST:
+        def repetition(seed: int) -> pf.diagnostics.LocalC2ST:
             pyro.set_rng_seed(seed)
             x = model()
             return pf.local_c2st(model, build(x), observed={"x": x})
@@ -205,7 +205,7 @@ def model_cases() -> list[Case]:
     exact = {line: gaussian(line, on_the_line), points: gaussian(points, among_points)}
 
     def run(model: Callable[..., Tensor], change: Callable[[Tensor], Tensor] = lambda x: x, **settings: float) -> Any:
-        def repetition(seed: int) -> pf.Misspecification:
+        def repetition(seed: int) -> pf.diagnostics.Misspecification:
             pyro.set_rng_seed(seed)
             x = change(model(**settings))
             return pf.misspecification(model, exact[model], observed={"x": x})

@@ -70,7 +70,7 @@ def log_likelihood(latents: dict[str, Tensor], y: Tensor) -> Tensor:
     return dist.Poisson(rate).log_prob(y).sum(-1)
 
 
-def ranks_of(seed: int) -> tuple[dict[str, int], pf.Samples]:
+def ranks_of(seed: int) -> tuple[dict[str, int], pf.sampling.Samples]:
     """Return the ranks of one prior draw among posterior draws given its data, and the result of ``pf.sample``."""
     pyro.set_rng_seed(seed)
     trace = pyro.poutine.trace(model).get_trace()
@@ -98,7 +98,7 @@ def main() -> None:
             print(f"{seed + 1} datasets in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def page_of(results: list[tuple[dict[str, int], pf.Samples]]) -> str:
+def page_of(results: list[tuple[dict[str, int], pf.sampling.Samples]]) -> str:
     """Return the page for the datasets so far."""
     table, samples, number = [], [found for _, found in results], len(results)
     p_values = []

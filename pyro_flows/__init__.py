@@ -5,14 +5,12 @@ from types import ModuleType as _ModuleType
 from . import encoders as encoders
 from . import flows as flows
 from . import plots as plots
+from .answers import Posterior as Posterior
+from .answers import posterior as posterior
 from .data import Spike as Spike
 from .data import dequantize as dequantize
 from .data import find_spikes as find_spikes
-from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
-from .diagnostics import LocalC2ST as LocalC2ST
-from .diagnostics import Misspecification as Misspecification
-from .diagnostics import OdeReport as OdeReport
 from .diagnostics import Psis as Psis
 from .diagnostics import bits_per_dim as bits_per_dim
 from .diagnostics import calibrate as calibrate
@@ -28,8 +26,6 @@ from .diagnostics import resample as resample
 from .diagnostics import round_off as round_off
 from .diagnostics import save_images as save_images
 from .diagnostics import to_arviz as to_arviz
-from .fitting import Annealed as Annealed
-from .fitting import Mode as Mode
 from .fitting import anneal as anneal
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
@@ -46,7 +42,6 @@ from .persistence import load as load
 from .persistence import save as save
 from .programs import Simulations as Simulations
 from .programs import simulate as simulate
-from .sampling import Samples as Samples
 from .training import Fit as Fit
 
 __version__ = "0.1.0"

@@ -67,7 +67,6 @@ def command_line() -> argparse.ArgumentParser:
     model.add_argument("--data", type=Path, metavar="FILE", help=DATA)
     words = f"the file of {fit.DRAWS} draws, or of all draws of Markov chains"
     _add_out(model, "posterior.nc", words, picture="_check.png")
-    model.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
     model.add_argument("--steps", type=_positive, help="optimisation steps (default: depends on the model)")
     model.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
     _add_common(model, fit.run, RECIPES)

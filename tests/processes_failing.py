@@ -11,12 +11,9 @@ from unittest import mock
 import pyro
 import pyro.distributions as dist
 import torch
-from processes_job import RANK, Found, Y, density, failed, normal, rows, small
-from torch import Tensor
+from processes_job import RANK, Found, density, failed, rows, small
 
 from pyro_flows import AutoFlow, Fit, fit_density, fit_svi, flows
-from pyro_flows.fitting.gaussian_start import start_from_gaussian
-from pyro_flows.training.loop import Descent
 
 BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "progress": False}
 
@@ -80,26 +77,6 @@ def far_off() -> float:
     return fit_svi(model, guide, steps=20, num_particles=2, progress=False).best_loss
 
 
-def broken_off(inside: bool) -> tuple[str, int]:
-    """Run two starts; the model of process 1 refuses the second one, before the first step or within a step."""
-    starts = [0]
-
-    def model(y: Tensor) -> None:
-        if RANK == 1 and starts[0] > 1 and (inside or not torch.is_grad_enabled()):
-            raise ValueError("a draw that the model refuses")
-        normal(y)
-
-    def counted(*args: Any, **settings: Any) -> Any:
-        starts[0] += 1
-        return (Descent if inside else start_from_gaussian)(*args, **settings)
-
-    name = "Descent" if inside else "start_from_gaussian"
-    guide = AutoFlow(model, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"b_{time.monotonic_ns()}")
-    with mock.patch(f"pyro_flows.fitting.elbo.{name}", counted):
-        fit = fit_svi(model, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)
-    return fit.stopped, len(fit.rungs)
-
-
 def failing(folder: Path) -> Found:
     """Return the outcome of each failure: both processes fail together, and both go on if the script does."""
     return {
@@ -108,5 +85,4 @@ def failing(folder: Path) -> Found:
         "gap": failed(gap),
         "ugly": failed(lambda: ugly(folder)),
         "far_off": far_off(),
-        "broken_off": [broken_off(True), broken_off(False)],
     }

@@ -214,13 +214,6 @@ def sharded(folder: Path) -> Found:
     return {"whole": whole, "broken": broken, "resumed": resumed, "files": files, "left": left}
 
 
-def restarted() -> Found:
-    pyro.set_rng_seed(RANK)
-    guide = AutoFlow(normal, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"s_{time.monotonic_ns()}")
-    fit = fit_svi(normal, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)
-    return {**told(fit), "rungs": [rung.fit.losses for rung in fit.rungs]}
-
-
 def replayed(folder: Path) -> Found:
     """Run and resume a fit in which every process stores its own draws, also in the checkpoint."""
 
@@ -309,7 +302,6 @@ def both(folder: Path) -> Found:
         "streamed": streamed(),
         "many_rows": many_rows(folder / "many_rows"),
         "sharded": sharded(folder),
-        "restarted": restarted(),
         "replayed": replayed(folder),
         "resumed": resumed(folder),
         "missing": missing(),

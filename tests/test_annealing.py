@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-import pyro_flows as pf
 from pyro_flows import AutoFlow, anneal, check
-from pyro_flows.fitting import mode_covering
+from pyro_flows.fitting import Annealed, mode_covering
 from pyro_flows.guides.default_training import Schedule
 from pyro_flows.programs.latent_space import LatentSpace, sound_space
 from pyro_flows.programs.model_and_guide import Task
@@ -36,7 +35,7 @@ def normal(loc: Tensor, scale: float) -> dist.TorchDistribution:
     return dist.Normal(loc, scale).to_event(1)
 
 
-def found_in(model: Callable[..., Any], *args: Any, number: int = 512, **kwargs: Any) -> pf.Annealed:
+def found_in(model: Callable[..., Any], *args: Any, number: int = 512, **kwargs: Any) -> Annealed:
     return anneal(model, *args, num_particles=number, fit=False, **kwargs)
 
 

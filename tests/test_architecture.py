@@ -22,6 +22,7 @@ LAYERS = [
     {"objectives", "guides", "training", "sampling"},
     {"data", "diagnostics"},
     {"fitting", "persistence"},
+    {"answers"},
     {"__init__"},
     {"commands"},
     {"__main__"},

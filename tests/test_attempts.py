@@ -166,8 +166,6 @@ def table(**settings: Any) -> Fit:
     ("fit", "settings", "length"),
     [
         (svi, {}, 256),
-        (svi, {"escalate": True}, 250),  # the name of a rung makes the path longer
-        (svi, {"restarts": 2}, 250),
         (amortized, {}, 250),  # the file of simulations has a longer name
         (table, {}, 256),
     ],

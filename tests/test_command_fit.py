@@ -21,7 +21,7 @@ import torch
 from models import with_verdict
 
 import pyro_flows
-from pyro_flows import Fit, sample
+from pyro_flows import Fit
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused, fit
 from pyro_flows.commands.model import check_arguments, load_model
@@ -57,7 +57,7 @@ def normal(y, scale=1.0):
         pyro.sample("y", dist.Normal(x, scale), obs=y)
 
 
-def clash(steps, lr, escalate):
+def clash(steps, lr, warm_start):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(steps)):
         pyro.sample("y", dist.Normal(x, lr), obs=steps)
@@ -266,7 +266,7 @@ def test_the_same_seed_gives_the_same_file(folder):
 
 @pytest.mark.usefixtures("quick")
 def test_names_of_arguments_may_be_those_of_options(folder):
-    (folder / "data.json").write_text('{"steps": [1.0, 2.0], "lr": 0.5, "escalate": true}')
+    (folder / "data.json").write_text('{"steps": [1.0, 2.0], "lr": 0.5, "warm_start": true}')
     assert run("models.py:clash", "--data", "data.json", "--quiet") == 0
 
 
@@ -316,39 +316,11 @@ def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeyp
     monkeypatch.setattr(fit, "container_of", lambda *a, **k: asked.append(k["importance"]) or container_of(*a, **k))
     assert run("models.py:normal", "--data", "data.json") == status
     out = " ".join(capsys.readouterr().out.split())
-    assert ("Try --escalate" in out) == (status == 3)
+    assert ("Try more --steps" in out) == (status == 3)
     assert ("resampled by their weights" in out) == (verdict == "reweight")
     assert asked == [verdict == "reweight"]
     assert not [str(warning.message) for warning in recwarn if "to_arviz: k-hat" in str(warning.message)]
     assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior_check.png"}
-
-
-@pytest.mark.slow
-def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys, monkeypatch):
-    """The check of the best rung is not repeated."""
-    monkeypatch.setattr(fit, "check", None)
-    assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
-    assert "Trust these draws. " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_exact_draws_are_shown_and_written_whatever_the_guide(folder, capsys, monkeypatch, a_check):
-    fit_svi, guides = fit.fit_svi, []
-
-    def sampled(model, guide, **settings):
-        guides.append(fit_svi(model, guide, **{**settings, "steps": 20, "escalate": False}))
-        found = sample(
-            model, guide, num_draws=400, num_chains=64, model_kwargs=settings["model_kwargs"], progress=False
-        )
-        return dataclasses.replace(guides[0], check=with_verdict(a_check, "do not trust"), samples=found)
-
-    monkeypatch.setattr(fit, "fit_svi", sampled)
-    assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "Trust these draws. They are exact" in out
-    assert "R-hat <= 1.0" in out
-    assert "Try" not in out
-    assert az.from_netcdf("posterior.nc").posterior.sizes["chain"] > 1
 
 
 @pytest.fixture
@@ -625,7 +597,7 @@ def test_arguments_must_be_those_of_the_model(model, given, words):
         ("models.py:no_latents", "the model has no continuous latent sites"),
         ("models.py:discrete", "the model has no continuous latent sites"),
         ("models.py:by_position", "by position only"),
-        ("models.py:clash", "the data lack 'steps', 'lr', 'escalate' and the model does not take 'y'"),
+        ("models.py:clash", "the data lack 'steps', 'lr', 'warm_start' and the model does not take 'y'"),
         ("models.py:faulty", "RuntimeError: inconsistent tensor size"),
         ("models.py:faulty", "fails where it is run to find its latents: models.py:"),
         ("models.py:subsampled", "plate 'row', which is subsampled"),
@@ -732,7 +704,7 @@ def test_a_model_that_changes_the_working_directory_moves_no_file(folder):
     assert not list((folder / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--escalte"]])
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--stps"]])
 def test_bad_options_are_refused(words, folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "models.py:normal", *words])
@@ -749,7 +721,6 @@ def test_help_tells_the_rules(capsys):
         "FILE.py:NAME",
         "--data",
         "--out",
-        "--escalate",
         "--flow",
         "--steps",
         "--seed",

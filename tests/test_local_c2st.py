@@ -13,7 +13,8 @@ from exact_guides import conjugate, gaussian, posterior
 from matplotlib.figure import Figure
 from scipy import stats
 
-from pyro_flows import AutoFlow, LocalC2ST, fit_amortized, flows, local_c2st, plots
+from pyro_flows import AutoFlow, fit_amortized, flows, local_c2st, plots
+from pyro_flows.diagnostics import LocalC2ST
 from pyro_flows.diagnostics.largest_statistic import p_value, scaled
 from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
 from pyro_flows.encoders import MLPEncoder

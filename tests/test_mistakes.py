@@ -506,12 +506,6 @@ def test_a_guide_of_rows_asks_for_its_data(by_row):
     refused(TypeError, "AutoPlateFlow.quantiles: the model's arguments", by_row.median)
 
 
-@pytest.mark.parametrize("settings", [{"escalate": True}, {"restarts": 2}], ids=["escalate", "restarts"])
-def test_a_guide_of_rows_that_cannot_escalate_names_another_way(by_row, settings):
-    words = r"not for AutoPlateFlow\. Use pf\.sample\(model, guide, \.\.\.\) after the fit, or pf\.AutoFlow\(model\)"
-    refused(ValueError, words, pf.fit_svi, hierarchy, by_row, Y, **settings)
-
-
 @pytest.mark.slow
 def test_exact_draws_start_from_a_guide_of_rows(by_row):
     found = pf.sample(hierarchy, by_row, Y, num_draws=100, progress=False)
@@ -521,8 +515,7 @@ def test_exact_draws_start_from_a_guide_of_rows(by_row):
 
 def test_classes_and_swapped_programs_are_refused(guide, amortised):
     words = r"guide must be a Pyro program, got the class AutoFlow, uncalled\. Give an instance, AutoFlow\(model\)"
-    for settings in ({}, {"escalate": True}):
-        refused(TypeError, words, pf.fit_svi, model, pf.AutoFlow, X, Y, **settings)
+    refused(TypeError, words, pf.fit_svi, model, pf.AutoFlow, X, Y)
     refused(TypeError, words, pf.check, model, pf.AutoFlow, X, Y)
     refused(TypeError, "model must be a Pyro model, got a guide, AutoFlow", pf.fit_amortized, amortised, simulator)
     words = r"anneal: the arguments after the model .* got a guide, AutoFlow\. Leave it out: anneal\(model, \.\.\.\)"

@@ -270,7 +270,7 @@ def test_a_check_shows_ratios_of_sds_with_two_standard_errors():
 
 def test_a_calibration_shows_shares_beside_the_band_of_exact_guides():
     u = torch.tensor([0.1, 0.2, 0.2, 0.7])
-    found = pf.Calibration(["a"], u[:, None], u, 1 - u, torch.tensor([0.5]), 0.5, 0.5, 0.5)
+    found = pf.diagnostics.Calibration(["a"], u[:, None], u, 1 - u, torch.tensor([0.5]), 0.5, 0.5, 0.5)
     ranks, coverage, tarp = plots.calibration(found).axes
     np.testing.assert_allclose(ranks.get_lines()[0].get_ydata()[[10, 50, 180]], [-0.05, 0.5, 0.1], atol=1e-9)
     np.testing.assert_allclose(coverage.get_lines()[1].get_ydata()[[10, 50, 180]], [0, 0.75, 1])
@@ -295,7 +295,7 @@ def test_reports_take_any_names():
     name = r"\frac{$a$}_$\frac$"
     read_by_a_person(plots.check(checked([name, "long " * 20], reason=f"mean of {name} off.")))
     u = torch.rand(50)
-    found = pf.Calibration([name], u[:, None], u, u, torch.tensor([1e-9]), 1e-9, 0.5, 0.5)
+    found = pf.diagnostics.Calibration([name], u[:, None], u, u, torch.tensor([1e-9]), 1e-9, 0.5, 0.5)
     assert name in found.reason
     read_by_a_person(plots.calibration(found))
 

@@ -66,7 +66,6 @@ RUNS = (
     "noise",
     "minibatches",
     "streamed",
-    "restarted",
     "full_disk",
     "skipped",
     "unsolved",
@@ -132,11 +131,6 @@ def test_particles_are_divided_and_their_noise_differs(pair):
 def test_each_process_takes_minibatches_of_its_own(pair):
     zero, one = (found["minibatches"]["seen"] for found in pair[1])
     assert not any(map(torch.equal, zero, one))
-
-
-def test_restarts_are_the_same_in_all(pair):
-    for losses in zip(*(found["restarted"]["rungs"] for found in pair[1]), strict=True):
-        assert torch.equal(*losses)
 
 
 def test_draws_that_each_process_keeps_are_in_the_checkpoint(pair):
@@ -225,14 +219,6 @@ def test_what_fails_in_one_outside_of_its_loss_fails_in_both(name, pair):
 
 def test_one_draw_for_each_process_starts_as_two_draws_do(pair):
     assert pair[1][0]["far_off"] < 10
-
-
-def test_a_start_that_one_process_refuses_ends_the_restarts_of_both(pair):
-    zero, one = (found["broken_off"] for found in pair[1])
-    assert zero == one
-    for stopped, rungs in zero:
-        assert rungs == 1
-        assert "start 2: process 1 of 2 has failed: ValueError: a draw that the model refuses" in stopped
 
 
 def test_a_process_that_ends_ends_the_job_and_is_named(pair):

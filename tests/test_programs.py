@@ -126,8 +126,6 @@ def test_the_error_of_a_model_is_the_cause_of_ours():
         {"objective": TemperedELBO(3)},
         {"objective": Trace_ELBO(8, vectorize_particles=True)},
         {"num_particles": 1, "warm_start": True},
-        {"objective": PathELBO(), "restarts": 2},
-        {"escalate": True},
     ],
     ids=words_of,
 )
@@ -242,9 +240,7 @@ def several(y):
 
 
 @in_both_stores
-@pytest.mark.parametrize(
-    "settings", [{}, {"escalate": True}, {"restarts": 2}, {"objective": PathELBO()}, {"warm_start": True}], ids=words_of
-)
+@pytest.mark.parametrize("settings", [{}, {"objective": PathELBO()}, {"warm_start": True}], ids=words_of)
 def test_all_continuous_latents_that_a_guide_lacks_are_named_before_training(settings):
     guide = AutoFlow(poutine.block(several, hide=["z_0", "z_1", "k"]))
     with pytest.raises(
@@ -322,9 +318,9 @@ def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective
     for model in (several, config_enumerate(several)):
         with pytest.raises(ValueError, match="fit_svi: latent site 'z_1' of the model"):
             pf.fit_svi(model, guide, X, objective=PathEnumELBO(max_plate_nesting=1), **QUICK)
-    for search in ({"warm_start": True}, {"restarts": 2}):
-        objective = PathEnumELBO(max_plate_nesting=1)
-        assert pf.fit_svi(several, AutoFlow(several), X, objective=objective, **QUICK, **search).losses.isfinite().all()
+    objective = PathEnumELBO(max_plate_nesting=1)
+    fit = pf.fit_svi(several, AutoFlow(several), X, objective=objective, warm_start=True, **QUICK)
+    assert fit.losses.isfinite().all()
 
 
 # Observations with more rows than their distribution.
@@ -603,15 +599,6 @@ def test_an_objective_that_knows_the_number_of_plates_decides(model):
         objective = PathELBO(64, vectorize_particles=True)  # an objective without the number gets it
         pf.fit_svi(model, AutoFlow(model), X, objective=objective, max_plate_nesting=HIDDEN[model], **QUICK)
         assert objective.max_plate_nesting == HIDDEN[model] + 1
-
-
-@pytest.mark.slow
-def test_the_ladder_and_restarts_keep_the_number_of_plates():
-    given = {"max_plate_nesting": 1, "progress": False}
-    with pyro.validation_enabled(False):
-        assert pf.fit_svi(free, AutoFlow(free), X, escalate=True, **given).check.trusted
-        fit = pf.fit_svi(free, AutoFlow(free), X, restarts=2, steps=20, **given)
-    assert len(fit.rungs) == 2
 
 
 def test_simulations_keep_the_number_of_plates():

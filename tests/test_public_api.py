@@ -11,6 +11,7 @@ from test_objectives import OBJECTIVES
 
 import pyro_flows
 from pyro_flows import (
+    answers,
     bijectors,
     conditioners,
     data,
@@ -30,11 +31,11 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow LocalC2ST "
-    "Misspecification Mode OdeReport Psis Samples Simulations Spike anneal bits_per_dim calibrate check dequantize "
-    "encoders ensemble find_spikes fit_amortized fit_density fit_likelihood fit_svi flows importance_log_likelihood "
-    "load local_c2st misspecification neutra ode_report plots posterior_graph psis refine resample round_off sample "
-    "save save_images simulate to_arviz",
+    pyro_flows: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Psis Simulations Spike anneal "
+    "bits_per_dim calibrate check dequantize encoders ensemble find_spikes fit_amortized fit_density "
+    "fit_likelihood fit_svi flows importance_log_likelihood load local_c2st misspecification neutra ode_report "
+    "plots posterior posterior_graph psis refine resample round_off sample save save_images simulate to_arviz",
+    answers: "Posterior Step posterior",
     bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),

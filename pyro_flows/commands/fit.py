@@ -26,9 +26,10 @@ from . import RECIPES, Refused
 from .model import check_arguments, in_one_line, line_of, load_model
 from .model_arguments import Data, read_data
 from .outputs import Outputs
-from .report import container_of, draws_of, exact_draws, report
+from .report import container_of, draws_of, report
 
 DRAWS = 4000
+ADVICE = "Try more --steps or another --flow."
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
 
 
@@ -61,16 +62,14 @@ def run(wish: Namespace) -> bool:
         outputs.check_writable()
         asked = stack.enter_context(outputs.hold_ctrl_c())
         try:
-            settings = {"steps": wish.steps, "escalate": wish.escalate, "progress": not wish.quiet}
-            fit = fit_svi(model, guide, model_kwargs=arguments, **settings)
+            fit = fit_svi(model, guide, model_kwargs=arguments, steps=wish.steps, progress=not wish.quiet)
             outputs.settle(fit)
-            checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
-            exact = exact_draws(fit)
+            checked = check(model, guide, model_kwargs=arguments)
             container = container_of(
                 model,
-                exact or fit.guide,
+                guide,
                 num_samples=DRAWS,
-                importance=not exact and checked.verdict == "reweight",
+                importance=checked.verdict == "reweight",
                 log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
                 model_kwargs=arguments,
             )
@@ -79,10 +78,9 @@ def run(wish: Namespace) -> bool:
                 raise Refused(in_one_line(error, file)) from error
             raise
         outputs.write(lambda path: write_atomically(path, container.to_netcdf))
-        advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
-        said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
+        said = report(draws_of(container), checked, fit, time.perf_counter() - start, ADVICE)
         outputs.finish(checked.plot, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked)
-    return bool(exact) or checked.verdict != "do not trust"
+    return checked.verdict != "do not trust"
 
 
 def _set_up(

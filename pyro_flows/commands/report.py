@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from math import floor, log10
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ..answers.table import table_of
 from ..diagnostics import Check, to_arviz
-from ..sampling.samples import Samples
 from ..training import Fit
 
-MANY = 40  # rows, beyond which long sites are cut short
-HEADINGS = "mean", "sd", "5 %", "95 %"
 PARTS = "train", "validation", "test"
 VERDICTS = {
     "trust": "Trust these draws.",
@@ -38,11 +35,6 @@ def draws_of(data: Any) -> dict[str, np.ndarray]:
     return {str(name): variable.values.reshape(-1, *variable.shape[2:]) for name, variable in variables}
 
 
-def exact_draws(fit: Fit) -> Samples | None:
-    """Return the exact draws of a fit, if there are some and their chains have converged."""
-    return fit.samples if fit.samples is not None and fit.samples.converged else None
-
-
 def report(
     draws: dict[str, np.ndarray], check: Check, fit: Fit, seconds: float, advice: str, **labels: list[str]
 ) -> str:
@@ -56,17 +48,14 @@ def report(
         advice: What to try if the answer cannot be trusted.
         **labels: Names for the numbers of a site, in place of their indices.
     """
-    psis, exact = check.psis, exact_draws(fit)
+    psis = check.psis
     doubt = "" if psis.reliable else "  (not reliable)"
     verdict = f"{VERDICTS[check.verdict]} {check.reason}" + (f" {advice}" if check.verdict == "do not trust" else "")
-    if exact:
-        verdict = f"{VERDICTS['trust']} They are exact: their chains have converged. Of the guide: {check.reason}"
     return "\n".join(
         [
             "",
-            *_table(draws, labels),
+            *table_of(draws, labels),
             "",
-            *([f"chains        {exact.worst}"] if exact else []),
             f"k-hat         {psis.khat:.2f}  (weights are reliable below {psis.threshold:.2f})",
             f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
             f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats{doubt}",
@@ -75,34 +64,6 @@ def report(
             *textwrap.wrap(verdict, 110),
         ]
     )
-
-
-def _table(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterator[str]:
-    """Yield a line for each number of each site; long sites among many rows show only their first and last numbers."""
-    columns = {name: values.reshape(len(values), -1).astype(float) for name, values in draws.items()}
-    total = sum(values.shape[1] for values in columns.values())
-    room = total if total <= MANY else max(5, MANY // len(columns))
-    rows: list[tuple[str, ...]] = [("", *HEADINGS)]
-    for name, values in columns.items():
-        own = labels.get(name) or [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
-        numbers = zip(own, _summary(values), strict=True)
-        lines: list[tuple[str, ...]] = [(f"{name}[{place}]" if place else name, *cells) for place, cells in numbers]
-        if len(lines) > room:
-            lines[room - 2 : -1] = [(f"({len(lines) - room + 1} more of {name})",)]
-        rows += lines
-    first = max(8, *(len(row[0]) for row in rows)) + 2
-    width = max(6, *(len(cell) for row in rows for cell in row[1:])) + 2
-    for label, *cells in rows:
-        yield f"{label:<{first}}{''.join(f'{cell:>{width}}' for cell in cells)}".rstrip()
-
-
-def _summary(values: np.ndarray) -> list[list[str]]:
-    """Return mean, sd and two quantiles of each column, ``(N, K)``, with three digits of the smallest sd."""
-    sds = values.std(0, ddof=1)
-    numbers = np.stack((values.mean(0), sds, *np.quantile(values, [0.05, 0.95], axis=0)), -1)  # (K, 4)
-    least = sds.min(initial=np.inf)
-    style = f".{max(0, 2 - floor(log10(least)))}f" if 1e-4 < least < 1e7 else ".4g"
-    return [[f"{number:{style}}" for number in row] for row in numbers]
 
 
 def report_density(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str, *, seconds: float, note: str) -> str:

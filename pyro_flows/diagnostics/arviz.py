@@ -56,7 +56,7 @@ def to_arviz(
 
     Args:
         model: A Pyro model.
-        guide: A Pyro guide of the same latents, or the :class:`~pyro_flows.Samples` of :func:`~pyro_flows.sample`.
+        guide: A Pyro guide of the same latents, or the result of :func:`~pyro_flows.sample`.
         *args: The model's arguments.
         num_samples: The number N of draws of a guide, at least 25.
         importance: Whether to resample the draws by their Pareto-smoothed weights.  ``sample_stats`` then describes the

@@ -148,7 +148,7 @@ def calibrate(
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The :class:`~pyro_flows.Calibration`.
+        The :class:`~pyro_flows.diagnostics.Calibration`.
 
     Raises:
         ValueError: If a number is out of its range.  If the guide is not amortised or is untrained, or the function

@@ -114,16 +114,16 @@ WORDS = {
     "slow": "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
     "chains change slowly.",
     "doubt": "The chains doubt that the draws are right ({f.moment}).",
-    "evidence": "Mass is missing: the rung {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+    "evidence": "Mass is missing: the stage {f.quantity!r} has found {f.size:.2f} nats more evidence.",
 }
-EXACT = "pf.sample for exact draws, or fit an AutoFlow by fit_svi(..., escalate=True)"
+EXACT = "pf.sample for exact draws, or pf.posterior"
 SEARCH = "pf.anneal, which finds modes and needs no guide"
 NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be trusted
     "mean": f"Use {EXACT}.",
     "sd": f"Use {EXACT}.",
     "shape": f"Use {EXACT}.",
     "whitened": f"Use {EXACT}.",
-    "outside": "Fit an AutoFlow by fit_svi(..., escalate=True).",
+    "outside": "Use pf.posterior, which goes on until draws can be trusted.",
     "outliers": "Use medians and quantiles.",
     "weights": "Use pf.resample(model, guide, ...).",
     "mode": f"Use {SEARCH}.",
@@ -132,7 +132,7 @@ NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be truste
     "support": "Give the site a distribution over the model's support, or use AutoFlow(model).",
     "far": f"Use {SEARCH}.",
     "evidence": f"Use that fit, or {SEARCH}.",
-    "collapsed": "Fit an AutoFlow by fit_svi(..., escalate=True).",
+    "collapsed": "Use pf.posterior, which goes on until draws can be trusted.",
     "tails": "Fit with more steps=, or give AutoFlow a base with wider tails.",
     "blind": "Choose a prior closer to what the data allow.",
     "frozen": "Remove hard edges of the model, or gradients that are not finite.",

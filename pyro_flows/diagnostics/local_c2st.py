@@ -141,7 +141,7 @@ def local_c2st(
             ``**kwargs``.
 
     Returns:
-        The :class:`~pyro_flows.LocalC2ST`.
+        The :class:`~pyro_flows.diagnostics.LocalC2ST`.
 
     Raises:
         TypeError: If ``observed`` holds no tensors.

@@ -120,7 +120,7 @@ def misspecification(
             ``**kwargs``.
 
     Returns:
-        The :class:`~pyro_flows.Misspecification`.
+        The :class:`~pyro_flows.diagnostics.Misspecification`.
 
     Raises:
         TypeError: If ``observed`` holds no tensors.

@@ -70,7 +70,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
         num_probes: The number of random vectors that estimate a divergence and ``jacobian``, at least 2.
 
     Returns:
-        The :class:`~pyro_flows.OdeReport`.  Printed, it shows means over the rows, the root mean square of
+        The :class:`~pyro_flows.diagnostics.OdeReport`.  Printed, it shows means over the rows, the root mean square of
         ``log_prob_se`` and the largest ``round_trip``.
 
     Raises:

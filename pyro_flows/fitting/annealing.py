@@ -58,7 +58,7 @@ def anneal(
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The :class:`~pyro_flows.Annealed`.
+        The :class:`~pyro_flows.fitting.Annealed`.
 
     Raises:
         TypeError: If a guide is given.

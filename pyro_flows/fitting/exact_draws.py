@@ -68,7 +68,7 @@ def sample(
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The :class:`~pyro_flows.Samples`.  Ctrl-C ends sampling early, and returns the draws so far.
+        The :class:`~pyro_flows.sampling.Samples`.  Ctrl-C ends sampling early, and returns the draws so far.
 
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, is of another model, or

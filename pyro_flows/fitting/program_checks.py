@@ -6,7 +6,7 @@ import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..objectives import ForwardKL, PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
@@ -57,19 +57,6 @@ def _takes_scores(objective: ELBO) -> bool:
     return not isinstance(objective, ForwardKL)
 
 
-def check_no_parameters(task: Task) -> None:
-    """Raise ValueError if a model has parameters, since each fit would start from those of the last one."""
-    model = task.model.call
-    names = [name for name, site in task.traces[0].nodes.items() if site["type"] == "param"]
-    if isinstance(model, nn.Module):
-        names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if names:
-        raise ValueError(
-            f"fit_svi: escalate and restarts fit more than once, but the model has parameters ({', '.join(names[:3])}) "
-            "that each fit would take over from the last. Fit once, or give them priors."
-        )
-
-
 @torch.no_grad()
 def culprit(task: Task) -> str:
     """Return words for the first site, of the guide and then of the model, whose value or density is not finite."""
@@ -87,7 +74,7 @@ def culprit(task: Task) -> str:
                 if program == "model" and (log_prob == -torch.inf).any():
                     return (
                         f"the model's site {name!r} has a log-density of -inf where the guide draws: an overflow, or a "
-                        "hard edge, where KL(q || p) is infinite: use fit_svi(..., escalate=True) or anneal"
+                        "hard edge, where KL(q || p) is infinite: use pf.posterior or pf.anneal"
                     )
                 if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"

@@ -14,7 +14,6 @@ from pyro.infer import ELBO
 
 from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, joined, quoted
 from ..encoders.training_record import recorded
-from ..guides import AutoFlow
 from ..guides.default_training import plan_of
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs, settle
@@ -22,12 +21,10 @@ from ..training import distributed
 from ..training.checkpoint import check_path
 from ..training.loop import Fit
 from .elbo import ELBOFit
-from .escalation import Ladder, climb
 from .model_batches import ModelBatches, find_loader
-from .program_checks import check_no_parameters, check_task
+from .program_checks import check_task
 
 CALLER = "fit_svi"
-LONGEST_END = ".deeper-and-longer"  # the longest suffix that a fit of several adds to the name of a checkpoint
 
 
 @distributed.collective
@@ -46,8 +43,6 @@ def fit_svi(
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    escalate: bool = False,
-    restarts: int = 1,
     vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
@@ -88,24 +83,13 @@ def fit_svi(
             is left out with a warning if too few runs fit into that.  A guide that was trained before resumes from its
             present state.
         on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
-            after 100 consecutive ones; ``"raise"`` raises it at the first.  With ``escalate`` or ``restarts`` an error
-            of a later fit ends the search.  The best earlier fit is returned, and its ``stopped`` quotes the error.
+            after 100 consecutive ones; ``"raise"`` raises it at the first.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
             end.  The same call with the same file resumes a run that was killed, to the same result as without the
             break.  With another number of processes the noise differs.  Runs are identified by their settings and
-            by tensors, numbers and strings among the arguments, not by attributes of the model.  With ``escalate`` or
-            ``restarts`` each fit has a separate file, with the fit's name added.  If the disk is full, training goes on
-            and tries again.
+            by tensors, numbers and strings among the arguments, not by attributes of the model.  If the disk is full,
+            training goes on and tries again.
         progress: Whether to show a progress bar.
-        escalate: Whether to judge the fit by :func:`~pyro_flows.check` and to continue until a fit can be trusted.  The
-            first rungs are a Gaussian, the guide's flow, and more couplings trained for longer.  Then follow a guide
-            that covers all modes found by a population (:func:`~pyro_flows.anneal`), and exact draws
-            (:func:`~pyro_flows.sample`), the fit's ``samples``.  Exact draws are also taken if a guide can be trusted
-            but its weights are not reliable, or show a variance that is off by more than 5 %.  If training breaks down,
-            as at hard edges, the population takes over.  The fit's ``rungs`` describe each; use its ``guide``, which
-            can be another one than the one given.  ``steps`` and ``lr`` are those of the guide's own flow.
-        restarts: The number of fits of an ``AutoFlow``, each from another start: the prior, or far around the first
-            start.  The best is kept.
         vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             agrees with single runs (*Any Pyro program* in the docs).
         max_plate_nesting: The number of dimensions that the plates of model and guide take.  The default is that of the
@@ -145,40 +129,26 @@ def fit_svi(
     """
     kwargs = joined(CALLER, kwargs, model_kwargs)
     check_program(model=model, guide=guide)
-    check_integers(CALLER, restarts=restarts)
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
-    check_flags(CALLER, escalate=escalate, progress=progress)
+    check_flags(CALLER, progress=progress)
     check_flags(CALLER, optional=True, warm_start=warm_start)
     check_numbers(CALLER, above=0, optional=True, lr=lr, clip_norm=clip_norm)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     _check_objective(objective, steps)
-    several = escalate or restarts > 1
     loader = find_loader(args, kwargs)
-    if loader is not None and (several or warm_start):
-        raise ValueError(f"{CALLER}: escalate, restarts and warm_start need all data at once, and not a DataLoader.")
+    if loader is not None and warm_start:
+        raise ValueError(f"{CALLER}: warm_start needs all data at once, and not a DataLoader.")
     batches = ModelBatches(loader, args) if loader is not None else None
     args = batches.next() if batches else args
-    file = check_path(CALLER, "checkpoint", checkpoint, LONGEST_END if several else "")
-    if several:
-        _check_several(guide, objective, escalate=escalate)
-        guide.setup(*args, **kwargs)
-    elif warm_start and not plan_of(guide).is_joint:
+    file = check_path(CALLER, "checkpoint", checkpoint)
+    if warm_start and not plan_of(guide).is_joint:
         raise ValueError(f"{CALLER}: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
-    else:
-        settle(objective)
+    settle(objective)
     task = Task(model, guide, args, kwargs, vectorize)
-    check_task(task, objective, search=several or bool(warm_start))
+    check_task(task, objective, search=bool(warm_start))
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "warm_start": warm_start}
     settings |= {"on_nonfinite": on_nonfinite, "progress": progress}
-    if not several:
-        return ELBOFit(task, objective, num_particles, batches).run(settings, file)
-    check_no_parameters(task)
-    settings |= {"objective": objective, "num_particles": num_particles, "vectorize": vectorize}
-
-    def again(guide: AutoFlow, **settings: Any) -> Fit:
-        return fit_svi(model, guide, *args, model_kwargs=kwargs, **settings)
-
-    return climb(Ladder(again, task, settings, checkpoint), guide, escalate=escalate, restarts=restarts)
+    return ELBOFit(task, objective, num_particles, batches).run(settings, file)
 
 
 def _check_objective(objective: ELBO | None, steps: int | None) -> None:
@@ -189,15 +159,3 @@ def _check_objective(objective: ELBO | None, steps: int | None) -> None:
     annealed = getattr(objective, "num_steps", None)
     if steps and annealed and steps < annealed:
         raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
-
-
-def _check_several(guide: Any, objective: ELBO | None, *, escalate: bool) -> None:
-    """Raise ValueError if the guide cannot be fitted several times, or the objective does not suit ``escalate``."""
-    if not plan_of(guide).is_joint:
-        fault = f"escalate and restarts are for an AutoFlow, not for {type(guide).__name__}"
-        way = "Use pf.sample(model, guide, ...) after the fit, or pf.AutoFlow(model) unless a plate has many rows"
-        raise ValueError(f"{CALLER}: {fault}. {way}.")
-    if guide.encoder is not None:
-        raise ValueError(f"{CALLER}: escalate and restarts fit one dataset; give guide.bind(...), or no encoder.")
-    if escalate and objective is not None:
-        raise ValueError(f"{CALLER}: escalate=True chooses objectives itself; leave out objective, or escalate.")

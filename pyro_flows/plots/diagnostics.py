@@ -122,7 +122,7 @@ def calibration(found: Any) -> Picture:
     Example::
 
         >>> import torch
-        >>> from pyro_flows import Calibration
+        >>> from pyro_flows.diagnostics import Calibration
         >>> u = torch.rand(100)
         >>> picture = calibration(Calibration(["theta"], u[:, None], u, u, torch.tensor([0.5]), 0.5, 0.5, 0.5))
         >>> picture.axes[0].get_title()

@@ -27,7 +27,7 @@ def local_c2st(found: Any) -> Picture:
     Example::
 
         >>> import torch
-        >>> from pyro_flows import LocalC2ST
+        >>> from pyro_flows.diagnostics import LocalC2ST
         >>> z, null = torch.randn(100, 1), torch.rand(99)
         >>> found = LocalC2ST(["a"], 0.3, null, 0.5, 0.01, "", z[0], z[1], z[0], z[1], z, z, torch.rand(100))
         >>> local_c2st(found).axes[2].get_title()
@@ -68,7 +68,7 @@ def misspecification(found: Any) -> Picture:
     Example::
 
         >>> import torch
-        >>> from pyro_flows import Misspecification
+        >>> from pyro_flows.diagnostics import Misspecification
         >>> p, null = torch.tensor([0.5]), torch.rand(99)
         >>> found = Misspecification(["spread"], p, 0.3, null, 0.5, 0.05, "", ["x[0]", "x[1]"], torch.randn(2))
         >>> misspecification(found).axes[2].get_title()

@@ -42,7 +42,7 @@ class Fit:
     """The record of a fit.
 
     Attributes:
-        guide: The trained guide or flow; with several rungs, that of the rung that was kept.
+        guide: The trained guide or flow.
         losses: The loss of each step, ``(steps,)``, in nats or the unit of the objective; NaN if the step was skipped.
         best_loss: The loss at the state that was kept: on held-out data, if there are any; in ``fit_svi`` a mean of new
             draws, if all data are used at once; otherwise the running mean of the loss.
@@ -50,14 +50,9 @@ class Fit:
         steps: The number of steps taken.
         skipped: The number of steps that were skipped, because the loss or a gradient was not finite or could not be
             computed.
-        seconds: The wall time of the steps, including those before a resumption, and of the checks of ``escalate``.
-            The search for a start is not included.
+        seconds: The wall time of the steps, including those before a resumption, without the search for a start.
         stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses show that an ``AutoFlow`` has,
-            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.  Of several fits, it may be the name of
-            a later one and its error.
-        check: The :class:`~pyro_flows.Check` of the guide, with ``escalate``.
-        samples: Exact draws, a :class:`~pyro_flows.Samples`, if ``escalate`` had to go as far as that.
-        rungs: All fits of ``escalate`` or ``restarts``, from the first to the last.
+            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.
         held_out: The loss on held-out data after each epoch, ``(epochs,)``, if there were held-out data.
 
     Example::
@@ -78,9 +73,6 @@ class Fit:
     skipped: int
     seconds: float
     stopped: str
-    check: Any = None
-    samples: Any = None
-    rungs: tuple[Any, ...] = ()
     held_out: Tensor | None = None
 
     def plot(self) -> Any:
@@ -88,10 +80,9 @@ class Fit:
         return plots.history(self)
 
     def __repr__(self) -> str:
-        rungs = "".join(f"\n{number}. {rung}" for number, rung in enumerate(self.rungs, 1))
         return (
             f"Fit(best_loss={self.best_loss:.4f} at step {self.best_step}, steps={self.steps}, skipped={self.skipped}, "
-            f"seconds={self.seconds:.1f}, stopped={self.stopped!r}){rungs}"
+            f"seconds={self.seconds:.1f}, stopped={self.stopped!r})"
         )
 
 

@@ -1,20 +1,18 @@
-"""Does ``fit_svi(escalate=True)`` find the posterior, or report that it does not?
+"""Does ``posterior`` find the posterior, or report that it does not, and how long does it take?
 
-    python benchmarks/ladder.py                                  # all posteriors, about an hour on one core
-    python benchmarks/ladder.py --kinds curved modes --seeds 0   # some classes of posteriors
-    python benchmarks/ladder.py --only kidiq funnel --out DIR    # posteriors whose names contain one of these words
-    python benchmarks/ladder.py --quick --out DIR                # one target, few steps: a smoke run
+    python benchmarks/posterior_door.py                                  # all posteriors, about an hour on one core
+    python benchmarks/posterior_door.py --kinds curved modes --seeds 0   # some classes of posteriors
+    python benchmarks/posterior_door.py --only kidiq funnel --out DIR    # posteriors whose names contain one of these words
+    python benchmarks/posterior_door.py --quick --out DIR                # one target, few steps: a smoke run
 
 *posteriors* are the targets of ``targets.py``.  *modes* are two Gaussians 8 sd apart, named by the weight of the first.
-*curved* are bananas, a Student t and funnels.  *attacks* are posteriors of each class of ``attacks.py``.  The ladder
-gets the model and no other argument.
+*curved* are bananas, a Student t and funnels.  *attacks* are posteriors of each class of ``attacks.py``.  The function
+gets the model and the number of draws.
 
-The answer is the recommendation of the ladder.  It is exact draws if they have converged.  Otherwise it is the guide's
-draws if the check trusts them, or reweighted draws if the check asks for them.  The answer is *right* if all means are
-within .1 sd, all sds within 10 %, and the total variation of all marginals is at most .2.  Posteriors with published
-moments have no marginals to compare.  A wrong answer that is not refused is a failure.
+An answer is *right* if all means are within .1 sd, all sds within 10 %, and the total variation of all marginals is at
+most .2.  Posteriors with published moments have no marginals to compare.  A wrong answer that is trusted is a failure.
 
-An interrupted run resumes.  Writes ``ladder.csv`` and ``ladder.md`` into ``docs/benchmarks``.
+An interrupted run resumes.  Writes ``posterior_door.csv`` and ``posterior_door.md`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -59,11 +57,11 @@ ATTACKED = (
 )
 KEYS = "kind", "target", "seed"
 MEASURES = (
-    *("rungs", "verdict", "answer", "right", "khat", "worst_error", "low_sd", "high_sd", "variation", "seconds"),
+    *("stages", "verdict", "right", "log_evidence", "worst_error", "low_sd", "high_sd", "variation", "seconds"),
     *("reason", "failed"),
 )
 ERROR, RATIO, VARIATION = 0.1, 0.1, 0.2
-DRAWS, FLAT = 100_000, 1e-9
+DRAWS, KEPT, FLAT = 100_000, 20_000, 1e-9  # exact draws, those of an answer, and the sd of a constant
 REFUSALS = "ValueError: ", "FloatingPointError: "
 Row = dict[str, str]
 
@@ -168,20 +166,6 @@ def cases() -> dict[tuple[str, str], Callable[[], Case]]:
     return found | {("attacks", name): partial(of_attack, name) for name in ATTACKED}
 
 
-def answer(fit: pf.Fit, model: Callable[[], None]) -> tuple[str, targets.Draws]:
-    """Return the name of the recommended draws, and the draws."""
-    assert fit.check is not None
-    if fit.samples is not None and fit.samples.converged:
-        return "exact draws", fit.samples.flat
-    verdict = fit.check.verdict
-    space = LatentSpace(Task(model, fit.guide, (), {}).check())
-    found = space.draw(DRAWS)
-    rows = torch.arange(DRAWS)
-    if verdict == "reweight":
-        rows = torch.multinomial((found.log_p - found.log_q).softmax(0), DRAWS, replacement=True)
-    return {"trust": "guide", "reweight": "reweighted"}.get(verdict, "refused"), space.values(found.z[rows])
-
-
 def is_right(row: dict[str, Any]) -> bool:
     """True if no known error is above its limit."""
     return (
@@ -192,19 +176,17 @@ def is_right(row: dict[str, Any]) -> bool:
     )
 
 
-def measure(kind: str, name: str, seed: int, steps: int | None) -> Row:
-    """Run the ladder once, and return a row of results."""
+def measure(kind: str, name: str, seed: int, seconds: float | None) -> Row:
+    """Ask for a posterior once, and return a row of results."""
     posteriors.prepare(seed)
     warnings.simplefilter("ignore", UserWarning)
     row: dict[str, Any] = dict(zip(KEYS, (kind, name, seed), strict=True))
     case, start = cases()[kind, name](), time.perf_counter()
     try:
-        fit = pf.fit_svi(case.model, pf.AutoFlow(case.model), steps=steps, escalate=True, progress=False)
+        found = pf.posterior(case.model, num_draws=KEPT, seconds=seconds, progress=False)
         row["seconds"] = time.perf_counter() - start
-        assert fit.check is not None
-        row |= {"rungs": " → ".join(rung.name for rung in fit.rungs), "verdict": fit.check.verdict}
-        row["answer"], draws = answer(fit, case.model)
-        row |= {"khat": fit.check.khat, "reason": fit.check.reason} | case.judge(draws)
+        row |= {"stages": " → ".join(step.name for step in found.steps), "verdict": found.verdict}
+        row |= {"log_evidence": found.log_evidence, "reason": found.reason} | case.judge(found.draws)
         row["right"] = is_right(row)
     except Exception as error:
         row["seconds"] = time.perf_counter() - start
@@ -216,7 +198,7 @@ def outcome(row: Row) -> str:
     """Return the outcome of a run in a word.  An error that names the fault counts as a refusal."""
     if row.get("failed"):
         return "refused" if row["failed"].startswith(REFUSALS) else "failed"
-    return "refused" if row["answer"] == "refused" else "right" if row["right"] == "True" else "wrong"
+    return "refused" if row["verdict"] != "trust" else "right" if row["right"] == "True" else "wrong"
 
 
 def table(rows: list[Row]) -> str:
@@ -227,16 +209,15 @@ def table(rows: list[Row]) -> str:
 
     refused = "; ".join(row["target"] for row in rows if outcome(row) == "refused")
     lines = [
-        "# The ladder",
+        "# The door",
         "",
-        "This page is for users who fit hard posteriors with `fit_svi(escalate=True)`. It compares the draws that this "
-        f"ladder recommends with known posteriors. Of {len(rows)} runs, {counted('right')} are right, "
+        "This page is for users who ask how far they can rely on `pf.posterior`. It compares its draws with known "
+        f"posteriors. Of {len(rows)} runs, {counted('right')} are right, "
         f"{counted('refused')} refused, {counted('wrong')} wrong and {counted('failed')} failed. Reproduce with "
-        "`python benchmarks/ladder.py`.",
+        "`python benchmarks/posterior_door.py`.",
         "",
-        "The ladder gets the model alone, and all settings are the defaults. "
-        "The answer is exact draws, the guide's draws or its reweighted draws. A run is "
-        f"*refused* if the ladder recommends no draws (here: {refused or 'none'}). Two Gaussians are named by the "
+        f"`pf.posterior` gets the model alone, and returns {KEPT:,} draws. A run is *refused* if their verdict is "
+        f"\"do not trust\" (here: {refused or 'none'}). Two Gaussians are named by the "
         "weight of the first.",
         "",
         "*error*: the largest error of a mean, in sd of the posterior. *sds*: the ratios of sds to the posterior's. "
@@ -256,9 +237,9 @@ def table(rows: list[Row]) -> str:
     for kind, words in KINDS.items():
         mine = [row for row in rows if row["kind"] == kind]
         if mine:
-            head = "| posterior | seed | rungs | answer | outcome | k-hat | error | sds | variation | s |"
+            head = "| posterior | seed | stages | outcome | error | sds | variation | s |"
             title = words[0].upper() + words[1:]
-            lines += ["", f"## {title}", "", head, "|---|---:|---|---|---|" + "---:|" * 5]
+            lines += ["", f"## {title}", "", head, "|---|---:|---|---|" + "---:|" * 4]
             lines += [line(row) for row in mine]
     return "\n".join(lines) + "\n"
 
@@ -271,8 +252,8 @@ def line(row: Row) -> str:
 
     sds = f"{text('low_sd', '.3f')}–{text('high_sd', '.3f')}" if row.get("low_sd") else "–"
     word = f"**{outcome(row)}**" if outcome(row) in ("wrong", "failed") else outcome(row)
-    cells = [row["target"], row["seed"], row.get("rungs", row.get("failed", "")), row.get("answer", "–"), word]
-    cells += [text("khat", ".2f"), text("worst_error", ".3f"), sds, text("variation", ".3f"), text("seconds", ".0f")]
+    cells = [row["target"], row["seed"], row.get("stages", row.get("failed", "")), word]
+    cells += [text("worst_error", ".3f"), sds, text("variation", ".3f"), text("seconds", ".0f")]
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
@@ -280,8 +261,8 @@ def save(rows: list[Row], out: Path) -> None:
     """Write both files, each atomically."""
     order = {place: i for i, place in enumerate(cases())}
     rows.sort(key=lambda row: (order[row["kind"], row["target"]], int(row["seed"])))
-    posteriors.write_csv(rows, [*KEYS, *MEASURES], out / "ladder.csv")
-    posteriors.write(table(rows), out / "ladder.md")
+    posteriors.write_csv(rows, [*KEYS, *MEASURES], out / "posterior_door.csv")
+    posteriors.write(table(rows), out / "posterior_door.md")
 
 
 def main() -> None:
@@ -291,15 +272,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: three for two modes, one for the others")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes, one thread each")
     parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
-    parser.add_argument("--quick", action="store_true", help="one target, 100 steps: needs --out")
+    parser.add_argument("--quick", action="store_true", help="one target, ten seconds: needs --out")
     options = parser.parse_args()
-    steps = None
+    seconds = None
     if options.quick:
         if options.out == posteriors.OUT:
             parser.error("--quick needs --out, so that its figures do not replace the results")
-        options.kinds, options.only, options.seeds, steps = ["modes"], ["0.5"], [0], 100
+        options.kinds, options.only, options.seeds, seconds = ["modes"], ["0.5"], [0], 10.0
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = posteriors.read(options.out / "ladder.csv")
+    rows: list[Row] = posteriors.read(options.out / "posterior_door.csv")
     done = {tuple(row[key] for key in KEYS) for row in rows}
     todo = [
         (kind, name, seed)
@@ -309,7 +290,7 @@ def main() -> None:
         if (kind, name, str(seed)) not in done
     ]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(measure, *task, steps) for task in todo]):
+        for future in as_completed([pool.submit(measure, *task, seconds) for task in todo]):
             row = future.result()
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
