@@ -1,9 +1,9 @@
 """Does ``posterior`` find the posterior, or report that it does not, and how long does it take?
 
-    python benchmarks/posterior_door.py                                  # all posteriors, about an hour on one core
-    python benchmarks/posterior_door.py --kinds curved modes --seeds 0   # some classes of posteriors
-    python benchmarks/posterior_door.py --only kidiq funnel --out DIR    # posteriors whose names contain one of these words
-    python benchmarks/posterior_door.py --quick --out DIR                # one target, few steps: a smoke run
+    python benchmarks/door.py                                  # all posteriors, about an hour on one core
+    python benchmarks/door.py --kinds curved modes --seeds 0   # some classes of posteriors
+    python benchmarks/door.py --only kidiq funnel --out DIR    # posteriors whose names contain one of these words
+    python benchmarks/door.py --quick --out DIR                # one target, ten seconds: a smoke run
 
 *posteriors* are the targets of ``targets.py``.  *modes* are two Gaussians 8 sd apart, named by the weight of the first.
 *curved* are bananas, a Student t and funnels.  *attacks* are posteriors of each class of ``attacks.py``.  The function
@@ -12,7 +12,7 @@ gets the model and the number of draws.
 An answer is *right* if all means are within .1 sd, all sds within 10 %, and the total variation of all marginals is at
 most .2.  Posteriors with published moments have no marginals to compare.  A wrong answer that is trusted is a failure.
 
-An interrupted run resumes.  Writes ``posterior_door.csv`` and ``posterior_door.md`` into ``docs/benchmarks``.
+An interrupted run resumes.  Writes ``door.csv`` and ``door.md`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def table(rows: list[Row]) -> str:
         "This page is for users who ask how far they can rely on `pf.posterior`. It compares its draws with known "
         f"posteriors. Of {len(rows)} runs, {counted('right')} are right, "
         f"{counted('refused')} refused, {counted('wrong')} wrong and {counted('failed')} failed. Reproduce with "
-        "`python benchmarks/posterior_door.py`.",
+        "`python benchmarks/door.py`.",
         "",
         f"`pf.posterior` gets the model alone, and returns {KEPT:,} draws. A run is *refused* if their verdict is "
         f"\"do not trust\" (here: {refused or 'none'}). Two Gaussians are named by the "
@@ -261,8 +261,8 @@ def save(rows: list[Row], out: Path) -> None:
     """Write both files, each atomically."""
     order = {place: i for i, place in enumerate(cases())}
     rows.sort(key=lambda row: (order[row["kind"], row["target"]], int(row["seed"])))
-    posteriors.write_csv(rows, [*KEYS, *MEASURES], out / "posterior_door.csv")
-    posteriors.write(table(rows), out / "posterior_door.md")
+    posteriors.write_csv(rows, [*KEYS, *MEASURES], out / "door.csv")
+    posteriors.write(table(rows), out / "door.md")
 
 
 def main() -> None:
@@ -280,7 +280,7 @@ def main() -> None:
             parser.error("--quick needs --out, so that its figures do not replace the results")
         options.kinds, options.only, options.seeds, seconds = ["modes"], ["0.5"], [0], 10.0
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = posteriors.read(options.out / "posterior_door.csv")
+    rows: list[Row] = posteriors.read(options.out / "door.csv")
     done = {tuple(row[key] for key in KEYS) for row in rows}
     todo = [
         (kind, name, seed)
