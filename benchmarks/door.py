@@ -217,7 +217,7 @@ def table(rows: list[Row]) -> str:
         "`python benchmarks/door.py`.",
         "",
         f"`pf.posterior` gets the model alone, and returns {KEPT:,} draws. A run is *refused* if their verdict is "
-        f"\"do not trust\" (here: {refused or 'none'}). Two Gaussians are named by the "
+        f'"do not trust" (here: {refused or "none"}). Two Gaussians are named by the '
         "weight of the first.",
         "",
         "*error*: the largest error of a mean, in sd of the posterior. *sds*: the ratios of sds to the posterior's. "
