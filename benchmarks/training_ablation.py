@@ -17,8 +17,8 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows.bijectors import Affine
-from pyro_flows.conditioners import MLP, Conditioner
-from pyro_flows.conditioners.base import Linear
+from pyro_flows.conditioners import MLP
+from pyro_flows.conditioners.pace import Linear, networks_of, set_pace
 from pyro_flows.distributions import StandardNormal
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import Coupling, LULinear
@@ -38,28 +38,28 @@ class Variant(NamedTuple):
 
 def no_pace(guide: Any) -> None:
     """Use torch's weights, without a pace."""
-    for network in (part for part in guide.flow.modules() if isinstance(part, Conditioner)):
-        network.set_pace(None)
+    for layers in networks_of(guide.flow):
+        set_pace(layers, None)
 
 
 def no_share(guide: Any) -> None:
     """Let each network move its layer by a whole step, so that together n layers move by n steps."""
-    for network in (part for part in guide.flow.modules() if isinstance(part, Conditioner)):
-        network.set_pace(1.0)
+    for layers in networks_of(guide.flow):
+        set_pace(layers, 1.0)
 
 
 def no_pace_of(kind: str, guide: Any) -> None:
     """Remove the pace of hidden layers, or of output layers."""
     for layer in (part for part in guide.flow.modules() if isinstance(part, Linear)):
         if layer.zero is (kind == "output"):
-            layer.set_pace(1.0)
+            layer.set_unit(1.0)
 
 
 def fast_hidden(guide: Any) -> None:
     """Let hidden layers move four times as far, by a whole step."""
     for layer in (part for part in guide.flow.modules() if isinstance(part, Linear)):
         if not layer.zero:
-            layer.set_pace(4 * layer.pace)
+            layer.set_unit(4 * layer.unit)
 
 
 def not_centered(guide: Any) -> None:

@@ -41,6 +41,7 @@ from pyro_flows.conditioners import (
     Periodic,
     StepNet,
 )
+from pyro_flows.conditioners.pace import networks_of, set_pace
 from pyro_flows.distributions import (
     CircularBase,
     ContaminatedNormalBase,
@@ -158,10 +159,15 @@ def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None
 def _paced(build: Builder) -> Builder:
     def paced(dim: int, context_dim: int) -> FlowTransform:
         layer = build(dim, context_dim)
-        layer.conditioner.set_pace(0.5)
+        set_pace(networks_of(layer)[0], 0.5)
         return layer
 
     return paced
+
+
+def _paced_linear(dim: int) -> FlowTransform:
+    set_pace([layer := ScaledLinear(dim)], 0.5)
+    return layer
 
 
 def _fixed_point(dim: int, context_dim: int) -> FlowTransform:
@@ -312,7 +318,7 @@ TRANSFORMS: dict[str, Kind] = {
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "lu_linear_rotated": Kind(lambda dim, _: LULinear(dim, rotation_seed=1), start="rotation"),
     "scaled_linear": Kind(lambda dim, _: ScaledLinear(dim)),
-    "scaled_linear_paced": Kind(lambda dim, _: ScaledLinear(dim, pace=0.5)),
+    "scaled_linear_paced": Kind(lambda dim, _: _paced_linear(dim)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),

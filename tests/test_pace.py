@@ -1,5 +1,6 @@
 """Guides stay stable in Pyro's own SVI: the pace of their networks, their start, and steps of usual size."""
 
+import contextlib
 import gc
 import math
 import weakref
@@ -17,19 +18,20 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
+from pyro_flows.conditioners.pace import Linear, Paced, networks_of, set_pace
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting.elbo import in_training
-from pyro_flows.guides.default_flows import set_pace
+from pyro_flows.guides.default_flows import share_step
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear
 
 NETWORKS = {
-    "mlp": lambda width: MLP(4, 3, 2, (width, width)),
-    "mlp_skip": lambda width: MLP(4, 3, 2, (width, width), skip=True),
-    "mlp_centered": lambda width: MLP(4, 3, 2, (width, width), centered=True),
-    "mlp_context": lambda width: MLP(4, 3, 2, (width, width), 5),
-    "made": lambda width: MADE(4, 2, (width, width)),
-    "made_context": lambda width: MADE(4, 2, (width, width), 5),
-    "periodic": lambda width: Periodic(MLP(6, 3, 2, (width, width)), [True, False, True, False]),
+    "mlp": lambda width=48: MLP(4, 3, 2, (width, width)),
+    "mlp_skip": lambda width=48: MLP(4, 3, 2, (width, width), skip=True),
+    "mlp_centered": lambda width=48: MLP(4, 3, 2, (width, width), centered=True),
+    "mlp_context": lambda width=48: MLP(4, 3, 2, (width, width), 5),
+    "made": lambda width=48: MADE(4, 2, (width, width)),
+    "made_context": lambda width=48: MADE(4, 2, (width, width), 5),
+    "periodic": lambda width=48: Periodic(MLP(6, 3, 2, (width, width)), [True, False, True, False]),
 }
 
 
@@ -37,6 +39,7 @@ LAYERS = {  # layers with networks or tables
     "block": lambda: BlockAutoregressive(4, (3, 3), MLP(5, 4, 8)),
     "continuous": lambda: Continuous(MLPField(4, context_dim=5, hidden_dims=(8, 8))),
     "table": lambda: Elementwise(LogisticMixture(3), 4),
+    "linear": lambda: ScaledLinear(4),
 }
 
 
@@ -86,41 +89,46 @@ def train(model, guide, *args, lr=0.03, steps=60, seed=0, elbo=None):
 # ------------------------------------------------------------ the pace
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_pace_keeps_what_a_network_computes_bit_for_bit(name):
-    net = randomise(NETWORKS[name](48))
-    x, context = torch.randn(7, 4), torch.randn(7, 5) if net.context_dim else None
-    before, state = net(x, context), {k: v.clone() for k, v in net.state_dict().items()}
+def paced(module, pace):
+    """Return a module whose networks, tables and linear maps have a pace."""
+    others = [part for part in module.modules() if isinstance(part, Paced) and not isinstance(part, Linear)]
+    for parts in (*networks_of(module), others):
+        set_pace(parts, pace)
+    return module
+
+
+def units(module):
+    return [part.unit for part in module.modules() if isinstance(part, Paced)]
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *LAYERS])
+def test_a_pace_keeps_what_a_module_computes_bit_for_bit_and_comes_with_its_state(name):
+    make = NETWORKS.get(name, LAYERS.get(name))
+    module, again = randomise(make()), make()
+    x, context = torch.randn(7, 4), torch.randn(7, 5) if module.context_dim else None
+    run = type(module).forward if name in NETWORKS else type(module).forward_and_log_det
+    before, state = run(module, x, context), {k: v.clone() for k, v in module.state_dict().items()}
     for pace in (1.0, 0.125, None):
-        net.set_pace(pace)
-        assert net.pace == pace
-        assert torch.equal(net(x, context), before)
-        moved = any(not torch.equal(value, state[key]) for key, value in net.state_dict().items())
-        assert moved == (pace is not None)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_pace_keeps_what_a_layer_computes_bit_for_bit(name):
-    layer, other = randomise(LAYERS[name]()), LAYERS[name]()
-    x, context = torch.randn(7, 4), torch.randn(7, 5) if layer.context_dim else None
-    part, its = (getattr(one, "field", one) for one in (layer, other))
-    before = layer.forward_and_log_det(x, context)
-    for pace in (0.125, 1.0, None):
-        part.set_pace(pace)
-        assert all(map(torch.equal, layer.forward_and_log_det(x, context), before))
-    part.set_pace(0.125)
-    other.load_state_dict(layer.state_dict())
-    assert its.pace is None
-    assert all(map(torch.equal, other.forward_and_log_det(x, context), before))
+        paced(module, pace)
+        assert all(map(torch.equal, run(module, x, context), before))
+        again.load_state_dict(module.state_dict())
+        assert units(again) == units(module)
+        assert all(map(torch.equal, run(again, x, context), before))
+        moved = any(not torch.equal(value, state.get(key, value)) for key, value in module.state_dict().items())
+        assert moved == (pace is not None and units(module) != [1.0] * len(units(module)))
 
 
 def test_a_conditioner_has_a_pace_of_its_own():
     layer = Elementwise(LogisticMixture(3), 4, MLP(2, 4, LogisticMixture(3).num_params))
-    with pytest.raises(ValueError, match="pace must be set on the conditioner"):
-        layer.set_pace(1.0)
-    block = BlockAutoregressive(4, (3, 3), MLP(5, 4, 8, pace=2.0))
-    set_pace(flows.Flow([block]))
-    assert (block.pace, block.conditioner.pace) == (1.0, 2.0)
+    set_pace([layer], 0.5)
+    assert layer.unit == 1.0
+    block = BlockAutoregressive(4, (3, 3), MLP(5, 4, 8))
+    own, of_conditioner = networks_of(block)
+    set_pace(of_conditioner, 2.0)
+    before = units(block.conditioner)
+    share_step(flows.Flow([block]))
+    assert units(block.conditioner) == before
+    assert all(layer.unit != 1.0 for layer in own)
 
 
 @pytest.mark.parametrize("recipe", [None, "nsf", "bnaf", "cnf", "gaussianization"])
@@ -133,8 +141,7 @@ def test_a_guide_with_paces_comes_back_from_a_file(recipe, tmp_path):
     pf.save(guide, tmp_path / "guide.pt")
     again, draws = pf.load(tmp_path / "guide.pt"), guide.sample(5)
     assert torch.equal(again.log_prob(draws), guide.log_prob(draws))
-    mine, others = ([getattr(part, "pace", None) for part in one.flow.modules()] for one in (guide, again))
-    assert mine == others
+    assert units(again) == units(guide)
 
 
 def largest_move(net: Conditioner, lr: float) -> float:
@@ -152,54 +159,31 @@ def largest_move(net: Conditioner, lr: float) -> float:
 
 @pytest.mark.parametrize("name", ["mlp", "made", "periodic"])
 def test_a_step_of_adam_moves_paced_networks_of_all_widths_alike(name):
-    moves = {}
-    for width in (16, 512):
-        for pace in (1.0, None):
-            net = NETWORKS[name](width)
-            net.set_pace(pace)
-            moves[width, pace] = largest_move(net, 0.01)
+    moves = {(w, p): largest_move(paced(NETWORKS[name](w), p), 0.01) for w in (16, 512) for p in (1.0, None)}
     assert moves[512, 1.0] < 0.03
     assert moves[512, 1.0] < 2 * moves[16, 1.0]
     assert moves[512, None] > 20 * moves[512, 1.0]  # a control: networks without a pace fail
 
 
-def test_a_refused_pace_is_named():
-    with pytest.raises(ValueError, match=r"MLP: pace must be positive and finite, got 0"):
-        MLP(2, 2, 2, pace=0)
-
-
 @pytest.mark.parametrize("kind", ["auto", "plate"])
-def test_fit_svi_trains_without_the_paces_and_leaves_them(kind, tmp_path):
+def test_fit_svi_trains_without_the_paces_and_leaves_them(kind):
     y = 2 * torch.randn(60, 1) + torch.randn(60, 4)
     model, args = (gaussian, ()) if kind == "auto" else (rows, (y,))
-    guide = pf.AutoFlow(model) if kind == "auto" else pf.AutoPlateFlow(model, "group")
-    guide.setup(*args)
-    networks = [part for part in guide.modules() if isinstance(part, Conditioner)]
-    paces = [network.pace for network in networks]
-    assert any(paces)
-
+    guide = (pf.AutoFlow(model) if kind == "auto" else pf.AutoPlateFlow(model, "group")).setup(*args)
+    own = units(guide)
+    assert any(unit < 1 for unit in own)
     for error in (None, KeyboardInterrupt, RuntimeError):
         before = {key: value.clone() for key, value in guide.state_dict().items()}
-        try:
-            with in_training(guide, list(guide.parameters()), Trace_ELBO()):
-                assert guide.training
-                assert not any(network.pace for network in networks)
-                if error:
-                    raise error
-        except (KeyboardInterrupt, RuntimeError):
-            pass
-        assert [network.pace for network in networks] == paces
+        with contextlib.suppress(KeyboardInterrupt, RuntimeError), in_training(guide, [*guide.parameters()], None):
+            assert guide.training
+            assert all(unit >= 1 for unit in units(guide))
+            if error:
+                raise error
+        assert units(guide) == own
         assert not guide.training
         assert all(torch.equal(before[key], value) for key, value in guide.state_dict().items())
-
     pf.fit_svi(model, guide, *args, steps=3, progress=False)
-    assert [network.pace for network in networks] == paces
-    pf.save(guide, tmp_path / "guide.pt")
-    again = pf.load(tmp_path / "guide.pt")
-    assert [part.pace for part in again.modules() if isinstance(part, Conditioner)] == paces
-    values = guide.sample(5, *args)
-    if kind == "auto":
-        torch.testing.assert_close(again.log_prob(values), guide.log_prob(values))
+    assert units(guide) == own
 
 
 def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
@@ -213,7 +197,7 @@ def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
             centred, program, steps=5, lr=0.01, clip_norm=1.0, num_particles=8, warm_start=False, progress=False
         )
         found.append(fit.losses)
-        assert guide.flow.transforms[0].conditioner.pace
+        assert units(guide.flow.transforms[0])[0] < 1
     assert torch.equal(*found)
 
 
@@ -234,24 +218,7 @@ def test_a_compiled_objective_forgets_the_paces():
         assert svi.step() < 2 * before
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_state_means_the_same_at_any_pace(name):
-    x, context = torch.randn(7, 4), torch.randn(7, 5)
-    context = context if NETWORKS[name](8).context_dim else None
-    for own, other in ((None, 0.25), (0.25, None), (1.0, 0.125)):
-        net, again = randomise(NETWORKS[name](8)), NETWORKS[name](8)
-        net.set_pace(own)
-        again.set_pace(other)
-        again.load_state_dict(net.state_dict())
-        assert again.pace == other
-        torch.testing.assert_close(again(x, context), net(x, context), rtol=0, atol=0)
-
-
-def test_a_state_of_a_linear_map_or_of_rows_means_the_same_at_any_pace():
-    net, again, x = randomise(ScaledLinear(5, pace=1.0)), ScaledLinear(5), torch.randn(3, 5)
-    again.load_state_dict(net.state_dict())
-    assert all(map(torch.equal, again.forward_and_log_det(x), net.forward_and_log_det(x)))
-
+def test_a_state_of_rows_means_the_same_at_any_pace():
     guide = pf.AutoPlateFlow(rows, "group").setup(y := torch.randn(30, 4))
     with in_training(guide, list(guide.parameters()), Trace_ELBO()):
         state = {key: value.clone() for key, value in guide.state_dict().items()}
@@ -261,42 +228,25 @@ def test_a_state_of_a_linear_map_or_of_rows_means_the_same_at_any_pace():
     assert torch.equal(guide.log_prob(values, y), before)
 
 
-def test_a_pace_that_a_recipe_chose_is_kept():
-    def chosen(dim):
-        flow = flows.maf(dim)
-        for part in flow.modules():
-            if isinstance(part, Conditioner):
-                part.set_pace(2.0)
-        return flow
+def output_paces(flow):
+    """Return the paces of the last layers, rounded to powers of 2, times the widths below them."""
+    return [layer.unit * layer.in_features for layers in networks_of(flow) for layer in layers if layer.zero]
 
-    guide = pf.AutoFlow(gaussian, chosen).setup()
-    assert {part.pace for part in guide.flow.modules() if isinstance(part, Conditioner)} == {2.0}
+
+def test_a_pace_that_a_recipe_chose_is_kept():
+    guide = pf.AutoFlow(gaussian, lambda dim: paced(flows.maf(dim), 2.0)).setup()
+    assert output_paces(guide.flow) == [2.0] * 5
 
 
 @pytest.mark.parametrize(
     ("dim", "recipe", "paces"),
-    [(32, None, [1 / 8] * 8), (64, None, [1 / 4] * 16), (65, None, [1 / 16] * 16), (9, flows.maf, [1 / 5] * 5)],
+    [(32, None, [1 / 8] * 8), (64, None, [1 / 4] * 16), (65, None, [1 / 16] * 16), (9, flows.maf, [1 / 4] * 5)],
 )
 def test_networks_share_a_step_but_move_by_a_quarter_each_for_33_to_64_latents(dim, recipe, paces):
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
 
-    guide = pf.AutoFlow(model, recipe).setup()
-    assert [part.pace for part in guide.flow.modules() if isinstance(part, Conditioner)] == paces
-
-
-def test_a_network_of_other_layers_has_no_pace():
-    class Own(Conditioner):
-        def __init__(self):
-            super().__init__(1, 1, 2, (4,), 0)
-            self.output = torch.nn.Linear(1, 2)
-
-        def forward(self, x, context=None):
-            return self.output(x).unflatten(-1, (2, 1)).mT
-
-    net = Own()
-    net.set_pace(1.0)
-    assert net.pace is None
+    assert output_paces(pf.AutoFlow(model, recipe).setup().flow) == paces
 
 
 def test_a_trained_guide_is_let_go():
@@ -319,8 +269,8 @@ def test_amortised_guides_and_recipes_keep_torchs_weights():
         pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
 
     guide = pf.AutoFlow(model, encoder=MLPEncoder(2, 4)).setup(torch.zeros(2))
-    for module in (guide, flows.realnvp(3), flows.maf(3)):
-        assert not any(part.pace for part in module.modules() if isinstance(part, Conditioner))
+    for flow in (guide.flow, flows.realnvp(3), flows.maf(3)):
+        assert all(layer.unit == 1.0 for layers in networks_of(flow) for layer in layers)
 
 
 # ------------------------------------------------------------ usual step sizes
@@ -492,17 +442,6 @@ def test_a_plate_guide_starts_at_the_likelier_one_too():
 
     y = torch.tensor([13.0, 14.0, 15.0])
     assert pf.AutoPlateFlow(model, "row").setup(y).packings["latent"].start.tolist() == [0.0]
-
-
-def test_a_linear_map_keeps_its_function_at_any_pace():
-    layer, x = randomise(ScaledLinear(9)), torch.randn(5, 9)
-    before, found = layer.forward_and_log_det(x), {}
-    for pace in (1.0, 0.25, None):
-        layer.set_pace(pace)
-        found[pace] = (layer.factors - torch.diag(layer.factors.diagonal())).norm().item()
-        assert all(map(torch.equal, layer.forward_and_log_det(x), before))
-    assert found[1.0] == 8 * found[None]
-    assert found[0.25] == 32 * found[None]
 
 
 def test_a_linear_map_moves_each_feature_by_its_own_scale():

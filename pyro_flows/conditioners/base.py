@@ -1,10 +1,9 @@
-"""The base class of conditioners, networks (x, context) -> the parameters of a bijector, and their linear layers."""
+"""The base class of conditioners, networks (x, context) -> the parameters of a bijector."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,51 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import arguments
-from ..arguments import check_integers, check_numbers, check_sizes
+from ..arguments import check_integers, check_sizes
 from ..vjp import vjp
+from .pace import Gradients, Linear, Network
 
-# Step sizes that suit the location and scale of a guide are large for its networks: at 1 the regression of
-# tests/test_pace.py ends 2 to 16 nats lower.
-HIDDEN_PACE = 1 / 4
-
-
-class Network(nn.Module):
-    """A module with ``Linear`` layers, whose pace a guide can choose.
-
-    Attributes:
-        pace: How far these layers move in a step of an optimiser: see ``set_pace``.
-    """
-
-    pace: float | None = None
-
-    def set_pace(self, pace: float | None) -> None:
-        """Choose how far the layers move in a step of an optimiser, without changing the function of the network.
-
-        Args:
-            pace: For steps of Adam of size lr, the results of the last layer move by about ``pace * lr``, and hidden
-                units by a quarter of lr, whatever the widths.  None keeps the weights of torch: results and hidden
-                units then move in proportion to the widths of the layers.
-
-        Raises:
-            ValueError: If the pace is not positive and finite.
-        """
-        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        parts = list(self.own_parts())
-        if not any(isinstance(part, Linear) for part in parts):
-            return  # convolutions and transformers have no pace
-        for part in parts:
-            if isinstance(part, Network):
-                part.pace = pace
-            elif isinstance(part, Linear):
-                wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
-                part.set_pace(power_of_2(wished))
-
-    def own_parts(self) -> Iterable[nn.Module]:
-        """Return the modules that share the pace, this one included."""
-        return self.modules()
-
-
-Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
 Pull = Callable[[Tensor, bool], tuple[Tensor, Gradients]]
 
 
@@ -71,7 +29,7 @@ class Conditioner(Network):
 
     - its last layer starts at zero, and the others at random: then every bijector starts at the identity, and after
       three steps of an optimiser every parameter has moved;
-    - its layers are ``Linear`` of ``conditioners.base``, whose pace a guide can choose (``set_pace``);
+    - its layers are ``Linear`` of ``conditioners.pace``, so that a guide can choose how far a step moves them;
     - the context enters the first hidden layer by :meth:`add_context`, so that it is processed once and broadcast over
       samples;
     - rows are independent of one another, unlike with batch norm, and calls are deterministic.
@@ -189,144 +147,11 @@ class Conditioner(Network):
         return params.detach(), pull
 
 
-class Paced(nn.Module):
-    """A module that stores some of its tensors divided by a unit.
-
-    A step of an optimiser moves the stored tensor, and so moves the tensor in use by the unit times as much.  A state
-    contains the unit, so that it can be loaded into a module of another pace.
-    """
-
-    pace: float | None
-
-    @property
-    def unit(self) -> float:
-        """The factor between the stored tensors and those in use, by default the pace."""
-        return 1.0 if self.pace is None else self.pace
-
-    @torch.no_grad()
-    def set_pace(self, pace: float | None) -> None:
-        """Change the pace and keep what the module computes, exactly in floating point if units are powers of 2.
-
-        Args:
-            pace: How far the tensors in use move in a step of an optimiser, as the class defines it.  None stores them
-                without a factor.
-
-        Raises:
-            ValueError: If the pace is not positive and finite.
-        """
-        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        before, self.pace = self.unit, pace
-        parameters = dict(self.named_parameters())
-        for name in self._paced_names():
-            parameters[name].copy_(self._rescaled(parameters[name], before / self.unit))
-
-    def paced(self, stored: Tensor) -> Tensor:
-        """Return a stored tensor, or a linear function of stored tensors, times the unit."""
-        return stored if self.unit == 1.0 else self.unit * stored
-
-    def _paced_names(self) -> Iterable[str]:
-        """Return the names, in a state, of the tensors that are stored in the unit; by default all parameters."""
-        return [name for name, _ in self.named_parameters()]
-
-    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
-        """Return a stored tensor for a unit that is divided by a ratio."""
-        return ratio * stored
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.unit != 1.0:
-            destination[f"{prefix}pace"] = torch.tensor(self.unit)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ratio = float(state_dict.pop(f"{prefix}pace", 1.0)) / self.unit
-        for name in self._paced_names():
-            if ratio != 1.0 and (key := prefix + name) in state_dict:
-                state_dict[key] = self._rescaled(state_dict[key], ratio)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class Linear(Paced, nn.Linear):
-    """y = p (W x + b), where the pace p sets how far y moves when an optimiser moves W and b.
-
-    Adam moves each weight by about its step size, whatever the size of the gradient.  So y moves by about the step size
-    times the number of inputs.  A pace of 1 over this number cancels it: the maximal update parametrisation (Yang, Hu
-    2020, arXiv:2011.14522; Yang et al. 2022, arXiv:2203.03466).
-
-    Args:
-        in_features: The number of inputs.
-        out_features: The number of outputs.
-        bias: True for a bias b.
-        zero: True if W and b start at zero, as in a last layer; otherwise they start as in ``torch.nn.Linear``.
-
-    Example::
-
-        >>> import torch
-        >>> layer, x = Linear(64, 2), torch.ones(64)
-        >>> y = layer(x)
-        >>> layer.set_pace(1 / 64)
-        >>> torch.equal(layer(x), y)
-        True
-    """
-
-    pace: float = 1.0
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, zero: bool = False) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.zero = zero
-        if zero:
-            zero_(self)
-
-    def connections(self) -> Tensor:
-        """Return W."""
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.paced(F.linear(x, self.connections(), self.bias))
-
-    def matrix(self) -> Tensor:
-        """Return the matrix of the map, p W."""
-        return self.paced(self.connections())
-
-    def pull(self, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
-        """Return the gradient of the inputs.
-
-        Args:
-            g: The gradient of the results, ``(N, out_features)``.
-            x: The inputs, ``(N, in_features)``.
-            gradients: A list to which the gradients of W and b are appended, or None.
-        """
-        g = self.paced(g)
-        if gradients is not None:
-            gradients.append((self.weight, g.mT @ x))
-            if self.bias is not None:
-                gradients.append((self.bias, g.sum(0)))
-        return g @ self.weight
-
-
-class MaskedLinear(Linear):
-    """y = p ((W ∘ M) x + b), where the 0/1 matrix M removes connections."""
-
-    mask: Tensor
-
-    def __init__(self, in_features: int, out_features: int, *, zero: bool = False) -> None:
-        super().__init__(in_features, out_features, zero=zero)
-        self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
-
-    def connections(self) -> Tensor:
-        """Return W ∘ M."""
-        return self.weight * self.mask
-
-
 class Rectifier(nn.ReLU):
     """max(0, x) in place, for inputs that nothing else reads, such as the results of linear layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x, inplace=torch._C._get_tracing_state() is None)  # torch.jit must record a copy
-
-
-def power_of_2(number: float) -> float:
-    """Return the power of 2 closest to a positive number.  Products with it are exact."""
-    return 2.0 ** round(math.log2(number))
 
 
 def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:
@@ -346,10 +171,3 @@ def share_of(net: Any, context: Tensor | None) -> Tensor | None:
         name, width = type(net).__name__, net.context_dim
         raise ValueError(f"{name}: context is missing; this network takes contexts of width {width}.")
     return net.from_context(context)
-
-
-def zero_(layer: nn.Module) -> nn.Module:
-    """Set all parameters of a layer to zero, and return it."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer

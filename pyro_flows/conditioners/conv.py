@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import activation_of, as_image, as_shape, check_integers
-from .base import Conditioner, zero_
+from .base import Conditioner
+from .pace import zero_
 
 
 class ConvNet(Conditioner):

@@ -112,7 +112,7 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
         >>> torch.allclose(torch.stack(params).permute(2, 0, 1), net(x), atol=1e-4)
         True
     """
-    biases = [layer.paced(layer.bias).unsqueeze(-1) for layer in (*net.hidden, net.output)]
+    biases = [layer.shift() for layer in (*net.hidden, net.output)]
     biases[0] = net.add_context(biases[0].T, context).T
     biases[-1] = _by_rank(biases[-1], net)
     sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import check_integers, check_numbers, check_sizes
-from .base import share_of, zero_
+from .base import share_of
 from .jacobian import Jacobian
+from .pace import zero_
 
 GRAMS = 6  # T: at rank 64 the bound exceeds the spectral norm by 3 per cent at most
 STEEPEST = 1.1  # the slope of a sigmoid(β a) is at most 1.09984, whatever β

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_order, check_integers, quoted
-from .base import Conditioner, MaskedLinear, activation_of
+from .base import Conditioner, activation_of
+from .pace import MaskedLinear
 
 
 class MADE(Conditioner):
@@ -39,7 +40,6 @@ class MADE(Conditioner):
             directed graph has no cycles, and its diagonal is ignored.  By default all features of lower rank are
             parents.
         activation: The class of the elementwise nonlinearity.
-        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size is out of its range, or the order is not a permutation or puts a child before a parent.
@@ -72,7 +72,6 @@ class MADE(Conditioner):
         order: Sequence[int] | None = None,
         adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
-        pace: float | None = None,
     ) -> None:
         check_integers("MADE", input_dim=input_dim)
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
@@ -89,7 +88,6 @@ class MADE(Conditioner):
         if graph is not None:
             self._check_graph(graph)
         self._set_masks()
-        self.set_pace(pace)
         self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:

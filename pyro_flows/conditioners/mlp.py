@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_flags
 from ..vjp import keeps
-from .base import Conditioner, Gradients, Linear, Pull, activation_of
+from .base import Conditioner, Pull, activation_of
 from .jacobian import SLOPES
+from .pace import Gradients, Linear
 
 POINTS = 16  # an even number: the mirror image of each point is a point
 
@@ -36,7 +37,6 @@ class MLP(Conditioner):
             reach.
         centered: Subtract from h_L its mean over 16 normal points.  Then b sets the mean of the parameters, and W their
             dependence on x.  A gradient that is the same for all x mostly changes b.  Not with a context or ``skip``.
-        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size is out of its range, or ``centered`` is combined with a context or ``skip``.  In use, if
@@ -67,7 +67,6 @@ class MLP(Conditioner):
         residual: bool = False,
         skip: bool = False,
         centered: bool = False,
-        pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         check_flags("MLP", residual=residual, skip=skip, centered=centered)
@@ -88,7 +87,6 @@ class MLP(Conditioner):
         if skip:
             self.factors = Linear(input_dim, 2 * widths[1])
             self.direct = Linear(input_dim + widths[1], num_params * output_dim, bias=False, zero=True)
-        self.set_pace(pace)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self._units(x, context)

@@ -57,7 +57,7 @@ class Periodic(Conditioner):
             )
         super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
         self.context_dim = net.context_dim  # the context enters inside the network
-        self.net, self.pace = net, net.pace
+        self.net = net
         self.bound = bound
         self.register_buffer("periodic", periodic)
         self.register_buffer("order", torch.argsort(~periodic, stable=True))  # the periodic features first

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import as_flags, check_integers
-from .base import Conditioner, Linear, activation_of
+from .base import Conditioner, activation_of
+from .pace import Linear
 
 
 class StepNet(Conditioner):

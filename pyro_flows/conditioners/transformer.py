@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ..arguments import as_image, as_order, check_integers
 from ..attention import AttentionLayer
-from .base import Conditioner, zero_
+from .base import Conditioner
+from .pace import zero_
 
 
 class CausalTransformer(Conditioner):

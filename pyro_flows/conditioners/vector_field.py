@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_integers, check_sizes
-from .base import Linear, Network, share_of
+from .base import share_of
 from .jacobian import SMOOTH, Jacobian
+from .pace import Linear, Network
 
 
 class Derivative(Protocol):
@@ -175,10 +176,9 @@ class MLPField(Network, VectorField):
         frequencies: The number of Fourier modes of time, at least 1.
         activation: The class of the nonlinearity, with continuous slopes: ``torch.nn``'s ``ELU``, ``SiLU``,
             ``Softplus`` or ``Tanh``.
-        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
-        ValueError: If a size or ``pace`` is out of its range, or ``activation`` is not one of the four.  In use, if the
+        ValueError: If a size is out of its range, or ``activation`` is not one of the four.  In use, if the
             field takes contexts and none is given.
 
     Example::
@@ -201,7 +201,6 @@ class MLPField(Network, VectorField):
         *,
         frequencies: int = 3,
         activation: type[nn.Module] = nn.SiLU,
-        pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, context_dim)
         check_sizes("MLPField", hidden_dims=hidden_dims)
@@ -220,7 +219,6 @@ class MLPField(Network, VectorField):
         self.act = activation()
         self.from_time = Linear(2 * frequencies, self.hidden_dims[0], bias=False)
         self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
-        self.set_pace(pace)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden

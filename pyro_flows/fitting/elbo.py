@@ -22,7 +22,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..conditioners.base import Network
+from ..conditioners.pace import Paced
 from ..flows import Flow
 from ..guides.base import holders
 from ..guides.block_guide import BlockGuide
@@ -41,7 +41,6 @@ from ..training.checkpoint import fingerprint, settings_of
 from ..training.loop import Descent, Fit, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
-from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single_precision import InSingle
 from ..vjp import is_plain
 from .gaussian_start import SECONDS, SHARE, Start, start_from_blocks, start_from_gaussian
@@ -52,8 +51,7 @@ from .propriety import check_proper
 
 # The attributes of objectives that identify a run.
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"
-OF_ROWS = 32.0  # the pace of the parameters of rows, unless the rows start near the posterior
-PACED = Network, Elementwise, RowContexts, ScaledLinear
+OF_ROWS = 32.0  # the unit of the parameters of rows, unless the rows start near the posterior
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit has converged
@@ -306,26 +304,26 @@ def _trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tens
 
 @contextlib.contextmanager
 def in_training(guide: Any, parameters: list[Tensor], objective: Any, *, rows_near: bool = False) -> Iterator[None]:
-    """Put a guide into training mode, with paces that suit ``fit_svi``; afterwards into evaluation mode, with its own.
+    """Put a guide into training mode, without paces; afterwards into evaluation mode, with its own.
 
     The outputs of the guide stay the same, bit for bit.
 
     Args:
         guide: The guide; guides that a function calls are found by their parameters.
         parameters: The tensors that are trained.
-        objective: The loss, whose compiled functions are dropped, since paces are constants in them.
+        objective: The loss, whose compiled functions are dropped, since units are constants in them.
         rows_near: True if rows of plates start near their posteriors.
     """
     guides = _guides_of(guide, parameters)
-    parts = [part for part in _parts_of(guide, parameters) if isinstance(part, PACED) and part.pace is not None]
+    parts = [part for part in _parts_of(guide, parameters) if isinstance(part, Paced)]
     with contextlib.ExitStack() as stack:
         for one in guides:
             stack.callback(one.eval)
             one.train()
         stack.callback(_forget, objective)
         for part in parts:
-            stack.callback(part.set_pace, part.pace)
-            part.set_pace(OF_ROWS if isinstance(part, RowContexts) and not rows_near else None)
+            stack.callback(part.set_unit, part.unit)
+            part.set_unit(OF_ROWS if isinstance(part, RowContexts) and not rows_near else 1.0)
         _forget(objective)
         yield
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from ..conditioners.base import Paced
+from ..conditioners.pace import Paced
 from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
@@ -250,11 +250,8 @@ class RowContexts(Paced):
             one they are parameters.  Its contexts may be followed by parameters, 0 for rows that are not known.
 
     Attributes:
-        pace: How far a row's context moves if an optimiser moves its parameters by 1.
         sizes: The numbers of all rows that the contexts were set up for.
     """
-
-    pace: float | None = 1.0
 
     def __init__(self, plates: Key, encoder: Callable[..., Tensor] | None) -> None:
         super().__init__()
@@ -278,6 +275,7 @@ class RowContexts(Paced):
         self.width, self.sizes = width, sizes
         if embedding is not None:
             self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
+            self.stored = ("embedding.weight",)
 
     @property
     def number(self) -> int:
@@ -287,9 +285,6 @@ class RowContexts(Paced):
     def parts(self) -> tuple[Any, ...]:
         """Return the parts that a file holds, for :meth:`restore`."""
         return self.width, None if self.embedding is None else self.embedding.weight, self.sizes
-
-    def _paced_names(self) -> Iterable[str]:
-        return () if self.embedding is None else ("embedding.weight",)
 
     def of(self, call: Call, plates: Sequence[Any], indices: Sequence[Tensor]) -> BlockRows:
         """Return the rows at ``indices`` of the plates."""

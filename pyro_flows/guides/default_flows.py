@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import nn
 from .. import flows
 from ..bijectors import Affine, RationalQuadraticSpline
 from ..conditioners import MLP, Conditioner, Given, GivenLinear, StepNet
-from ..conditioners.base import Network
+from ..conditioners.pace import networks_of, set_pace
 from ..distributions import ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
 from ..flows.arguments import checked_sizes
@@ -123,8 +123,8 @@ def default_flow(input_dim: int) -> Flow:
     if LIMITS.few < input_dim <= LIMITS.quick:
         # If 16 shared a step they would bend slowly.  With fewer latents, networks of this pace bend on a long way to
         # the posterior; with more, draws can leave the range of float32.
-        for network in _networks(couplings):
-            network.set_pace(0.25)
+        for layers in networks_of(couplings):
+            set_pace(layers, 0.25)
     return Flow(couplings.transforms, base)
 
 
@@ -138,7 +138,8 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
         layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
     else:
         layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
-    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=LIMITS.place_pace)
+    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True)
+    set_pace(networks_of(place)[0], LIMITS.place_pace)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
@@ -275,23 +276,14 @@ def likelihood_flow(input_dim: int, context_dim: int) -> Flow:
     return Flow([*splines.transforms, TriangularAffine(input_dim, place)])
 
 
-def set_pace(flow: Flow) -> None:
+def share_step(flow: Flow) -> None:
     """Let each network of a flow move its layer by a share of a step of Adam, so that all together move by one step.
 
     The tables of a bijector's parameters get paces likewise.  This keeps deep or wide flows stable at the usual step
     sizes of plain SVI.  Parts whose recipe gave them a pace keep it.
     """
-    tables = [part for part in flow.modules() if isinstance(part, Elementwise) and part.conditioner is None]
-    for parts in ([*_networks(flow)], tables):
-        free = [part for part in parts if part.pace is None]
-        for part in free:
-            part.set_pace(1 / len(free))
-
-
-def _networks(module: nn.Module) -> Iterator[Network]:
-    """Yield the networks of a module, without those inside of a conditioner, which share its pace."""
-    for part in module.children():
-        if isinstance(part, Network):
-            yield part
-        if not isinstance(part, Conditioner):
-            yield from _networks(part)
+    tables = [[part] for part in flow.modules() if isinstance(part, Elementwise) and part.conditioner is None]
+    for groups in (networks_of(flow), tables):
+        free = [parts for parts in groups if all(part.unit == 1.0 for part in parts)]
+        for parts in free:
+            set_pace(parts, 1 / len(free))

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..bijectors import Affine, RationalQuadraticSpline, SoftplusAffine
 from ..conditioners import Given
+from ..conditioners.pace import set_pace
 from ..distributions import CircularBase, ModesBase
 from ..flows import Flow
 from ..flows.mixture import FlowMixture
 from ..transforms import ActNorm, Conditioned, Elementwise, FixedAffine, FlowTransform, QuantileMap, ScaledLinear
 from ..transforms.base import chained
 from ..transforms.linear import unrotated
-from .default_flows import LIMITS, set_pace
+from .default_flows import LIMITS, share_step
 
 
 class GuideFlow(Flow):
@@ -193,7 +194,7 @@ def assemble(
         way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
         raise ValueError(f"AutoFlow: {fault}; leave both out, or {way}.")
     if not flow.context_dim:  # amortised guides are trained on simulations, without paces
-        set_pace(flow)
+        share_step(flow)
     reachable = min(max(scale, 0.01), 100.0)  # by the learned map; the fixed one has the rest
     learned, correlations, bend = learned_map(circular, reachable), None, None
     if dim > LIMITS.tailed and not angles:
@@ -217,7 +218,7 @@ def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool, amort
     guide is ``amortised``, a fixed map of each latent does, from a normal to its prior.
     """
     if not amortised:
-        set_pace(flow)
+        share_step(flow)
     dim, layers = len(loc), [*flow.transforms]
     if by_row:
         layers.append(Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params)))
@@ -253,7 +254,8 @@ def learned_map(circular: Sequence[bool], scale: float) -> FlowTransform:
         norm = ActNorm(dim, fixed=circular if angles else None)
         norm.log_scale.data.fill_(math.log(scale))
         return norm
-    linear = ScaledLinear(dim, pace=1.0)
+    linear = ScaledLinear(dim)
+    set_pace([linear], 1.0)
     linear.set_scale(scale)
     return linear
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..arguments import TRANSFORM, as_shape, check_integers, check_kind, quoted
-from ..conditioners.base import Gradients as Gradients
+from ..conditioners.pace import Gradients as Gradients
 from ..vjp import keeps, vjp
 from .torch_view import View
 

@@ -18,7 +18,7 @@ since |t| < 1.  Its root has the derivatives of the implicit function.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
 from ..bijectors.numerical_inverse import bracketed_root, implicit_root
 from ..conditioners import Conditioner
-from ..conditioners.base import MaskedLinear, Network
+from ..conditioners.pace import MaskedLinear, Network
 from .conditional import Conditional, check_outputs
 
 STEPS = 11  # of the search to the last bits, and one more for each nat of max_log_slope in each layer
@@ -53,10 +53,9 @@ class BlockAutoregressive(Network, Conditional):
         conditioner: A network from contexts to what is added to all b, s and o, with ``input_dim = context_dim``,
             ``output_dim = D`` and ``num_params = sum(hidden_dims) + 2``; by default there is no context.
         max_log_slope: The bound B of log(1 + γ) in each hidden layer, and the bound of s and of log a, in nats.
-        pace: How far W, V, b and c move in a step of an optimiser: see ``set_pace``.
 
     Raises:
-        ValueError: If a size, ``max_log_slope`` or ``pace`` is out of its range, or the conditioner's sizes do not fit.
+        ValueError: If a size or ``max_log_slope`` is out of its range, or the conditioner's sizes do not fit.
             In use, if there is a conditioner and no context is given.
 
     Example::
@@ -81,8 +80,6 @@ class BlockAutoregressive(Network, Conditional):
         hidden_dims: Sequence[int] = (8, 8),
         conditioner: Conditioner | None = None,
         max_log_slope: float = 3.0,
-        *,
-        pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, conditioner)
         check_sizes("BlockAutoregressive", hidden_dims=hidden_dims)
@@ -100,10 +97,6 @@ class BlockAutoregressive(Network, Conditional):
         self.mixtures = nn.ParameterList(torch.randn(input_dim, k, below) for below, k in pairwise((*widths, 1)))
         self.steepness = nn.ParameterList(1.5 * torch.rand(input_dim, k, 1) for k in widths)
         self.gates = nn.ParameterList(torch.zeros(input_dim, k, 1) for k in widths)
-        self.set_pace(pace)
-
-    def own_parts(self) -> Iterable[nn.Module]:
-        return self, *self.cross
 
     def compiles(self, inverse: bool) -> bool:
         return not inverse
@@ -143,7 +136,7 @@ class BlockAutoregressive(Network, Conditional):
         params = None if self.conditioner is None else self._conditioned(self.conditioner, context).flatten(-2)
         batch, rows, params = self._rows_of(value, params)
         weights = [layer.matrix() for layer in self.cross]
-        biases = [layer.paced(layer.bias).unsqueeze(-1) for layer in self.cross]
+        biases = [layer.shift() for layer in self.cross]
         if params is not None:
             added = params.T.unflatten(0, (self.input_dim, -1)).split((*self.hidden_dims, 2), 1)  # (D, K, N) each
             biases = [bias + more.flatten(0, 1) for bias, more in zip(biases, added, strict=True)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..arguments import BIJECTOR, as_shape, check_kind, check_numbers
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
-from ..conditioners.base import Paced, power_of_2
+from ..conditioners.pace import Paced
 from .base import FlowTransform
 from .conditional import Conditional, check_params
 
@@ -28,11 +28,10 @@ class Elementwise(Paced, Conditional):
         input_dim: The number D of features.
         conditioner: A network from contexts to parameters, with ``input_dim = context_dim`` and ``output_dim = D``; by
             default the parameters are a table ``params`` of shape ``(D, P)`` that starts at zero.
-        pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
 
     Raises:
-        ValueError: If ``input_dim`` or ``pace`` is not positive, the conditioner's sizes do not fit it or the bijector,
-            or there is a conditioner and a pace.  In use, if there is a conditioner and no context is given.
+        ValueError: If ``input_dim`` is not positive, or the conditioner's sizes do not fit it or the bijector.  In use,
+            if there is a conditioner and no context is given.
 
     Example::
 
@@ -44,35 +43,15 @@ class Elementwise(Paced, Conditional):
         (True, torch.Size([5]), torch.Size([3, 23]))
     """
 
-    pace: float | None = None
-
-    def __init__(
-        self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None, *, pace: float | None = None
-    ) -> None:
+    def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
         super().__init__(input_dim, conditioner)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
         self.bijector = bijector
         if conditioner is None:
             self.params = nn.Parameter(torch.zeros(input_dim, bijector.num_params))
+            self.stored = ("params",)
         else:
             check_params("Elementwise", bijector, conditioner, input_dim)
-        if pace is not None:
-            self.set_pace(pace)
-
-    @property
-    def unit(self) -> float:
-        """The factor by which the stored table is multiplied."""
-        return 1.0 if self.pace is None else power_of_2(self.pace)
-
-    def set_pace(self, pace: float | None) -> None:
-        """Change the pace of the table; the map itself does not change.
-
-        Raises:
-            ValueError: If the pace is not positive and finite, or there is a conditioner, whose pace is set instead.
-        """
-        if self.conditioner is not None:
-            raise ValueError("Elementwise: pace must be set on the conditioner. Use conditioner.set_pace.")
-        super().set_pace(pace)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self._params(context))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..arguments import as_flags, check_flags, check_integers, check_numbers
 from ..bijectors.base import bounded
-from ..conditioners.base import Paced, power_of_2
+from ..conditioners.pace import Paced
 from .base import Scored, VectorTransform
 
 
@@ -193,11 +193,9 @@ class ScaledLinear(Paced, Factored):
     Args:
         input_dim: The number D of features.
         max_log_scale: The bound b on each log-scale, in nats.
-        pace: For steps of Adam of size lr, L and U move a feature by about ``pace * lr`` of its scale, whatever D.
-            With None, L and U are stored without a factor, and it moves by D times as much.  ``set_pace`` changes it.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive, or ``max_log_scale`` or ``pace`` not positive and finite.
+        ValueError: If ``input_dim`` is not positive, or ``max_log_scale`` not positive and finite.
 
     Example::
 
@@ -209,23 +207,17 @@ class ScaledLinear(Paced, Factored):
         (2.0, 2.0794)
     """
 
-    pace: float | None = None
+    stored = ("factors",)
 
-    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, pace: float | None = None) -> None:
+    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0) -> None:
         super().__init__(input_dim, max_log_scale)
-        self.set_pace(pace)
 
-    @property
-    def unit(self) -> float:
-        """The factor by which stored L and U are multiplied."""
-        return 1.0 if self.pace is None else power_of_2(self.pace / self.input_dim)
+    def unit_at(self, pace: float) -> float:
+        return pace / self.input_dim
 
-    def _paced_names(self) -> Iterable[str]:
-        return ("factors",)
-
-    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
-        diagonal = torch.diag(stored.diagonal())
-        return (stored - diagonal) * ratio + diagonal
+    def _rescale(self, stored: Tensor, ratio: float) -> None:
+        diagonal = stored.diagonal().clone()
+        stored.mul_(ratio).diagonal().copy_(diagonal)
 
     def _below_and_above(self) -> tuple[Tensor, Tensor]:
         """Return L and U without their diagonals of ones."""
