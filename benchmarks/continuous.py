@@ -52,6 +52,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.flows import Flow
 from pyro_flows.objectives import FlowMatching, Likelihood
+from pyro_flows.training import Training
 from pyro_flows.transforms import Continuous
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -151,14 +152,16 @@ def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
     fit = pf.fit_density(
         flow,
         train,
-        validation=validation,
-        objective=objective,
+        training=Training(
+            validation=validation,
+            objective=objective,
+            patience=epochs if part == "planes" else 20,
+            ema_decay=0.999 if matched else 0.99,
+            heavy_tails=False,
+        ),
         max_epochs=epochs,
         batch_size=size,
         lr=2e-2 if matched else 8e-3 if model == "nsf" else 1e-2,
-        patience=epochs if part == "planes" else 20,
-        ema_decay=0.999 if matched else 0.99,
-        heavy_tails=False,
         progress=False,
     )
     seconds = time.process_time() - start

@@ -55,6 +55,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.encoders import ConvEncoder
 from pyro_flows.flows import Dequantized, Flow
+from pyro_flows.training import Gradients, Training
 from pyro_flows.transforms import FlowTransform
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -237,7 +238,7 @@ def fitted(run: Run, minutes: float, out: Path) -> Row:
     fit = pf.fit_density(
         model,
         Portion(batches, draw, len(x)),
-        validation=images.judge[0] if parts == 1 else images.judge,
+        training=Training(validation=images.judge[0] if parts == 1 else images.judge),
         max_epochs=PORTIONS,
         lr=LR,
     )
@@ -291,11 +292,9 @@ def fitted_logits(name: str, minutes: float) -> Row:
     fit = pf.fit_density(
         flow,
         Portion(steps // PORTIONS, lambda rows: (logits(x[rows]),), len(x)),
-        validation=logits(images.judge[0]),
+        training=Training(validation=logits(images.judge[0]), heavy_tails=False, gradients=Gradients(clip_norm=50.0)),
         max_epochs=PORTIONS,
         lr=1e-3,
-        clip_norm=50.0,
-        heavy_tails=False,
     )
     seconds = time.process_time() - began
     with torch.no_grad():

@@ -29,6 +29,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.flows import Flow
+from pyro_flows.training import Training
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 BOUNDS = [
@@ -135,7 +136,7 @@ def fit(flow: Flow, rows: tables.Table, *, quick: bool) -> None:
     pf.fit_density(
         flow,
         rows.train,
-        validation=rows.validation,
+        training=Training(validation=rows.validation),
         max_epochs=1 if quick else round(tables.STEPS / (len(rows.train) // tables.BATCH)),
         batch_size=tables.BATCH,
         lr=tables.LR,

@@ -32,6 +32,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.objectives import Likelihood
+from pyro_flows.training import Training
 
 COLUMNS, HIDDEN = 16, (128, 128)
 FIRST = 20  # steps before round-off has grown
@@ -81,7 +82,14 @@ def work(options: argparse.Namespace) -> None:
             flow, timed = recipe(COLUMNS, hidden_dims=HIDDEN), Timed()
             x, batch = table(size * rows * options.steps), size * rows
             judge = x[: 2 * COLUMNS]
-            pf.fit_density(flow, x, validation=judge, objective=timed, batch_size=batch, max_epochs=1, progress=False)
+            pf.fit_density(
+                flow,
+                x,
+                training=Training(validation=judge, objective=timed),
+                batch_size=batch,
+                max_epochs=1,
+                progress=False,
+            )
             steps = torch.tensor(timed.times).double().diff()[5:]  # the first steps allocate memory
             found[name] = batch / steps.median().item()
     torch.save(found, options.worker / f"found_{os.environ.get('RANK', os.getpid())}")

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.flows import Flow
+from pyro_flows.training import Training
 from pyro_flows.transforms import FlowTransform
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -219,12 +220,10 @@ def fit_table(recipe: Recipe, table: Table, quick: bool, seed: int) -> tuple[Ten
     fit = pf.fit_density(
         flow,
         table.train,
-        validation=table.validation,
+        training=Training(validation=table.validation, standardize=False, heavy_tails=False),
         max_epochs=2 if quick else round(STEPS / (len(table.train) // BATCH)),
         batch_size=BATCH,
         lr=LR,
-        standardize=False,
-        heavy_tails=False,
         progress=False,
     )
     return score(flow, table.test), fit.seconds, len(fit.held_out)
@@ -240,7 +239,9 @@ def fit_regression(recipe: Recipe, name: str, split: int, epochs: int, seed: int
     y = ((y - mean) / sd).unsqueeze(-1)
     torch.manual_seed(seed)
     flow = recipe(1, x.shape[1])
-    fit = pf.fit_density(flow, y[train], x[train], max_epochs=epochs, standardize=False, progress=False)
+    fit = pf.fit_density(
+        flow, y[train], x[train], max_epochs=epochs, training=Training(standardize=False), progress=False
+    )
     return score(flow, y[test], x[test]) - sd.log(), fit.seconds, len(fit.held_out)
 
 

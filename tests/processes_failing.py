@@ -14,8 +14,9 @@ import torch
 from processes_job import RANK, Found, density, failed, rows, small
 
 from pyro_flows import AutoFlow, Fit, fit_density, fit_svi, flows
+from pyro_flows.training import Training
 
-BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "progress": False}
+BRIEF: Any = {"training": Training(validation=torch.zeros(9, 2).double() + 5), "max_epochs": 2, "progress": False}
 
 
 class Broken(Exception):
@@ -62,7 +63,9 @@ def ugly(folder: Path) -> Fit:
     images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     flow = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
     with mock.patch("pyro_flows.fitting.density._draw", refuse):
-        return fit_density(flow, images, max_epochs=1, progress=False, samples=folder / "samples.png")
+        return fit_density(
+            flow, images, max_epochs=1, progress=False, training=Training(samples=folder / "samples.png")
+        )
 
 
 def far_off() -> float:

@@ -18,6 +18,7 @@ from unittest import mock
 import pyro
 import pyro.distributions as dist
 import torch
+from grouped_options import grouped
 from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def density(**settings: Any) -> Found:
     """Fit batches of 37 rows, divided into 18 and 19 rows."""
     pyro.set_rng_seed(RANK)
     settings = {"x": rows(), "max_epochs": 5, "batch_size": 37, "progress": False, **settings}
-    return told(fit_density(small(), **settings))
+    return told(fit_density(small(), **grouped(settings)))
 
 
 def loader(**settings: Any) -> Found:

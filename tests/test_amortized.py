@@ -18,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from grouped_options import grouped
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.reparam import NeuTraReparam
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from pyro_flows import (
     AutoFlow,
     AutoPlateFlow,
+    Fit,
     Flow,
     check,
     fit_amortized,
@@ -45,11 +47,17 @@ from pyro_flows.encoders import Arguments, GRUEncoder, MLPEncoder, SetEncoder
 from pyro_flows.fitting import truncated
 from pyro_flows.programs import Simulations
 from pyro_flows.programs.simulator import Simulator
-from pyro_flows.training import loop
+from pyro_flows.training import Training, loop
 from pyro_flows.transforms import Elementwise, QuantileMap
 
 small = functools.partial(flows.nsf_ar, num_transforms=2, hidden_dims=(16,))
-quick = functools.partial(fit_amortized, num_simulations=200, max_epochs=2, batch_size=64, progress=False)
+
+
+def quick(*args: Any, **settings: Any) -> Fit:
+    """Fit in two epochs; options of training may be given one by one."""
+    usual = {"num_simulations": 200, "max_epochs": 2, "batch_size": 64, "progress": False}
+    return fit_amortized(*args, **{**usual, **grouped(settings)})
+
 
 DESIGN = torch.tensor([[1.0, 0.5], [0.0, 1.0], [-1.0, 1.0]])
 NOISE = 0.5
@@ -504,8 +512,8 @@ def test_early_stopping_restores_the_best_averaged_state(tmp_path):
     guide = AutoFlow(linear, small, encoder=Watched(3, 8, (64,)))
     file = tmp_path / "run"
     fit = fit_amortized(
-        linear, guide, num_simulations=100, max_epochs=300, batch_size=20, lr=0.02, held_out=0.3, patience=4,
-        checkpoint=file, progress=False,
+        linear, guide, num_simulations=100, max_epochs=300, batch_size=20, lr=0.02, checkpoint=file, progress=False,
+        training=Training(validation=0.3, patience=4),
     )  # fmt: skip
     assert fit.stopped == "held-out"
     per_epoch = 70 // 20
@@ -572,7 +580,7 @@ def test_a_run_that_has_stopped_early_is_not_taken_up_again(tmp_path):
     for _ in range(2):
         pyro.set_rng_seed(0)
         guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (32,)))
-        settings = {"max_epochs": 200, "batch_size": 20, "lr": 0.02, "held_out": 0.3, "patience": 2}
+        settings = {"max_epochs": 200, "batch_size": 20, "lr": 0.02, "training": Training(validation=0.3, patience=2)}
         fit = fit_amortized(
             linear, guide, num_simulations=60, checkpoint=tmp_path / "run", progress=False, **settings
         )  # fmt: skip
@@ -829,11 +837,11 @@ def test_numbers_out_of_range_are_refused():
         ("lr", 0.0),
         ("lr", math.nan),
         ("clip_norm", -1.0),
-        ("held_out", 0.0),
-        ("held_out", 1.0),
+        ("validation", 0.0),
+        ("validation", 1.0),
         ("on_nonfinite", "ignore"),
     ):
-        refused(linear, f"fit_amortized: {name} must", **{name: value})
+        refused(linear, f": {name} must", **{name: value})
     refused(linear, "cannot be written.*there is no folder", checkpoint="/no/such/folder/run")
 
 

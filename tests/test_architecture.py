@@ -92,7 +92,6 @@ LINES, PARAMETERS = 40, 10  # of a function
 LONG = {  # exceptions by file; the list may only shrink
     "diagnostics/arviz.py": {"to_arviz"},
     "fitting/amortized.py": {"fit_amortized"},
-    "fitting/density.py": {"fit_density"},
     "fitting/likelihood.py": {"fit_likelihood"},
     "fitting/svi.py": {"fit_svi"},
     "flows/continuous.py": {"cnf", "ffjord"},

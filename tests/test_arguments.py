@@ -13,6 +13,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import bijectors, conditioners, distributions, encoders, flows, objectives, transforms
+from pyro_flows.training import Gradients, Training
 
 NO_INTEGERS = [None, "x", True, 2.5, math.nan, math.inf, -1, [], object(), torch.tensor([1.0, 2.0])]
 NO_NUMBERS = [None, "x", True, math.nan, math.inf, -math.inf, [], object(), torch.tensor([1.0, 2.0])]
@@ -61,8 +62,7 @@ NUMBERS = {
     "find_spikes: share": lambda v: pf.find_spikes(x3, share=v),
     "AutoFlow: init_scale": lambda v: pf.AutoFlow(flows.nice, init_scale=v),
     "fit_density: lr": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), lr=v),
-    "fit_density: held_out": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), held_out=v),
-    "fit_density: ema_decay": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), ema_decay=v),
+    "Training: ema_decay": lambda v: Training(ema_decay=v),
 }
 SIZES = {
     "nsf: hidden_dims": lambda v: flows.nsf(3, hidden_dims=v),
@@ -120,10 +120,17 @@ def test_values_that_make_sense_are_taken_in_all_their_forms():
 def test_none_is_a_default_where_the_signature_says_so():
     x = torch.randn(60, 3)
     fit = pf.fit_density(
-        flows.nice(3, num_transforms=1), x, max_epochs=1, discrete=None, clip_norm=None, progress=False
+        flows.nice(3, num_transforms=1),
+        x,
+        max_epochs=1,
+        discrete=None,
+        training=Training(gradients=Gradients(clip_norm=None)),
+        progress=False,
     )
     assert fit.steps
-    assert pf.fit_density(flows.nice(3), x, max_epochs=1, batch_size=None, heavy_tails=None, progress=False).steps
+    assert pf.fit_density(
+        flows.nice(3), x, max_epochs=1, batch_size=None, training=Training(heavy_tails=None), progress=False
+    ).steps
     with pytest.raises(ValueError, match="discrete columns must hold integers only, unlike column 0"):
         pf.fit_density(flows.nice(3), x, discrete=0)  # index 0 is a column, not a missing argument
 
@@ -216,7 +223,9 @@ def test_flows_in_half_precision_are_refused_with_the_way_out(dtype):
     guide = pf.AutoFlow(model).setup().to(dtype)
     with pytest.raises(ValueError, match=f"^Flow: {message}"):
         pf.fit_svi(model, guide, steps=2, progress=False)
-    assert pf.fit_density(FLOW, torch.randn(60, 3), max_epochs=1, mixed_precision=True, progress=False).steps
+    assert pf.fit_density(
+        FLOW, torch.randn(60, 3), max_epochs=1, training=Training(mixed_precision=True), progress=False
+    ).steps
 
 
 @pytest.mark.slow

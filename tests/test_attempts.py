@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_flows import AutoFlow, Fit, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.objectives import Likelihood
-from pyro_flows.training import loop
+from pyro_flows.training import Training, loop
 
 X = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
 
@@ -51,8 +51,8 @@ def density(file: Path | None, objective: At | None = None) -> Fit:
     """Train a flow with a state of 60 kB for eight steps."""
     torch.manual_seed(1)
     flow = flows.realnvp(2, num_transforms=2, hidden_dims=(32,))
-    settings = {"batch_size": 36, "objective": objective or At(0, int), "checkpoint": file, "progress": False}
-    return fit_density(flow, X, max_epochs=4, **settings)
+    training = Training(objective=objective or At(0, int))
+    return fit_density(flow, X, max_epochs=4, batch_size=36, training=training, checkpoint=file, progress=False)
 
 
 def warned(call: Callable[[], Fit]) -> tuple[Fit, list[str]]:
@@ -139,7 +139,7 @@ def test_pictures_that_find_no_room_do_not_end_the_training(tmp_path: Path, monk
     monkeypatch.setattr("matplotlib.image.imsave", full)
     images = torch.rand(40, 1, 4, 4)
     flow, file = flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4), tmp_path / "grid-{epoch}.png"
-    fit, said = warned(lambda: fit_density(flow, images, max_epochs=2, samples=file, progress=False))
+    fit, said = warned(lambda: fit_density(flow, images, max_epochs=2, training=Training(samples=file), progress=False))
     assert fit.stopped == "steps"
     assert [f"fit_density: samples='{file}' could not be written" in words for words in said] == [True, True]
     assert not list(tmp_path.iterdir())

@@ -259,8 +259,8 @@ def untrained(monkeypatch) -> list:
     """Replace the fit by one that leaves the flow untrained, and return its training and validation data."""
     given = []
 
-    def idle(_, x, *, validation, **__):
-        given.extend((x, validation))
+    def idle(_, x, *, training, **__):
+        given.extend((x, training.validation))
         return types.SimpleNamespace(stopped="steps", best_step=1, held_out=torch.zeros(1), skipped=2)
 
     monkeypatch.setattr(density, "fit_density", idle)

@@ -22,6 +22,7 @@ from pyro_flows import AutoFlow, Flow, flows
 from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import MLP
 from pyro_flows.objectives import Likelihood
+from pyro_flows.training import Training
 from pyro_flows.transforms import ActNorm, Coupling, Permute
 from pyro_flows.transforms.compiled import Compiled
 
@@ -267,7 +268,7 @@ def test_with_too_many_graphs_it_goes_on_without() -> None:
 def test_networks_in_bfloat16_run_as_they_are() -> None:
     flow = flows.realnvp(2, num_transforms=2, hidden_dims=(8,))
     graphs = counted(flow)
-    pf.fit_density(flow, torch.randn(100, 2), max_epochs=1, mixed_precision=True, progress=False)
+    pf.fit_density(flow, torch.randn(100, 2), max_epochs=1, training=Training(mixed_precision=True), progress=False)
     assert graphs.number == 0
     flow.log_prob(torch.zeros(3, 2))
     assert graphs.number == 1

@@ -25,6 +25,7 @@ from pyro_flows.distributions import MixtureBase
 from pyro_flows.encoders import MLPEncoder, Standardize
 from pyro_flows.flows import Flow
 from pyro_flows.objectives import FlowMatching, Likelihood
+from pyro_flows.training import Training
 from pyro_flows.transforms import ActNorm, Continuous, Coupling
 
 ACTIVATIONS = [nn.ELU, nn.SiLU, nn.Softplus, nn.Tanh]
@@ -182,7 +183,7 @@ def test_the_density_of_a_plane_integrates_to_one() -> None:
     z = torch.randn(500, 2)
     x = torch.stack((z[:, 0], z[:, 0].square() + 0.5 * z[:, 1]), -1)
     flow = flows.cnf(2, hidden_dims=(16, 16))
-    fit_density(flow, x, objective=FlowMatching(), max_epochs=60, progress=False)
+    fit_density(flow, x, training=Training(objective=FlowMatching()), max_epochs=60, progress=False)
     bounds, count = torch.tensor([[-6.0, 6.0], [-8.0, 24.0]]), 240
     axes = [low + (high - low) * (torch.arange(count) + 0.5) / count for low, high in bounds.tolist()]
     with torch.no_grad():
@@ -509,7 +510,8 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
     for objective in (Sticky(30, 33), Sticky(30)):
         torch.manual_seed(0)
         flow = flows.cnf(2, hidden_dims=(8,), rtol=1e-3, atol=1e-3)
-        options = {"objective": objective, "max_epochs": 4, "batch_size": 30, "progress": False, "standardize": False}
+        training = Training(objective=objective, standardize=False)
+        options = {"training": training, "max_epochs": 4, "batch_size": 30, "progress": False}
         if objective.until == 33:
             assert fit_density(flow, x, **options).skipped == 3
         else:
@@ -586,14 +588,14 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
             "pairing='optimal' is for flows without a context",
         ),
         (
-            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), objective=FlowMatching),
+            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), training=Training(objective=FlowMatching)),
             TypeError,
-            r"fit_density: objective must be a module .*got the class FlowMatching, uncalled",
+            r"Training: objective must be a module .*got the class FlowMatching, uncalled",
         ),
         (
-            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), objective=pyro.infer.Trace_ELBO()),
+            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), training=Training(objective=pyro.infer.Trace_ELBO())),
             TypeError,
-            r"not an ELBO, as for fit_svi, got <.*Trace_ELBO",
+            r"not an ELBO, got <.*Trace_ELBO",
         ),
     ],
 )
@@ -642,7 +644,7 @@ def test_penalties_make_a_field_cheaper() -> None:
     for objective in (Likelihood(), Likelihood(kinetic=0.3, jacobian=0.3)):
         torch.manual_seed(1)
         flow = flows.cnf(2, hidden_dims=(16, 16), rtol=1e-3, atol=1e-3)
-        fit_density(flow, x, objective=objective, max_epochs=10, progress=False)
+        fit_density(flow, x, training=Training(objective=objective), max_epochs=10, progress=False)
         found.append(ode_report(flow, x))
     assert found[1].kinetic.mean() < 0.7 * found[0].kinetic.mean()
     assert found[1].jacobian.mean() < 0.7 * found[0].jacobian.mean()
@@ -705,7 +707,9 @@ def test_flow_matching_finds_a_correlated_normal(pairing: str) -> None:
     law = dist.MultivariateNormal(torch.tensor([50.0, -3.0]), torch.tensor([[4.0, 1.8], [1.8, 1.0]]))
     x, fresh = law.sample((2000,)), law.sample((2000,))
     flow = flows.cnf(2, hidden_dims=(32, 32))
-    fit = fit_density(flow, x, objective=FlowMatching(pairing=pairing), max_epochs=60, progress=False)
+    fit = fit_density(
+        flow, x, training=Training(objective=FlowMatching(pairing=pairing)), max_epochs=60, progress=False
+    )
     with torch.no_grad():
         divergence = (law.log_prob(fresh) - flow.log_prob(fresh)).mean()
         draws = flow().sample((4000,))
@@ -720,7 +724,7 @@ def test_a_matched_fit_goes_on_to_the_same_end(tmp_path: Any) -> None:
     for interrupted in (False, True):
         torch.manual_seed(0)
         flow = flows.cnf(2, hidden_dims=(8,))
-        options = {"objective": FlowMatching(), "progress": False, "max_epochs": 4}
+        options = {"training": Training(objective=FlowMatching()), "progress": False, "max_epochs": 4}
         if interrupted:
             file = tmp_path / "run"
             fit_density(flow, x, checkpoint=file, **options)
@@ -728,7 +732,7 @@ def test_a_matched_fit_goes_on_to_the_same_end(tmp_path: Any) -> None:
             flow = flows.cnf(2, hidden_dims=(8,))
             fit_density(flow, x, checkpoint=file, **options)
             with pytest.raises(ValueError, match="checkpoint"):
-                fit_density(flow, x, checkpoint=file, **{**options, "objective": Likelihood()})
+                fit_density(flow, x, checkpoint=file, **{**options, "training": Training()})
         else:
             fit_density(flow, x, **options)
         ends.append(flow.log_prob(x[:5]).detach())
@@ -766,7 +770,15 @@ def test_it_answers_for_all_data_by_flow_matching() -> None:
     torch.manual_seed(0)
     recipe = lambda dim, context_dim: flows.cnf(dim, context_dim, hidden_dims=(32, 32))  # noqa: E731
     guide = AutoFlow(model, flow=recipe, encoder=MLPEncoder(2, context_dim=8, hidden_dims=(16,)))
-    fit_amortized(model, guide, num_simulations=4000, objective=FlowMatching(), max_epochs=60, lr=5e-3, progress=False)
+    fit_amortized(
+        model,
+        guide,
+        num_simulations=4000,
+        training=Training(objective=FlowMatching()),
+        max_epochs=60,
+        lr=5e-3,
+        progress=False,
+    )
     x = torch.tensor([1.0, -0.5])
     draws = guide.sample(4000, x)["theta"]
     assert (draws.mean(0) - 0.8 * x).abs().max() < 0.1

@@ -24,6 +24,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from grouped_options import grouped
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
@@ -31,11 +32,15 @@ from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
 from pyro_flows.distributions import NormalBase, StudentTBase
 from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
 from pyro_flows.flows.columns import Columns
-from pyro_flows.training import loop
+from pyro_flows.training import Training, loop
 from pyro_flows.transforms import ActNorm, FixedAffine, LULinear, Orthogonal
 
 small = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(16,))
-quick = functools.partial(fit_density, max_epochs=2, progress=False)
+
+
+def quick(flow: Any, x: Any, *args: Any, **settings: Any) -> Fit:
+    """Fit in two epochs; options of training may be given one by one."""
+    return fit_density(flow, x, *args, **{"max_epochs": 2, "progress": False, **grouped(settings)})
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -431,7 +436,7 @@ def test_early_stopping_restores_the_best_averaged_state() -> None:
     x = normal(100, 3)
     flow = flows.nsf(3, num_transforms=2, hidden_dims=(64,))
     fit = fit_density(
-        flow, x, max_epochs=300, batch_size=35, lr=0.02, held_out=0.3, patience=4, progress=False
+        flow, x, max_epochs=300, batch_size=35, lr=0.02, training=Training(validation=0.3, patience=4), progress=False
     )  # fmt: skip
     assert fit.stopped == "held-out"
     assert fit.steps == 2 * len(fit.held_out) < 600
@@ -534,7 +539,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Any) -> None:
         (-x, {}),
         (x, {"batch_size": 20}),
         (x, {"validation": x}),
-        (x, {"held_out": 0.2}),
+        (x, {"validation": 0.2}),
         (DataLoader(TensorDataset(x), batch_size=32), {}),
     ):
         with pytest.raises(ValueError, match=r"fit_density: checkpoint='.*/run' is of another run"):
@@ -687,7 +692,7 @@ def test_what_is_neither_a_table_nor_batches_is_refused() -> None:
     refused(must + "got NoneType", small(2), None, error=TypeError)
     refused(must + "got str", small(2), "x.csv", error=TypeError)
     refused(must + "or batches .* again, got a generator", small(2), (b for b in [x]), validation=x, error=TypeError)
-    refused("validation must be a tensor", small(2), x, validation=3, error=TypeError)
+    refused("validation must be a tensor", small(2), x, validation="x", error=TypeError)
     refused("validation must be x, .x, context. or a loader, got 3", small(2), x, validation=(x, x, x))
     refused(r"batches must be x or \(x, context\), got dict", small(2), [{"x": x}], validation=x)
     refused(r"batches must be x or \(x, context\), got \(Tensor, Tensor, Tensor\)", small(2), [(x, x, x)], validation=x)
@@ -733,11 +738,11 @@ def test_numbers_out_of_range_are_refused() -> None:
         ("lr", 0.0),
         ("lr", math.nan),
         ("clip_norm", -1.0),
-        ("held_out", 0.0),
-        ("held_out", 1.0),
+        ("validation", 0.0),
+        ("validation", 1.0),
         ("on_nonfinite", "ignore"),
     ):
-        refused(f"fit_density: {name} must", small(2), normal(50, 2), **{name: value})
+        refused(f": {name} must", small(2), normal(50, 2), **{name: value})
 
 
 # -------------------------------------------------------------------------------------------------- flows with encoders
@@ -863,7 +868,12 @@ def test_columns_in_another_order_are_refused() -> None:
     values = np.random.default_rng(0).normal(size=(100, 2))
     flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
     with pytest.raises(ValueError, match=r"columns \['a', 'b'\], .* has \['b', 'a'\]|has \['a', 'b'\]"):
-        fit_density(flow, Frame(["a", "b"], values), validation=Frame(["b", "a"], values[:, ::-1]), max_epochs=1)
+        fit_density(
+            flow,
+            Frame(["a", "b"], values),
+            training=Training(validation=Frame(["b", "a"], values[:, ::-1])),
+            max_epochs=1,
+        )
 
 
 def test_arrays_may_run_backwards() -> None:

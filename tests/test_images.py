@@ -20,18 +20,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from grouped_options import grouped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows import Flow, fit_density, flows
+from pyro_flows import Fit, Flow, fit_density, flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.training import Training
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -609,14 +611,24 @@ def small(**options: Any) -> Dequantized:
     return Dequantized(flows.glow((1, 8, 8), num_steps=2, hidden_dim=16, **options), levels=16)
 
 
-quick = functools.partial(fit_density, max_epochs=2, progress=False)
+def quick(flow: Any, x: Any, *args: Any, **settings: Any) -> Fit:
+    """Fit in two epochs; options of training may be given one by one."""
+    return fit_density(flow, x, *args, **{"max_epochs": 2, "progress": False, **grouped(settings)})
 
 
 @pytest.mark.slow
 def test_classes_are_learned_and_drawn(tmp_path: Path) -> None:
     x, labels = stripes(600)
     model = small(num_classes=2)
-    fit = fit_density(model, x, labels, max_epochs=8, lr=1e-2, progress=False, samples=tmp_path / "samples-{epoch}.png")
+    fit = fit_density(
+        model,
+        x,
+        labels,
+        max_epochs=8,
+        lr=1e-2,
+        progress=False,
+        training=Training(samples=tmp_path / "samples-{epoch}.png"),
+    )
     bits = pf.bits_per_dim(-fit.held_out[-1], (1, 8, 8))
     assert bits < 3.2  # 4 for an untrained flow, log2 3 = 1.585 at best
     draws = model(torch.tensor([0, 1])).sample((50,)).double()
@@ -795,15 +807,6 @@ def test_noise_that_breaks_down_is_named() -> None:
         next(part for part in noise.modules() if isinstance(part, ConvNet)).output.bias.fill_(math.nan)
     with pytest.raises(FloatingPointError, match=r"the flow's parameter noise\..*output.bias is not finite"):
         quick(model, x, on_nonfinite="raise")
-
-
-def test_a_flow_is_trained_where_it_is_told(tmp_path: Path) -> None:
-    x, _ = stripes(100)
-    model = small()
-    quick(model, x, max_epochs=1, device="cpu")
-    assert next(model.parameters()).device.type == "cpu"
-    with pytest.raises(ValueError, match="device='nowhere' is not there"):
-        quick(model, x, max_epochs=1, device="nowhere")
 
 
 def test_networks_alone_calculate_in_half_precision() -> None:

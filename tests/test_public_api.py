@@ -61,7 +61,7 @@ NAMES = {
     "calibrate check importance_log_likelihood local_c2st misspecification neutra ode_report psis refine resample "
     "round_off save_images to_arviz",
     plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
-    training: "Fit",
+    training: "Fit Gradients Training",
     fitting: "Annealed Mode anneal fit_amortized fit_density fit_likelihood fit_svi sample",
     sampling: "Samples",
     persistence: "load save",

@@ -15,6 +15,7 @@ from pyro_flows import flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.commands.eight_schools import EFFECTS, STANDARD_ERRORS, eight_schools
 from pyro_flows.conditioners import MADE
+from pyro_flows.training import Training
 from pyro_flows.transforms import Autoregressive
 
 matplotlib.use("Agg")
@@ -120,7 +121,7 @@ def layers():
     radius, angle = 2 + 0.15 * torch.randn(4000), 6.2832 * torch.rand(4000)
     ring = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
     flow = flows.realnvp(2, num_transforms=6)
-    pf.fit_density(flow, ring, max_epochs=40, patience=40, progress=False)
+    pf.fit_density(flow, ring, max_epochs=40, training=Training(patience=40), progress=False)
     picture = pf.plots.deformation(flow, most=4)
     picture.savefig(HERE / "how_it_works_layers.png", dpi=130)
 

@@ -25,7 +25,7 @@ from ..distributions import StudentTBase
 from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
-from ..training import Fit
+from ..training import Fit, Training
 from . import DENSITIES, Refused
 from .outputs import Outputs
 from .report import report_density, two_errors
@@ -157,7 +157,7 @@ def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: N
         warnings.filterwarnings("ignore", message=GROWS)
         warnings.showwarning = tell
         try:
-            return fit_density(flow, parts[0], validation=parts[1], **settings)
+            return fit_density(flow, parts[0], training=Training(validation=parts[1]), **settings)
         except (ValueError, FloatingPointError) as error:
             raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
 

@@ -13,6 +13,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
 from ..flows.arguments import check_precision
+from ..training import Training
 from .batches import Batch, Rows, Source, Stream, divided, split
 from .table import Names, as_table, is_table
 
@@ -131,27 +132,25 @@ class Reader:
         return self.rows(parts[0], parts[1] if len(parts) == 2 else None, "a batch")
 
 
-def sources(
-    reader: Reader, x: Any, context: Any, validation: Any, batch_size: int | None, share: float
-) -> tuple[Source, Source]:
+def sources(reader: Reader, x: Any, context: Any, training: Training, batch_size: int | None) -> tuple[Source, Source]:
     """Return the source of rows to train on, and the source of rows that validate.
 
     Raises:
         TypeError: If x or validation is neither a table nor batches.
         ValueError: If they do not fit the flow, or no rows can be held out.
     """
-    judge = None if validation is None else _validation(reader, validation)
+    judge = _validation(reader, training.validation) if training.share is None else None
     if is_table(x):
         batch = reader.rows(x, context)
         if len(batch[0]) < FEWEST:
             raise ValueError(f"fit_density: x must hold at least {FEWEST} rows, got {len(batch[0])}.")
-        return divided(batch, share, batch_size) if judge is None else (Rows(*batch, batch_size), judge)
+        return (Rows(*batch, batch_size), judge) if judge else divided(batch, training.share or 0.0, batch_size)
     if context is not None or batch_size is not None:
         what = "context" if context is not None else "batch_size"
         raise ValueError(f"fit_density: {what} is for a table x; a loader sets it in its batches.")
     loader = _repeatable("x", x)
     if judge is None:
-        loader, held = split(loader, share)
+        loader, held = split(loader, training.share or 0.0)
         judge = Stream(held, reader.batch)
     return Stream(loader, reader.batch), judge
 

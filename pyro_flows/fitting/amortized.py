@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import (
-    check_choice,
     check_integers,
-    check_numbers,
     check_program,
     is_integer,
     joined,
@@ -37,12 +35,11 @@ from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
-from ..training import distributed
+from ..training import Fit, Training, distributed
 from ..training.checkpoint import Checkpoint, check_path, fingerprint
-from ..training.loop import Fit
 from ..user_code import warn_user
 from .plate_rows import PlateRows
-from .row_training import RowLoss, checked, format_of, train_on_rows
+from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
 from .truncated import Truncated
 
 CALLER = "fit_amortized"
@@ -61,16 +58,12 @@ def fit_amortized(
     rounds: int = 1,
     observed: dict[str, Tensor] | None = None,
     num_rows: tuple[int, int] | None = None,
-    objective: nn.Module | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
-    clip_norm: float = 5.0,
-    held_out: float = 0.1,
-    patience: int = 20,
+    training: Training | None = None,
     vectorize: str = "auto",
     simulation_batch_size: int = 10_000,
-    on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     max_plate_nesting: int | None = None,
@@ -115,23 +108,18 @@ def fit_amortized(
         num_rows: For an ``AutoPlateFlow``, the smallest and the largest number of rows in a step; by default from 1 to
             all rows of a simulation.  The guide warns if it is used for other numbers.  Tensors among the arguments
             whose first dimension has one entry for each simulated row are cut to the rows of a step.
-        objective: The loss of latents, ``objective(flow, z, context)`` for each flow of the guide; the default is
-            ``objectives.Likelihood()``.  ``objectives.FlowMatching()`` with a continuous flow,
-            ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is flow matching posterior estimation (Dax et al. 2023,
-            arXiv:2305.17161).
         max_epochs: The largest number of passes through the simulations in a round; the step size falls to zero by
             then.  By default 200, and fewer beyond 10,000 simulations.
         batch_size: The number of simulations per step; by default 256, or 64 hierarchies, and fewer if there are few.
             Several processes share them, and also the simulations to draw.
         lr: The largest step size.
-        clip_norm: The largest norm of a gradient.
-        held_out: The share of the simulations that are held out to judge the states.
-        patience: The number of epochs without an improvement on these after which to stop.
+        training: Further options, such as ``Training(patience=5)``: see :class:`~pyro_flows.training.Training`.  Its
+            objective is that of latents, ``objective(flow, z, context)`` for each flow of the guide.
+            ``objectives.FlowMatching()`` with a continuous flow, ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is
+            flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
         vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             agrees with single runs (*Any Pyro program* in the docs).
         simulation_batch_size: The number of simulations that run together.
-        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, and raises an error after 100
-            consecutive ones; ``"raise"`` raises it at the first.
         checkpoint: A file for the state of the run, from which the same call resumes, as for :func:`fit_svi`.  The
             simulations are kept in a second file, in the same folder.
         progress: Whether to show a progress bar.
@@ -144,7 +132,7 @@ def fit_amortized(
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
     Raises:
-        TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, ``observed`` holds no tensors, or
+        TypeError: If ``model`` is a guide, ``observed`` holds no tensors, or
             ``simulations`` are of another class.
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
@@ -171,14 +159,12 @@ def fit_amortized(
     """
     kwargs = joined(CALLER, kwargs, model_kwargs)
     check_integers(CALLER, 20, num_simulations=num_simulations)
-    check_integers(CALLER, rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
-    check_integers(CALLER, optional=True, max_epochs=max_epochs, batch_size=batch_size)
+    check_integers(CALLER, rounds=rounds, simulation_batch_size=simulation_batch_size)
+    most = 1 if max_epochs is None else max_epochs
+    training = checked(CALLER, training, max_epochs=most, batch_size=batch_size, lr=lr, progress=progress)
     check_program(model=model, guide=guide)
     _check_guide(guide, num_rows, rounds)
-    check_numbers(CALLER, above=0, below=1, held_out=held_out)
-    check_numbers(CALLER, above=0, lr=lr, clip_norm=clip_norm)
-    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
-    loss, several = checked(CALLER, objective), rounds > 1
+    several = rounds > 1
     file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
     _check_rounds(simulator, rounds, observed, vectorize)
@@ -186,7 +172,6 @@ def fit_amortized(
         check_given(CALLER, simulations, simulator.sites, rounds)
     given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
     total = num_simulations if given is None else len(given)
-    settings: dict[str, Any] = {"lr": lr, "clip_norm": clip_norm, "on_nonfinite": on_nonfinite, "progress": progress}
     run = {"batch_size": simulation_batch_size, "vectorize": vectorize}
     data = fingerprint((*args, *kwargs.values(), *(observed or {}).values()))
     known: Simulations | None = None
@@ -196,18 +181,9 @@ def fit_amortized(
         draw = functools.partial(_draw, simulator, guide, observed if known else None, size, run)
         new = given or _kept(part, draw, {"steps": 0, "data": data, "number": size})
         known = known.join(new) if known else new
-        fit = train_on_rows(
-            guide,
-            _rows(simulator, guide, known, num_rows, loss, held_out, batch_size),
-            max_epochs=max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known))))),
-            patience=patience,
-            diagnose=lambda: "the guide's density of simulated latents",
-            show=format_of(loss),
-            caller=CALLER,
-            checkpoint=part,
-            marks={"objective": repr(loss), "num_rows": num_rows},
-            **settings,
-        )
+        epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known)))))
+        rows = _rows(simulator, guide, known, num_rows, training, batch_size)
+        fit = train_on_rows(rows, training, max_epochs=epochs, lr=lr, checkpoint=part, progress=progress)
         if fit.stopped == "interrupted":
             break
     return fit
@@ -276,15 +252,15 @@ def _rows(
     guide: AutoFlow | AutoPlateFlow,
     known: Simulations,
     num_rows: tuple[int, int] | None,
-    objective: nn.Module,
-    share: float,
+    training: Training,
     size: int | None,
-) -> RowLoss:
-    """Return the loss of simulations, with a share held out.
+) -> RowFit:
+    """Return the fit to simulations, with a share held out.
 
     A batch holds the indices of some simulations, ``(N, 1)``.
     """
     packed = _standardise(simulator, guide, known)
+    objective = objective_of(training)
     in_nats = getattr(objective, "in_nats", False)
     plate_rows: PlateRows | None = None
     if isinstance(guide, AutoPlateFlow):
@@ -304,8 +280,11 @@ def _rows(
             terms.append(found - log_det.mean() if in_nats else found)
         return sum(terms[1:], terms[0])
 
-    train, judge = divided((torch.arange(len(known)).unsqueeze(-1), None), share, size)
-    return RowLoss(train, judge, loss, fingerprint((*(z for z, _ in packed), *known.data.values())))
+    indices = torch.arange(len(known)).unsqueeze(-1), None
+    train, judge = divided(indices, training.share or 0.0, size)
+    marks = {"data": fingerprint((*(z for z, _ in packed), *known.data.values())), "num_rows": num_rows}
+    words = "the guide's density of simulated latents"
+    return RowFit(CALLER, guide, train, judge, loss, marks, diagnose=lambda: words, show=format_of(objective))
 
 
 def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulations: Simulations) -> Packed:

@@ -7,7 +7,6 @@ arXiv:1705.07057).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arguments import check_choice, check_flags, check_integers, check_numbers, suggests_keywords
+from ..arguments import suggests_keywords
 from ..data.batches import Batch, Rows, Source
 from ..data.reading import Reader, sources
 from ..data.row_statistics import CellNoise, Survey, check_rows
@@ -27,12 +26,11 @@ from ..encoders import ClassEmbedding
 from ..encoders.training_record import recorded
 from ..flows import Dequantized, Flow
 from ..flows.columns import Columns
-from ..training import distributed
+from ..training import Fit, Training, distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
-from ..training.loop import Fit
 from .initialization import culprit, start
-from .mixed_precision import networks_in_bfloat16
-from .row_training import RowLoss, checked, format_of, train_on_rows
+from .mixed_precision import check_single
+from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
 
 CALLER = "fit_density"
 NUMBER = 64  # images in a picture
@@ -46,22 +44,11 @@ def fit_density(
     x: Any,
     context: Any = None,
     *,
-    validation: Any = None,
-    objective: nn.Module | None = None,
+    discrete: Sequence[int | str] | None = None,
     max_epochs: int = 100,
     batch_size: int | None = None,
     lr: float = 8e-3,
-    clip_norm: float | None = None,
-    held_out: float = 0.1,
-    patience: int = 20,
-    standardize: bool = True,
-    heavy_tails: bool | None = None,
-    discrete: Sequence[int | str] | None = None,
-    ema_decay: float = 0.99,
-    device: str | torch.device | None = None,
-    mixed_precision: bool = False,
-    samples: str | os.PathLike[str] | None = None,
-    on_nonfinite: str = "skip",
+    training: Training | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -81,33 +68,18 @@ def fit_density(
             frame.  Or a ``DataLoader``, or another collection of batches that can be iterated again and again, each
             ``x`` or ``(x, context)``.  A dequantised flow takes integers.
         context: For a conditional flow and x in memory, ``(N, context_dim)``, or the data of the flow's encoder.
-        validation: Rows that judge the states: ``x``, a tuple ``(x, context)``, or a loader.  The default is a share of
-            the rows of x, the same each time.  Then x must be in memory, or a ``DataLoader`` of an indexable dataset
-            without a custom sampler.
-        objective: The loss of a batch, ``objective(flow, x, context)``; the default is ``objectives.Likelihood()``.
-            Continuous flows also take its penalties, or ``objectives.FlowMatching()``.
-        max_epochs: The largest number of passes through the rows; the step size falls to zero by then.
-        batch_size: The number of rows in memory per step; by default 256, or 64 images, and fewer if there are few
-            rows.  Several processes share them (*Several processes and GPUs* in the docs).
-        lr: The largest step size.
-        clip_norm: The largest norm of a gradient; by default 5, or 50 for images.
-        held_out: Without ``validation``, the share of the rows that are held out to judge the states.
-        patience: The number of epochs without an improvement on these after which to stop.
-        standardize: Whether to standardise x and the contexts of a new flow; angles of circular flows never are.
-        heavy_tails: Whether to replace the standard normal base of a new flow by a Student's t with trainable tails,
-            under which no row costs many nats.  By default this is done if values of a table lie more than 8 standard
-            deviations from the mean of their column, and the objective trains the base.
         discrete: The columns of a table that hold integers, by index or name; or None.  Uniform noise from [0, 1) is
             added to them, fresh in each step and the same each time for the rows held out.  The density is then one of
             integer + noise: to score rows, spread them by :func:`~pyro_flows.dequantize`; ``log_prob`` of integers
             warns.  ``sample`` draws integers.  The losses bound the mean -log-mass of the integers from above.
-        ema_decay: The decay per step of the moving average of the parameters; the average is judged and kept.
-        device: The device to train on, such as ``"cuda"``; by default that of the flow.  The flow stays there.
-        mixed_precision: Whether networks compute in bfloat16, and the rest in the flow's dtype: faster on GPUs.
-        samples: A PNG file for a grid of samples of images, written anew after each epoch.  With ``{epoch}`` in its
-            name all are kept.
-        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, and raises an error after 100
-            consecutive ones; ``"raise"`` raises it at the first.
+        max_epochs: The largest number of passes through the rows; the step size falls to zero by then.
+        batch_size: The number of rows in memory per step; by default 256, or 64 images, and fewer if there are few
+            rows.  Several processes share them (*Several processes and GPUs* in the docs).
+        lr: The largest step size.
+        training: Further options, such as ``Training(patience=5)``: see :class:`~pyro_flows.training.Training`.
+            Continuous flows also take the penalties of ``objectives.Likelihood``, or ``objectives.FlowMatching()``.
+            Without rows for ``validation`` a tenth of x is held out; x must then be in memory, or a ``DataLoader`` of
+            an indexable dataset without a custom sampler.  Gradients are clipped at the norm 5, or 50 for images.
         checkpoint: A file for the state of the run, from which the same call resumes, as for :func:`fit_svi`.  A run on
             a loader resumes to the same result if its batches depend on random numbers alone, not on persistent
             workers.  Another loader is recognised by its size only.
@@ -119,7 +91,7 @@ def fit_density(
         averaged state.
 
     Raises:
-        TypeError: If ``flow`` is not a flow, x neither rows nor batches, or ``objective`` not a module of rows.
+        TypeError: If ``flow`` is not a flow, x neither rows nor batches, or ``training`` of another class.
         ValueError: If an argument is out of its range; if data do not fit the flow, are too few, not finite or constant
             in a column; if a file cannot be written, a device is not available, or the checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the layer at fault.
@@ -141,48 +113,35 @@ def fit_density(
         >>> len(fit.held_out), flow.log_prob(x).shape, flow().sample((5,)).shape
         (3, torch.Size([1000]), torch.Size([5, 2]))
     """
-    check_integers(CALLER, max_epochs=max_epochs, patience=patience)
-    check_integers(CALLER, optional=True, batch_size=batch_size)
-    check_flags(CALLER, standardize=standardize, mixed_precision=mixed_precision, progress=progress)
-    check_flags(CALLER, optional=True, heavy_tails=heavy_tails)
-    check_numbers(CALLER, above=0, lr=lr)
-    check_numbers(CALLER, above=0, optional=True, clip_norm=clip_norm)
-    check_numbers(CALLER, least=0, below=1, ema_decay=ema_decay)
-    check_numbers(CALLER, above=0, below=1, held_out=held_out)
-    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
-    file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", samples)
-    loss, reader = checked(CALLER, objective), Reader(_moved(flow, device))
-    _check_flow(reader, grid, mixed_precision)
-    train, judge = sources(reader, x, context, validation, batch_size, held_out)
+    training = checked(CALLER, training, max_epochs=max_epochs, batch_size=batch_size, lr=lr, progress=progress)
+    file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", training.samples)
+    loss, reader = objective_of(training), Reader(flow)
+    _check_flow(reader, grid, training)
+    train, judge = sources(reader, x, context, training, batch_size)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
-    places = check_rows(reader, seen, judged, discrete, apart=validation is not None)
+    places = check_rows(reader, seen, judged, discrete, apart=training.share is None)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
-    if heavy_tails is None:
-        heavy_tails = seen.has_outliers and reader.is_table and getattr(loss, "trains_base", True)
-    some = _start(reader, seen, spread, standardize=standardize, heavy_tails=heavy_tails)
-    marks = {"model": design(flow), "objective": repr(loss), "ema_decay": ema_decay, "mixed_precision": mixed_precision}
-    settings: dict[str, Any] = {"lr": lr, "on_nonfinite": on_nonfinite, "progress": progress, "checkpoint": file}
+    some, is_image = _start(reader, seen, spread, training), len(reader.event_shape) == 3
+    run = RowFit(
+        CALLER,
+        flow,
+        train,
+        judge,
+        lambda batch: loss(flow, *spread(batch)),
+        {"model": design(flow), "data": data},
+        diagnose=lambda: culprit(flow, reader.flow, *some),
+        show=functools.partial(_in_bits, flow) if is_image else format_of(loss),
+        clip_norm=50.0 if is_image else 5.0,
+        end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
+    )
     try:
-        with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
-            fit = train_on_rows(
-                flow,
-                RowLoss(train, judge, lambda batch: loss(flow, *spread(batch)), data),
-                max_epochs=max_epochs,
-                patience=patience,
-                diagnose=lambda: culprit(flow, reader.flow, *some),
-                decay=ema_decay,
-                show=functools.partial(_in_bits, flow) if len(reader.event_shape) == 3 else format_of(loss),
-                end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
-                caller=CALLER,
-                clip_norm=clip_norm or (5.0 if len(reader.event_shape) == 1 else 50.0),
-                marks=marks,
-                **settings,
-            )
+        fit = train_on_rows(run, training, max_epochs=max_epochs, lr=lr, checkpoint=file, progress=progress)
     finally:
         pictures.conclude()
-    if len(reader.event_shape) == 1:
-        reader.flow.columns = _columns(reader, places, seen, judged)
+    if is_image:
+        return fit
+    reader.flow.columns = _columns(reader, places, seen, judged)
     warn_of_round_off(CALLER, reader.flow, *some)
     return fit
 
@@ -196,29 +155,18 @@ def _columns(reader: Reader, places: list[int], seen: Survey, judged: Survey) ->
     return Columns(names, integers) if names or integers else None
 
 
-def _moved(flow: Any, device: str | torch.device | None) -> Any:
-    """Move a flow to a device and return it; raise ValueError if there is no such device."""
-    if device is not None and isinstance(flow, nn.Module):
-        try:
-            flow.to(device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{CALLER}: device={device!r} is not there ({why:.200}).") from error
-    return flow
-
-
-def _check_flow(reader: Reader, grid: Path | None, mixed_precision: bool) -> None:
+def _check_flow(reader: Reader, grid: Path | None, training: Training) -> None:
     """Raise ValueError unless a flow can draw a grid of images, and compute in mixed precision, if requested."""
-    shape, dtype = tuple(reader.event_shape), reader.like.dtype
+    shape = tuple(reader.event_shape)
     if grid and grid.suffix != ".png":
         raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
     if grid and not (len(shape) == 3 and reader.width in (1, 3)):
         raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")
-    if mixed_precision and dtype != torch.float32:
-        raise ValueError(f"{CALLER}: mixed_precision is for flows in float32, got one in {dtype}. Use flow.float().")
+    if training.mixed_precision:
+        check_single(CALLER, reader.model)
 
 
-def _start(reader: Reader, seen: Survey, spread: CellNoise, *, standardize: bool, heavy_tails: bool) -> Batch:
+def _start(reader: Reader, seen: Survey, spread: CellNoise, training: Training) -> Batch:
     """Start a new flow from rows, and return some of them, with their contexts, in the flow's coordinates."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -228,7 +176,11 @@ def _start(reader: Reader, seen: Survey, spread: CellNoise, *, standardize: bool
             rows = reader.model.unbounded(rows)
             scale, loc = torch.std_mean(rows.transpose(0, 1).flatten(1), 1)
             moments = loc, scale
-    start(reader.flow, rows, contexts, moments if standardize else None, heavy_tails=heavy_tails)
+    heavy_tails = training.heavy_tails
+    if heavy_tails is None:
+        trains_base = getattr(objective_of(training), "trains_base", True)
+        heavy_tails = seen.has_outliers and reader.is_table and trains_base
+    start(reader.flow, rows, contexts, moments if training.standardize else None, heavy_tails=heavy_tails)
     return rows, contexts
 
 

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..arguments import (
-    check_choice,
-    check_flags,
-    check_integers,
-    check_numbers,
-    is_integer,
-    quoted,
-    suggests_keywords,
-)
+from ..arguments import check_integers, is_integer, quoted, suggests_keywords
 from ..data.batches import Batch, divided
 from ..data.columns import spikes_of, tied_columns
 from ..data.row_statistics import warn_of_ties
@@ -31,13 +23,12 @@ from ..encoders import Standardize
 from ..flows import Flow
 from ..flows.mixed import Mixed
 from ..guides.default_flows import built, likelihood_flow
-from ..objectives import Likelihood
 from ..programs.simulations import check_draws
-from ..training import distributed
+from ..training import Training, distributed
 from ..training.checkpoint import Checkpoint, check_path, design, fingerprint
 from ..user_code import warn_user
 from .initialization import start
-from .row_training import RowLoss, train_on_rows
+from .row_training import RowFit, checked, objective_of, train_on_rows
 
 CALLER = "fit_likelihood"
 SIMULATE = 10_000  # parameters to simulate at once
@@ -58,9 +49,7 @@ def fit_likelihood(
     max_epochs: int = 50,
     batch_size: int | None = None,
     lr: float = 1e-2,
-    held_out: float = 0.1,
-    patience: int = 20,
-    on_nonfinite: str = "skip",
+    training: Training | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Flow | Mixed:
@@ -90,9 +79,7 @@ def fit_likelihood(
         max_epochs: The largest number of passes through the simulations; the step size falls to zero by then.
         batch_size: The number of simulations per step; by default 256, and fewer if there are few.
         lr: The largest step size.
-        held_out: The share of the simulations that are held out to judge the states.
-        patience: The number of epochs without an improvement on these after which to stop.
-        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite; ``"raise"`` raises an error.
+        training: Further options, such as ``Training(patience=5)``: see :class:`~pyro_flows.training.Training`.
         checkpoint: A file for the state of the run, from which the same call resumes; the simulations are kept in a
             second file beside it.
         progress: Whether to show a progress bar.
@@ -130,12 +117,7 @@ def fit_likelihood(
         >>> guide = AutoFlow(model).setup(torch.randn(10, 1))
     """
     check_integers(CALLER, 20, num_simulations=num_simulations)
-    check_integers(CALLER, max_epochs=max_epochs, patience=patience)
-    check_integers(CALLER, optional=True, batch_size=batch_size)
-    check_flags(CALLER, progress=progress)
-    check_numbers(CALLER, above=0, lr=lr)
-    check_numbers(CALLER, above=0, below=1, held_out=held_out)
-    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
+    training = checked(CALLER, training, max_epochs=max_epochs, batch_size=batch_size, lr=lr, progress=progress)
     _check_entries(flow, discrete, positive)
     file = check_path(CALLER, "checkpoint", checkpoint, ".simulations")
     if simulations is not None and (simulator is not None or prior is not None):
@@ -146,27 +128,15 @@ def fit_likelihood(
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
     _warn_of_columns(theta, x, discrete)
     made = _build(flow, theta, x, tuple(discrete), tuple(positive))
-    train, judge = divided((x, theta), held_out, batch_size)
-    objective = Likelihood()
+    train, judge = divided((x, theta), training.share or 0.0, batch_size)
+    objective = objective_of(training)
 
     def loss(batch: Batch) -> Tensor:
         return objective(made, *batch)
 
-    train_on_rows(
-        made,
-        RowLoss(train, judge, loss, fingerprint((theta, x))),
-        max_epochs=max_epochs,
-        patience=patience,
-        diagnose=lambda: "the density of the simulations",
-        show="{:.3f} nats".format,
-        marks={"model": design(made)},
-        caller=CALLER,
-        lr=lr,
-        clip_norm=5.0,
-        on_nonfinite=on_nonfinite,
-        progress=progress,
-        checkpoint=file,
-    )
+    marks = {"model": design(made), "data": fingerprint((theta, x))}
+    run = RowFit(CALLER, made, train, judge, loss, marks, diagnose=lambda: "the density of the simulations")
+    train_on_rows(run, training, max_epochs=max_epochs, lr=lr, checkpoint=file, progress=progress)
     return made.requires_grad_(False)
 
 

@@ -16,6 +16,13 @@ from ..conditioners import Conditioner
 from ..flows import Flow
 
 
+def check_single(caller: str, module: nn.Module) -> None:
+    """Raise ValueError unless all parameters of a module are in float32."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if wrong := [*(dtypes - {torch.float32})]:
+        raise ValueError(f"{caller}: mixed_precision is for flows in float32, got one in {wrong[0]}. Use flow.float().")
+
+
 @contextlib.contextmanager
 def networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
     """Let the conditioners of a flow compute in bfloat16; their weights and outputs keep their dtype."""

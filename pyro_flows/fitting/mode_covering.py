@@ -37,7 +37,7 @@ from ..sampling.annealed_population import ISLANDS, Effort, Population, anneal, 
 from ..sampling.climbs import SOME, ways_up
 from ..sampling.mode_mixture import ROUNDS, ModeMixture
 from ..sampling.start_distribution import Reference
-from ..training import distributed
+from ..training import Training, distributed
 from ..training.loop import Fit
 from .density import fit_density
 from .propriety import check_bounded
@@ -226,7 +226,14 @@ def _teach(guide: AutoFlow, population: Population) -> None:
     rows = population.z[distributed.broadcast(lambda: chances.multinomial(len(chances), replacement=True))]
     with warnings.catch_warnings():  # resampled particles contain copies, which fit_density warns of
         warnings.simplefilter("ignore", UserWarning)
-        fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
+        fit_density(
+            guide.flow,
+            rows,
+            training=Training(standardize=False, patience=5),
+            max_epochs=EPOCHS,
+            lr=1e-3,
+            progress=False,
+        )
 
 
 def _trained(fit_once: FitOnce, guide: AutoFlow, **settings: Any) -> Fit | None:
