@@ -27,11 +27,11 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
-from pyro_flows.diagnostics.findings import worst
+from pyro_flows.diagnostics.evidence import Evidence
+from pyro_flows.diagnostics.findings import judge, worst
 from pyro_flows.diagnostics.marginal_errors import Shape
 from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.spreads import SpreadMeter
-from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White
 
@@ -236,7 +236,7 @@ def test_spreads_of_fast_and_of_slow_chains():
         place = torch.where(torch.arange(3) < 2, step + 0.05 * torch.randn(50, 3), place + 0.05 * torch.randn(50, 3))
         meter.record(place)
     found = meter.spreads()
-    assert found.are_clear(0.05, 10.0).tolist() == [True, False, False]
+    assert found.are_clear.tolist() == [True, False, False]
     assert found.slowness[:2] == pytest.approx([1.0, 1.0], abs=0.5)
     assert found.slowness[2] > 10  # the means of 5 sweeps of a walk
     assert abs(found.error[1] - 0.1) < 4 * found.noise[1]
@@ -590,7 +590,7 @@ def test_what_is_no_number_is_not_trusted():
     psis = check(banana, banana).psis
     shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
     seen = [
-        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8], 0.0)
+        Evidence(psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8])
         for chains in (right, lost)
     ]
     verdicts = [worst(judge(one)) for one in seen]

@@ -16,7 +16,7 @@ from ..programs.model_and_guide import Task, warn_untrained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.samples import Samples
 from ..user_code import warn_user
-from .importance import LEAST, MANY, number_to_weigh, reweighted, weigh
+from .importance import WEIGHING, reweighted, weigh
 
 
 @runs_programs
@@ -93,8 +93,8 @@ def to_arviz(
         >>> dict(data["posterior"].sizes)
         {'chain': 1, 'draw': 100}
     """
-    check_integers("to_arviz", LEAST, num_samples=num_samples)
-    check_integers("to_arviz", LEAST, optional=True, num_weighed=num_weighed)
+    check_integers("to_arviz", WEIGHING.least, num_samples=num_samples)
+    check_integers("to_arviz", WEIGHING.least, optional=True, num_weighed=num_weighed)
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
@@ -139,14 +139,14 @@ def _from_guide(
         The draws of all latents, each ``(N, *site_shape)``, statistics of each draw, ``(N,)``, and of all draws.
     """
     dim = sum(torch.as_tensor(task.model.single.nodes[name]["value"]).numel() for name in task.latents)
-    drawn = max(number, num_weighed or number_to_weigh(task.settle(), dim))
+    drawn = max(number, num_weighed or WEIGHING.number(task.settle(), dim))
     draws = task.draw(drawn, batch_size)
     if importance:
         draws, psis = reweighted(draws, number, "to_arviz", task)
     else:
         psis = weigh(draws.log_p - draws.log_q, "to_arviz", task, draws.latents_at)
         draws = draws.take(torch.arange(number))
-        if not psis.reliable and dim <= MANY:
+        if not psis.reliable and dim <= WEIGHING.many:
             warn_user(
                 f"to_arviz: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: the weights do not confirm that "
                 "these are draws of the posterior. Judge the guide by pf.check(model, guide, ...)."

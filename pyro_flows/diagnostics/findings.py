@@ -1,13 +1,50 @@
-"""Findings: the faults that a check finds in a guide's draws, as data, and a sentence for each."""
+"""Findings: the faults of a guide's draws as data, a sentence for each, and the rules that find them in the evidence.
+
+The verdict is a fold over findings: the worst that follows from any of them.  To add a finding, add a line to the table
+of kinds, its words to ``KINDS``, and a rule to ``FAULTS``, or to ``_doubts`` for a question that remains open.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
-LITTLE = 0.05  # share of the mass below which two decimals of a percentage are shown
+import torch
+from torch import Tensor
+
+from ..sampling.chains import FROZEN
+from .drift import TOLERANCE, Drift
+from .evidence import Evidence, certainty
+from .spreads import SLOWEST
+
 VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Limits of the judgement.
+
+    Attributes:
+        doubt: The standard errors of an error that chains alone must show, beyond those that certainty adds.
+        outside: The share of draws without a density that numerical overflow may explain.
+        unequal: The total variation distance beyond which reliable weights must be used.
+        lost: The largest share of the posterior's mass that a trusted guide may miss.
+        collapsed: The missing share from which a guide that lacks a neck lacks the rest as well.
+        khat: The k-hat beyond which weights have no mean.
+    """
+
+    doubt: float = 2.5
+    outside: float = 0.002
+    unequal: float = 0.4
+    lost: float = 0.05
+    collapsed: float = 0.5
+    khat: float = 1.0
+
+
+JUDGEMENT = Judgement()
 
 
 @dataclass(frozen=True)
@@ -75,10 +112,15 @@ class Finding:
         share = self.share if self.kind == "far" else self.size
         if math.isnan(share):
             return "an unknown part"
-        return "nearly all" if share > 0.995 else f"{share:.{0 if share >= LITTLE else 2}%}"
+        return "nearly all" if share > 0.995 else f"{share:.{0 if share >= 0.05 else 2}%}"
+
+    @property
+    def next(self) -> str:
+        """The next step, in a sentence."""
+        return KINDS[self.kind].next
 
     def __str__(self) -> str:
-        return WORDS[self.kind].format(f=self)
+        return KINDS[self.kind].words.format(f=self)
 
 
 def measured(size: float, noise: float, sign: str = "") -> str:
@@ -92,51 +134,209 @@ def worst(findings: Sequence[Finding]) -> str:
     return max((finding.verdict for finding in findings), key=VERDICTS.index, default="trust")
 
 
-WORDS = {
-    "mean": "The guide's draws are off ({f.moment}).",
-    "sd": "The guide's draws are off ({f.moment}).",
-    "shape": "The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
-    "outside": "The model has no density at {f.size:.1%} of the draws.",
-    "outliers": "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
-    "{f.size:.2f} times as large).",
-    "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
-    "mode": "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
-    "support": "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
-    "neck": "The guide draws nothing in the neck of {f.quantity}, where {f._share} of the posterior's mass was found.",
-    "far": "A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).",
-    "collapsed": "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass "
-    "was found, and chains drift ({f.quantity}).",
-    "whitened": "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
-    "tails": "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
-    "blind": "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
-    "frozen": "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
-    "unclear": "It cannot be told whether the draws are right ({f.moment}).",
-    "slow": "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
-    "chains change slowly.",
-    "doubt": "The chains doubt that the draws are right ({f.moment}).",
-    "evidence": "Mass is missing: the stage {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+class Kind(NamedTuple):
+    """The words for a kind of finding ``f``, and the first remedy of docs/trust.md for draws that cannot be trusted."""
+
+    words: str
+    next: str
+
+
+EXACT = "Use pf.sample for exact draws, or pf.posterior."
+DOOR = "Use pf.posterior, which goes on until draws can be trusted."
+SEARCH = "Use pf.anneal, which finds modes and needs no guide."
+AGAIN = "Check again with num_samples=40_000 and num_chains=1024."
+OFF = "The guide's draws are off ({f.moment})."
+KINDS = {
+    "mean": Kind(OFF, EXACT),
+    "sd": Kind(OFF, EXACT),
+    "shape": Kind("The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.", EXACT),
+    "outside": Kind("The model has no density at {f.size:.1%} of the draws.", DOOR),
+    "outliers": Kind(
+        "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
+        "{f.size:.2f} times as large).",
+        "Use medians and quantiles.",
+    ),
+    "weights": Kind(
+        "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
+        "Use pf.resample(model, guide, ...).",
+    ),
+    "mode": Kind(
+        "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
+        SEARCH,
+    ),
+    "support": Kind(
+        "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
+        "Give the site a distribution over the model's support, or use AutoFlow(model).",
+    ),
+    "neck": Kind(
+        "The guide draws nothing in the neck of {f.quantity}, where {f._share} of the posterior's mass was found.",
+        "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for exact "
+        "draws.",
+    ),
+    "far": Kind("A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).", SEARCH),
+    "collapsed": Kind(
+        "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass was "
+        "found, and chains drift ({f.quantity}).",
+        DOOR,
+    ),
+    "whitened": Kind(
+        "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
+        EXACT,
+    ),
+    "tails": Kind(
+        "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
+        "Fit with more steps=, or give AutoFlow a base with wider tails.",
+    ),
+    "blind": Kind(
+        "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
+        "Choose a prior closer to what the data allow.",
+    ),
+    "frozen": Kind(
+        "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
+        "Remove hard edges of the model, or gradients that are not finite.",
+    ),
+    "unclear": Kind("It cannot be told whether the draws are right ({f.moment}).", AGAIN),
+    "slow": Kind(
+        "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
+        "chains change slowly.",
+        "Give AutoFlow a base with wider tails, or use pf.sample for exact draws, or pf.posterior.",
+    ),
+    "doubt": Kind("The chains doubt that the draws are right ({f.moment}).", AGAIN),
+    "evidence": Kind(
+        "Mass is missing: the stage {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+        "Use that fit, or pf.anneal, which finds modes and needs no guide.",
+    ),
 }
-EXACT = "pf.sample for exact draws, or pf.posterior"
-SEARCH = "pf.anneal, which finds modes and needs no guide"
-NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be trusted
-    "mean": f"Use {EXACT}.",
-    "sd": f"Use {EXACT}.",
-    "shape": f"Use {EXACT}.",
-    "whitened": f"Use {EXACT}.",
-    "outside": "Use pf.posterior, which goes on until draws can be trusted.",
-    "outliers": "Use medians and quantiles.",
-    "weights": "Use pf.resample(model, guide, ...).",
-    "mode": f"Use {SEARCH}.",
-    "neck": "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for "
-    "exact draws.",
-    "support": "Give the site a distribution over the model's support, or use AutoFlow(model).",
-    "far": f"Use {SEARCH}.",
-    "evidence": f"Use that fit, or {SEARCH}.",
-    "collapsed": "Use pf.posterior, which goes on until draws can be trusted.",
-    "tails": "Fit with more steps=, or give AutoFlow a base with wider tails.",
-    "blind": "Choose a prior closer to what the data allow.",
-    "frozen": "Remove hard edges of the model, or gradients that are not finite.",
-    "slow": f"Give AutoFlow a base with wider tails, or use {EXACT}.",
-    "unclear": "Check again with num_samples=40_000 and num_chains=1024.",
-    "doubt": "Check again with num_samples=40_000 and num_chains=1024.",
-}
+
+
+def judge(seen: Evidence) -> list[Finding]:
+    """Return all faults that the evidence shows, or the gravest doubt if it shows none."""
+    return [fault for rule in FAULTS for fault in rule(seen)] or [*islice(_doubts(seen), 1)]
+
+
+def worst_moment(drift: Drift, names: Sequence[str], among: Tensor | None = None, kind: str = "") -> Finding:
+    """Return a finding of the largest error, or of the most significant one among some errors, ``(2, K)``."""
+    clear = drift.errors if among is None else (drift.errors / drift.noise.clamp_min(1e-12)).where(among, -1)
+    is_sd, i = divmod(int(clear.argmax()), len(names))
+    size, noise = (drift.ratio, drift.ratio_se) if is_sd else (drift.error, drift.error_se)
+    of = "sd" if is_sd else "mean"
+    return Finding(kind or of, names[i], float(size[i]), float(noise[i]), of=of)
+
+
+def _flags(seen: Evidence) -> tuple[Tensor, Tensor]:
+    """Return True for each certain error, ``(2, K)``: of chains, and of weights."""
+    of_weights = seen.weighted.flagged(TOLERANCE.certain) & seen.psis.reliable
+    return seen.chains.flagged(certainty(seen.psis, seen.weighted)), of_weights
+
+
+def _elsewhere(seen: Evidence) -> Iterator[Finding]:
+    """Yield findings of mass that the guide misses."""
+    share, noise, _, error, _, neck, outside, _ = seen.missing
+    if outside and not share <= max(JUDGEMENT.lost, noise):  # also if the share is unknown
+        yield Finding("support", outside, share, noise)
+    elif share > max(JUDGEMENT.lost, noise):  # mass within its noise still counts
+        flags, _ = _flags(seen)
+        if neck and share < JUDGEMENT.collapsed:
+            yield Finding("neck", neck, share, noise)
+        elif bool(flags.any()):
+            yield Finding("collapsed", worst_moment(seen.chains, seen.names, flags).moment, share, noise)
+        else:
+            yield Finding("mode", "", share, noise)
+    elif error is not None and share > noise:
+        far = (error.errors > TOLERANCE.right) & (error.errors > 2 * error.noise)
+        if bool(far.any()):
+            found = replace(worst_moment(error, seen.names, far, "far"), share=share)
+            yield Finding("neck", f"{neck} ({found.moment})", share, noise) if neck else found
+
+
+def _failed(seen: Evidence) -> Iterator[Finding]:
+    """Yield findings of a search and of chains that failed."""
+    if seen.missing.is_blind:
+        yield Finding("blind")
+    if max(seen.acceptance) < FROZEN:
+        yield Finding("frozen", "", max(seen.acceptance))
+
+
+def _off(seen: Evidence) -> Iterator[Finding]:
+    """Yield the most significant certain error of a moment."""
+    for drift, flags in zip((seen.chains, seen.weighted), _flags(seen), strict=True):
+        if bool(flags.any()):
+            mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
+            yield replace(worst_moment(drift, seen.names, flags), verdict="reweight" if mended else "do not trust")
+            return
+
+
+def _agree(chains: Drift, weighted: Drift) -> bool:
+    """Return True if chains and weights show the same errors."""
+    apart, noise = (chains.signed - weighted.signed).abs(), chains.noise.hypot(weighted.noise)
+    size = 1 + weighted.errors  # large errors need only agree in proportion
+    is_apart = (apart > TOLERANCE.flag * size) & (apart > 3 * noise)
+    return not bool(is_apart.any()) and bool((weighted.noise < TOLERANCE.right * size).all())
+
+
+def _in_rows(seen: Evidence) -> Iterator[Finding]:
+    """Yield the certain errors of means that the weights of single rows show, for each set of plates."""
+    for rows in seen.rows:
+        if rows.is_off(TOLERANCE.right):
+            yield Finding("mean", rows.name, rows.error, rows.noise)
+
+
+def _outside(seen: Evidence) -> Iterator[Finding]:
+    """Yield findings of draws without a density, and of rare draws that spoil a moment."""
+    verdict = "reweight" if seen.psis.reliable else "do not trust"
+    outside = float((seen.psis.log_weights == -torch.inf).double().mean())
+    if outside > JUDGEMENT.outside:
+        yield Finding("outside", "", outside, verdict=verdict)
+    ratios = (1 + seen.outliers).sqrt()
+    if bool((ratios > 1 + TOLERANCE.right).any()):
+        i = int(ratios.argmax())
+        yield Finding("outliers", seen.names[i], float(ratios[i]), verdict=verdict)
+
+
+def _misshapen(seen: Evidence) -> Iterator[Finding]:
+    """Yield the most significant error of a distribution function that is certain."""
+    of_chains, of_weights = seen.shapes
+    told = seen.psis.reliable and bool(of_weights.flagged.any())
+    shape, verdict = (of_weights, "reweight") if told else (of_chains, "do not trust")
+    if bool(shape.flagged.any()):
+        i = int(shape.significance.argmax())
+        name = [*seen.names, "the distance from the middle"][i]
+        yield Finding("shape", name, float(shape.error[i]), float(shape.error_se[i]), verdict)
+
+
+def _unequal(seen: Evidence) -> Iterator[Finding]:
+    """Yield reliable weights that are very unequal; those of many latents always are, as small errors add up."""
+    weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
+    apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
+    if seen.psis.reliable and apart > JUDGEMENT.unequal and not seen.spreads:
+        yield Finding("weights", "", apart, verdict="reweight")
+
+
+FAULTS = _elsewhere, _failed, _off, _in_rows, _outside, _misshapen, _unequal  # the rules
+
+
+def _doubts(seen: Evidence) -> Iterator[Finding]:
+    """Yield doubts about draws without a certain error, the gravest first."""
+    psis, chains, directions = seen.psis, seen.chains, seen.directions
+    labels = [f"whitened direction {i}" for i in range(len(directions.error))]
+    if bool((bent := directions.beyond(TOLERANCE.bent)).any()):
+        yield worst_moment(directions, labels, bent, "whitened")
+    if psis.khat >= JUDGEMENT.khat and not psis.even and not seen.spreads:
+        yield Finding("tails", "", psis.khat)
+    if seen.spreads and not psis.even:
+        for name, error, noise, slowness in zip(*seen.spreads, strict=True):
+            if slowness >= SLOWEST:
+                yield Finding("slow", name, float(slowness))
+            if error.abs() + noise >= TOLERANCE.right:
+                yield Finding("unclear", f"all of {name}", 1 / (1 + float(error)), float(noise), of="sd")
+    told = torch.maximum(seen.moments.errors, seen.moments.noise) <= TOLERANCE.right  # False for NaN, from overflow
+    if not bool(told.all()):
+        yield worst_moment(seen.moments, seen.names, kind="unclear")
+    dim = (directions.noise > TOLERANCE.bent) & (directions.variance > 1)
+    if seen.spreads and bool(dim.any()):
+        yield worst_moment(directions, labels, dim, "unclear")
+    more = JUDGEMENT.doubt + certainty(psis, seen.weighted) - TOLERANCE.certain
+    doubtful = (chains.errors > TOLERANCE.right) & (chains.errors > more * chains.noise)
+    doubtful[1] &= chains.variance > 1  # guides that are too narrow, which weights cannot show
+    if bool(doubtful.any()):
+        yield worst_moment(chains, seen.names, doubtful, "doubt")

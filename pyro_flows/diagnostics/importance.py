@@ -33,11 +33,48 @@ from ..user_code import warn_user
 from .pareto import smooth
 from .unreached import check_reach
 
-LEAST = 25  # the fewest draws that have a tail to fit
-MANY = 1000  # latents beyond which small errors of many of them add up in k-hat
-SEVERAL, FEW = 10_000, 1000  # weighted draws, and if the model runs one draw at a time
-FEWEST, NUMBERS = 500, 10_000_000  # the fewest draws of many latents, and numbers in all draws together
 EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Numbers of draws to weigh.
+
+    Attributes:
+        least: The fewest draws that have a tail to fit.
+        usual: The draws by default.
+        alone: The draws if the model runs one draw at a time.
+        slow: The draws if a check of such a model, ``runs`` runs, takes longer than ``seconds``.
+        many: The latents beyond which small errors of many of them add up in k-hat.
+        of_many: The fewest draws then.
+        numbers: The numbers in all draws of so many latents.
+    """
+
+    least: int = 25
+    usual: int = 10_000
+    alone: int = 1000
+    slow: int = 300
+    runs: int = 20_000
+    seconds: float = 180.0
+    many: int = 1000
+    of_many: int = 500
+    numbers: int = 10_000_000
+
+    def too_slow(self, task: Task) -> str:
+        """Return the reason why a check of a model takes too long, in words, or an empty string."""
+        budget = task.budget(self.seconds)
+        return budget.words if budget.number < self.runs else ""
+
+    def number(self, task: Task, dim: int) -> int:
+        """Return the default number of draws of a settled task and D latents; of many it depends on their numbers."""
+        found = self.alone if task.runs_one_by_one else self.usual
+        found = self.slow if self.too_slow(task) else found
+        return (
+            found if dim <= self.many else min(found, max(self.of_many, self.numbers // max(dim, task.model.largest)))
+        )
+
+
+WEIGHING = Weighing()
 
 
 @dataclass(frozen=True)
@@ -155,24 +192,13 @@ def psis(
         >>> found.reliable, round(found.log_evidence, 1)  # log Normal(2; 0, 2**0.5)
         (True, -2.3)
     """
-    check_integers("psis", LEAST, num_samples=num_samples)
+    check_integers("psis", WEIGHING.least, num_samples=num_samples)
     kwargs = joined("psis", kwargs, model_kwargs)
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         check_reach("psis", task.check())
         draws = task.draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
-
-
-def number_to_weigh(task: Task, dim: int) -> int:
-    """Return the default number of draws to weigh; with many latents it depends on the numbers in a draw.
-
-    Args:
-        task: The task, whose engines are chosen.
-        dim: The number of latents.
-    """
-    usual = FEW if task.runs_one_by_one else SEVERAL
-    return usual if dim <= MANY else min(usual, max(FEWEST, NUMBERS // max(dim, task.model.largest)))
 
 
 def weigh(
@@ -296,7 +322,7 @@ def resample(
         (torch.Size([4000]), True)
     """
     check_integers("resample", num_samples=num_samples)
-    check_integers("resample", LEAST, num_weighed=num_weighed)
+    check_integers("resample", WEIGHING.least, num_weighed=num_weighed)
     kwargs = joined("resample", kwargs, model_kwargs)
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density

@@ -6,17 +6,35 @@ Chains estimate this mean as they do any other (:mod:`.drift`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .drift import Mean, arrival
-from .findings import Finding
+from .short_chains import Meter, arrival
 
-LEVELS = 0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975
-SHAPE, SURE, TIMES = 0.06, 0.03, 4.0  # a certain error exceeds SHAPE, and exceeds SURE by TIMES standard errors
-FEW = 2000  # draws of the guide, to estimate its noise
+
+@dataclass(frozen=True)
+class Comparison:
+    """Constants of a comparison of distribution functions.
+
+    Attributes:
+        levels: The quantiles at which they are compared.
+        flag: An error that is certain exceeds this.
+        sure: It also exceeds this, by some standard errors.
+        times: These standard errors.
+        draws: The draws of the guide that estimate its noise.
+    """
+
+    levels: tuple[float, ...] = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)
+    flag: float = 0.06
+    sure: float = 0.03
+    times: float = 4.0
+    draws: int = 2000
+
+
+COMPARISON = Comparison()
 
 
 class Shape(NamedTuple):
@@ -31,45 +49,33 @@ class Shape(NamedTuple):
     error_se: Tensor
 
     @property
+    def significance(self) -> Tensor:
+        """The sizes of the errors, some standard errors subtracted from each, ``(K,)``."""
+        return self.error.abs() - COMPARISON.times * self.error_se
+
+    @property
     def flagged(self) -> Tensor:
         """True for each error that is certain, ``(K,)``."""
-        return (self.error.abs() > SHAPE) & (self.error.abs() - TIMES * self.error_se > SURE)
-
-    def worst(self, names: list[str], verdict: str) -> Finding:
-        """Return a finding of the most significant error."""
-        i = int((self.error.abs() - TIMES * self.error_se).argmax())
-        return Finding("shape", names[i], float(self.error[i]), float(self.error_se[i]), verdict)
+        return (self.error.abs() > COMPARISON.flag) & (self.significance > COMPARISON.sure)
 
 
-class ShapeMeter:
-    """Accumulator that compares N chains with the guide.
-
-    Args:
-        reference: The quantities at many draws of the guide, ``(M, K)``.
-        start: The quantities at the starts of the chains, ``(N, K)``.
-    """
+class ShapeMeter(Meter):
+    """Accumulator of the shares of N chains below quantiles of the guide's draws."""
 
     def __init__(self, reference: Tensor, start: Tensor) -> None:
         self._levels = _quantiles(reference)
-        self._reference, self._start = self._below(reference[:FEW]), self._below(start)
-        self._shares, self._of_twins = Mean(), Mean()
+        super().__init__(reference[: COMPARISON.draws], start, powers=1)
 
-    def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
-        """Add the current quantities of the chains, ``(N, K)``, and always or never those of their twins."""
-        self._shares.add(self._below(quantities))
-        if of_twins is not None:
-            self._of_twins.add(self._below(of_twins))
+    def function(self, quantities: Tensor) -> Tensor:
+        """Return the indicators, ``(N, K) -> (N, L K)``."""
+        return (quantities.unsqueeze(1) <= self._levels).flatten(1).double()
 
     def shape(self) -> Shape:
         """Return the errors that the chains show so far."""
-        mean, twin = self._shares(), self._of_twins() if self._of_twins.count else None
-        arrived = arrival(self._reference, self._start, mean, mean, twin)
-        found, noise = (part.reshape(len(LEVELS), -1) for part in arrived)
-        return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)
-
-    def _below(self, quantities: Tensor) -> Tensor:
-        """Return the indicators, ``(N, L K)``."""
-        return (quantities.unsqueeze(1) <= self._levels).flatten(1).double()
+        (mean,), twin = self.powers, None if self.twins is None else self.twins[0]
+        arrived = arrival(self.reference, self.start, mean, mean, twin)
+        found, noise = (part.reshape(len(COMPARISON.levels), -1) for part in arrived)
+        return _clearest(found - self.reference.mean(0).reshape(len(COMPARISON.levels), -1), noise)
 
 
 def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
@@ -90,11 +96,11 @@ def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
 
 def _quantiles(quantities: Tensor) -> Tensor:
     """Return the quantiles of each quantity, ``(L, K)``, as values of draws, which is right for repeated values too."""
-    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in LEVELS]
+    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in COMPARISON.levels]
     return quantities.sort(0).values[places]
 
 
 def _clearest(errors: Tensor, noise: Tensor) -> Shape:
     """Return the most significant error of each quantity, from the errors at all levels ``(L, K)``."""
-    clearest = (errors.abs() - TIMES * noise).argmax(0, keepdim=True)
+    clearest = (errors.abs() - COMPARISON.times * noise).argmax(0, keepdim=True)
     return Shape(errors.gather(0, clearest)[0], noise.gather(0, clearest)[0])

@@ -19,6 +19,7 @@ from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import guide_coordinates
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter
+from .findings import worst_moment
 from .unreached import check_reach
 
 BATCH = 500  # chains that run at once
@@ -55,7 +56,8 @@ class Refined:
     def __repr__(self) -> str:
         accepted = ", ".join(f"{value:.2f}" for value in self.acceptance)
         size = len(next(iter(self.draws.values())))
-        return f"Refined({size} draws, acceptance={accepted}; the guide's own: {self.drift.worst(self.names).moment})"
+        largest = worst_moment(self.drift, self.names).moment
+        return f"Refined({size} draws, acceptance={accepted}; the guide's own: {largest})"
 
 
 @runs_programs

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .drift import Mean, arrival
+from .drift import TOLERANCE
+from .short_chains import Meter, arrival
+
+SLOWEST = 10.0  # the variance of means of chains, in units of independent sweeps, beyond which a spread is unknown
 
 
 class Spreads(NamedTuple):
@@ -31,13 +33,19 @@ class Spreads(NamedTuple):
     noise: Tensor
     slowness: Tensor
 
-    def are_clear(self, limit: float, slowest: float) -> Tensor:
-        """Return True for each spread that is right to a limit, and not too slow to tell, ``(S,)``."""
-        return (self.error.abs() + self.noise < limit) & (self.slowness < slowest)
+    @property
+    def is_slow(self) -> Tensor:
+        """True for each spread that is too slow to tell, ``(S,)``."""
+        return self.slowness >= SLOWEST
+
+    @property
+    def are_clear(self) -> Tensor:
+        """True for each spread that is right, and not too slow to tell, ``(S,)``."""
+        return (self.error.abs() + self.noise < TOLERANCE.right) & ~self.is_slow
 
 
-class SpreadMeter:
-    """Accumulator that compares the spreads of N chains with those of the guide.
+class SpreadMeter(Meter):
+    """Accumulator of the spreads of N chains.
 
     Args:
         names: The names of S groups of latents.
@@ -46,23 +54,20 @@ class SpreadMeter:
     """
 
     def __init__(self, names: list[str], reference: Tensor, start: Tensor) -> None:
-        self._names, self._reference, self._start = names, reference.double(), start.double()
-        self._powers, self._of_twins = Mean(), Mean()
+        self._names = names
+        super().__init__(reference, start, powers=2)
 
-    def record(self, squares: Tensor, of_twins: Tensor | None = None) -> None:
-        """Add the current mean squares of the chains, ``(N, S)``, and always or never those of their twins."""
-        self._powers.add(torch.stack((squares.double(), squares.double().square())))
-        if of_twins is not None:
-            self._of_twins.add(of_twins.double())
+    def function(self, quantities: Tensor) -> Tensor:
+        """Return the mean squares themselves."""
+        return quantities.double()
 
     def spreads(self) -> Spreads:
         """Return the errors that the chains show so far, after two sweeps at least."""
         if not self._names:
-            return Spreads([], *self._start[:1].expand(3, 0))
-        (first, second), number = self._powers(), self._powers.count
-        twin = self._of_twins() if self._of_twins.count else None
-        mean, noise = arrival(self._reference, self._start, first, second, twin)
-        centre = self._reference.mean(0)
-        within = (second - first.square()).mean(0) * number / (number - 1)
-        slowness = number * first.var(0) / within.clamp_min(1e-30)
+            return Spreads([], *self.start[:1].expand(3, 0))
+        (first, second), twin = self.powers, None if self.twins is None else self.twins[0]
+        mean, noise = arrival(self.reference, self.start, first, second, twin)
+        centre = self.reference.mean(0)
+        within = (second - first.square()).mean(0) * self.count / (self.count - 1)
+        slowness = self.count * first.var(0) / within.clamp_min(1e-30)
         return Spreads(self._names, (mean / centre - 1) / 2, noise / centre / 2, slowness)

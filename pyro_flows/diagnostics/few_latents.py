@@ -1,0 +1,137 @@
+"""The look at a guide of up to 1,000 latents.
+
+Importance weights and short chains follow all quantities, and a search looks for mass that the guide misses.  Many more
+draws show whether a few lie where the posterior has no density.  A slow model gets few draws, and no search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..programs.latent_space import LatentSpace, Scored
+from ..programs.log_density import or_nan
+from ..sampling.coordinates import Coordinates, White, guide_coordinates
+from .drift import TOLERANCE, Drift, DriftMeter, weighted_drift
+from .evidence import Evidence, certainty, weighed
+from .importance import WEIGHING
+from .marginal_errors import Shape, ShapeMeter, weighted_shape
+from .missing_modes import beyond_support, search
+from .outliers import outliers
+from .short_chains import RUN, adapted
+
+
+@dataclass(frozen=True)
+class Look:
+    """Constants of a look at few latents.
+
+    Attributes:
+        at_once: The draws that run at once.
+        chains: The chains.
+        alone: The chains of a model that runs one draw at a time.
+        block: The sweeps between two tests of whether the chains have run for long enough.
+        spare: The standard errors by which an error must be right, unless weights and chains agree.
+    """
+
+    at_once: int = 1000
+    chains: int = 256
+    alone: int = 16
+    block: int = 10
+    spare: float = 1.5
+
+
+LOOK = Look()
+
+
+def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) -> Evidence:
+    """Gather the evidence about a guide of few latents.
+
+    Args:
+        space: The guide's space.
+        num_samples: The number of weighted draws, or None.
+        num_chains: The number of chains, or None.
+    """
+    alone, slow = space.task.runs_one_by_one, WEIGHING.too_slow(space.task)
+    draws, psis = weighed(space, num_samples or WEIGHING.number(space.task, space.dim), LOOK.at_once)
+    # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
+    charts, white = guide_coordinates(space, draws.z[::2])
+    weighted = weighted_drift(draws.quantities, psis.smoothed)
+    of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
+    began = space.draw(num_chains or (LOOK.alone if alone else LOOK.chains))
+    met = _followed(space, charts, white, draws, began, certainty(psis, weighted))
+    missing = beyond_support(space) if slow else search(space, white, draws, psis.log_evidence)
+    return Evidence(
+        psis=psis,
+        chains=met.chains,
+        directions=met.directions,
+        weighted=weighted,
+        shapes=(met.shape, of_weights),
+        names=space.read.names,
+        missing=missing,
+        outliers=torch.zeros_like(weighted.error) if alone or slow else outliers(space, draws, psis),
+        acceptance=met.acceptance,
+        scope=f"There was no search for other modes, since {slow}." if slow else "",
+    )
+
+
+class _Met(NamedTuple):
+    """The errors that chains show, as in :class:`Evidence`."""
+
+    chains: Drift
+    directions: Drift
+    shape: Shape
+    acceptance: list[float]
+
+
+@torch.no_grad()
+def _followed(
+    space: LatentSpace, charts: list[Coordinates], white: White, draws: Scored, began: Scored, certain: float
+) -> _Met:
+    """Run chains from draws of the guide until their drift is decided.
+
+    Args:
+        space: The guide's space.
+        charts: The coordinates of the chains.
+        white: Coordinates in which every second draw of the guide has mean 0 and the identity as covariance.
+        draws: Draws of the guide.
+        began: The draws that the chains start from.
+        certain: The standard errors by which an error of the guide is certain.
+    """
+    runs = space.task.budget(WEIGHING.seconds)
+    chains, places = adapted(or_nan(runs.counted(space.log_p)), charts, began.z)
+    axes = _axes(white.inverse(places))
+    if space.read.angles:  # because periodic coordinates have neither mean nor variance
+        axes = axes[:, :0]
+    others = Scored(*(part[1::2] for part in draws))
+    meter = DriftMeter(draws.quantities, began.quantities)
+    shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
+    compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (others, began)))
+    spare = 0.0 if certain > TOLERANCE.certain else LOOK.spare
+    for block in range(RUN.sweeps // LOOK.block):
+        for z in chains.sweeps(LOOK.block, adapt=False):
+            quantities = space.quantities(z)
+            meter.record(quantities)
+            shape.record(_with_distance(space, white, quantities, z))
+            compass.record(white.inverse(z) @ axes)
+        drift = meter.drift()
+        if drift.is_right(spare) or (block > 0 and bool(drift.flagged(certain).any())) or runs.is_spent:
+            break
+    along = compass.drift().unless_beyond(TOLERANCE.bent, compass.so_far())
+    return _Met(drift, along, shape.shape(), chains.acceptance)
+
+
+def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
+    """Append the squared distance of z from the centre, ``(N, K) -> (N, K + 1)``, unless some latents are angles."""
+    if space.read.angles:
+        return quantities
+    return torch.cat((quantities, white.inverse(z).square().sum(-1, keepdim=True)), -1)
+
+
+def _axes(x: Tensor) -> Tensor:
+    """Return all directions of whitened places ``(N, D)``, and the two in which they spread least and most."""
+    covariance = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    extremes = torch.linalg.eigh(covariance).eigenvectors[:, [0, -1]]
+    return torch.cat((torch.eye(len(covariance)).to(extremes), extremes), -1)
