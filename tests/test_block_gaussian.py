@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.sampling import block_gaussian
-from pyro_flows.sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
+from pyro_flows.sampling.block_conditionals import Layout
+from pyro_flows.sampling.block_gaussian import SEARCH, BlockGaussian, fit_blocks
 
 TWO_PI = math.log(2 * math.pi)
 
@@ -107,5 +107,5 @@ def test_no_start_is_better_than_a_worse_one() -> None:
     parts, _ = funnel(4, noise=1.0)
     start = torch.zeros(5, dtype=torch.float64)
     assert fit_blocks(lambda z: z.sum(-1) * math.nan, parts, start, 0.1) is None
-    many = torch.arange(math.isqrt(block_gaussian.NUMBERS) + 1)
+    many = torch.arange(math.isqrt(SEARCH.numbers) + 1)
     assert fit_blocks(lambda z: -z.square().sum(-1), [Layout(many.reshape(1, 1, -1), ())], 0.0 * many, 0.1) is None

@@ -27,9 +27,11 @@ from ..programs.model_and_guide import Task
 from ..programs.program import TOTAL
 from ..programs.run_budget import RunBudget
 from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
-from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
-from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
+from ..sampling.block_conditionals import Layout
+from ..sampling.block_gaussian import BlockGaussian, fit_blocks
+from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
+from ..sampling.start_search import Watch
 from ..training import distributed
 from ..training.interrupts import watching
 from ..user_code import warn_user

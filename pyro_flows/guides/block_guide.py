@@ -331,7 +331,7 @@ class BlockGuide(FlowGuide):
 
         Args:
             blocks: For each block its distribution given its parents, for all rows or for those that the guide was set
-                up with: see :class:`~pyro_flows.sampling.block_gaussian.Conditional`.
+                up with: see :class:`~pyro_flows.sampling.block_conditionals.Conditional`.
         """
         means: list[Tensor] = []
         whole = all(len(found.loc) == block.number for block, found in zip(self.posterior.blocks, blocks, strict=True))
@@ -348,8 +348,8 @@ class BlockGuide(FlowGuide):
                 origin = torch.cat((none[0], *given), -1)
                 gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
                 size = block.frame.num_shared
-                lean = found.lean.reshape(*loc.shape, *found.lean.shape[2:])
-                stretch, turn, lean = (slope[..., :size] for slope in (found.stretch, found.turn, lean))
+                lean = found.bends.lean.reshape(*loc.shape, *found.bends.lean.shape[2:])
+                stretch, turn, lean = (slope[..., :size] for slope in (found.bends.stretch, found.bends.turn, lean))
                 parts = [origin, loc, gain, scale, stretch, found.matrix, turn, lean]
                 block.frame.set(*(parts if len(loc) == block.number else [p.mean(0, keepdim=True) for p in parts]))
             deviation = scale.square().sum(-1).mean(0).sqrt()  # (T, d)

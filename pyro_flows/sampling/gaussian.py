@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.log_density import LogDensity, score_of, value_and_score
+from .start_search import Watch, elbo_of, log_weights
 
 NEAR = 0.25  # standard deviation of the log-weights, in nats, of a Gaussian that hardly differs from the posterior
 TRIED = 32  # draws at which each size is tried
@@ -25,8 +25,6 @@ FEWEST = 10  # rounds
 LAST = 20  # rounds in which the learning rate decreases
 CLOSE = 0.5  # mean square of a difference between scores, relative to that of a score
 POOR = 5.0  # standard deviation of the log-weights, in nats, of a Gaussian whose correlations may mislead
-
-Watch = Callable[[], bool]  # bool() is False
 
 
 class Gaussian(NamedTuple):
@@ -172,7 +170,5 @@ def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
 def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor) -> Gaussian:
     """Return a Gaussian with the mean and spread of some log-weights, which are constant if it is the posterior."""
     noise = torch.randn(500, len(loc), dtype=loc.dtype, device=loc.device)
-    log_q = -noise.square().sum(-1) / 2 - scale_tril.diagonal().log().sum() - len(loc) / 2 * math.log(2 * math.pi)
-    log_weights = density(loc + noise @ scale_tril.T) - log_q
-    elbo = log_weights.mean().nan_to_num(-math.inf, math.inf, -math.inf)
-    return Gaussian(loc, scale_tril, float(elbo), float(log_weights.std()))
+    found = log_weights(density(loc + noise @ scale_tril.T), noise, scale_tril.diagonal().log().sum())
+    return Gaussian(loc, scale_tril, elbo_of(found), float(found.std()))

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ..programs.log_density import LogDensity, score_of, value_and_score
 from ..transforms.linear import stretched
-from .block_gaussian import SLACK, slack
-from .gaussian import Watch
 from .lanczos import lanczos
+from .start_search import SLACK, Watch, elbo_of, is_no_worse, log_weights
 
 PAIRS = 64  # antithetic pairs of draws of a round
 CURVED = 8  # draws of a round at which second derivatives are taken
@@ -139,7 +138,7 @@ class _Search:
             change = basis @ (basis.T @ gradient / damped)
             new = q._replace(loc=q.loc + rate * q.scale * change, directions=basis, stretch=damped.rsqrt())
             elbo = self._judged(new, noise)
-            if elbo >= start - slack(start, self.like) or not math.isfinite(start):
+            if is_no_worse(elbo, start, self.like.dtype):
                 q, moved = new, float((basis.T @ change).mul(damped.sqrt()).norm())
                 break
         self._rescale(q, rate, moved * len(q.loc) ** -0.5)
@@ -158,7 +157,7 @@ class _Search:
         for _ in DAMPINGS:
             new = q._replace(scale=q.scale * change.exp())
             elbo = self._judged(new, noise)
-            if elbo >= start - slack(start, self.like) or not math.isfinite(start):
+            if is_no_worse(elbo, start, self.like.dtype):
                 self.q, self.step = new._replace(elbo=elbo), max(moved, float(change.square().mean().sqrt()) / rate)
                 return
             change = change / 4
@@ -197,9 +196,8 @@ class _Search:
     @torch.no_grad()
     def _judged(self, q: LowRankGaussian, noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
-        log_q = -noise.square().sum(-1) / 2 - len(q.loc) / 2 * math.log(2 * math.pi)
-        log_q = log_q - q.scale.log().sum() - q.stretch.log().sum()
-        return float((self.density(q.place(noise)) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
+        log_det = q.scale.log().sum() + q.stretch.log().sum()
+        return elbo_of(log_weights(self.density(q.place(noise)), noise, log_det))
 
 
 def _controlled(terms: Tensor, known: Tensor) -> Tensor:
