@@ -307,7 +307,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.encoder is None or self.prototype_trace is None:
             reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
             raise ValueError(f"AutoFlow.bind: the guide {reason}.")
-        seen = self._context_at_rest(args, kwargs)
+        seen = self.setup()._context_at_rest(args, kwargs)
         if seen is None or seen.dim() != 1:
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
         self._sampled(1, seen, args, kwargs)
@@ -342,11 +342,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Return the map from the base to the unconstrained latents; each network runs once."""
-        return View(Compose(self.flow.runs), self.context(*args, **kwargs))
+        return View(Compose(self.setup(*args, **kwargs).flow.runs), self.context(*args, **kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the distribution of the packed, unconstrained latents."""
-        return self.flow(self.context(*args, **kwargs))
+        return self.setup(*args, **kwargs).flow(self.context(*args, **kwargs))
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -20,7 +20,9 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ..arguments import check_kind, check_program, quoted
 from ..flows import Flow
@@ -82,6 +84,7 @@ class FlowGuide(Plan, AutoGuide):
             ValueError: If the guide cannot represent the model; the error names the site or plate, and the way out.
         """
         if self.prototype_trace is not None:
+            self._adopt_stored()
             return self
         owner = type(self).__name__
         if self.model is None:
@@ -141,6 +144,7 @@ class FlowGuide(Plan, AutoGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
         call = self.setup(*args, **kwargs)._call(args, kwargs)
+        self._state_parameters()
         with self._calls.watch.over(self, call):
             found = self._draws(call)
         return {**found, **draw_discrete(call, found)}
@@ -291,48 +295,56 @@ class FlowGuide(Plan, AutoGuide):
         _live[name] = self
         self.__dict__["_pyro_name"] = name
 
-    def _adopt_stored(self, *names: str) -> bool:
-        """Copy what the parameter store holds under the guide's name into modules, for example after its ``load``.
+    def _stored(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by their names in the store.
 
-        The store then drops its own tensors, so that it and the guide share one set.  False if modules hold other
-        tensors than parameters, as in ``torch.func.functional_call`` and ``torch.export``, which the store must not
-        keep.
+        There are none if torch has put other tensors in their place, as by ``torch.func.functional_call`` or
+        ``torch.export``, which the store must not keep.
         """
-        if _is_module_local_param_enabled():
-            return True
+        found = {
+            param_with_module_name(f"{self._pyro_name}.{outer}", inner): parameter
+            for outer, module in self._modules.items()
+            for inner, parameter in (module.named_parameters() if module is not None else ())
+        }
+        return found if all(type(parameter) is nn.Parameter for parameter in found.values()) else {}
+
+    def _adopt_stored(self) -> None:
+        """Copy what the parameter store holds under the guide's names, for example after its ``load``.
+
+        The store then drops its own tensors, so that it and the guide share one set.
+        """
         store = pyro.get_param_store()
-        for outer in names or self._modules:
-            module = self._modules[outer]
-            for inner, parameter in module.named_parameters() if module is not None else ():
-                if type(parameter) is not nn.Parameter:
-                    return False
-                full = param_with_module_name(f"{self._pyro_name}.{outer}", inner)
-                if (kept := store._params.get(full)) is None or kept is parameter:  # nearly always, and at each step
-                    continue
-                if (stored := store[full].detach()).data_ptr() == parameter.data_ptr():
-                    continue
-                if stored.shape != parameter.shape:
-                    shapes = f"of shape {tuple(stored.shape)}, but the guide needs {tuple(parameter.shape)}"
-                    way = "give the guide another name= or clear the store"
-                    raise ValueError(f"The parameter store holds {full!r} {shapes}; {way}.")
-                with torch.no_grad():
-                    parameter.copy_(stored)
-                del store[full]
-        return True
+        for name, parameter in {} if _is_module_local_param_enabled() else self._stored().items():
+            if (kept := store._params.get(name)) is None or kept.data_ptr() == parameter.data_ptr():
+                continue
+            stored = store[name].detach()
+            if stored.shape != parameter.shape:
+                shapes = f"of shape {tuple(stored.shape)}, but the guide needs {tuple(parameter.shape)}"
+                raise ValueError(
+                    f"The parameter store holds {name!r} {shapes}; give the guide another name= or clear the store."
+                )
+            with torch.no_grad():
+                parameter.copy_(stored)
+            del store[name]
+
+    def _state_parameters(self) -> None:
+        """Make a param statement of each trained parameter, by which Pyro's optimisers find it."""
+        local = _is_module_local_param_enabled()
+        for name, parameter in self._stored().items():
+            if parameter.requires_grad and not local:
+                pyro.param(name, parameter)
+            elif parameter.requires_grad:
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                effectful(lambda value, **_: value, type="param")(parameter, name=name, constraint=constraints.real)
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Keep the guide's own name inside a list of guides: it is unique, and the place in the list is not."""
         super()._pyro_set_supermodule(self._pyro_name, context)
 
     def __getattr__(self, name: str) -> Any:
-        """Return a module with the store's parameters, since every access to a network passes through here."""
-        if name in self.__dict__.get("_modules", ()) and not self._adopt_stored(name):
-            return self._modules[name]
-        value = super().__getattr__(name)
-        if isinstance(value, nn.Module) and not isinstance(value, PyroModule) and _is_module_local_param_enabled():
-            for parameter in value.parameters():  # SVI asks each parameter for this, and Pyro forgets it in this mode
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        return value
+        """Return a network as it is, without the param statements that Pyro makes at each access."""
+        found = self.__dict__.get("_modules", {}).get(name)
+        return super().__getattr__(name) if found is None or isinstance(found, PyroModule) else found
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._adopt_stored()
