@@ -37,6 +37,7 @@ class Kind(NamedTuple):
 
 ROOTS = (
     "flows.Flow",
+    "guides.GuideFlow",
     "flows.Dequantized",
     "flows.Mixed",
     "guides.AutoFlow",

@@ -74,7 +74,7 @@ def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathL
             f"AutoFlow, an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
         )
     spec = describe(flow_or_guide)
-    parts = kind.arguments(flow_or_guide) if kind.type is not Flow else {"the flow": flow_or_guide}
+    parts = kind.arguments(flow_or_guide) if not issubclass(kind.type, Flow) else {"the flow": flow_or_guide}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             check_comes_back(name, part)
