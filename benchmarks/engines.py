@@ -31,8 +31,8 @@ import torch
 from programs import Program, taken
 
 import pyro_flows as pf
-from pyro_flows.programs.engines import ENGINES
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.programs.program import ENGINES
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DRAWS, REPEATS, SEEDS = 256, 7, 5
@@ -61,7 +61,7 @@ def task_of(program: Program, vectorize: str = "auto") -> Task:
     """Return a task of a program and a new guide, in the program's precision."""
     torch.set_default_dtype(program.dtype)
     guide = pf.AutoFlow(program.model).setup(*program.args, **program.kwargs)
-    return Task(program.model, guide, program.args, program.kwargs, vectorize)
+    return Task(pf.Program(program.model, vectorize=vectorize), guide, program.args, program.kwargs)
 
 
 def timed(task: Task, size: int) -> float:

@@ -40,6 +40,7 @@ from .guides import ensemble as ensemble
 from .guides import posterior_graph as posterior_graph
 from .persistence import load as load
 from .persistence import save as save
+from .programs import Program as Program
 from .programs import Simulations as Simulations
 from .programs import simulate as simulate
 from .training import Fit as Fit

@@ -227,17 +227,6 @@ def as_file(caller: str, argument: str, value: Any) -> Path:
     return Path(value)
 
 
-def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, Any]:
-    """Return a model's keyword arguments, with those of ``model_kwargs``, whose names may clash with the caller's.
-
-    Raises:
-        TypeError: If ``model_kwargs`` is not a mapping.
-    """
-    if model_kwargs is not None:
-        check_kind(caller, Mapping, "a dict of the model's keyword arguments", model_kwargs=model_kwargs)
-    return {**kwargs, **(model_kwargs or {})}
-
-
 def as_shape(caller: str, argument: str, value: object, *, length: int | None = None, words: str = "") -> torch.Size:
     """Return a shape: a sequence of positive integers, or a single one if no ``length`` is given.
 

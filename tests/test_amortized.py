@@ -45,7 +45,7 @@ from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.encoders import Arguments, GRUEncoder, MLPEncoder, SetEncoder
 from pyro_flows.fitting import truncated
-from pyro_flows.programs import Simulations
+from pyro_flows.programs import Program, Simulations
 from pyro_flows.programs.simulator import Simulator
 from pyro_flows.training import Training, loop
 from pyro_flows.transforms import Elementwise, QuantileMap
@@ -286,7 +286,7 @@ def test_arguments_of_every_kind():
     assert high > low + 0.5
 
 
-def test_positional_none_and_model_kwargs():
+def test_positional_none_and_keywords_that_clash():
     def model(x=None, progress=1.0):
         theta = pyro.sample("theta", dist.Normal(0.0, progress))
         pyro.sample("x", dist.Normal(theta[..., None], torch.ones(2)).to_event(1), obs=x)
@@ -296,13 +296,14 @@ def test_positional_none_and_model_kwargs():
             super().__init__()
             self.net = MLPEncoder(2, 2, (4,))
 
-        def forward(self, x, progress):
+        def forward(self, x):
             return self.net(x)
 
-    guide = AutoFlow(model, small, encoder=First())
-    quick(model, guide, None, model_kwargs={"progress": 50.0})
+    program = Program(model, kwargs={"progress": 50.0})
+    guide = AutoFlow(program, small, encoder=First())
+    quick(program, guide, None)
     assert not guide.encoder.net.standardize.is_fresh  # also in nested arguments
-    spread = guide.sample(500, torch.tensor([0.0, 0.0]), 50.0)["theta"].std()
+    spread = guide.sample(500, torch.tensor([0.0, 0.0]))["theta"].std()
     assert spread > 5  # the prior has 50
 
 
@@ -798,8 +799,8 @@ def test_data_that_are_no_tensor_are_refused_with_what_encoders_take(wrong):
 
 def test_rounds_need_simulations_side_by_side():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    with pytest.raises(ValueError, match=r"rounds=2 .*needs another vectorize"):
-        quick(linear, guide, rounds=2, observed={"x": X}, vectorize="loop")
+    with pytest.raises(ValueError, match=r"rounds=2 .*give another vectorize"):
+        quick(Program(linear, vectorize="loop"), guide, rounds=2, observed={"x": X})
 
 
 def test_rounds_need_the_data():

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from pyro_flows import AutoFlow, anneal, check
 from pyro_flows.fitting import Annealed, mode_covering
 from pyro_flows.guides.default_training import Schedule
+from pyro_flows.programs import Program
 from pyro_flows.programs.latent_space import LatentSpace, sound_space
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.annealed_population import ISLANDS, Effort, Population, bridge, moved_on
@@ -592,7 +593,7 @@ def test_arguments_that_clash() -> None:
         x = pyro.sample("x", dist.Normal(num_particles, 1.0))
         pyro.sample("y", dist.Normal(x, noise), obs=y)
 
-    found = found_in(model, torch.tensor(2.0), model_kwargs={"num_particles": torch.tensor(1.0)}, noise=2.0)
+    found = found_in(Program(model, kwargs={"num_particles": torch.tensor(1.0)}), torch.tensor(2.0), noise=2.0)
     exact = float(dist.Normal(1.0, math.sqrt(5)).log_prob(torch.tensor(2.0)))
     assert abs(found.log_evidence - exact) < 5 * found.log_evidence_se
 

@@ -144,8 +144,13 @@ def test_programs_and_their_arguments_are_refused_by_name(fit):
     y = torch.tensor(1.0)
     with pytest.raises(TypeError, match=r"^.*model must be a Pyro program, which can be called, got None\."):
         fit(None, model, y)
-    with pytest.raises(TypeError, match=r"model_kwargs must be a dict of the model's keyword arguments, got 'x'\."):
-        fit(model, guide, y, model_kwargs="x")
+    for name in ("vectorize", "max_plate_nesting"):
+        with pytest.raises(
+            TypeError, match=rf"{name} must be given with the model, .* Give pf.Program\(model, {name}="
+        ):
+            fit(model, guide, y, **{name: "vmap"})
+    with pytest.raises(TypeError, match=r"Give pf.Program\(model, kwargs=\.\.\.\) in place of the model"):
+        fit(model, guide, y, model_kwargs={"x": 1.0})
 
 
 FLOW, CONDITIONAL = (flows.realnvp(3, context, num_transforms=2, hidden_dims=(8,)) for context in (0, 2))

@@ -24,6 +24,7 @@ from models import Y, nested
 from pyro_flows import AutoFlow, arviz_versions, check, flows, psis, resample, to_arviz
 from pyro_flows.diagnostics.importance import reweighted
 from pyro_flows.diagnostics.pareto import smooth
+from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Draws
 from pyro_flows.sampling.annealed_population import systematic
 
@@ -114,7 +115,7 @@ def test_model_without_data():
 
 
 def test_without_vectorize_the_layout_is_the_same(guide, data):
-    single = to_arviz(nested, guide, Y, num_samples=25, vectorize="loop")
+    single = to_arviz(Program(nested, vectorize="loop"), guide, Y, num_samples=25)
     assert set(groups_of(single)) == set(groups_of(data))
     for group in groups_of(single):
         for name, value in single[group].items():
@@ -169,9 +170,9 @@ def test_a_model_that_does_not_broadcast_is_told_how():
         pyro.deterministic("wide", x.sum().expand(3) if x.dim() == 0 else x.reshape(-1)[:7])
 
     with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize"):
-        to_arviz(model, gaussian(0.9), num_samples=30, vectorize="plate")
+        to_arviz(Program(model, vectorize="plate"), gaussian(0.9), num_samples=30)
     for engine in ("auto", "vmap", "loop"):
-        found = to_arviz(model, gaussian(0.9), num_samples=30, vectorize=engine).posterior
+        found = to_arviz(Program(model, vectorize=engine), gaussian(0.9), num_samples=30).posterior
         assert found["wide"].shape == (1, 30, 3)
         assert (found["wide"].values == found["x"].values[..., None]).all()
 
@@ -305,13 +306,12 @@ def growth(y: torch.Tensor, z: torch.Tensor) -> None:
 def test_predictions_follow_the_model(number, vectorize):
     """With the guide x ~ N(4.5, 1/4), predictions are y = x + e and z = 2 y + e / 2, for all data."""
     data = to_arviz(
-        growth,
+        Program(growth, vectorize=vectorize),
         exact(4.0, 4.5),
         torch.tensor([5.0, 6.0, 7.0]),
         torch.full((3, 2), -20.0),
         num_samples=number,
         posterior_predictive=True,
-        vectorize=vectorize,
     )
     predicted = data.posterior_predictive
     assert set(predicted.data_vars) == {"y", "z"}
@@ -396,7 +396,7 @@ def test_resampled_sites_keep_together(guide):
 
 def test_as_many_are_weighed_as_are_kept():
     assert resample(target, gaussian(1.1), num_samples=60, num_weighed=25)["x"].unique().numel() > 30
-    assert resample(target, gaussian(1.1), num_samples=1, num_weighed=100, vectorize="loop")["x"].shape == (1,)
+    assert resample(Program(target, vectorize="loop"), gaussian(1.1), num_samples=1, num_weighed=100)["x"].shape == (1,)
 
 
 def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):

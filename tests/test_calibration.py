@@ -28,6 +28,7 @@ from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.diagnostics.calibration import uniformity
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.programs import Program
 from pyro_flows.transforms import Elementwise
 
 run = functools.partial(calibrate, num_simulations=1000, num_samples=100)
@@ -207,12 +208,12 @@ def test_a_function_that_fits_each_data_set():
 
 
 def test_one_by_one():
-    found = calibrate(model, by_hand(), num_simulations=100, num_samples=40, vectorize="loop")
+    found = calibrate(Program(model, vectorize="loop"), by_hand(), num_simulations=100, num_samples=40)
     assert min(found.sbc_p, found.coverage_p, found.tarp_p) > 1e-4
 
 
-def test_model_kwargs_reach_the_model():
-    found = run(model, by_hand(), num_simulations=300, model_kwargs={"scale": 10.0})
+def test_keyword_arguments_reach_the_model():
+    found = run(model, by_hand(), num_simulations=300, scale=10.0)
     assert found.sbc_p < 1e-6  # the guide is exact for scale 1
 
 

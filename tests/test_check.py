@@ -32,6 +32,7 @@ from pyro_flows.diagnostics.findings import judge, worst
 from pyro_flows.diagnostics.marginal_errors import Shape
 from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.spreads import SpreadMeter
+from pyro_flows.programs import Program
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White
 
@@ -483,7 +484,8 @@ def test_keywords_that_clash():
     def model(num_samples: Tensor) -> None:
         pyro.sample("x", dist.Normal(num_samples, 1.0))
 
-    assert check(model, model, model_kwargs={"num_samples": torch.tensor(2.0)}).trusted
+    program = Program(model, kwargs={"num_samples": torch.tensor(2.0)})
+    assert check(program, program).trusted
 
 
 def test_a_picture_of_it():
@@ -642,7 +644,7 @@ def test_a_deterministic_site_of_a_model_that_breaks_down_does_no_harm():
     def guide() -> None:
         pyro.sample("scale", dist.Normal(0.8, 0.4))
 
-    found = check(model, guide, num_samples=300, num_chains=16, vectorize="plate")
+    found = check(Program(model, vectorize="plate"), guide, num_samples=300, num_chains=16)
     assert found.names == ["scale", "square"]
     assert found.verdict != "trust"
 

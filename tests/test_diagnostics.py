@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoDelta
 
 from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
 from pyro_flows.diagnostics.importance import weigh
+from pyro_flows.programs import Program
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -111,7 +112,7 @@ def guide():
 def test_vectorized_draws_have_the_law_of_single_ones(guide):
     """Log-weights of both kinds have the same mean, within four standard errors, and the same sd."""
     many = psis(nested, guide, Y, num_samples=2000).log_weights.double()
-    few = psis(nested, guide, Y, num_samples=300, vectorize="loop").log_weights.double()
+    few = psis(Program(nested, vectorize="loop"), guide, Y, num_samples=300).log_weights.double()
     assert few.shape == (300,)
     assert abs(many.mean() - few.mean()) < 4 * (many.var() / 2000 + few.var() / 300).sqrt()
     assert 0.7 < few.std() / many.std() < 1.4
@@ -142,24 +143,16 @@ def test_batch_size_changes_no_shapes(guide, batch_size):
 
 
 def test_model_keyword_arguments(guide):
-    """Keyword arguments are passed directly, or by ``model_kwargs`` if names clash."""
+    """Keyword arguments are passed directly, or by a ``Program`` if names clash."""
 
     def clashing(y, num_samples=None):
         nested(y, noise=num_samples)
 
-    straight, clash = [], []
-    for name, kept in (("noise", straight), ("num_samples", clash)):
-        pyro.set_rng_seed(1)
-        if name == "noise":
-            kept.append(psis(nested, guide, Y, num_samples=30, noise=3.0))
-        else:
-            kept.append(psis(clashing, guide_of(guide), Y, num_samples=30, model_kwargs={"num_samples": 3.0}))
-    torch.testing.assert_close(straight[0].log_weights, clash[0].log_weights)
-
-
-def guide_of(guide):
-    """Return a guide that accepts any keyword."""
-    return lambda y, **_: guide(y)
+    pyro.set_rng_seed(1)
+    straight = psis(nested, guide, Y, num_samples=30, noise=3.0)
+    pyro.set_rng_seed(1)
+    clash = psis(Program(clashing, kwargs={"num_samples": 3.0}), guide, Y, num_samples=30)
+    torch.testing.assert_close(straight.log_weights, clash.log_weights)
 
 
 def test_leaves_no_trace_in_an_outer_handler():
@@ -240,9 +233,9 @@ def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
         pyro.sample("x", dist.Normal(0.5, 0.7).expand([2]).to_event(1))
 
     with pytest.raises(ValueError, match=r"^the model.s log-density at site .* for one draw, but .* vectorised"):
-        psis(model, guide, num_samples=100, vectorize="plate")
+        psis(Program(model, vectorize="plate"), guide, num_samples=100)
     for engine in ("auto", "vmap", "loop"):
-        found = psis(model, guide, num_samples=2000, vectorize=engine)
+        found = psis(Program(model, vectorize=engine), guide, num_samples=2000)
         # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
         assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
 
@@ -261,7 +254,7 @@ def test_a_model_that_does_not_broadcast_has_the_weights_of_one_that_does():
 
     def weights(product, **settings):
         pyro.set_rng_seed(0)
-        return psis(model, guide, product, num_samples=30, **settings).log_weights
+        return psis(Program(model, **settings), guide, product, num_samples=30).log_weights
 
     with pytest.raises(
         ValueError, match=r"does not run vectorised over draws.*with \(x \* w\).sum\(-1\) in place of x @ w"

@@ -187,9 +187,9 @@ def test_refused_models_run_by_vmap_and_have_the_density_of_their_twins(name):
     task = Task(model, guide, (X, Y), {}).settle()
     assert (task.model.engine, task.guide.engine) == ("vmap", "plate")
     draws = task.draw(40)
-    broadcast = Task(twin, guide, (X, Y), {}, "plate").settle()
+    broadcast = Task(pf.Program(twin, vectorize="plate"), guide, (X, Y), {}).settle()
     torch.testing.assert_close(draws.log_p, broadcast.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
-    one_by_one = Task(model, guide, (X, Y), {}, "loop").settle()
+    one_by_one = Task(pf.Program(model, vectorize="loop"), guide, (X, Y), {}).settle()
     torch.testing.assert_close(draws.log_p, one_by_one.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
 
 
@@ -313,7 +313,7 @@ def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_oth
     with pytest.raises(
         ValueError, match=r"log-density at site 'penalty' \(test_engines.*`\) is .* for one draw.*\. Let"
     ):
-        Task(summing, guide, (Y[0],), {}, "plate").settle()
+        Task(pf.Program(summing, vectorize="plate"), guide, (Y[0],), {}).settle()
 
 
 def test_the_warning_of_the_loop_quotes_the_line_of_a_density_that_differs():
@@ -365,19 +365,19 @@ def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
 def test_an_engine_can_be_insisted_on(vectorize):
     guide = AutoNormal(matmul_twin)
     guide(X, Y)
-    assert Task(matmul_twin, guide, (X, Y), {}, vectorize).settle().model.engine == vectorize
+    program = pf.Program(matmul_twin, vectorize=vectorize)
+    assert Task(program, guide, (X, Y), {}).settle().model.engine == vectorize
     for verb in (pf.psis, pf.check):
-        verb(matmul_twin, guide, X, Y, num_samples=100, vectorize=vectorize)
+        verb(program, guide, X, Y, num_samples=100)
 
 
 def test_bad_engines_are_refused_by_name():
     guide = AutoFlow(matmul)
     pf.fit_svi(matmul, guide, X, Y, **QUICK)
-    for verb in (pf.psis, pf.check, pf.refine, pf.to_arviz, pf.resample, pf.fit_svi):
-        with pytest.raises(ValueError, match=r'vectorize must be "auto", .*got True. Leave it out'):
-            verb(matmul, guide, X, Y, vectorize=True)
+    with pytest.raises(ValueError, match=r"Program: vectorize must be 'auto' or .*got True\."):
+        pf.Program(matmul, vectorize=True)
     with pytest.raises(ValueError, match=r"the model does not run vectorised over draws: .*x @ w"):
-        pf.psis(matmul, guide, X, Y, vectorize="plate")
+        pf.psis(pf.Program(matmul, vectorize="plate"), guide, X, Y)
 
 
 def test_the_choice_takes_few_runs_of_the_model():
@@ -455,7 +455,7 @@ def test_the_engine_of_hidden_markov_models_is_vmap():
     guide = AutoFlow(model).setup(data)
     found = {}
     for engine in ("vmap", "loop"):
-        task = Task(model, guide, (data,), {}, engine).settle()
+        task = Task(pf.Program(model, vectorize=engine), guide, (data,), {}).settle()
         p = torch.tensor([0.2, 0.7, 0.9], requires_grad=True)
         log_p = task.model.log_prob({"p": p}, 3)
         found[engine] = log_p.detach(), torch.autograd.grad(log_p.sum(), p)[0]
@@ -578,7 +578,7 @@ def test_a_parameter_of_the_first_run_alone_hides_no_noise(engine):
     model = Remembering()
     guide = AutoFlow(Remembering()).setup(Y)
     with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y'"):
-        pf.psis(model, guide, Y, vectorize=engine)
+        pf.psis(pf.Program(model, vectorize=engine), guide, Y)
 
 
 def mixing(y):
@@ -635,7 +635,8 @@ def pinning_twin(y=None, matmul=False):
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
 def test_a_write_into_a_sampled_value_changes_no_draw_and_no_prior(engine):
     guide = AutoFlow(pinning).setup(Y, True)
-    spaces = [LatentSpace(Task(model, guide, (Y, True), {}, engine)) for model in (pinning, pinning_twin)]
+    programs = (pf.Program(model, vectorize=engine) for model in (pinning, pinning_twin))
+    spaces = [LatentSpace(Task(program, guide, (Y, True), {})) for program in programs]
     z = torch.randn(5, 4)
     before = z.clone()
     one, twin = (space.log_p(z) for space in spaces)
@@ -667,9 +668,10 @@ def test_guides_hand_out_values_that_may_be_written_to(make):
 
 @pytest.mark.parametrize("vectorize", ["auto", "plate", "vmap", "loop"])
 def test_fits_and_simulations_of_a_model_that_writes_into_its_latents(vectorize):
-    fit = pf.fit_svi(pinning, AutoFlow(pinning), Y, vectorize=vectorize, warm_start=False, **QUICK)
+    program = pf.Program(pinning, vectorize=vectorize)
+    fit = pf.fit_svi(program, AutoFlow(pinning), Y, warm_start=False, **QUICK)
     assert fit.losses.isfinite().all()
-    found = pf.simulate(pinning, num_simulations=50, vectorize=vectorize)
+    found = pf.simulate(program, num_simulations=50)
     assert 0.6 < found.latents["effects"][:, 0].std() < 1.4  # the standard error is 0.1
 
 

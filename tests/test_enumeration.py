@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import PathELBO
+from pyro_flows.programs import Program
 from pyro_flows.programs.enumeration import Parallel
 from pyro_flows.programs.model_and_guide import Task
 
@@ -89,7 +90,7 @@ def smoothed(latents: dict[str, Tensor], data: Tensor) -> Tensor:
 @ENGINES
 def test_a_mixture_has_the_density_of_the_sum_by_hand(engine):
     guide = AutoFlow(mixture, init_scale=0.5).setup(DATA)
-    task = Task(mixture, guide, (DATA,), {}, engine).settle()
+    task = Task(Program(mixture, vectorize=engine), guide, (DATA,), {}).settle()
     assert task.model.enumerated == ("assignment",)
     draws = task.draw(20)
     wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle().model.log_prob(draws.latents, 20)
@@ -106,7 +107,7 @@ def test_long_chains_are_summed_at_all_values_at_once():
 @ENGINES
 def test_a_hidden_markov_model_has_the_density_of_the_forward_recursion(engine):
     guide = AutoFlow(hidden_markov, init_scale=0.3).setup(DATA)
-    task = Task(hidden_markov, guide, (DATA,), {}, engine).settle()
+    task = Task(Program(hidden_markov, vectorize=engine), guide, (DATA,), {}).settle()
     draws = task.draw(6)
     for row in range(6):
         latents = {name: value[row] for name, value in draws.latents.items()}

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
 from pyro_flows.objectives import TemperedELBO
+from pyro_flows.programs import Program
 from pyro_flows.training import loop
 from pyro_flows.training.best_state import Best
 from pyro_flows.training.checkpoint import Checkpoint
@@ -174,7 +175,8 @@ def test_keyword_arguments_reach_the_model():
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    fit = quick(model, AutoFlow(model, small), Y, scale=2.0, model_kwargs={"steps": "the model's own"})
+    program = Program(model, kwargs={"steps": "the model's own"})
+    fit = quick(program, AutoFlow(program, small), Y, scale=2.0)
     assert fit.steps == 5
     assert set(seen) == {(2.0, "the model's own")}
 

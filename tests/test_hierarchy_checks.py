@@ -149,7 +149,7 @@ def test_other_numbers_of_rows_are_arguments_of_the_model():
 
 
 def test_candidates_have_numbers_of_one_row():
-    how = {"num_simulations": 1000, "number": 50, "num_samples": 20, "vectorize": "auto"}
+    how = {"num_simulations": 1000, "number": 50, "num_samples": 20}
     found = neighbours_of(exact(), Simulator("test", hierarchy, (), {}), {"y": hierarchy()[None]}, **how)
     assert found.names == ["mu", "theta[row]"]
     assert found.latents.shape == found.numbers.shape == found.base.shape == (50, 21, 2)

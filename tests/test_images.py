@@ -32,6 +32,7 @@ from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
+from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.training import Training
 from pyro_flows.transforms import (
@@ -868,7 +869,7 @@ def test_an_estimated_density_may_run_side_by_side() -> None:
         torch.manual_seed(seed)
         assert Task(model, guide, (x,), {}).settle().model.engine == "plate"
     with pytest.raises(ValueError, match="vectorised over draws"):
-        Task(faulty, guide, (x,), {}, "plate").settle()
+        Task(Program(faulty, vectorize="plate"), guide, (x,), {}).settle()
 
 
 @pytest.mark.slow

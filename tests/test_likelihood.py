@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import AutoPlateFlow, fit_svi, flows, importance_log_likelihood
+from pyro_flows.programs import Program
 
 X = torch.tensor([[0.5, 1.0, 2.0], [-1.0, 0.3, -0.2], [3.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
 
@@ -160,7 +161,7 @@ def test_seeds_repeat_and_gradients_are_off():
     assert not found[0].requires_grad
 
 
-def test_deterministic_sites_and_model_kwargs():
+def test_deterministic_sites_and_keywords_that_clash():
     def program(x, *, num_samples):
         pyro.deterministic("outside", torch.tensor(2.0))
         with pyro.plate("row", len(x)):
@@ -168,10 +169,7 @@ def test_deterministic_sites_and_model_kwargs():
             pyro.deterministic("double", 2 * z)
             pyro.sample("x", dist.Normal(z[..., None], torch.ones(num_samples)).to_event(1), obs=x)
 
-    def guide(x, *, num_samples):
-        guide_of()(x)
-
-    found = score(program, guide, X, num_samples=5, model_kwargs={"num_samples": 3})
+    found = score(Program(program, kwargs={"num_samples": 3}), guide_of(), X, num_samples=5)
     torch.testing.assert_close(found, exact(X), rtol=1e-5, atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from pyro_flows.diagnostics import LocalC2ST
 from pyro_flows.diagnostics.largest_statistic import p_value, scaled
 from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.programs import Program
 from pyro_flows.programs.simulator import Simulator
 
 X = torch.tensor([1.0, -0.5])
@@ -149,7 +150,7 @@ def test_local_errors_at_any_observation_are_found():
 @torch.no_grad()
 def nearby(model, guide, x, number=400):
     simulator = Simulator("test", model, (), {})
-    how = {"num_simulations": 4000, "number": number, "num_samples": 40, "vectorize": "auto"}
+    how = {"num_simulations": 4000, "number": number, "num_samples": 40}
     return neighbours_of(guide, simulator, {"x": x.unsqueeze(0)}, **how)
 
 
@@ -215,12 +216,14 @@ def test_bounds_plates_and_angles():
 
 @pytest.mark.slow
 def test_one_by_one():
-    found = run(posterior(), num_simulations=1000, vectorize="loop", num_null=100)
+    found = local_c2st(
+        Program(conjugate, vectorize="loop"), posterior(), observed={"x": X}, num_simulations=1000, num_null=100
+    )
     assert found.p_value > 1e-2 / 2
 
 
-def test_model_kwargs_reach_the_model():
-    assert not run(posterior(), model_kwargs={"noise": 2.0}).passed  # the guide is exact for noise 0.5
+def test_keyword_arguments_reach_the_model():
+    assert not run(posterior(), noise=2.0).passed  # the guide is exact for noise 0.5
 
 
 def test_statistics_are_scaled():

@@ -17,6 +17,7 @@ from pyro_flows import AutoFlow, fit_amortized, misspecification, plots
 from pyro_flows.diagnostics.predictive_statistics import Predictive
 from pyro_flows.encoders import MLPEncoder, SetEncoder
 from pyro_flows.flows import realnvp
+from pyro_flows.programs import Program
 
 INPUTS = torch.linspace(-1, 1, 20)
 
@@ -178,15 +179,16 @@ def test_residuals_are_standardised_by_replicates():
     assert (others.std(0) - 1).abs().max() < 1e-5
 
 
-def test_model_kwargs_reach_the_model():
+def test_keyword_arguments_reach_the_model():
     assert not run(observed={"x": data("noisy")}).passed
     loud = gaussian(line, on_the_line)
-    assert misspecification(line, loud, observed={"x": data("noisy")}, model_kwargs={"noise": 1.2}).p_value > 1e-3
+    assert misspecification(line, loud, observed={"x": data("noisy")}, noise=1.2).p_value > 1e-3
 
 
 def test_one_by_one():
-    how = {"num_simulations": 99, "num_samples": 10, "vectorize": "loop"}
-    assert misspecification(conjugate, posterior(), observed={"x": conjugate()}, **how).p_value >= 0.01
+    how = {"num_simulations": 99, "num_samples": 10}
+    program = Program(conjugate, vectorize="loop")
+    assert misspecification(program, posterior(), observed={"x": conjugate()}, **how).p_value >= 0.01
 
 
 def test_plot():

@@ -29,7 +29,7 @@ from pyro_flows.objectives import (
     RenyiELBO,
     TemperedELBO,
 )
-from pyro_flows.programs.program import TOTAL
+from pyro_flows.programs.runner import TOTAL
 
 Y = torch.tensor([1.0, 2.5, 4.0])
 

@@ -33,6 +33,7 @@ from pyro_flows.encoders import Arguments, MLPEncoder, Standardize
 from pyro_flows.guides.blocks import Drawn
 from pyro_flows.guides.frame import Frame
 from pyro_flows.objectives import PathELBO
+from pyro_flows.programs import Program
 from pyro_flows.programs.plate_minibatches import Shuffled
 from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, Elementwise, FixedAffine
@@ -256,7 +257,7 @@ def test_three_ways_to_the_same_elbo(case, amortised):
     guide, y = build(case, amortised), data()
     with torch.no_grad():
         wide = psis(case.model, guide, y, num_samples=1000).log_weights.double()
-        alone = psis(case.model, guide, y, num_samples=60, vectorize="loop").log_weights.double()
+        alone = psis(Program(case.model, vectorize="loop"), guide, y, num_samples=60).log_weights.double()
         draws = guide.sample(60, y)
         log_q = guide.log_prob(draws, y)
         own = []

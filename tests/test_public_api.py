@@ -31,8 +31,8 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Psis Simulations Spike anneal "
-    "bits_per_dim calibrate check dequantize encoders ensemble find_spikes fit_amortized fit_density "
+    pyro_flows: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Program Psis Simulations Spike "
+    "anneal bits_per_dim calibrate check dequantize encoders ensemble find_spikes fit_amortized fit_density "
     "fit_likelihood fit_svi flows importance_log_likelihood load local_c2st misspecification neutra ode_report "
     "plots posterior posterior_graph psis refine resample round_off sample save save_images simulate to_arviz",
     answers: "Posterior Step posterior",
@@ -65,7 +65,7 @@ NAMES = {
     fitting: "Annealed Mode anneal fit_amortized fit_density fit_likelihood fit_svi sample",
     sampling: "Samples",
     persistence: "load save",
-    programs: "Simulations simulate",
+    programs: "Program Simulations simulate",
 }
 MODULE = type(pyro_flows)
 

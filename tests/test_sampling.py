@@ -346,7 +346,7 @@ def test_deterministic_sites_must_converge_too():
 
 @pytest.mark.slow
 def test_models_that_run_one_draw_at_a_time():
-    found = pf.sample(conjugate, wrong, progress=False, vectorize="loop", num_draws=100)
+    found = pf.sample(pf.Program(conjugate, vectorize="loop"), wrong, progress=False, num_draws=100)
     assert found.draws["x"].shape[0] == 16
     assert found.converged
     assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(100)

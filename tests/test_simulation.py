@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, fit_amortized, simulate
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.programs import Simulations
+from pyro_flows.programs import Program, Simulations
 from pyro_flows.programs.simulator import Simulator
 
 
@@ -37,8 +37,8 @@ def plates(x=None, size=4):
             pyro.sample("x", dist.Normal(leaf.log() + pair[..., 0], 1.0), obs=x)
 
 
-def simulator(model, *args, **kwargs) -> Simulator:
-    return Simulator("caller", model, args, kwargs)
+def simulator(model, *args, vectorize="auto", **kwargs) -> Simulator:
+    return Simulator("caller", Program(model, vectorize=vectorize), args, kwargs)
 
 
 def flat(found: Simulations) -> Tensor:
@@ -50,7 +50,7 @@ def flat(found: Simulations) -> Tensor:
 def test_side_by_side_is_one_by_one(model):
     """Means, variances and covariances agree within the standard errors of both."""
     wide = flat(simulator(model).draw(6000))
-    alone = flat(simulator(model).draw(400, vectorize="loop"))
+    alone = flat(simulator(model, vectorize="loop").draw(400))
     assert wide.shape[1] == alone.shape[1]
     moments = []
     for draws in (wide, alone):
@@ -64,7 +64,7 @@ def test_side_by_side_is_one_by_one(model):
 
 def test_shapes_are_those_of_the_sites():
     for vectorize in ("plate", "vmap", "loop"):
-        found = simulator(plates, size=3).draw(5, vectorize=vectorize)
+        found = simulator(plates, size=3, vectorize=vectorize).draw(5)
         shapes = {name: tuple(value.shape) for name, value in found.latents.items()}
         assert shapes == {"top": (5,), "middle": (5, 2, 1), "leaf": (5, 2, 3), "pair": (5, 2, 3, 3)}
         assert {name: tuple(value.shape) for name, value in found.data.items()} == {"x": (5, 2, 3)}
@@ -92,7 +92,7 @@ def test_moments_of_a_linear_model():
 def test_given_latents_are_held():
     theta = torch.linspace(-20, 20, 50)
     for vectorize in ("plate", "vmap", "loop"):
-        found = simulator(linear).draw(50, {"theta": theta}, batch_size=20, vectorize=vectorize)
+        found = simulator(linear, vectorize=vectorize).draw(50, {"theta": theta}, batch_size=20)
         assert torch.equal(found.latents["theta"], theta)
         assert (found.data["x"] - theta[:, None]).abs().max() < 0.5 * 6
     held = torch.randn(4, 2, 1) * 10
@@ -121,10 +121,10 @@ def test_take_and_join():
 
 def test_simulate():
     pyro.set_rng_seed(1)
-    found = simulate(plates, num_simulations=7, batch_size=3, model_kwargs={"size": 3})
+    found = simulate(plates, num_simulations=7, batch_size=3, size=3)
     pyro.set_rng_seed(1)
     assert torch.equal(flat(found), flat(simulator(plates, size=3).draw(7, batch_size=3)))
-    assert len(simulate(plates, num_simulations=4, vectorize="loop")) == 4
+    assert len(simulate(Program(plates, vectorize="loop"), num_simulations=4)) == 4
     for name in ("num_simulations", "batch_size"):
         with pytest.raises(ValueError, match=f"simulate: {name} must be an integer of at least 1"):
             simulate(plates, **{name: 0})
@@ -210,7 +210,7 @@ def refused(model, words, *args, **kwargs):
 
 def refused_under_a_plate(model, words):
     with pytest.raises(ValueError, match=rf"^the model{words}.*vectorize"):
-        simulator(model).draw(5, vectorize="plate")
+        simulator(model, vectorize="plate").draw(5)
 
 
 def many(model, number=400) -> Simulations:
@@ -274,7 +274,7 @@ def inside(x=None):
 
 def test_noise_from_outside_of_sample_statements_is_another_for_each_draw():
     refused_under_a_plate(outside, " draws noise for site 'x' outside of sample statements, the same for all draws")
-    looped = simulator(outside).draw(300, vectorize="loop")
+    looped = simulator(outside, vectorize="loop").draw(300)
     for found in (many(outside), looped, simulator(inside).draw(300)):
         is_standard_normal(found.data["x"] - found.latents["theta"][:, None])
 
@@ -296,15 +296,15 @@ def test_a_model_that_does_not_broadcast_is_simulated_as_one_by_one():
         pyro.sample("x", dist.Normal(weights @ theta, 1.0).to_event(1), obs=x)
 
     refused_under_a_plate(model, " does not run vectorised over draws: .*weights @ theta")
-    for found in (many(model), simulator(model).draw(300, vectorize="loop")):
+    for found in (many(model), simulator(model, vectorize="loop").draw(300)):
         is_standard_normal(found.data["x"] - found.latents["theta"] @ weights.T)
 
     guide = AutoFlow(model, encoder=MLPEncoder(3, 2, (4,)))
     brief = {"num_simulations": 40, "max_epochs": 1, "progress": False}
     with pytest.raises(ValueError, match=r"does not run vectorised over draws.*vectorize"):
-        fit_amortized(model, guide, vectorize="plate", **brief)
+        fit_amortized(Program(model, vectorize="plate"), guide, **brief)
     for engine in ("auto", "vmap", "loop"):
-        assert fit_amortized(model, guide, vectorize=engine, **brief).losses.isfinite().all()
+        assert fit_amortized(Program(model, vectorize=engine), guide, **brief).losses.isfinite().all()
 
 
 def test_as_many_numbers_as_draws_do_not_pass_for_them():

@@ -16,8 +16,9 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
+from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Task
-from pyro_flows.programs.program import Program
+from pyro_flows.programs.runner import Runner
 from pyro_flows.programs.traces import trace_of
 from pyro_flows.programs.vmap_rules import is_refusal
 
@@ -247,7 +248,7 @@ def value_of(name, t):
 
 def program_of(model):
     with pyro.validation_enabled(False):
-        return Program(model, (), {}, trace_of(model, (), {}), 0)
+        return Runner(model, (), {}, trace_of(model, (), {}), 0)
 
 
 def densities(program, held, *, gradient):
@@ -422,7 +423,7 @@ def test_draws_that_vmap_refuses_later_run_alone():
         x = pyro.sample("x", dist.Normal(2.0, 1.0))
         pyro.factor("stable", dist.StableWithLogProb(torch.tensor(1.5), torch.tensor(0.0)).log_prob(x))
 
-    task = Task(model, AutoFlow(model).setup(), (), {}, "vmap").settle()
+    task = Task(Program(model, vectorize="vmap"), AutoFlow(model).setup(), (), {}).settle()
     near = {"x": torch.tensor([0.0, 1.0, 2.0])}
     found = task.model.log_prob(near, 3)
     torch.testing.assert_close(found, task.model.with_(engine="loop").log_prob(near, 3))
@@ -435,7 +436,7 @@ def test_a_branch_of_a_users_is_refused_even_where_draws_agree():
         pyro.sample("y", dist.Normal(x if x > -1 else -x, 1.0), obs=torch.tensor(0.3))
 
     with pytest.raises(ValueError, match=r"`pyro.sample\(\"y\".*: RuntimeError: vmap: "):
-        Task(model, AutoFlow(model).setup(), (), {}, "vmap").settle()
+        Task(Program(model, vectorize="vmap"), AutoFlow(model).setup(), (), {}).settle()
 
 
 class Kernel(nn.Module):

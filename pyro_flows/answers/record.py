@@ -129,7 +129,7 @@ class Posterior:
         if self.question is None:
             raise ValueError("to_arviz: a loaded answer has no model.")
         model, args, kwargs = self.question
-        return to_arviz(model, self._as_chains(), *args, model_kwargs=kwargs, **settings)
+        return to_arviz(model, self._as_chains(), *args, **settings, **kwargs)
 
     def _as_chains(self) -> Samples:
         """Return the chains, or the draws as one chain."""

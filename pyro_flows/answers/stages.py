@@ -101,7 +101,7 @@ class Stages:
         with self.step("fit") as said:
             words = "trained before"
             if getattr(guide, "is_fresh", True):
-                fit = fit_svi(model, guide, *args, progress=self.progress, model_kwargs=kwargs)
+                fit = fit_svi(model, guide, *args, progress=self.progress, **kwargs)
                 words = f"loss {fit.best_loss:.3f} after {fit.steps} steps ({fit.stopped})"
             said[1] = f"{type(guide).__name__}, {words}"
             self.judged.append(Judged(guide, None))
@@ -112,7 +112,7 @@ class Stages:
         """Check the latest guide, and compare its evidence with that of earlier ones."""
         (model, args, kwargs), guide = self.question, self.judged[-1].guide
         with self.step("check") as said:
-            found = self._compared(check(model, guide, *args, model_kwargs=kwargs))
+            found = self._compared(check(model, guide, *args, **kwargs))
             self.judged[-1] = Judged(guide, found)
             said[:] = found.verdict, found.reason
 
@@ -122,7 +122,7 @@ class Stages:
         Some start where checks have found mass that guides lack.  If these do not mix with the others, R-hat is large.
         """
         with self.step("chains") as said, validation_enabled(False):
-            space = space_of(self.best.guide, self._task(self.best.guide), "auto")
+            space = space_of(self.best.guide, self._task(self.best.guide))
             others = torch.cat(lost) if (lost := self._lost()) else None
             goal = Goal(max(LEAST, self.num_draws), SWEEPS)
             self.chains = exact(space, goal, None, progress=self.progress, others=others)
@@ -138,7 +138,7 @@ class Stages:
 
     def _fit_again(self, guide: AutoFlow, **settings: Any) -> Fit:
         model, args, kwargs = self.question
-        return fit_svi(model, guide, *args, progress=self.progress, model_kwargs=kwargs, **settings)
+        return fit_svi(model, guide, *args, progress=self.progress, **settings, **kwargs)
 
     def _task(self, guide: Any) -> Task:
         return Task(self.question.model, guide, self.question.args, self.question.kwargs)

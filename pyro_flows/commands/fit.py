@@ -20,6 +20,7 @@ from ..diagnostics import check
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..programs import Program
 from ..programs.masks import is_observation
 from ..programs.model_and_guide import Task
 from . import RECIPES, Refused
@@ -56,22 +57,21 @@ def run(wish: Namespace) -> bool:
         data = read_data(wish.data)  # first, since the model's file may change the working directory
         model = load_model(wish.model)
         check_arguments(model, list(data.values))
-        guide, observed, arguments = _set_up(model, RECIPES.get(wish.flow), data, file)
+        model, guide, observed = _set_up(model, RECIPES.get(wish.flow), data, file)
         if not observed:
             print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
         outputs.check_writable()
         asked = stack.enter_context(outputs.hold_ctrl_c())
         try:
-            fit = fit_svi(model, guide, model_kwargs=arguments, steps=wish.steps, progress=not wish.quiet)
+            fit = fit_svi(model, guide, steps=wish.steps, progress=not wish.quiet)
             outputs.settle(fit)
-            checked = check(model, guide, model_kwargs=arguments)
+            checked = check(model, guide)
             container = container_of(
                 model,
                 guide,
                 num_samples=DRAWS,
                 importance=checked.verdict == "reweight",
                 log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
-                model_kwargs=arguments,
             )
         except (Exception, SystemExit) as error:
             if isinstance(error, ValueError | TypeError | FloatingPointError | SystemExit) or line_of(error, file):
@@ -85,15 +85,16 @@ def run(wish: Namespace) -> bool:
 
 def _set_up(
     model: Callable[..., Any], recipe: Callable[[int], Flow] | None, data: Data, file: Path
-) -> tuple[AutoFlow, list[Tensor], dict[str, Any]]:
-    """Return a guide for the model, the observations, and the first reading of the data with which the model runs."""
+) -> tuple[Program, AutoFlow, list[Tensor]]:
+    """Return the model with the first reading of the data with which it runs, a guide for it, and the observations."""
     first: BaseException | None = None
     for arguments in data.readings():
         pyro.clear_param_store()
-        guide = AutoFlow(model, recipe)
+        program = Program(model, kwargs=arguments)
+        guide = AutoFlow(program, recipe)
         try:
-            guide.setup(**arguments)
-            return guide, _observed(Task(model, guide, (), arguments).check(whole=False).traces[0]), arguments
+            guide.setup()
+            return program, guide, _observed(Task(program, guide, (), {}).check(whole=False).traces[0])
         except (Exception, SystemExit) as error:
             # AutoFlow's words on missing arguments are for its callers.
             bare = error.__cause__ if isinstance(error, TypeError) and not arguments else None

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import torch
 
-from ..arguments import check_flags, check_integers, joined
+from ..arguments import check_flags, check_integers
 from ..arviz_versions import Groups, Variable, container
 from ..programs.engines import Site, Values, in_batches, row_log_prob
 from ..programs.model_and_guide import Task, warn_untrained
@@ -30,9 +30,6 @@ def to_arviz(
     posterior_predictive: bool = False,
     log_likelihood: bool = True,
     batch_size: int = 1000,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Return draws in ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
@@ -67,11 +64,7 @@ def to_arviz(
             site then use its new value.
         log_likelihood: Whether to include the log-likelihood of each observation, in nats.
         batch_size: The number of draws that run at once.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         ArviZ's container; ``.to_netcdf(path)`` writes it to a file.
@@ -96,11 +89,10 @@ def to_arviz(
     check_integers("to_arviz", WEIGHING.least, num_samples=num_samples)
     check_integers("to_arviz", WEIGHING.least, optional=True, num_weighed=num_weighed)
     check_flags("to_arviz", importance=importance)
-    kwargs = joined("to_arviz", kwargs, model_kwargs)
     chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
     if chains and importance:
         raise ValueError("to_arviz: importance must be False for draws of pf.sample, got True. They need no weights.")
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         task.check(whole=False)
     if chains:

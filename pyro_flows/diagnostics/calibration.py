@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..arguments import check_integers, joined
+from ..arguments import check_integers
 from ..encoders.training_record import unjudged
 from ..guides.of_datasets import OfDatasets
 from ..programs.plate_nesting import runs_programs
@@ -114,9 +114,6 @@ def calibrate(
     *args: Any,
     num_simulations: int = 1000,
     num_samples: int = 500,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Calibration:
     """Test the calibration of an amortised guide on new simulations of the model.
@@ -141,11 +138,7 @@ def calibrate(
         *args: The model's arguments without the data.
         num_simulations: The number M of datasets, at least 20.
         num_samples: The number of draws per dataset, at least 20.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Calibration`.
@@ -169,13 +162,12 @@ def calibrate(
         >>> calibrate(model, guide, num_simulations=200, num_samples=50).ranks.shape
         torch.Size([200, 2])
     """
-    kwargs = joined("calibrate", kwargs, model_kwargs)
     check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
     amortised = hasattr(guide, "is_amortised") or isinstance(guide, torch.nn.Module) or not callable(guide)
     if amortised:
         check_amortised("calibrate", guide, ", or a function that fits a guide to a dataset")
     simulator = Simulator("calibrate", model, args, kwargs)
-    known = simulator.draw(num_simulations, vectorize=vectorize)
+    known = simulator.draw(num_simulations)
     size = max(1, 100_000 // num_samples) if amortised else 1
     parts = []
     for start in range(0, num_simulations, size):

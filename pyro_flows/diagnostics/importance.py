@@ -23,7 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .. import plots
-from ..arguments import check_integers, joined
+from ..arguments import check_integers
 from ..programs.engines import Values, View, in_batches, row_log_prob
 from ..programs.latents import check_likelihood, flat_by_mask
 from ..programs.model_and_guide import Draws, Task
@@ -145,9 +145,6 @@ def psis(
     *args: Any,
     num_samples: int = 10_000,
     batch_size: int = 1000,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Psis:
     """Return k-hat, effective sample size and log evidence of any Pyro guide, by importance sampling.
@@ -162,11 +159,7 @@ def psis(
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
         batch_size: The number of draws that run at once.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Psis`.
@@ -193,8 +186,7 @@ def psis(
         (True, -2.3)
     """
     check_integers("psis", WEIGHING.least, num_samples=num_samples)
-    kwargs = joined("psis", kwargs, model_kwargs)
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         check_reach("psis", task.check())
         draws = task.draw(num_samples, batch_size)
@@ -275,9 +267,6 @@ def resample(
     num_samples: int = 1000,
     num_weighed: int = 10_000,
     batch_size: int = 1000,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Return draws of any Pyro guide, resampled by Pareto-smoothed weights to be closer to the posterior.
@@ -293,11 +282,7 @@ def resample(
         num_samples: The number N of draws to keep.
         num_weighed: The number of weighted draws of the guide to choose from, at least 25; N if N is larger.
         batch_size: The number of draws that run at once.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         For each latent and deterministic site of the model, values of shape ``(num_samples, *site_shape)``.
@@ -323,8 +308,7 @@ def resample(
     """
     check_integers("resample", num_samples=num_samples)
     check_integers("resample", WEIGHING.least, num_weighed=num_weighed)
-    kwargs = joined("resample", kwargs, model_kwargs)
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         check_reach("resample", task.check())
     kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample", task)
@@ -352,9 +336,6 @@ def importance_log_likelihood(
     plate: str | None = None,
     num_samples: int = 500,
     batch_size: int = 50,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
@@ -373,9 +354,7 @@ def importance_log_likelihood(
         plate: The name of the plate; by default the plate of an ``AutoPlateFlow``, or the only plate of the model.
         num_samples: The number K of draws per row.
         batch_size: The number of draws that run at once.
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The log-likelihood of each row, ``(rows,)`` in nats.
@@ -400,9 +379,8 @@ def importance_log_likelihood(
         >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
         True
     """
-    kwargs = joined("importance_log_likelihood", kwargs, model_kwargs)
     check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
-    task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
+    task = Task(model, guide, args, kwargs).check(whole=False).settle()
     name = plate or getattr(guide, "plate", None) or _only_plate(task.model.single)
     of_model, of_guide = (_rows_of(name, program.single) for program in (task.model, task.guide))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..arguments import check_integers, check_numbers, joined
+from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
@@ -109,9 +109,6 @@ def local_c2st(
     num_samples: int = 31,
     num_null: int = 999,
     level: float = 0.01,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> LocalC2ST:
     """Test an amortised guide at one observation, by new simulations near it.
@@ -137,8 +134,6 @@ def local_c2st(
         num_samples: The number of the guide's draws per simulation, at least 10.
         num_null: The number R of null statistics, at least 100.
         level: The p-value at which the guide fails.
-        vectorize: As for :func:`~pyro_flows.calibrate`, and so are ``max_plate_nesting``, ``model_kwargs`` and
-            ``**kwargs``.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.LocalC2ST`.
@@ -163,7 +158,6 @@ def local_c2st(
         >>> local_c2st(model, guide, observed={"x": torch.ones(2)}, num_simulations=1000).null.shape
         torch.Size([999])
     """
-    kwargs = joined("local_c2st", kwargs, model_kwargs)
     check_integers("local_c2st", 1000, num_simulations=num_simulations)
     check_integers("local_c2st", 10, num_samples=num_samples)
     check_integers("local_c2st", 100, num_null=num_null)
@@ -179,7 +173,6 @@ def local_c2st(
         num_simulations=num_simulations,
         number=rows[-1],
         num_samples=num_samples,
-        vectorize=vectorize,
     )
     found = evidence(near, rows, num_null)
     return LocalC2ST(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..arguments import check_integers, check_numbers, joined
+from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulator import Simulator
@@ -91,9 +91,6 @@ def misspecification(
     num_simulations: int = 999,
     num_samples: int = 40,
     level: float = 0.05,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Misspecification:
     """Test whether a model could have made an observation, by an amortised guide and simulations.
@@ -116,8 +113,6 @@ def misspecification(
         num_simulations: The number B of simulated datasets, at least 99.
         num_samples: The number S of replicates per dataset, at least 10.  The model runs B + (B + 1) S times.
         level: The p-value at which the observation fails.
-        vectorize: As for :func:`~pyro_flows.calibrate`, and so are ``max_plate_nesting``, ``model_kwargs`` and
-            ``**kwargs``.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Misspecification`.
@@ -140,14 +135,13 @@ def misspecification(
         >>> misspecification(model, guide, observed={"x": torch.ones(2)}, num_simulations=99).null.shape
         torch.Size([99])
     """
-    kwargs = joined("misspecification", kwargs, model_kwargs)
     check_integers("misspecification", 99, num_simulations=num_simulations)
     check_integers("misspecification", 10, num_samples=num_samples)
     check_numbers("misspecification", above=0, below=1, level=level)
     check_amortised("misspecification", guide)
     simulator = Simulator("misspecification", model, args, kwargs)
     check_observed(guide, simulator, observed)
-    predictive = _replicate(guide, simulator, observed, num_simulations, num_samples, vectorize)
+    predictive = _replicate(guide, simulator, observed, num_simulations, num_samples)
     found = predictive.statistics()
     sides = [side for statistic in found for side in _sides(statistic)]
     together = torch.stack([side.value for side in sides])
@@ -178,14 +172,13 @@ def _replicate(
     observed: dict[str, Tensor],
     num_simulations: int,
     num_samples: int,
-    vectorize: str,
 ) -> Predictive:
     """Simulate datasets, append the observation, and draw posterior predictive replicates of each."""
-    drawn = simulator.draw(num_simulations, vectorize=vectorize)
+    drawn = simulator.draw(num_simulations)
     simulated = drawn.take(drawn.has_finite_data).data
     data = {name: torch.cat((x, observed[name].unsqueeze(0).to(x))) for name, x in simulated.items()}
     of = posteriors(guide, simulator, data)
     assert of.context is not None
     latents = {name: value.flatten(0, 1) for name, value in of.sample_all(num_samples).items()}
-    made = simulator.draw(num_samples * len(of.context), latents, vectorize=vectorize).data
+    made = simulator.draw(num_samples * len(of.context), latents).data
     return Predictive(data, {name: made[name].reshape(num_samples, *x.shape) for name, x in data.items()}, of.context)

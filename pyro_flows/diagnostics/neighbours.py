@@ -74,14 +74,14 @@ class Proposal:
         self.prior = LatentPrior(simulator, list(self.of.shapes))
         self.is_mixed = self.prior.is_complete and bool(self.log_ratio(self._near(20)).isfinite().all())
 
-    def simulate(self, number: int, vectorize: str) -> Simulations:
+    def simulate(self, number: int) -> Simulations:
         """Draw latents and data."""
         near = int((torch.rand(number) < 0.5).sum()) if self.is_mixed else 0
         parts = []
         if near < number:
-            parts.append(self.simulator.draw(number - near, vectorize=vectorize))
+            parts.append(self.simulator.draw(number - near))
         if near:
-            parts.append(self.simulator.draw(near, self.of.values(self._near(near)), vectorize=vectorize))
+            parts.append(self.simulator.draw(near, self.of.values(self._near(near))))
         return parts[0].join(parts[1]) if len(parts) > 1 else parts[0]
 
     def _near(self, number: int) -> Tensor:
@@ -200,7 +200,6 @@ def neighbours_of(
     num_simulations: int,
     number: int,
     num_samples: int,
-    vectorize: str,
 ) -> Neighbours:
     """Simulate, keep the nearest rows, and draw from the guide given their data.
 
@@ -211,20 +210,19 @@ def neighbours_of(
         num_simulations: The number of simulations.
         number: The number n of rows to keep.
         num_samples: The number M of draws per row.
-        vectorize: The engine, as for :func:`~pyro_flows.simulate`.
 
     Raises:
         ValueError: If too few simulations have finite data, or none are near the observation.
     """
     here, first = posteriors(guide, simulator, observed), round(PILOT * num_simulations)
-    pilot = simulator.draw(first, vectorize=vectorize)
+    pilot = simulator.draw(first)
     pilot = pilot.take(pilot.has_finite_data)
     if len(pilot) < FEWEST:
         must = f"at least {FEWEST} of {first} simulations must have finite data, got {len(pilot)}"
         raise ValueError(f"{simulator.caller}: {must}. Increase num_simulations, or correct the model.")
     nearness = Nearness(here, observed, posteriors(guide, simulator, pilot.data), pilot)
     proposal = Proposal(simulator, here)
-    drawn = proposal.simulate(num_simulations - first, vectorize)
+    drawn = proposal.simulate(num_simulations - first)
     drawn = drawn.take(drawn.has_finite_data)
     of_drawn = posteriors(guide, simulator, drawn.data)
     distance, order = nearness(of_drawn, drawn.data).sort()

@@ -18,11 +18,11 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..arguments import check_integers, joined
-from ..programs.model_and_guide import check_trained
+from ..arguments import check_integers
+from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import nesting_of, runs_programs
 from ..user_code import warn_user
-from .verdict import check as judge
+from .verdict import assess
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,6 @@ def neutra(
     guide: Any,
     *args: Any,
     check: bool = True,
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Neutra:
     """Return a model over the base of a trained guide, where Markov chains mix faster.
@@ -130,9 +128,7 @@ def neutra(
             ``AutoDiagonalNormal``, ``AutoNormalizingFlow``, ``AutoIAFNormal``.
         *args: The model's arguments.
         check: Whether to check the guide with :func:`~pyro_flows.check` and warn if the verdict is ``"do not trust"``.
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Neutra`: its ``model`` is for ``NUTS``, its ``transform`` for the samples.
@@ -160,7 +156,6 @@ def neutra(
         >>> found.transform(mcmc.get_samples())["x"].shape
         torch.Size([20])
     """
-    kwargs = joined("neutra", kwargs, model_kwargs)
     if not isinstance(guide, AutoContinuous) or type(guide).get_base_dist is AutoContinuous.get_base_dist:
         raise ValueError(
             "neutra: guide must be an AutoContinuous with a base distribution, such as AutoFlow or "
@@ -169,7 +164,7 @@ def neutra(
     check_trained("neutra", guide)
     if check:
         try:
-            found = judge(model, guide, *args, model_kwargs=kwargs)
+            found = assess(Task(model, guide, args, kwargs))
         except ValueError as error:
             raise ValueError(f"neutra: check failed: {error} Pass check=False to skip the check.") from error
         if found.verdict == "do not trust":

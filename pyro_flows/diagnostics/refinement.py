@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..arguments import check_integers, joined
+from ..arguments import check_integers
 from ..programs.latent_space import sound_space
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
@@ -67,9 +67,6 @@ def refine(
     *args: Any,
     num_samples: int = 1000,
     transitions: int = 20,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Refined:
     """Move draws of any Pyro guide towards the posterior, at a fraction of the cost of training.
@@ -86,11 +83,7 @@ def refine(
         num_samples: The number of draws.  Each is the end of a separate chain, so they are independent.
         transitions: The number of moves of each chain in all coordinates, at least 4.  Step sizes are adapted in the
             first quarter.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Refined`.
@@ -116,11 +109,10 @@ def refine(
         >>> bool(draws.mean().abs() < 0.1), bool((draws.std() - 1).abs() < 0.1)
         (True, True)
     """
-    kwargs = joined("refine", kwargs, model_kwargs)
     check_integers("refine", num_samples=num_samples)
     check_integers("refine", 4, transitions=transitions)
     check_trained("refine", guide)
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(task)
         check_reach("refine", task)

@@ -77,7 +77,7 @@ def unreached(task: Task) -> Unreached | None:
         guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
     except (ValueError, NotImplementedError):  # models that AutoFlow refuses, mostly those without a density at a start
         return unknown
-    space = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    space = LatentSpace(task.of(guide))
     number = FEW if task.runs_one_by_one else PARTICLES
     population = anneal(Reference(space, guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:

@@ -26,7 +26,7 @@ from typing import Any
 import pyro
 
 from .. import plots
-from ..arguments import check_integers, joined
+from ..arguments import check_integers
 from ..programs.latent_space import sound_space
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
@@ -186,9 +186,6 @@ def check(
     *args: Any,
     num_samples: int | None = None,
     num_chains: int | None = None,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Check:
     """Judge whether the draws of any Pyro guide can be trusted.
@@ -214,11 +211,7 @@ def check(
             and there is no search for missing mass.
         num_chains: The number of chains, at least 16; by default 256, or 16 if the model runs one draw at a time, and
             down to 32 for many latents.
-        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
-            results agree with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
-        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Check`.
@@ -243,11 +236,15 @@ def check(
         >>> check(model, narrow).verdict
         'reweight'
     """
-    start, kwargs = time.perf_counter(), joined("check", kwargs, model_kwargs)
     check_integers("check", 100, optional=True, num_samples=num_samples)
     check_integers("check", 16, optional=True, num_chains=num_chains)
     check_trained("check", guide)
-    task = Task(model, guide, args, kwargs, vectorize)
+    return assess(Task(model, guide, args, kwargs), num_samples, num_chains)
+
+
+def assess(task: Task, num_samples: int | None = None, num_chains: int | None = None) -> Check:
+    """Return the verdict on the guide of a task: see :func:`check`."""
+    start = time.perf_counter()
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         space = sound_space(task)
         look = many_latents.look if space.dim > WEIGHING.many else few_latents.look

@@ -22,7 +22,6 @@ from ..arguments import (
     check_integers,
     check_program,
     is_integer,
-    joined,
     quoted,
 )
 from ..data.batches import Batch, divided
@@ -33,6 +32,7 @@ from ..guides.guide_call import Call
 from ..guides.scored import Packed
 from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
+from ..programs.program import bound_values
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import Fit, Training, distributed
@@ -62,12 +62,9 @@ def fit_amortized(
     batch_size: int | None = None,
     lr: float = 5e-3,
     training: Training | None = None,
-    vectorize: str = "auto",
     simulation_batch_size: int = 10_000,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
     """Train a guide with an encoder on data that the model itself simulates: q(latents | data) for any data.
@@ -117,15 +114,11 @@ def fit_amortized(
             objective is that of latents, ``objective(flow, z, context)`` for each flow of the guide.
             ``objectives.FlowMatching()`` with a continuous flow, ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is
             flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            agrees with single runs (*Any Pyro program* in the docs).
         simulation_batch_size: The number of simulations that run together.
         checkpoint: A file for the state of the run, from which the same call resumes, as for :func:`fit_svi`.  The
             simulations are kept in a second file, in the same folder.
         progress: Whether to show a progress bar.
-        max_plate_nesting: The number of dimensions that the model's plates take; by default as one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Fit` of the last round.  Its losses are -log q(latents | data), in nats of the model's
@@ -157,7 +150,6 @@ def fit_amortized(
         >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
         torch.Size([5, 2])
     """
-    kwargs = joined(CALLER, kwargs, model_kwargs)
     check_integers(CALLER, 20, num_simulations=num_simulations)
     check_integers(CALLER, rounds=rounds, simulation_batch_size=simulation_batch_size)
     most = 1 if max_epochs is None else max_epochs
@@ -167,18 +159,17 @@ def fit_amortized(
     several = rounds > 1
     file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
-    _check_rounds(simulator, rounds, observed, vectorize)
+    _check_rounds(simulator, rounds, observed)
     if simulations is not None:
         check_given(CALLER, simulations, simulator.sites, rounds)
     given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
     total = num_simulations if given is None else len(given)
-    run = {"batch_size": simulation_batch_size, "vectorize": vectorize}
-    data = fingerprint((*args, *kwargs.values(), *(observed or {}).values()))
+    data = fingerprint((*bound_values(model, args, kwargs), *(observed or {}).values()))
     known: Simulations | None = None
     for number in range(rounds):
         size = total * (number + 1) // rounds - total * number // rounds
         part = file.with_name(f"{file.name}.{number + 1}") if file and several else file
-        draw = functools.partial(_draw, simulator, guide, observed if known else None, size, run)
+        draw = functools.partial(_draw, simulator, guide, observed if known else None, size, simulation_batch_size)
         new = given or _kept(part, draw, {"steps": 0, "data": data, "number": size})
         known = known.join(new) if known else new
         epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known)))))
@@ -208,27 +199,27 @@ def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> N
         raise ValueError(f"{CALLER}: rounds={rounds} is for an AutoFlow, got AutoPlateFlow. Use rounds=1.")
 
 
-def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
+def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None) -> None:
     """Raise ValueError unless the observed data are one dataset of the model, which later rounds need."""
     if rounds > 1 and (observed is None or observed == {}):
         wanted = f"observed={{{', '.join(f'{name!r}: ...' for name in simulator.sites)}}}"
         fault = f"rounds={rounds} needs {wanted}, the data to draw simulations for"
         raise ValueError(f"{CALLER}: {fault}, got {quoted(observed)}.")
-    if rounds > 1 and vectorize == "loop":
-        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; it needs another vectorize.")
+    if rounds > 1 and simulator.vectorize == "loop":
+        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; give another vectorize.")
     if observed is not None:
         simulator.check_data("observed", observed)
 
 
 def _draw(
-    simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor] | None, size: int, run: dict[str, Any]
+    simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor] | None, size: int, batch_size: int
 ) -> Simulations:
     """Draw simulations, a part in each process; if data are observed, with latents from the truncated prior."""
     truncated = Truncated(simulator, guide, observed) if observed else None
     number = -(-size // distributed.size())
 
     def own() -> Simulations:
-        return simulator.draw(number, truncated.draw(number) if truncated else None, **run)
+        return simulator.draw(number, truncated.draw(number) if truncated else None, batch_size=batch_size)
 
     distributed.seed()
     parts = distributed.all_gather(own)

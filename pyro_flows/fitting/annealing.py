@@ -7,8 +7,9 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
 
-from ..arguments import check_flags, check_integers, check_program, joined
+from ..arguments import check_flags, check_integers, check_program
 from ..guides import AutoFlow
+from ..programs import Program
 from ..programs.latent_space import LatentSpace
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
@@ -28,9 +29,6 @@ def anneal(
     num_particles: int = 2048,
     fit: bool = True,
     progress: bool = True,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Annealed:
     """Find the modes of a posterior, their weights, and the evidence.
@@ -51,11 +49,7 @@ def anneal(
         fit: Whether to fit a guide.  Without one the evidence of a centred hierarchy may be several standard errors too
             low, since particles enter the neck of a funnel slowly.
         progress: Whether to show the progress bars of the fit.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            gives the results of single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions of the model's plates; by default found by one run.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.fitting.Annealed`.
@@ -80,18 +74,18 @@ def anneal(
         >>> abs(found.log_evidence + 2.27) < 5 * found.log_evidence_se  # log Normal(2; 0, 2**0.5)
         True
     """
-    kwargs = joined(CALLER, kwargs, model_kwargs)
     check_integers(CALLER, ISLANDS * 4, num_particles=num_particles)
     check_flags(CALLER, fit=fit, progress=progress)
     check_program(model=model)
     if guides := [type(value).__name__ for value in args if isinstance(value, AutoGuide)]:
         must = f"the arguments after the model must be the model's own, got a guide, {guides[0]}"
         raise TypeError(f"{CALLER}: {must}. Leave it out: {CALLER}(model, ...) builds its own guide.")
-    guide = AutoFlow(model).setup(*args, **kwargs)
+    program = Program(model, kwargs=kwargs)
+    guide = AutoFlow(program).setup(*args)
 
     def fit_once(guide: AutoFlow, **settings: Any) -> Fit:
-        return fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs, **settings)
+        return fit_svi(program, guide, *args, progress=progress, **settings)
 
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(program, guide, args, {})
     check_proper(CALLER, LatentSpace(task), guide.start[0])
     return cover(task, num_particles, fit_once if fit else None)

@@ -34,6 +34,7 @@ from ..objectives.base import ParticleObjective
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
+from ..programs.program import bound_values
 from ..programs.traces import leaves_of
 from ..threads import OPERATIONS
 from ..training import distributed
@@ -199,7 +200,7 @@ class ELBOFit:
         is_large = self.task.is_settled and model.chunk == 1  # a single draw is work for several threads
         own = {name: getattr(objective, name, None) for name in SETTINGS} | self.marks
         args = self._batches.others if self._batches else model.args
-        data = fingerprint((*args, *model.kwargs.values()))
+        data = fingerprint(bound_values(model.call, args, model.kwargs))
         data += [f"{self._batches.steps} batches"] if self._batches else []
         return Settings(
             caller="fit_svi",

@@ -8,9 +8,10 @@ from typing import Any
 
 import pyro
 
-from ..arguments import check_flags, check_integers, joined
+from ..arguments import check_flags, check_integers
 from ..diagnostics.unreached import check_reach
 from ..guides import AutoFlow
+from ..programs import Program
 from ..programs.latent_space import sound_space
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
@@ -33,9 +34,6 @@ def sample(
     num_chains: int | None = None,
     max_sweeps: int = 2000,
     progress: bool = True,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Samples:
     """Sample a posterior exactly, by Markov chains that a guide makes fast.
@@ -61,11 +59,7 @@ def sample(
         num_chains: The number of chains, at least 4; by default 256, or 16 if the model runs one draw at a time.
         max_sweeps: The largest number of sweeps of all chains, those of the warm-up included.
         progress: Whether to show a progress bar.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            gives the results of single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions of the plates of model and guide; by default found by one run.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.sampling.Samples`.  Ctrl-C ends sampling early, and returns the draws so far.
@@ -92,16 +86,16 @@ def sample(
         >>> found.converged, bool(draws.mean().abs() < 0.1), bool((draws.std() - 1).abs() < 0.1)
         (True, True, True)
     """
-    kwargs = joined(CALLER, kwargs, model_kwargs)
     check_integers(CALLER, num_draws=num_draws, max_sweeps=max_sweeps)
     check_integers(CALLER, 4, optional=True, num_chains=num_chains)
     check_flags(CALLER, progress=progress)
     fit = None
     if guide is None:
+        model, kwargs = Program(model, kwargs=kwargs), {}
         guide = AutoFlow(model)
-        fit = fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs)
+        fit = fit_svi(model, guide, *args, progress=progress)
     check_trained(CALLER, guide)
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
         space = sound_space(task)
         check_reach(CALLER, task)

@@ -24,8 +24,8 @@ from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
-from ..programs.program import TOTAL
 from ..programs.run_budget import RunBudget
+from ..programs.runner import TOTAL
 from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
 from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks

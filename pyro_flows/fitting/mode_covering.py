@@ -268,16 +268,15 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     return guide
 
 
-def space_of(guide: Any, task: Task, engine: str) -> LatentSpace:
+def space_of(guide: Any, task: Task) -> LatentSpace:
     """Return the latent space of another guide of a task's model."""
-    model = task.model
-    return sound_space(Task(model.call, guide, model.args, model.kwargs, engine))
+    return sound_space(task.of(guide))
 
 
 def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
     """Draw from a guide and weight the draws; all processes use the draws of the first."""
     with pyro.validation_enabled(False):
-        draws = distributed.broadcast(lambda: space_of(guide, task, task.model.engine).draw(DRAWS))
+        draws = distributed.broadcast(lambda: space_of(guide, task).draw(DRAWS))
         distributed.sync()
     log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
     return _Weighted(guide, draws.z, weigh(log_weights, "anneal"), fit)
@@ -342,7 +341,7 @@ def _bridged(task: Task, weighted: _Weighted, population: Population) -> tuple[P
     Only particles estimate the mass where the guide rarely draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = distributed.broadcast(lambda: moved_on(space_of(weighted.guide, task, task.model.engine), population))
+    population = distributed.broadcast(lambda: moved_on(space_of(weighted.guide, task), population))
     distributed.sync()
     of_p = population.log_p - weighted.guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighted.psis.log_weights)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, joined, quoted
+from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, quoted
 from ..encoders.training_record import recorded
 from ..guides.default_training import plan_of
 from ..programs.model_and_guide import Task
@@ -43,9 +43,6 @@ def fit_svi(
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
     """Fit a guide, and any parameters of the model, by maximising the evidence lower bound.
@@ -90,13 +87,7 @@ def fit_svi(
             by tensors, numbers and strings among the arguments, not by attributes of the model.  If the disk is full,
             training goes on and tries again.
         progress: Whether to show a progress bar.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            agrees with single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the plates of model and guide take.  The default is that of the
-            objective, or the one that a single run shows.  That is too few if a model has undeclared dimensions to the
-            left of its plates.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Fit`.  The guide is left at its best state, in evaluation mode, also after Ctrl-C, which
@@ -127,7 +118,6 @@ def fit_svi(
         >>> fit.losses.shape, bool((guide.median()["x"] - 1).abs() < 0.2)  # the posterior is Normal(1, 0.71)
         (torch.Size([20]), True)
     """
-    kwargs = joined(CALLER, kwargs, model_kwargs)
     check_program(model=model, guide=guide)
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
     check_flags(CALLER, progress=progress)
@@ -144,7 +134,7 @@ def fit_svi(
     if warm_start and not plan_of(guide).is_joint:
         raise ValueError(f"{CALLER}: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     settle(objective)
-    task = Task(model, guide, args, kwargs, vectorize)
+    task = Task(model, guide, args, kwargs)
     check_task(task, objective, search=bool(warm_start))
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "warm_start": warm_start}
     settings |= {"on_nonfinite": on_nonfinite, "progress": progress}

@@ -30,7 +30,7 @@ from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
-from ..programs.traces import arguments_of, outline, outline_of
+from ..programs.program import arguments_of, outline, outline_of
 from .checks import Calls, check_shapes, setup_error
 from .circles import MarkCircles
 from .contexts import check_encoder

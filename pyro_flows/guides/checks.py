@@ -17,7 +17,7 @@ from ..programs.error_text import count_nan, failure
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, is_reparametrised
-from ..programs.traces import signature_of
+from ..programs.program import signature_of
 from ..user_code import place_of
 from .circles import bijection_onto, scalar_support
 from .guide_call import Call, Found, Key, Rows, frames_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
 from ..programs.plate_nesting import nesting_of
-from ..programs.program import Program
+from ..programs.runner import Runner
 from ..programs.traces import trace_at
 from .guide_call import Call
 
@@ -45,7 +45,7 @@ def hidden_names(model: Any) -> set[str]:
     return model.args[1].args[0].names if model else set()
 
 
-def summed(call: Call) -> Program:
+def summed(call: Call) -> Runner:
     """Return the model as a program, with the hidden discrete latents summed out of its density."""
     starts, hidden = call.model.args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
     hides, inner = hidden.args
@@ -60,7 +60,7 @@ def summed(call: Call) -> Program:
     single = trace_at(program, values, call.args, call.kwargs)
     sites = prune_subsample_sites(single).iter_stochastic_nodes()
     names = tuple(name for name, site in sites if is_summable(site["fn"]))
-    return Program(inner, call.args, call.kwargs, single, nesting_of(single), names)
+    return Runner(inner, call.args, call.kwargs, single, nesting_of(single), names)
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:

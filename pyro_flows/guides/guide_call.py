@@ -16,7 +16,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..programs.error_text import explained
-from ..programs.traces import arguments_of, outside_plates, signature_of, trace_at
+from ..programs.program import arguments_of, signature_of
+from ..programs.traces import outside_plates, trace_at
 
 Key = tuple[str, ...]  # the plates of rows that have a flow, the outermost first
 NONE: Mapping[str, Tensor] = MappingProxyType({})

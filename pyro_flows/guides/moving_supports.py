@@ -18,7 +18,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from ..programs.engines import Site, Values, View, value_of
 from ..programs.plate_nesting import nesting_of
-from ..programs.program import Program
+from ..programs.runner import Runner
 from .guide_call import Call
 from .packing import Packing, Unpacked, alike, stretched
 
@@ -35,7 +35,7 @@ class Moving:
 
     def __init__(self, call: Call, packing: Packing, engine: str | None = None) -> None:
         _, model = call.model.args  # without the handler that initialises latents, since all are given values
-        self._program = Program(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
+        self._program = Runner(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
         self._packing = packing
         self.engine = self._program.engine = engine or self._fastest()
 

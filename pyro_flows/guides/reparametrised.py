@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from ..programs.engine_choice import settle
 from ..programs.engines import Values, in_batches
-from ..programs.traces import signature_of
+from ..programs.program import signature_of
 from .discrete import summed
 from .guide_call import Call
 

@@ -24,8 +24,8 @@ from ..programs.latents import innermost
 from ..programs.log_density import is_breakdown
 from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
-from ..programs.program import Program
-from ..programs.traces import arguments_of
+from ..programs.program import arguments_of
+from ..programs.runner import Runner
 from .circles import bijection_onto
 from .discrete import summed
 from .guide_call import Call
@@ -116,7 +116,7 @@ def settle_start(call: Call, *, choose: bool) -> None:
     _check_density(call, program)
 
 
-def _choose(call: Call, program: Program) -> None:
+def _choose(call: Call, program: Runner) -> None:
     """Compare densities of unconstrained latents at one subsample of the data, and move the prototype's latents."""
     packing = Packing(call.owner, call.latents.values())
     centre, origin = packing.start, torch.zeros_like(packing.start)
@@ -155,7 +155,7 @@ def _is_valid(call: Call, values: dict[str, Tensor]) -> bool:
     return True
 
 
-def _check_density(call: Call, program: Program) -> None:
+def _check_density(call: Call, program: Runner) -> None:
     """Refuse a model without a finite density at the start.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..arguments import check_integers
 from ..programs.latents import check_drawn
 from ..programs.model_and_guide import LOG_Q, subsampled_plate
-from ..programs.program import TOTAL
+from ..programs.runner import TOTAL
 from .base import ParticleObjective
 
 

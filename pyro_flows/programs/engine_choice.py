@@ -10,14 +10,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..user_code import place_now, warn_user
-from .engines import ENGINES, Site, Values, View, value_of
+from .engines import Site, Values, View, value_of
 from .error_text import quoted
 from .masks import is_deterministic
-from .program import TOTAL, Noise, Program
+from .program import ENGINES
+from .runner import TOTAL, Noise, Runner
 
 WAY_OUT = (
     "Let the model broadcast to the left of its plates, for example with (x * w).sum(-1) in place of x @ w; give "
-    "max_plate_nesting if it has other dimensions to the left of its plates; or leave vectorize out."
+    "pf.Program(model, max_plate_nesting=...) if it has other dimensions to the left of its plates; or "
+    "leave vectorize out."
 )
 WAYS = {"plate": "In a plate of draws", "vmap": "Under torch.func.vmap"}  # of running many draws, for warnings
 DENSITY, SIZE = "log p of ", "size of "  # prefixes of a site's name; without a name, for all sites together
@@ -30,7 +32,7 @@ class _Fault(Exception):
 
 
 @torch.no_grad()
-def settle(program: Program, draw: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
+def settle(program: Runner, draw: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
     """Choose the engine of a program, and measure the noise of its log-density.
 
     Args:
@@ -57,7 +59,7 @@ def settle(program: Program, draw: Values, vectorize: str, role: str, also: Call
         return
 
 
-def why_alone(role: str, program: Program) -> str:
+def why_alone(role: str, program: Runner) -> str:
     """Return words for a program that runs one draw at a time, with the reason why each faster engine failed."""
     reasons = " ".join(f"{WAYS[engine]}, the {role}{fault}." for engine, fault in program.faults.items())
     return f"the {role} runs one draw at a time. {reasons}"
@@ -70,7 +72,7 @@ class _SingleRuns:
     then runs it between two others, whose influence would show in it.
     """
 
-    def __init__(self, program: Program, draw: Values) -> None:
+    def __init__(self, program: Runner, draw: Values) -> None:
         self.traced = {name: value_of(program.single.nodes[name]).unsqueeze(0) for name in draw}
         program.engine, self.seconds = "loop", 0.0
         self.program = program.with_()
@@ -84,7 +86,7 @@ class _SingleRuns:
         except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
             self.known = {}
 
-    def compare(self, program: Program, also: Callable[[], str]) -> Noise:
+    def compare(self, program: Runner, also: Callable[[], str]) -> Noise:
         """Return the noise of the log-density, or raise _Fault if the program's engine differs from single runs."""
         if program.engine == "loop":
             noise, program.seconds = self._noise(), self.seconds
@@ -151,7 +153,7 @@ class _LineOf(Messenger):
             self.place = place_now()
 
 
-def _read(program: Program, held: Values, size: int) -> Values:
+def _read(program: Runner, held: Values, size: int) -> Values:
     """Return the tensors to compare: log-densities of draws, by site if none is summed out, and derived values."""
     if program.enumerated:
         return {DENSITY: program.score_at_once(held, size)[TOTAL]}

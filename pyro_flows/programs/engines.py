@@ -24,7 +24,6 @@ from ..arguments import is_integer
 from .masks import counted_data, is_masked
 from .vmap_rules import VmapRules, mappable
 
-ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
 Site = dict[str, Any]
 Values = dict[str, Tensor]
@@ -87,7 +86,7 @@ class View(NamedTuple):
             return found.reshape(shape).expand(self.size, *shape)
         raise ValueError(
             f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(found.shape)} for {self.size} draws at "
-            'once; let the model broadcast to the left of its plates, or use vectorize="vmap".'
+            'once; let the model broadcast to the left of its plates, or give pf.Program(model, vectorize="vmap").'
         )
 
     def log_prob(self, among: Callable[[str], bool] = lambda name: True) -> Tensor:
@@ -118,7 +117,7 @@ def run(engine: str, once: Callable[[Values, int | None], View], read: Read, hel
     """Run a program for N draws and read some tensors, each ``(N, *shape)``.
 
     Args:
-        engine: One of ``ENGINES``.
+        engine: ``"plate"``, ``"vmap"`` or ``"loop"``.
         once: Function that runs the program, either with the values of N draws and N, or with those of one draw and
             None.
         read: The function that reads tensors off the run.

@@ -27,7 +27,7 @@ from .plate_nesting import plates_of
 from .sampling_ring import SamplingRing
 
 if TYPE_CHECKING:
-    from .program import Program
+    from .runner import Runner
 
 REST = "the sum over all sites that depend on no discrete latent"
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
@@ -126,7 +126,7 @@ class Parallel:
         place._pyro_symbol = infer["_dim_to_symbol"][infer["_enumerate_dim"]]
         return place
 
-    def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
+    def log_prob(self, program: Runner, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
         return self._total(program.run(self._read, held, size, enumerate=True))
 
@@ -137,7 +137,7 @@ class Parallel:
         return terms[REST] + self._scale * summed
 
     @torch.no_grad()
-    def sample(self, program: Program, held: Values, size: int) -> Values:
+    def sample(self, program: Runner, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
         factors = self._factors(program.run(self._read, held, size, enumerate=True))
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}

@@ -24,8 +24,8 @@ from .latents import are_equal, innermost, support_of
 from .log_density import LogDensity, in_parts, is_breakdown, or_nan
 from .masks import Mask, among_absent, mask_of, present_of
 from .model_and_guide import Task
-from .program import TOTAL, Program
 from .quantities import Quantities
+from .runner import TOTAL, Runner
 
 OWN = "log q of own sites"  # not the name of a site
 CHANGE = "change of "  # prefix of a site's name
@@ -212,7 +212,7 @@ class LatentSpace:
         latents, changes = self._place(z)
         return self.task.model.log_prob(latents, len(z)) + _total(changes.values()) + self._normal(z)
 
-    def log_prior_and_p(self, z: Tensor, prior: Program | None = None) -> tuple[Tensor, Tensor]:
+    def log_prior_and_p(self, z: Tensor, prior: Runner | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-densities over z, each ``(N,)`` in nats, of the prior and of the model.
 
         The prior leaves out the latents whose priors are flat.

@@ -22,14 +22,15 @@ from .. import arguments
 from ..allocator import keep_memory
 from ..user_code import warn_user
 from .engine_choice import check_noise, settle, why_alone
-from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
+from .engines import Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
 from .masks import WithoutHiddenNaN, hides_nan, is_deterministic, is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
-from .program import GIVEN, TOTAL, Program
+from .program import Args, Function, Kwargs, Program, arguments_of, vectorize_of
 from .run_budget import RunBudget
-from .traces import Args, Function, Kwargs, arguments_of, trace_of
+from .runner import GIVEN, TOTAL, Runner
+from .traces import trace_of
 from .whole_plate import has_parts
 from .written_values import Writes
 
@@ -63,15 +64,14 @@ class Task:
     """A model and a guide with the model's arguments.
 
     Args:
-        model: A Pyro model.
+        model: A Pyro model, or a :class:`~pyro_flows.Program`.
         guide: A Pyro guide.  Discrete latents that it lacks are summed out, if their support is finite.
         args: The model's arguments.
         kwargs: Its keyword arguments.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"``, ``"loop"``, or the first of these that works.
 
     Attributes:
-        model: The model as a :class:`Program`.
-        guide: The guide as a :class:`Program`.
+        model: The model as a :class:`~.runner.Runner`.
+        guide: The guide as a :class:`~.runner.Runner`.
         given: The model's arguments by their names.
         traces: The traces of one run of model and guide, in this order.
         latents: The names of the model's latents except those that are summed out.
@@ -80,12 +80,11 @@ class Task:
         has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
     Raises:
-        ValueError: If model or guide do not run vectorised over draws as ``vectorize`` asks.
+        ValueError: If model or guide do not run vectorised over draws as the program asks.
     """
 
-    def __init__(self, model: Function, guide: Function, args: Args, kwargs: Kwargs, vectorize: str = "auto") -> None:
+    def __init__(self, model: Function, guide: Function, args: Args, kwargs: Kwargs) -> None:
         keep_memory()
-        check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
         self._arguments, self.given = (args, kwargs), arguments_of(model, args, kwargs)
         writes = Writes()
@@ -97,18 +96,23 @@ class Task:
         check_crossed("", single)
         check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)
-        self.traces, self._vectorize = (single, drawn), vectorize
+        self.traces, self._vectorize = (single, drawn), vectorize_of(model)
         self.is_settled = self._weighs = False
         enumerated = tuple(summable(single, drawn))
-        self.guide = Program(guide, args, kwargs, drawn, nesting)
+        self.guide = Runner(guide, args, kwargs, drawn, nesting)
         program = WithoutHiddenNaN()(model) if hides_nan(single) else model
-        self.model = Program(program, args, kwargs, single, nesting, enumerated)
+        self.model = Runner(program, args, kwargs, single, nesting, enumerated)
         sites = dict(self.model.single.iter_stochastic_nodes())
         follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
         self.latents = [name for name in sites if name not in {*enumerated, *follows}]
         self.has_bare_dimensions = has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
+
+    def of(self, guide: Function, model: Function | None = None) -> Task:
+        """Return the task of another guide of the model, or of the model changed by a handler, with the same engine."""
+        engine = "auto" if model else self.model.engine if self.is_settled else self._vectorize
+        return Task(Program(model or self.model.call, vectorize=engine), guide, *self._arguments)
 
     @torch.no_grad()
     def once(self) -> tuple[Trace, Trace]:
@@ -275,7 +279,7 @@ class Lifted:
         latents: The names of its latents except those that are summed out.
     """
 
-    def __init__(self, model: Program, latents: list[str]) -> None:
+    def __init__(self, model: Runner, latents: list[str]) -> None:
         self._model = model
         if model.enumerated:
             model.enumeration  # noqa: B018 - found once, for all copies that take other rows
@@ -311,15 +315,6 @@ class Lifted:
             if name not in plates:
                 plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
         return {name: plates[name].indices for name in self._model.subsamples}, plates
-
-
-def check_vectorize(vectorize: Any) -> None:
-    """Raise ValueError unless a value is ``"auto"`` or the name of an engine."""
-    if vectorize not in ("auto", *ENGINES):
-        raise ValueError(
-            f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {arguments.quoted(vectorize)}. '
-            "Leave it out to use the fastest that works."
-        )
 
 
 def check_trained(caller: str, guide: Any) -> None:

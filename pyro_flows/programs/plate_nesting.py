@@ -2,7 +2,7 @@
 
 Many draws run at once under one more plate, to the left of those dimensions.  One run shows the plates.  It does not
 show dimensions that a model makes by hand, for example to sum over components, nor plates that other runs enter.  For
-such models the user gives ``max_plate_nesting``, or the objective has it.
+such models the user gives ``Program(model, max_plate_nesting=...)``, or the objective has it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_keywords
+from ..arguments import check_keywords, quoted
 from ..threads import using
 from .latents import innermost
+from .program import given_nesting, inner_of, signature_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+# Arguments of a program by the names that a user may give to a function in its place.
+OF_PROGRAM = {"vectorize": "vectorize", "max_plate_nesting": "max_plate_nesting", "model_kwargs": "kwargs"}
 
 
 class _Given(NamedTuple):
@@ -40,7 +45,7 @@ _given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None
 
 
 def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
-    """Apply a function's ``max_plate_nesting``, or that of its objective, to all programs that it runs.
+    """Apply the ``max_plate_nesting`` of a function's program, or of its objective, to all programs that it runs.
 
     Programs run with one thread, unless they are large.  Mistyped keyword arguments are refused.
     """
@@ -48,8 +53,9 @@ def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        _check_keywords(function.__name__, known, args[0] if args else kwargs.get("model"), kwargs)
-        given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
+        model: Any = args[0] if args else kwargs.get("model")
+        _check_keywords(function.__name__, known, model, kwargs)
+        given = _asked(function.__name__, model, kwargs.get("objective"))
         token = _given.set(given or _given.get())
         try:
             with using(1):
@@ -65,12 +71,15 @@ def _check_keywords(caller: str, known: Mapping[str, Any], model: Any, given: Ma
 
     Other objects, such as those of ``functools.partial``, may take more than their signature shows.
     """
-    is_plain = isinstance(model, nn.Module) and type(model).__call__ in (nn.Module.__call__, PyroModule.__call__)
-    program = model.forward if is_plain else model
-    if not isinstance(program, FunctionType | MethodType) or hasattr(program, "__wrapped__"):
-        return
-    taken = inspect.signature(program).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+    inner: Any = inner_of(model)
+    is_plain = isinstance(inner, nn.Module) and type(inner).__call__ in (nn.Module.__call__, PyroModule.__call__)
+    program = inner.forward if is_plain else inner
+    is_known = isinstance(program, FunctionType | MethodType) and not hasattr(program, "__wrapped__")
+    taken = signature_of(model).parameters if is_known else {}
+    for name in [name for name in OF_PROGRAM if name in given and name not in {*taken, *known}]:
+        must = f"{name} must be given with the model, got {quoted(given[name])} as an argument of {caller}"
+        raise TypeError(f"{caller}: {must}. Give pf.Program(model, {OF_PROGRAM[name]}=...) in place of the model.")
+    if is_known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         check_keywords(caller, {**known, **taken}, given)
 
 
@@ -153,20 +162,19 @@ def settle(objective: Any) -> None:
         objective.max_plate_nesting = given.nesting + _draws_dim(objective)
 
 
-def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
+def _asked(caller: str, model: Any, objective: Any) -> _Given | None:
     """Return the number of dimensions that a call asks for, or None."""
-    own: int | None = None
+    own, argument = None, given_nesting(model)
     if isinstance(objective, ELBO) and not math.isinf(objective.max_plate_nesting):
         own = int(objective.max_plate_nesting) - _draws_dim(objective)
     if argument is None:
         return None if own is None else _Given(own, f"{caller}: the objective's max_plate_nesting")
-    check_integers(caller, 0, max_plate_nesting=argument)
     if own is not None and own != argument:
         raise ValueError(
             f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "
             "out."
         )
-    return _Given(int(argument), f"{caller}: max_plate_nesting")
+    return _Given(argument, f"{caller}: max_plate_nesting")
 
 
 def _draws_dim(objective: ELBO) -> int:

@@ -21,11 +21,12 @@ from .engine_choice import settle, why_alone
 from .engines import Values, in_batches
 from .latents import innermost
 from .masks import is_observation
-from .model_and_guide import check_vectorize, subsampled_plate
+from .model_and_guide import subsampled_plate
 from .plate_nesting import nesting_of, runs_programs
-from .program import Program
+from .program import Args, Function, Kwargs, signature_of, vectorize_of
+from .runner import Runner
 from .simulations import Simulations
-from .traces import Args, Function, Kwargs, signature_of, trace_at
+from .traces import trace_at
 from .written_values import Writes
 
 
@@ -35,23 +36,17 @@ def simulate(
     *args: Any,
     num_simulations: int = 10_000,
     batch_size: int = 10_000,
-    vectorize: str = "auto",
-    max_plate_nesting: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Simulations:
     """Run a model forward: draw its latents, and its data by the arguments that take them.
 
     Args:
-        model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
+        model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`, or a
+            :class:`~pyro_flows.Program` of it.
         *args: The model's arguments without the data.
         num_simulations: The number N of draws.
         batch_size: The number of draws to run at once.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these
-            whose results are those of single runs (*Any Pyro program* in the docs).
-        max_plate_nesting: The number of dimensions that the model's plates take; by default one run shows it.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
-        **kwargs: The model's other keyword arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Simulations`.
@@ -72,9 +67,9 @@ def simulate(
         (torch.Size([100]), torch.Size([100]))
     """
     check_integers("simulate", num_simulations=num_simulations, batch_size=batch_size)
-    simulator = Simulator("simulate", model, args, {**kwargs, **(model_kwargs or {})})
+    simulator = Simulator("simulate", model, args, kwargs)
     with using(allowed()):  # thousands of simulations at once are work for several threads
-        return simulator.draw(num_simulations, batch_size=batch_size, vectorize=vectorize)
+        return simulator.draw(num_simulations, batch_size=batch_size)
 
 
 class Simulator:
@@ -87,7 +82,8 @@ class Simulator:
         kwargs: Its keyword arguments.
 
     Attributes:
-        model: The model as a :class:`~.program.Program`.
+        model: The model as a :class:`~.runner.Runner`.
+        vectorize: The engine that the program asks for, or ``"auto"``.
         given: The arguments that are given, by their names.
         sites: For each argument that holds data, the site that observes it.
 
@@ -99,7 +95,7 @@ class Simulator:
     def __init__(self, caller: str, model: Function, args: Args, kwargs: Kwargs) -> None:
         self.caller = caller
         check_program(model=model)
-        self._signature = signature_of(model)
+        self._signature, self.vectorize = signature_of(model), vectorize_of(model)
         try:
             self.given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -119,8 +115,7 @@ class Simulator:
                 "sizes from other arguments, which are given here",
                 error,
             )
-        self.model = Program(model, args, kwargs, single, nesting_of(single))
-        self._settled = ""
+        self.model = Runner(model, args, kwargs, single, nesting_of(single))
         if plate := subsampled_plate(single):
             self._refuse(f"{plate}. Let it run over all rows of a simulated dataset")
         self.sites = self._find_data()
@@ -202,37 +197,32 @@ class Simulator:
         return bool(node and node["is_observed"] and node["value"] is value)
 
     @torch.no_grad()
-    def draw(
-        self, number: int, latents: Values | None = None, *, batch_size: int = 10_000, vectorize: str = "auto"
-    ) -> Simulations:
+    def draw(self, number: int, latents: Values | None = None, *, batch_size: int = 10_000) -> Simulations:
         """Draw latents and data.
 
         Args:
             number: The number of draws.
             latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
             batch_size: The number of draws to run at once.
-            vectorize: The way to run many draws: see :func:`simulate`.
 
         Raises:
-            ValueError: If the model means something else vectorised as ``vectorize`` asks.
+            ValueError: If the model means something else vectorised as the program asks.
         """
-        self._settle(vectorize)
+        self._settle()
         values = in_batches(self._run, latents or {}, number, batch_size)
         data = {name: values.pop(site) for name, site in self.sites.items()}
         return Simulations(values, data)
 
-    def _run(self, latents: Values, size: int, model: Program | None = None) -> Values:
+    def _run(self, latents: Values, size: int, model: Runner | None = None) -> Values:
         names = [name for name, _ in self.model.single.iter_stochastic_nodes()]
         return (model or self.model).sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
-    def _settle(self, vectorize: str) -> None:
+    def _settle(self) -> None:
         """Choose the engine for many simulations, once."""
-        check_vectorize(vectorize)
-        if self._settled == vectorize:
+        if self.model.is_settled:
             return
-        settle(self.model, self._run({}, 1, self.model.with_(engine="loop")), vectorize, "model", self._fault)
-        self._settled = vectorize
-        if self.model.engine == "loop" and vectorize == "auto":
+        settle(self.model, self._run({}, 1, self.model.with_(engine="loop")), self.vectorize, "model", self._fault)
+        if self.model.engine == "loop" and self.vectorize == "auto":
             warn_user(f"{self.caller}: {why_alone('model', self.model)}")
 
     def _fault(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .engines import Site, Values
 
 if TYPE_CHECKING:
-    from .program import Program
+    from .runner import Runner
 
 
 MOST = 64  # parts of several plates
@@ -83,12 +83,12 @@ class Part(Messenger):
                 msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
 
 
-def number_of_parts(model: Program) -> int:
+def number_of_parts(model: Runner) -> int:
     """Return the number of parts that hold all rows of a model's subsampled plates."""
     return math.prod(-(-fn.size // len(model.rows[name])) for name, fn in model.subsamples.items())
 
 
-def parts_of(model: Program) -> list[Part]:
+def parts_of(model: Runner) -> list[Part]:
     """Return the parts of a model's rows, each as large as its subsample; the last overlaps if need be."""
     of_plates = [list(_parts_of(model.rows[name], fn.size)) for name, fn in model.subsamples.items()]
     return [Part(dict(zip(model.subsamples, chosen, strict=True))) for chosen in itertools.product(*of_plates)]
@@ -102,7 +102,7 @@ def _parts_of(rows: Tensor, full_size: int) -> Iterator[RowsOfPart]:
         yield RowsOfPart(taken, taken >= start if first < start else None, size / full_size, start == 0)
 
 
-def has_parts(model: Program, observed: list[str]) -> bool:
+def has_parts(model: Runner, observed: list[str]) -> bool:
     """True if all subsampled plates of a model draw their rows and take data by row, so that its density has parts.
 
     Of several plates there may be so many parts that a density takes hours; more than ``MOST`` are too many.
@@ -123,7 +123,7 @@ def has_parts(model: Program, observed: list[str]) -> bool:
     return all(_differ(model, name, [site for site in observed if name in plates[site]]) for name in model.subsamples)
 
 
-def _differ(model: Program, plate: str, data: list[str]) -> bool:
+def _differ(model: Runner, plate: str, data: list[str]) -> bool:
     """True if data have other values at other rows of a plate."""
     size, full_size = len(model.rows[plate]), model.subsamples[plate].size
     found = []

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .traces import Function
+from .program import Function
 
 
 class Writes(Messenger):

@@ -18,7 +18,6 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.model_and_guide import Task
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
@@ -55,7 +54,7 @@ class Reference:
         self._prior = None
         if model.enumerated:
             muted = _Muted({*model.single.observation_nodes, *space.flat})  # factors are observed sites
-            self._prior = Task(muted(model.call), space.task.guide.call, model.args, model.kwargs).settle().model
+            self._prior = space.task.of(space.task.guide.call, muted(model.call)).settle().model
         self._loc, self._scale_tril = loc, scale_tril
         self._flat = torch.tensor([name in space.flat for name in space.coordinates], device=loc.device)
         self._wide = self._wide_gaussian() if bool(self._flat.any()) else None
