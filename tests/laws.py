@@ -83,6 +83,7 @@ from pyro_flows.transforms import (
     Sylvester,
     TriangularAffine,
 )
+from pyro_flows.transforms.carried import carry
 
 CONTEXT_DIM = 3
 WIDTHS = (24, 24)
@@ -624,7 +625,7 @@ def carries_the_gradient(f: FlowTransform, x: Tensor, tolerance: float) -> None:
     trained = [parameter for parameter in f.parameters() if parameter.requires_grad]
     of_x, *of_parameters = torch.autograd.grad(y, (leaf, *trained), g, materialize_grads=True)
     with torch.no_grad():
-        carried = f.carry(x, -x)
+        carried = carry(f, x, -x)
         through, gradients = carried.pull(g)
         again, _ = carried.pull(g)
     for found, wanted in ((carried.y, y), (carried.log_det, log_det), (carried.score, score), (through, of_x)):

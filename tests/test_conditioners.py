@@ -22,6 +22,7 @@ from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
 from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, LipschitzMLP, Periodic, stream, stream_vjp
 from pyro_flows.conditioners.pace import networks_of, set_pace
 from pyro_flows.transforms import Autoregressive
+from pyro_flows.transforms.carried import network_and_pull
 from pyro_flows.transforms.inversion import invert_by_passes
 
 aten = torch.ops.aten
@@ -295,7 +296,7 @@ def test_the_gradient_of_a_network_is_autograds(activation: type[nn.Module], opt
     params = net(x)
     of_x, *wanted = torch.autograd.grad(params, (x, *net.parameters()), g)
     with torch.no_grad():
-        found, pull = net.forward_and_pull(x)
+        found, pull = network_and_pull(net, x)
         through, gradients = pull(g, True)
         alone, none = pull(g, False)
     torch.testing.assert_close((found, through, alone), (params.detach(), of_x, of_x), atol=1e-9, rtol=1e-9)

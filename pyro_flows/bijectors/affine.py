@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arguments import check_numbers
-from ..vjp import keeps
-from .base import Bijector, Pulled
+from .base import Bijector
 
 SHARPNESS = 1.25  # b of SoftplusAffine: a scale grows from 0.1 to 1 in as many steps as an exponential
 OFFSET = math.log(math.expm1(SHARPNESS))  # c of SoftplusAffine: the scale is 1 where a = 0
@@ -49,18 +48,18 @@ class ScaleAndShift(Bijector):
     num_params = 2
 
     @abstractmethod
-    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+    def log_scale(self, a: Tensor, sign: int) -> Tensor:
         """Return s for the sign 1, and -s for the sign -1."""
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         a, t = _split(params)
-        s = self._log_scale(a, 1)
+        s = self.log_scale(a, 1)
         y = torch.addcmul(t, x, s.exp())
         return y, s.expand_as(y)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         a, t = _split(params)
-        s = self._log_scale(a, -1)
+        s = self.log_scale(a, -1)
         x = (y - t) * s.exp()
         return x, s.expand_as(x)
 
@@ -103,25 +102,10 @@ class Affine(ScaleAndShift):
     def __post_init__(self) -> None:
         check_numbers("Affine", above=0, max_log_scale=self.max_log_scale, slope=self.slope)
 
-    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+    def log_scale(self, a: Tensor, sign: int) -> Tensor:
         # A sigmoid is faster than a tanh: ±b tanh(c a / b) = ±(2 b sigmoid(a / (b / 2c)) - b).
         b = self.max_log_scale
         return torch.rsub(torch.sigmoid(a / (b / (2 * self.slope))), -sign * b, alpha=-2 * sign * b)
-
-    def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
-        if not keeps(self, Affine, "forward_and_log_det", "_log_scale"):
-            return super().forward_and_pull(x, params)
-        a, t = _split(params)
-        s = self._log_scale(a, 1)
-        scale = s.exp()
-        stretched = x * scale
-        slope = self.slope - (self.slope / self.max_log_scale**2) * s * s  # ds/da
-
-        def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
-            of_s = of_y * stretched if of_log_det is None else torch.addcmul(of_log_det, of_y, stretched)
-            return of_y * scale, torch.stack((of_s * slope, of_y), -2).mT
-
-        return Pulled(stretched + t, s, None, pull)
 
 
 @dataclass(frozen=True)
@@ -158,7 +142,7 @@ class SoftplusAffine(ScaleAndShift):
         size = SHARPNESS * scale
         return (size + math.log(-math.expm1(-size)) - OFFSET) / SHARPNESS
 
-    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+    def log_scale(self, a: Tensor, sign: int) -> Tensor:
         z = (SHARPNESS * a + OFFSET).clamp(min=-60)  # exp(60) leaves room for squares in single precision
         bent = z.clamp(min=-20)  # below, log(1 + exp(z)) is exp(z) to nine digits, but quotients in gradients overflow
         s = (F.softplus(bent) / SHARPNESS).log() + (z - bent)

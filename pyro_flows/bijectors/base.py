@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from ..vjp import vjp
-
-
-class Pulled(NamedTuple):
-    """Values of a bijector with their derivatives, outside of autograd.
-
-    Attributes:
-        y: The values.
-        log_det: The log-determinants.
-        bend: The derivative of the log-determinant in x, ``(*s)``; None if it is zero.
-        pull: The vector–Jacobian product.  It takes the gradients of y and of the log-determinant, None for zero, and
-            returns the gradients of x and of the parameters.
-    """
-
-    y: Tensor
-    log_det: Tensor
-    bend: Tensor | None
-    pull: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Bijector(ABC):
@@ -101,24 +81,6 @@ class Bijector(ABC):
             ``(x, log|dx/dy|)``, of the shapes of ``forward_and_log_det``.  The log-determinant is in nats, with the
             opposite sign of the forward direction.
         """
-
-    def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
-        """Map x to y, with the derivatives that path gradients need, by default from autograd.
-
-        Args:
-            x: Values of shape ``(*s)``.
-            params: Parameters of shape ``(*s, P)``.
-        """
-        with torch.enable_grad():
-            x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
-            y, log_det = self.forward_and_log_det(x, params)
-
-        def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
-            of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
-            return of_x, of_params
-
-        (bend,) = vjp((log_det,), (x,), (torch.ones_like(log_det),))
-        return Pulled(y.detach(), log_det.detach(), bend, pull)
 
 
 def bounded(raw: Tensor, limit: float) -> Tensor:

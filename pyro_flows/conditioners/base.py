@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,7 @@ from torch.nn import functional as F
 
 from .. import arguments
 from ..arguments import check_integers, check_sizes
-from ..vjp import vjp
-from .pace import Gradients, Linear, Network
-
-Pull = Callable[[Tensor, bool], tuple[Tensor, Gradients]]
+from .pace import Linear, Network
 
 
 class Conditioner(Network):
@@ -120,31 +117,6 @@ class Conditioner(Network):
     def arranged(self, outputs: Tensor) -> Tensor:
         """Return ``(*batch, num_params * output_dim)`` outputs of a layer as ``(*batch, output_dim, num_params)``."""
         return outputs.unflatten(-1, (self.num_params, self.output_dim)).mT
-
-    def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
-        """Compute parameters without a context, and return the vector–Jacobian product of the network.
-
-        By default autograd finds it.  A network with known slopes overrides this method.
-
-        Args:
-            x: Inputs of shape ``(*batch, input_dim, *size)``.
-
-        Returns:
-            The parameters, without a gradient, and a function ``(g, own) -> (of x, of parameters)``.  Given the
-            gradient g of the parameters of the bijector, it returns the gradient of x.  If ``own``, it also returns the
-            gradient of each parameter of the network.
-        """
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            params = self(x)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-        def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
-            sources = [x, *trained] if own else [x]
-            of_x, *rest = vjp((params,), sources, (g,))
-            return of_x, list(zip(trained, rest, strict=True)) if own else []
-
-        return params.detach(), pull
 
 
 class Rectifier(nn.ReLU):

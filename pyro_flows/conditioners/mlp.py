@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_flags
-from ..vjp import keeps
-from .base import Conditioner, Pull, activation_of
-from .jacobian import SLOPES
-from .pace import Gradients, Linear
+from .base import Conditioner, activation_of
+from .pace import Linear
 
 POINTS = 16  # an even number: the mirror image of each point is a point
 
@@ -97,36 +95,6 @@ class MLP(Conditioner):
             a, b = self.factors(x).chunk(2, -1)
             params = params + self.direct(torch.cat((x, a * b), -1))
         return self.arranged(params)
-
-    def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
-        layers = [*self.hidden, self.output]
-        known = keeps(self, MLP, "forward", "_units") and all(type(layer) is Linear for layer in layers)
-        if self.skip or self.residual or not known or self.activation not in SLOPES:
-            return super().forward_and_pull(x)
-        rows = x.detach().reshape(-1, self.input_dim)
-        size, slope_of = len(rows), SLOPES[self.activation]
-        # The points that centre the units go through the layers in the same products as the inputs.
-        inputs, slopes = [torch.cat((rows, self.points)) if self.centered else rows], []
-        for layer in self.hidden:
-            a = layer(inputs[-1])
-            h = self.act(a)
-            inputs.append(h)
-            slopes.append(slope_of(a, h))
-        if self.centered:
-            inputs[-1] = h[:size] - h[size:].mean(0)
-        params = self.arranged(self.output(inputs[-1]).reshape(*x.shape[:-1], -1))
-
-        def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
-            gradients: Gradients = []
-            kept = gradients if own else None
-            g = layers[-1].pull(g.mT.reshape(size, -1), inputs[-1], kept)
-            if own and self.centered:
-                g = torch.cat((g, (g.sum(0) / -POINTS).expand(POINTS, -1)))
-            for layer, slope, own_inputs in zip(layers[-2::-1], slopes[::-1], inputs[-2::-1], strict=True):
-                g = layer.pull(g * slope[: len(g)], own_inputs, kept)
-            return g[:size].reshape(x.shape), gradients
-
-        return params, pull
 
     def _units(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the last hidden layer."""

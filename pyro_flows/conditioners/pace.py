@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
-
 # Step sizes that suit the location and scale of a guide are large for its networks: at 1 the regression of
 # tests/test_pace.py ends 2 to 16 nats lower.
 HIDDEN_PACE = 1 / 4
@@ -110,21 +108,6 @@ class Linear(Paced, nn.Linear):
     def shift(self) -> Tensor:
         """Return the shift of the map as a column, p b."""
         return self.paced(self.bias).unsqueeze(-1)
-
-    def pull(self, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
-        """Return the gradient of the inputs.
-
-        Args:
-            g: The gradient of the results, ``(N, out_features)``.
-            x: The inputs, ``(N, in_features)``.
-            gradients: A list to which the gradients of W and b are appended, or None.
-        """
-        g = self.paced(g)
-        if gradients is not None:
-            gradients.append((self.weight, g.mT @ x))
-            if self.bias is not None:
-                gradients.append((self.bias, g.sum(0)))
-        return g @ self.weight
 
 
 class MaskedLinear(Linear):

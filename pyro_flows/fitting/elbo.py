@@ -42,7 +42,7 @@ from ..training.checkpoint import fingerprint, settings_of
 from ..training.loop import Descent, Fit, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
-from ..transforms.single_precision import InSingle
+from ..transforms.carried import InSingle
 from ..vjp import is_plain
 from .gaussian_start import SECONDS, SHARE, Start, start_from_blocks, start_from_gaussian
 from .model_batches import Followed, ModelBatches

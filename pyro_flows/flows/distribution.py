@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from ..distributions.normal import log_prob_of
 from ..transforms import FixedAffine, FlowTransform, View
-from ..transforms.base import carried_along, chained
-from ..transforms.torch_view import can_be_kept, watch
-from ..vjp import is_plain
+from ..transforms.carried import can_be_carried, carry_draws
+from ..transforms.compose import chained
+from ..transforms.unchanged import can_be_kept, unchanged_from_now
 from .arguments import as_size, check_value, parameter_of
 from .columns import Columns
 
@@ -31,7 +30,7 @@ class FlowDistribution(dist.TransformedDistribution):
     are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
 
     The last draw is kept until it is scored, together with a copy of all numbers that it depends on
-    (:mod:`~pyro_flows.transforms.torch_view`).  If nothing has changed, ``log_prob`` of this very tensor runs no
+    (:mod:`~pyro_flows.transforms.unchanged`).  If nothing has changed, ``log_prob`` of this very tensor runs no
     network.
 
     Args:
@@ -136,7 +135,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if can_be_kept():
             modules: list[nn.Module] = [*(view.transform for view in self.transforms), self.base]
             others = [value] if self.context is None else [value, self.context]
-            self._last = _Draw(value, score, watch(modules, others, by_counts=self.one_step))
+            self._last = _Draw(value, score, unchanged_from_now(modules, others, by_counts=self.one_step))
         return value
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -167,8 +166,7 @@ class FlowDistribution(dist.TransformedDistribution):
         y = x if x.requires_grad else x.requires_grad_()  # a frozen flow too has a gradient at the draws
         layers = [view.transform for view in self.transforms]
         if all(view.context is None for view in self.transforms) and can_be_carried(layers):
-            trained = {p: None for layer in layers for p in layer.parameters() if p.requires_grad}
-            y, total, score = _Carried.apply(layers, y, score, *trained)
+            y, total, score = carry_draws(layers, y, score)
             log_prob = log_prob - total
         else:
             for view in self.transforms:
@@ -214,42 +212,3 @@ class _Draw(NamedTuple):
         """True for the same tensor, if nothing has changed since the draw and it is no leaf that requires grad."""
         leaf = value.is_leaf and value.requires_grad
         return self.value is value and not leaf and self.unchanged()
-
-
-def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
-    """True unless a trace, ``torch.func``, autocast or a hook has to see each operation."""
-    watched = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return not (watched or cast) and is_plain(transforms)
-
-
-class _Carried(torch.autograd.Function):
-    """Draws of a base mapped by transforms without contexts, with no autograd graph across the transforms.
-
-    In the forward pass each transform maps the draws and their score.  In the backward pass each maps the gradient at
-    its results to the gradients at its inputs and parameters.  It takes the transforms, at least one, the draws, their
-    score and the trained parameters.  It returns the mapped draws and, without gradients, the sum of the
-    log-determinants and the scores of the mapped draws.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, total, score, ctx.pull = carried_along(transforms, x, score)
-        ctx.trained = trained
-        ctx.save_for_backward(*trained)
-        ctx.mark_non_differentiable(total, score)
-        return y, total, score
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # autograd raises an error here if a parameter was changed in place
-        found: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.trained)
-        g, gradients = ctx.pull(g)
-        for parameter, gradient in gradients:
-            if parameter in found:
-                known = found[parameter]
-                found[parameter] = gradient if known is None else known + gradient
-        return None, g if ctx.needs_input_grad[1] else None, None, *found.values()

@@ -19,7 +19,7 @@ from torch.distributions import Transform, constraints
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
 from ..transforms import Permute
-from ..transforms.base import chained
+from ..transforms.compose import chained
 from .contexts import BlockRows, RowContexts
 from .frame import Frame
 from .guide_call import Key

@@ -21,7 +21,7 @@ from ..distributions import CircularBase, ModesBase
 from ..flows import Flow
 from ..flows.mixture import FlowMixture
 from ..transforms import ActNorm, Conditioned, Elementwise, FixedAffine, FlowTransform, QuantileMap, ScaledLinear
-from ..transforms.base import chained
+from ..transforms.compose import chained
 from ..transforms.linear import unrotated
 from .default_flows import LIMITS, share_step
 

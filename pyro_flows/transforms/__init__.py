@@ -1,11 +1,12 @@
 """Learnable bijections of events, as Pyro transform modules."""
 
 from .autoregressive import Autoregressive as Autoregressive
-from .base import Compose as Compose
-from .base import Conditioned as Conditioned
 from .base import FlowTransform as FlowTransform
 from .base import Inverse as Inverse
+from .base import View as View
 from .block_autoregressive import BlockAutoregressive as BlockAutoregressive
+from .compose import Compose as Compose
+from .compose import Conditioned as Conditioned
 from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
@@ -30,5 +31,4 @@ from .reshape import Reshaped as Reshaped
 from .reshape import Split as Split
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
-from .torch_view import View as View
 from .triangular import TriangularAffine as TriangularAffine

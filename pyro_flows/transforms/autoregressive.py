@@ -68,7 +68,7 @@ class Autoregressive(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))
-        return y, self._sum_event(log_det)
+        return y, self.sum_event(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch, y, context = self._rows_of(y, context)

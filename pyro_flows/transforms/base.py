@@ -7,8 +7,8 @@ ephemeral :class:`View` answers both from one evaluation.  Inverses and composit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from pyro.distributions import TransformModule
@@ -16,28 +16,10 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ..arguments import TRANSFORM, as_shape, check_integers, check_kind, quoted
-from ..conditioners.pace import Gradients as Gradients
-from ..vjp import keeps, vjp
-from .torch_view import View
+from ..arguments import TRANSFORM, as_shape, check_integers, check_kind
+from .unchanged import can_be_kept, unchanged_from_now
 
 Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
-
-
-class Carried(NamedTuple):
-    """Values of a transform with their scores and derivatives, outside of autograd.
-
-    Attributes:
-        y: The values.
-        log_det: The log-determinants.
-        score: The scores of the values.
-        pull: The vector–Jacobian product: the gradient of y -> that of x, and those of the transform's parameters.
-    """
-
-    y: Tensor
-    log_det: Tensor
-    score: Tensor
-    pull: Callable[[Tensor], tuple[Tensor, Gradients]]
 
 
 class FlowTransform(TransformModule):
@@ -47,7 +29,7 @@ class FlowTransform(TransformModule):
     ``ConditionalTransform`` in one.  ``t(x)``, ``t.inv``, ``t.condition(context)`` and all else follow from two verbs.
 
     A subclass calls ``super().__init__`` and defines the verbs.  It may override :meth:`forward_and_score`,
-    :meth:`carry`, :meth:`initialize` and :meth:`compiles`, or set ``codomain``.  It keeps these rules at any
+    :meth:`initialize` and :meth:`compiles`, or set ``codomain``.  It keeps these rules at any
     parameters:
 
     - the verbs undo each other, and log-determinants are those of autograd's Jacobian, in nats;
@@ -125,23 +107,6 @@ class FlowTransform(TransformModule):
             log_density = (score * back).sum() + back_log_det.sum()
             return y, log_det, torch.autograd.grad(log_density, leaf)[0]
 
-    def carry(self, x: Tensor, score: Tensor) -> Carried:
-        """Map ``x`` without a context and carry the score along, outside of autograd.
-
-        By default autograd finds the derivatives, of this transform alone.  An override that knows the derivatives of
-        some methods must check that no subclass has changed these methods (``vjp.keeps``).
-        """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y, log_det, score = self.forward_and_score(x, score)
-
-        def pull(g: Tensor) -> tuple[Tensor, Gradients]:
-            of_x, *rest = vjp((y,), (x, *trained), (g,))
-            return of_x, list(zip(trained, rest, strict=True))
-
-        return Carried(y.detach(), log_det.detach(), score, pull)
-
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the parameters from data ``(*batch, *event_shape)`` that this transform shall produce.
 
@@ -189,7 +154,7 @@ class FlowTransform(TransformModule):
             context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
         return batch, x.expand(batch + event).reshape(-1, *event), context
 
-    def _sum_event(self, x: Tensor) -> Tensor:
+    def sum_event(self, x: Tensor) -> Tensor:
         """Sum over the dimensions of an event, ``(*batch, *event_shape) -> (*batch)``."""
         return x.sum(tuple(range(-len(self.event_shape), 0)))
 
@@ -270,157 +235,66 @@ class Inverse(FlowTransform):
         return self.transform
 
 
-class Compose(FlowTransform):
-    """A chain of transforms, y = t_n(… t_1(x)), whose log-determinants add up; each network is run once.
+class View(Transform):
+    """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
 
-    A context reaches the transforms that take one.
+    torch asks for a value and then for the log-determinant of the pair (x, y).  So a view keeps the log-determinant of
+    its last pair.  It returns this once, if asked about the same two tensors while every number that it depends on is
+    unchanged.  Values are always computed.
 
     Args:
-        transforms: At least one transform; all share one event shape, and those with contexts one ``context_dim``.
-
-    Raises:
-        TypeError: If an element is not a transform of this library, such as one of torch's.
-        ValueError: If ``transforms`` is empty, or they differ in event shape or in ``context_dim``.
+        transform: The transform.
+        context: ``(*batch, context_dim)``, or None.
 
     Example::
 
         >>> import torch
-        >>> from pyro_flows.transforms import ActNorm, Permute
-        >>> chain = Compose([Permute([1, 0]), ActNorm(2)])
-        >>> y, log_det = chain.forward_and_log_det(torch.tensor([[1.0, 2.0]]))
-        >>> y.tolist(), log_det.tolist()
-        ([[2.0, 1.0]], [0.0])
+        >>> from pyro_flows.transforms import LULinear
+        >>> view, x = View(LULinear(3)), torch.ones(5, 3)
+        >>> y = view(x)
+        >>> view.log_abs_det_jacobian(x, y).shape  # without a second evaluation
+        torch.Size([5])
     """
 
-    transforms: Sequence[FlowTransform]
+    bijective = True
 
-    def __init__(self, transforms: Iterable[FlowTransform]) -> None:
-        transforms, context_dim = checked_chain("Compose", transforms)
-        super().__init__(transforms[0].event_shape, context_dim)
-        self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
-        self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return chained(self.transforms, x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return chained(self.transforms, y, context, inverse=True)
-
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        if not keeps(self, Compose, "forward_and_log_det"):
-            return super().forward_and_score(x, score, context)
-        total = torch.zeros(())
-        for transform in self.transforms:
-            x, log_det, score = transform.forward_and_score(x, score, context if transform.context_dim else None)
-            total = total + log_det
-        return x, total, score
-
-    def carry(self, x: Tensor, score: Tensor) -> Carried:
-        if not keeps(self, Compose, "forward_and_log_det", "forward_and_score"):
-            return super().carry(x, score)
-        return carried_along(self.transforms, x, score)
-
-    @torch.no_grad()
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Initialise each transform from what reaches it when the data ``y`` go back to the base."""
-        for transform in reversed(self.transforms):
-            own = context if transform.context_dim else None
-            transform.initialize(y, own)
-            y, _ = transform.inverse_and_log_det(y, own)
-
-
-class Conditioned(FlowTransform):
-    """A transform at one context, to keep: the context is a parameter like any other.
-
-    ``transform.condition(context)`` is the same for one use.
-
-    Args:
-        transform: A transform that takes contexts.
-        context: One context, ``(context_dim,)``; its values are copied, but a ``torch.nn.Parameter`` is kept itself,
-            and may be shared.
-
-    Raises:
-        ValueError: If the context is not one vector of the transform's width.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_flows import flows
-        >>> layer = flows.nsf(2, context_dim=3).transforms[0]
-        >>> held = Conditioned(layer, torch.zeros(3))
-        >>> held.context_dim, held(torch.ones(5, 2)).shape, held.context.requires_grad
-        (0, torch.Size([5, 2]), True)
-    """
-
-    def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:
-        check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
-        check_kind("Conditioned", Tensor, "a tensor", context=context)
-        super().__init__(transform.event_shape)
+    def __init__(self, transform: FlowTransform, context: Tensor | None = None) -> None:
+        super().__init__()
         self.domain, self.codomain = transform.domain, transform.codomain
-        wanted, got = (transform.context_dim,), tuple(context.shape)
-        if got != wanted:
-            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
         self.transform = transform
-        self.context = context if isinstance(context, nn.Parameter) else nn.Parameter(context.detach().clone())
+        self.context = context
+        # The last pair y = t(x), its log|det dy/dx|, and True while nothing has changed that it depends on.
+        self._pair: tuple[Tensor, Tensor, Tensor, Callable[[], bool]] | None = None
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.forward_and_log_det(x, self.context)
+    def _call(self, x: Tensor) -> Tensor:
+        y, log_det = self.transform.forward_and_log_det(x, self.context)
+        self._keep(x, y, log_det)
+        return y
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_log_det(y, self.context)
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, log_det = self.transform.inverse_and_log_det(y, self.context)
+        self._keep(x, y, -log_det)
+        return x
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        return self.transform.forward_and_score(x, score, self.context)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        pair, self._pair = self._pair, None
+        if pair is not None:
+            of_x, of_y, log_det, unchanged = pair
+            if of_x is x and of_y is y and unchanged():
+                return log_det
+        return self.transform.log_abs_det_jacobian(x, y, self.context)
 
+    def with_cache(self, cache_size: int = 1) -> View:
+        """Return the view itself: it always keeps the log-determinant of one pair."""
+        return self
 
-def chained(
-    transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Map a value by transforms, at least one, in their order or back; return it and the total log-determinant."""
-    log_dets = []
-    for transform in reversed(transforms) if inverse else transforms:
-        verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
-        value, log_det = verb(value, context if transform.context_dim else None)
-        log_dets.append(log_det)
-    return value, sum(log_dets[1:], log_dets[0])
+    def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        if can_be_kept():
+            depends = [x, y] if self.context is None else [x, y, self.context]
+            self._pair = x, y, log_det, unchanged_from_now([self.transform], depends)
 
-
-def carried_along(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> Carried:
-    """Map ``x`` by transforms without contexts and carry its score along, outside of autograd."""
-    pulls, total = [], torch.zeros(())
-    for transform in transforms:
-        x, log_det, score, pull = transform.carry(x, score)
-        pulls.append(pull)
-        total = total + log_det
-
-    def pull_all(g: Tensor) -> tuple[Tensor, Gradients]:
-        found: Gradients = []
-        for pull in reversed(pulls):
-            g, gradients = pull(g)
-            found += gradients
-        return g, found
-
-    return Carried(x, total, score, pull_all)
-
-
-def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
-    """Return transforms that fit together, and the context size that they share, 0 if none takes a context."""
-    if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
-        raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
-    transforms = list(transforms)
-    if not transforms:
-        raise ValueError(f"{owner}: transforms must not be empty.")
-    for number, transform in enumerate(transforms):
-        check_kind(owner, FlowTransform, "a pyro_flows transform", **{f"transforms[{number}]": transform})
-        if transform.event_shape != transforms[0].event_shape:
-            raise ValueError(
-                f"{owner}: transforms[{number}] must act on events of shape {tuple(transforms[0].event_shape)}, as "
-                f"transforms[0] does, got {tuple(transform.event_shape)}."
-            )
-    sizes = {transform.context_dim for transform in transforms} - {0}
-    if len(sizes) > 1:
-        raise ValueError(f"{owner}: transforms must share one context_dim, got {sorted(sizes)}.")
-    return transforms, sizes.pop() if sizes else 0
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pair": None}
 
 
 def _inner_transforms(module: nn.Module) -> Iterator[FlowTransform]:

@@ -11,7 +11,7 @@ from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
-from .base import Carried, FlowTransform, Gradients, Scored
+from .base import FlowTransform, Scored
 from .conditional import check_params
 
 
@@ -87,38 +87,19 @@ class Coupling(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
 
-    def carry(self, x: Tensor, score: Tensor) -> Carried:
-        if not keeps(self, Coupling, "forward_and_log_det", "forward_and_score"):
-            return super().carry(x, score)
-        # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
-        kept, mapped = self._part(x)
-        params, pull_network = self.conditioner.forward_and_pull(kept)
-        y, log_det, bend, pull_map = self.bijector.forward_and_pull(mapped, params)
-        of_kept, of_mapped = self._part(score)
-        of_mapped = (of_mapped if bend is None else of_mapped - bend) * torch.exp(-log_det)
-        of_kept = of_kept - pull_network(pull_map(of_mapped, torch.ones_like(log_det))[1], False)[0]
-
-        def pull(g: Tensor) -> tuple[Tensor, Gradients]:
-            g_kept, g_mapped = self._part(g)
-            g_mapped, g_params = pull_map(g_mapped, None)
-            through, gradients = pull_network(g_params, True)
-            return self._join(g_kept + through, g_mapped), gradients
-
-        return Carried(self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped), pull)
-
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not keeps(self, Coupling, "forward_and_log_det"):
             return super().forward_and_score(x, score, context)
         # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
-        kept, mapped = self._part(x)
+        kept, mapped = self.part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
         ones = torch.ones_like(log_det)
-        of_kept, of_mapped = self._part(score)
+        of_kept, of_mapped = self.part(score)
         of_mapped = (of_mapped - vjp((log_det,), (mapped,), (ones,))[0]) * torch.exp(-log_det.detach())
         of_kept = of_kept - vjp((log_det, y), (kept,), (ones, of_mapped))[0]
-        return self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped)
+        return self.join(kept, y), self.sum_event(log_det), self.join(of_kept, of_mapped)
 
-    def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split events into the features that condition and the features that are transformed."""
         dim = -len(self.event_shape)
         if self._runs is None:
@@ -126,7 +107,7 @@ class Coupling(FlowTransform):
         first, second = x.split(self._runs, dim)
         return (first, second) if self._kept_first else (second, first)
 
-    def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
+    def join(self, kept: Tensor, mapped: Tensor) -> Tensor:
         """Put the parts of events together again."""
         dim = -len(self.event_shape)
         kept = kept.expand(*mapped.shape[:dim], *kept.shape[dim:])
@@ -137,9 +118,9 @@ class Coupling(FlowTransform):
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        kept, mapped = self._part(x)
+        kept, mapped = self.part(x)
         mapped, log_det = verb(mapped, self.conditioner(kept, context))
-        return self._join(kept, mapped), self._sum_event(log_det)
+        return self.join(kept, mapped), self.sum_event(log_det)
 
 
 def _taken(x: Tensor, dim: int, places: Tensor) -> Tensor:

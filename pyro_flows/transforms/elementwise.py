@@ -115,4 +115,4 @@ class Sigmoid(FlowTransform):
         return x, -self._log_det(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return self._sum_event(F.logsigmoid(x) + F.logsigmoid(-x) + math.log(self._stretch))
+        return self.sum_event(F.logsigmoid(x) + F.logsigmoid(-x) + math.log(self._stretch))

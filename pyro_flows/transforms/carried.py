@@ -1,0 +1,289 @@
+"""Draws and their scores mapped outside of autograd: one pass forwards, and one backwards for the gradients.
+
+A guide's default layers are small, and autograd would take longer to record them than they take to run.  So the
+derivatives of couplings, of multilayer perceptrons and of affine maps are written by hand, here and nowhere else.  They
+hold for these very classes.  Any other layer is differentiated by autograd, alone.
+
+Products of matrices take half the time in single precision.  As long as the layers act on numbers of order one, the
+rounding of a gradient is far below the noise of its draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..bijectors import Affine, Bijector, SoftplusAffine
+from ..conditioners import MLP, Conditioner
+from ..conditioners.jacobian import SLOPES
+from ..conditioners.pace import Linear
+from ..vjp import is_plain, vjp
+from .base import FlowTransform
+from .compose import Compose
+from .coupling import Coupling
+from .elementwise import Elementwise
+from .linear import ScaledLinear
+
+Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
+PullNetwork = Callable[[Tensor, bool], tuple[Tensor, Gradients]]  # (g, True for those of parameters) -> of x, of these
+PullMap = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # (of y, of the log-det or None) -> of x, of params
+
+
+class Carried(NamedTuple):
+    """Values of a transform with their scores and derivatives.
+
+    Attributes:
+        y: The values.
+        log_det: The log-determinants.
+        score: The scores of the values.
+        pull: The vector–Jacobian product: the gradient of y -> that of x, and those of the transform's parameters.
+    """
+
+    y: Tensor
+    log_det: Tensor
+    score: Tensor
+    pull: Callable[[Tensor], tuple[Tensor, Gradients]]
+
+
+def carry_draws(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Map draws and their scores by transforms without contexts, at least one.
+
+    Returns:
+        The mapped draws and, without gradients, the sum of the log-determinants and the scores of the mapped draws.
+    """
+    trained = {p: None for layer in transforms for p in layer.parameters() if p.requires_grad}
+    found: tuple[Tensor, Tensor, Tensor] = _Carried.apply(transforms, x, score, *trained)
+    return found
+
+
+def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
+    """True unless a trace, ``torch.func``, autocast or a hook has to see each operation."""
+    watched = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not (watched or cast) and is_plain(transforms)
+
+
+class _Carried(torch.autograd.Function):
+    """The autograd function of ``carry_draws``; draws and trained parameters have gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, total, score, ctx.pull = carried_along(transforms, x, score)
+        ctx.trained = trained
+        ctx.save_for_backward(*trained)
+        ctx.mark_non_differentiable(total, score)
+        return y, total, score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # autograd raises an error here if a parameter was changed in place
+        found: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.trained)
+        g, gradients = ctx.pull(g)
+        for parameter, gradient in gradients:
+            if parameter in found:
+                known = found[parameter]
+                found[parameter] = gradient if known is None else known + gradient
+        return None, g if ctx.needs_input_grad[1] else None, None, *found.values()
+
+
+def carried_along(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> Carried:
+    """Map ``x`` by transforms without contexts and carry its score along."""
+    pulls, total = [], torch.zeros(())
+    for transform in transforms:
+        x, log_det, score, pull = carry(transform, x, score)
+        pulls.append(pull)
+        total = total + log_det
+
+    def pull_all(g: Tensor) -> tuple[Tensor, Gradients]:
+        found: Gradients = []
+        for pull in reversed(pulls):
+            g, gradients = pull(g)
+            found += gradients
+        return g, found
+
+    return Carried(x, total, score, pull_all)
+
+
+def carry(transform: FlowTransform, x: Tensor, score: Tensor) -> Carried:
+    """Map ``x`` by a transform without a context and carry its score along."""
+    if isinstance(transform, InSingle):
+        return transform.carry(x, score)
+    if type(transform) is Compose:
+        return carried_along(transform.transforms, x, score)
+    if type(transform) is Coupling:
+        return _carry_coupling(transform, x, score)
+    trained = [parameter for parameter in transform.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y, log_det, score = transform.forward_and_score(x, score)
+
+    def pull(g: Tensor) -> tuple[Tensor, Gradients]:
+        of_x, *rest = vjp((y,), (x, *trained), (g,))
+        return of_x, list(zip(trained, rest, strict=True))
+
+    return Carried(y.detach(), log_det.detach(), score, pull)
+
+
+def _carry_coupling(coupling: Coupling, x: Tensor, score: Tensor) -> Carried:
+    # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
+    kept, mapped = coupling.part(x)
+    params, pull_network = network_and_pull(coupling.conditioner, kept)
+    y, log_det, bend, pull_map = map_and_pull(coupling.bijector, mapped, params)
+    of_kept, of_mapped = coupling.part(score)
+    of_mapped = (of_mapped if bend is None else of_mapped - bend) * torch.exp(-log_det)
+    of_kept = of_kept - pull_network(pull_map(of_mapped, torch.ones_like(log_det))[1], False)[0]
+
+    def pull(g: Tensor) -> tuple[Tensor, Gradients]:
+        g_kept, g_mapped = coupling.part(g)
+        g_mapped, g_params = pull_map(g_mapped, None)
+        through, gradients = pull_network(g_params, True)
+        return coupling.join(g_kept + through, g_mapped), gradients
+
+    return Carried(coupling.join(kept, y), coupling.sum_event(log_det), coupling.join(of_kept, of_mapped), pull)
+
+
+def map_and_pull(bijector: Bijector, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor | None, PullMap]:
+    """Map numbers by a bijector.
+
+    Returns:
+        The values, the log-determinants, the derivative of these in x (None for zero), and the vector–Jacobian product.
+    """
+    if type(bijector) is Affine:
+        return _affine_and_pull(bijector, x, params)
+    with torch.enable_grad():
+        x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+        y, log_det = bijector.forward_and_log_det(x, params)
+
+    def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
+        of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
+        return of_x, of_params
+
+    (bend,) = vjp((log_det,), (x,), (torch.ones_like(log_det),))
+    return y.detach(), log_det.detach(), bend, pull
+
+
+def _affine_and_pull(affine: Affine, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor | None, PullMap]:
+    a, t = params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)
+    s = affine.log_scale(a, 1)
+    scale = s.exp()
+    stretched = x * scale
+    slope = affine.slope - (affine.slope / affine.max_log_scale**2) * s * s  # ds/da
+
+    def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
+        of_s = of_y * stretched if of_log_det is None else torch.addcmul(of_log_det, of_y, stretched)
+        return of_y * scale, torch.stack((of_s * slope, of_y), -2).mT
+
+    return stretched + t, s, None, pull
+
+
+def network_and_pull(net: Conditioner, x: Tensor) -> tuple[Tensor, PullNetwork]:
+    """Compute the parameters of bijectors by a network without a context, and its vector–Jacobian product."""
+    if type(net) is MLP and not (net.skip or net.residual) and net.activation in SLOPES:
+        layers = [*net.hidden, net.output]
+        if all(type(layer) is Linear for layer in layers):
+            return _mlp_and_pull(net, layers, x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        params = net(x)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
+        of_x, *rest = vjp((params,), [x, *trained] if own else [x], (g,))
+        return of_x, list(zip(trained, rest, strict=True)) if own else []
+
+    return params.detach(), pull
+
+
+def _mlp_and_pull(net: MLP, layers: list[Linear], x: Tensor) -> tuple[Tensor, PullNetwork]:
+    rows = x.detach().reshape(-1, net.input_dim)
+    size, slope_of = len(rows), SLOPES[net.activation]
+    # The points that centre the units go through the layers in the same products as the inputs.
+    inputs, slopes = [torch.cat((rows, net.points)) if net.centered else rows], []
+    for layer in layers[:-1]:
+        a = layer(inputs[-1])
+        h = net.act(a)
+        inputs.append(h)
+        slopes.append(slope_of(a, h))
+    if net.centered:
+        inputs[-1] = h[:size] - h[size:].mean(0)
+    params = net.arranged(layers[-1](inputs[-1]).reshape(*x.shape[:-1], -1))
+
+    def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
+        gradients: Gradients = []
+        kept = gradients if own else None
+        g = _pull_linear(layers[-1], g.mT.reshape(size, -1), inputs[-1], kept)
+        if own and net.centered:
+            g = torch.cat((g, (g.sum(0) / -len(net.points)).expand(len(net.points), -1)))
+        for layer, slope, own_inputs in zip(layers[-2::-1], slopes[::-1], inputs[-2::-1], strict=True):
+            g = _pull_linear(layer, g * slope[: len(g)], own_inputs, kept)
+        return g[:size].reshape(x.shape), gradients
+
+    return params, pull
+
+
+def _pull_linear(layer: Linear, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
+    """Return the gradient of the inputs ``(N, n)`` of a layer, and append those of its parameters to a list."""
+    g = layer.paced(g)
+    if gradients is not None:
+        gradients += [(layer.weight, g.mT @ x), (layer.bias, g.sum(0))]
+    return g @ layer.weight
+
+
+class InSingle(Compose):
+    """A chain of transforms in double precision that carries draws, scores and gradients along in single precision.
+
+    It holds copies of the transforms, into which each call of :meth:`carry` copies all numbers.  The transforms
+    themselves do everything else; they also carry values beyond the range of single precision.
+
+    Args:
+        transforms: The transforms.
+    """
+
+    def __init__(self, transforms: Sequence[FlowTransform]) -> None:
+        super().__init__(transforms)
+        self._copies = [copy.deepcopy(transform).float() for transform in transforms]  # in a list, so not registered
+        self._own = dict(zip(_numbers(self._copies), _numbers(transforms), strict=True))
+
+    @staticmethod
+    def suits(transforms: Sequence[FlowTransform]) -> bool:
+        """Return True for plain affine maps and couplings in double precision."""
+        double = all(p.dtype == torch.float64 for transform in transforms for p in transform.parameters())
+        return bool(transforms) and double and is_plain(transforms) and all(map(_is_affine, transforms))
+
+    def carry(self, x: Tensor, score: Tensor) -> Carried:
+        """Map ``x`` and carry its score along."""
+        with torch.no_grad():
+            torch._foreach_copy_([*self._own], [*self._own.values()])
+        y, log_det, of_y, pull = carried_along(self._copies, x.float(), score.float())
+        if not math.isfinite(float(y.sum() + of_y.sum())):
+            return carried_along(self.transforms, x, score)
+
+        def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
+            size = g.abs().max().clamp_min(1.0)  # gradients of models far from the posterior would overflow
+            g, gradients = pull((g / size).float())
+            return g.double() * size, [(self._own[copied], gradient.double() * size) for copied, gradient in gradients]
+
+        return Carried(y.double(), log_det.double(), of_y.double(), pulled)
+
+
+def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
+    """Yield all parameters and buffers that are of floating point."""
+    for transform in transforms:
+        yield from (t for t in (*transform.parameters(), *transform.buffers()) if t.is_floating_point())
+
+
+def _is_affine(transform: FlowTransform) -> bool:
+    if type(transform) is Elementwise:
+        return type(transform.bijector) in (Affine, SoftplusAffine) and transform.conditioner is None
+    if type(transform) is Coupling:
+        return type(transform.bijector) is Affine and type(transform.conditioner) is MLP
+    return type(transform) is ScaledLinear

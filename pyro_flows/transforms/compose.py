@@ -1,0 +1,142 @@
+"""Chains of transforms, and a transform at a context that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import TRANSFORM, check_kind, quoted
+from ..vjp import keeps
+from .base import FlowTransform, Scored
+
+
+class Compose(FlowTransform):
+    """A chain of transforms, y = t_n(… t_1(x)), whose log-determinants add up; each network is run once.
+
+    A context reaches the transforms that take one.
+
+    Args:
+        transforms: At least one transform; all share one event shape, and those with contexts one ``context_dim``.
+
+    Raises:
+        TypeError: If an element is not a transform of this library, such as one of torch's.
+        ValueError: If ``transforms`` is empty, or they differ in event shape or in ``context_dim``.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import ActNorm, Permute
+        >>> chain = Compose([Permute([1, 0]), ActNorm(2)])
+        >>> y, log_det = chain.forward_and_log_det(torch.tensor([[1.0, 2.0]]))
+        >>> y.tolist(), log_det.tolist()
+        ([[2.0, 1.0]], [0.0])
+    """
+
+    transforms: Sequence[FlowTransform]
+
+    def __init__(self, transforms: Iterable[FlowTransform]) -> None:
+        transforms, context_dim = checked_chain("Compose", transforms)
+        super().__init__(transforms[0].event_shape, context_dim)
+        self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
+        self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return chained(self.transforms, x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return chained(self.transforms, y, context, inverse=True)
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        if not keeps(self, Compose, "forward_and_log_det"):
+            return super().forward_and_score(x, score, context)
+        total = torch.zeros(())
+        for transform in self.transforms:
+            x, log_det, score = transform.forward_and_score(x, score, context if transform.context_dim else None)
+            total = total + log_det
+        return x, total, score
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Initialise each transform from what reaches it when the data ``y`` go back to the base."""
+        for transform in reversed(self.transforms):
+            own = context if transform.context_dim else None
+            transform.initialize(y, own)
+            y, _ = transform.inverse_and_log_det(y, own)
+
+
+class Conditioned(FlowTransform):
+    """A transform at one context, to keep: the context is a parameter like any other.
+
+    ``transform.condition(context)`` is the same for one use.
+
+    Args:
+        transform: A transform that takes contexts.
+        context: One context, ``(context_dim,)``; its values are copied, but a ``torch.nn.Parameter`` is kept itself,
+            and may be shared.
+
+    Raises:
+        ValueError: If the context is not one vector of the transform's width.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import flows
+        >>> layer = flows.nsf(2, context_dim=3).transforms[0]
+        >>> held = Conditioned(layer, torch.zeros(3))
+        >>> held.context_dim, held(torch.ones(5, 2)).shape, held.context.requires_grad
+        (0, torch.Size([5, 2]), True)
+    """
+
+    def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:
+        check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
+        check_kind("Conditioned", Tensor, "a tensor", context=context)
+        super().__init__(transform.event_shape)
+        self.domain, self.codomain = transform.domain, transform.codomain
+        wanted, got = (transform.context_dim,), tuple(context.shape)
+        if got != wanted:
+            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
+        self.transform = transform
+        self.context = context if isinstance(context, nn.Parameter) else nn.Parameter(context.detach().clone())
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(y, self.context)
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        return self.transform.forward_and_score(x, score, self.context)
+
+
+def chained(
+    transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Map a value by transforms, at least one, in their order or back; return it and the total log-determinant."""
+    log_dets = []
+    for transform in reversed(transforms) if inverse else transforms:
+        verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
+        value, log_det = verb(value, context if transform.context_dim else None)
+        log_dets.append(log_det)
+    return value, sum(log_dets[1:], log_dets[0])
+
+
+def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
+    """Return transforms that fit together, and the context size that they share, 0 if none takes a context."""
+    if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
+        raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
+    transforms = list(transforms)
+    if not transforms:
+        raise ValueError(f"{owner}: transforms must not be empty.")
+    for number, transform in enumerate(transforms):
+        check_kind(owner, FlowTransform, "a pyro_flows transform", **{f"transforms[{number}]": transform})
+        if transform.event_shape != transforms[0].event_shape:
+            raise ValueError(
+                f"{owner}: transforms[{number}] must act on events of shape {tuple(transforms[0].event_shape)}, as "
+                f"transforms[0] does, got {tuple(transform.event_shape)}."
+            )
+    sizes = {transform.context_dim for transform in transforms} - {0}
+    if len(sizes) > 1:
+        raise ValueError(f"{owner}: transforms must share one context_dim, got {sorted(sizes)}.")
+    return transforms, sizes.pop() if sizes else 0
