@@ -14,7 +14,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch
 from models import Y, nested
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
+from safetensors.torch import load_file, save_file
+from saved_files import Edit, edited, parts_of, small
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -46,14 +47,13 @@ from pyro_flows.encoders import (
     SetEncoder,
     TransformerEncoder,
 )
-from pyro_flows.guides.default_flows import affine_couplings
-from pyro_flows.persistence.allowed_classes import BASES, BY_NAME
+from pyro_flows.persistence.classes import BY_NAME
+from pyro_flows.persistence.packing import pack
 from pyro_flows.persistence.spec import build, describe
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute
 
 DIM = 4
-small = functools.partial(affine_couplings, num_transforms=2, hidden_dims=(8,), activation=nn.ReLU)
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
 ENCODERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mlp": (MLPEncoder(3, 2, (8,), activation=nn.Tanh), (3,)),
@@ -93,7 +93,7 @@ def same_module(ours: nn.Module, theirs: nn.Module) -> None:
 def same_flow(ours: Flow, theirs: Flow, context: Tensor | None = None) -> None:
     assert type(theirs) is Flow
     same_module(ours, theirs)
-    assert str(describe(theirs)) == str(describe(ours))
+    assert pack(theirs)[0] == pack(ours)[0]
     dtype = next(tensor.dtype for tensor in (*ours.parameters(), *ours.buffers()) if tensor.is_floating_point())
     x = laws.normal(6, *ours.event_shape, seed=3, dtype=dtype)
     answers = []
@@ -166,7 +166,7 @@ def test_no_public_class_is_left_out() -> None:
     builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
     parts = [*builds, *laws.BIJECTORS.values(), *(build(DIM) for build in laws.BASES.values())]
     for part in [*parts, *(encoder for encoder, _ in ENCODERS.values())]:
-        found |= set(names_in(describe(part)))
+        found |= set(names_in(describe(part)[0]))
     own = {name for name in BY_NAME if name.partition(".")[0] not in ("constraints", "pyro", "guides", "flows")}
     assert own <= found
 
@@ -181,8 +181,8 @@ def names_in(spec: Any) -> list[str]:
 def test_arguments_are_kept_under_their_names() -> None:
     """The attributes that ``save`` reads rebuild an object with the same attributes."""
     for name, kind in laws.TRANSFORMS.items():
-        spec = describe(kind.build(DIM * kind.size, 0))
-        assert str(describe(build(spec))) == str(spec), name
+        spec, tensors = describe(kind.build(DIM * kind.size, 0))
+        assert describe(build(spec, tensors))[0] == spec, name
 
 
 IN_A_NEW_PROCESS = """
@@ -213,20 +213,19 @@ def test_a_new_process_has_the_same_bits(tmp_path: Path) -> None:
 # ------------------------------------------------------------ other state of a flow
 
 
-def test_the_file_is_plain(tmp_path: Path) -> None:
-    pf.save(flows.nsf(DIM, 2), tmp_path / "flow")
-    content = torch.load(tmp_path / "flow", weights_only=True)
-    assert list(content) == ["format", "spec", "state"]
-    assert all(type(value) is Tensor for value in content["state"].values())
-
-    def check(part: Any) -> None:
-        assert part is None or type(part) in (dict, list, tuple, str, int, float, bool, Tensor)
-        if type(part) in (dict, list, tuple):
-            for inner in part.values() if isinstance(part, dict) else part:
-                check(inner)
-
-    check(content["spec"])
+def test_other_programs_read_the_file(tmp_path: Path) -> None:
+    """The tensors are those of the ``state_dict``, each once; a flow that was built in code can load them."""
+    flow = laws.randomise(flows.nsf(DIM, 2, hidden_dims=(8,)))
+    flow.transforms[0].conditioner.output.half()
+    pf.save(flow, tmp_path / "flow")
+    again = flows.nsf(DIM, 2, hidden_dims=(8,))
+    again.transforms[0].conditioner.output.half()
+    again.load_state_dict(load_file(tmp_path / "flow"))
+    same_module(flow, again)
     assert [path.name for path in tmp_path.iterdir()] == ["flow"]
+    content, tensors = parts_of(tmp_path / "flow")
+    assert (content["format"], content["class"]) == (2, "flows.Flow")
+    assert tensors.keys() == flow.state_dict().keys()
 
 
 def test_what_was_shared_is_shared_again(tmp_path: Path) -> None:
@@ -298,17 +297,6 @@ def test_modes_of_training_are_kept(tmp_path: Path) -> None:
     assert not any(part.training for part in there_and_back(guide, tmp_path).modules())
 
 
-def test_files_without_modes_and_columns_are_read(tmp_path: Path) -> None:
-    """The first files of this format had none."""
-
-    def old(content: dict[str, Any]) -> None:
-        del content["spec"]["training"], content["spec"]["arguments"]["columns"]
-
-    pf.save(small(3), tmp_path / "flow.pt")
-    edited(tmp_path / "flow.pt", old)
-    assert pf.load(tmp_path / "flow.pt").training
-
-
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     flow = flows.nsf(3, hidden_dims=tuple(np.array([8, 8])), bound=np.float64(4.0), num_transforms=2)
     again = there_and_back(flow, tmp_path)
@@ -362,7 +350,7 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", FIXED)
 def test_fixed_bases_come_back(name: str, tmp_path: Path) -> None:
     flow = Flow([ActNorm(3)], FIXED[name])
     again = there_and_back(flow, tmp_path)
@@ -427,7 +415,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     "base": (lambda: Flow([ActNorm(2)], OwnBase((2,))), r"base is of .*OwnBase"),
     "distribution": (
         lambda: Flow([ActNorm(2)], dist.Gamma(torch.ones(2), 1.0).to_event(1)),
-        r"base\.distribution\.base_dist is of .*Gamma",
+        r"base\.distribution\.base_distribution is of .*Gamma",
     ),
     "flow": (lambda: OwnFlow([ActNorm(2)]), r"flow_or_guide is of .*OwnFlow, but must be a Flow"),
     "network of torch": (lambda: nn.Linear(2, 2), r"flow_or_guide is of .*Linear, but must be a Flow"),
@@ -495,7 +483,7 @@ def _altered(flow: Flow) -> None:
         (_normed, r"parametrizations"),
         (_widened, r"size mismatch for transforms\.0\.conditioner\.output"),
         (_tied, r"transforms\.1\.conditioner\.output\.bias is tied to transforms\.0\.conditioner\.output\.bias"),
-        (_altered, r"the buffer base\.zeros differs"),
+        (_altered, r"base\.zeros is of torch\.float32, with sum"),
     ],
 )
 def test_what_its_constructor_does_not_tell_is_refused(
@@ -512,11 +500,11 @@ def test_nothing_half_written_takes_the_place_of_a_file(tmp_path: Path, monkeypa
     pf.save(small(3), tmp_path / "flow")
     before = (tmp_path / "flow").read_bytes()
 
-    def full(content: Any, file: Any) -> None:
-        file.write(b"PK and a little")
+    def full(path: Path, data: bytes) -> None:
+        path.write_text("a little")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         pf.save(small(3), tmp_path / "flow")
     assert (tmp_path / "flow").read_bytes() == before
@@ -531,76 +519,71 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------ refused at load, with a message
 
 
-def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the contents of a file and write it again, with correct checksums."""
-    content = torch.load(path, weights_only=True)
-    torch.save(edit(content) or content, path)
-
-
 def first(content: dict[str, Any]) -> dict[str, Any]:
     """Return the spec of the first transform."""
-    return content["spec"]["arguments"]["transforms"][0]
+    return content["arguments"]["transforms"][0]
 
 
 WEIGHT = "transforms.0.conditioner.output.weight"
 ORDER = "transforms.0.transform.conditioner.order"
-CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "state_dict": (lambda c: c["state"], r"not a file of pyro_flows\.save: it holds only tensors.*load_state_dict"),
-    "list": (lambda c: [1, 2], "it holds a list without format, spec and state"),
-    "other dict": (lambda c: {"a": 1}, "it holds a dict without format, spec and state"),
-    "no number": (lambda c: c.update(format=True), "it holds a dict without format, spec and state"),
-    "newer": (lambda c: c.update(format=2), "has the format 2, and this pyro_flows reads format 1.*update"),
+CHANGES: dict[str, tuple[Edit, str]] = {
+    "newer": (lambda c, t: c.update(format=3), "has the format 3, and this pyro_flows reads format 2"),
     "root": (
-        lambda c: c["spec"].update({"class": "transforms.ActNorm"}),
+        lambda c, t: c.update({"class": "transforms.ActNorm"}),
         "'transforms.ActNorm', which is neither a fl",
     ),
     "unknown class": (
-        lambda c: first(c).update({"class": "transforms.Warp"}),
+        lambda c, t: first(c).update({"class": "transforms.Warp"}),
         r"transforms\[0\] is of a class 'transforms\.Warp', which this pyro_flows does not have",
     ),
-    "class elsewhere": (lambda c: first(c).update({"class": "os.system"}), r"of a class 'os\.system', which"),
-    "class that is none": (lambda c: first(c).update({"class": ["x"]}), r"TypeError|of a class"),
-    "abstract class": (lambda c: first(c).update({"class": "transforms.FlowTransform"}), "of a class 'transforms.Flow"),
+    "class elsewhere": (lambda c, t: first(c).update({"class": "os.system"}), r"of a class 'os\.system', which"),
+    "class that is none": (lambda c, t: first(c).update({"class": ["x"]}), "which describes nothing"),
+    "abstract class": (
+        lambda c, t: first(c).update({"class": "transforms.FlowTransform"}),
+        "of a class 'transforms.Flow",
+    ),
     "activation elsewhere": (
-        lambda c: first(c)["arguments"]["conditioner"]["arguments"].update(activation={"torch.nn": "functional"}),
-        r"activation names torch\.nn\.functional",
+        lambda c, t: first(c)["arguments"]["conditioner"]["arguments"].update(activation={"torch.nn": "functional"}),
+        r"activation holds \{'torch.nn': 'functional'\}, which",
     ),
     "argument": (
-        lambda c: first(c)["arguments"]["bijector"]["arguments"].update(max_log_scale=-1.0),
+        lambda c, t: first(c)["arguments"]["bijector"]["arguments"].update(max_log_scale=-1.0),
         "bijectors.Affine refuses its arguments: Affine: max_log_scale must be positive and finite, got -1.0",
     ),
     "argument too many": (
-        lambda c: first(c)["arguments"]["bijector"]["arguments"].update(other=1),
+        lambda c, t: first(c)["arguments"]["bijector"]["arguments"].update(other=1),
         "bijectors.Affine refuses its arguments: .*other",
     ),
     "bijector in place of a transform": (
-        lambda c: c["spec"]["arguments"]["transforms"].__setitem__(0, first(c)["arguments"]["bijector"]),
+        lambda c, t: c["arguments"]["transforms"].__setitem__(0, first(c)["arguments"]["bijector"]),
         r"flows\.Flow refuses its arguments: .*transforms\[0\] must be a pyro_flows transform",
     ),
     "same as nothing": (
-        lambda c: c["spec"]["arguments"]["transforms"].__setitem__(1, {"same": "transforms[5]"}),
-        r"transforms\[1\] is to be the same as 'transforms\[5\]', which is not there",
+        lambda c, t: c["arguments"]["transforms"].__setitem__(1, {"same": "transforms[5]"}),
+        r"transforms\[1\] holds \{'same'.*which describes nothing",
     ),
-    "no spec of anything": (lambda c: first(c)["arguments"].update(bijector={"code": "1"}), r"bijector holds \{'code'"),
-    "parts of a spec": (lambda c: c["spec"].__delitem__("dtypes"), "its spec has the parts"),
-    "missing": (lambda c: c["state"].__delitem__(WEIGHT), rf"Missing key.*{WEIGHT}"),
-    "unexpected": (lambda c: c["state"].update(more=torch.ones(1)), r"Unexpected key.*more"),
-    "shape": (lambda c: c["state"].update({WEIGHT: torch.ones(1, 2)}), rf"size mismatch for {WEIGHT}"),
+    "no spec of anything": (
+        lambda c, t: first(c)["arguments"].update(bijector={"code": "1"}),
+        r"bijector holds \{'code'",
+    ),
+    "parts of a spec": (lambda c, t: c.pop("dtypes"), "KeyError: 'dtypes'"),
+    "missing": (lambda c, t: t.__delitem__(WEIGHT), rf"Missing key.*{WEIGHT}"),
+    "unexpected": (lambda c, t: t.update(more=torch.ones(1)), r"Unexpected key.*more"),
+    "shape": (lambda c, t: t.update({WEIGHT: torch.ones(1, 2)}), rf"size mismatch for {WEIGHT}"),
     "kind of number": (
-        lambda c: c["state"].update({WEIGHT: c["state"][WEIGHT].long()}),
+        lambda c, t: t.update({WEIGHT: t[WEIGHT].long()}),
         rf"{WEIGHT} is of torch.int64",
     ),
-    "no tensor": (lambda c: c["state"].update({WEIGHT: 1.0}), "was changed: its state holds something other than"),
-    "dtype": (lambda c: c["spec"]["dtypes"].update({"base.zeros": "load"}), "'load' is no floating dtype of torch"),
-    "buffer": (lambda c: c["spec"]["dtypes"].update({"base.ones": "float32"}), r"it has no base\.ones"),
-    "frozen": (lambda c: c["spec"]["frozen"].append("base.ones"), r"it has no base\.ones"),
+    "dtype": (lambda c, t: c["dtypes"].update({"base.zeros": "load"}), "TypeError"),
+    "buffer": (lambda c, t: c["dtypes"].update({"base.ones": "float32"}), r"base\.ones|attribute `ones`"),
+    "frozen": (lambda c, t: c["frozen"].append("base.ones"), r"base\.ones|attribute `ones`"),
     "columns": (
-        lambda c: c["spec"]["arguments"].update(
-            columns={"class": "flows.Columns", "arguments": {"names": None, "integers": ((3, 0.0, 1.0),)}}
+        lambda c, t: c["arguments"].update(
+            columns={"class": "flows.Columns", "arguments": {"names": None, "integers": [[3, 0.0, 1.0]]}}
         ),
         r"Flow: columns must be those of events of shape \(3,\)",
     ),
-    "training": (lambda c: c["spec"]["training"].update({"base.ones": True}), r"it has no base\.ones"),
+    "training": (lambda c, t: c["training"].update({"base.ones": True}), r"base\.ones|attribute `ones`"),
 }
 
 
@@ -618,8 +601,8 @@ def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:
     """The masks would follow such an order, and the map would not be invertible."""
     file = tmp_path / "flow.pt"
     pf.save(flows.maf(3, num_transforms=1, hidden_dims=(8,)), file)
-    edited(file, lambda content: content["state"].update({ORDER: torch.ones(3, dtype=torch.long)}))
-    with pytest.raises(ValueError, match=rf"^load: '{file}' .*order must be a permutation of 0 … 2"):
+    edited(file, lambda content, tensors: tensors.update({ORDER: torch.ones(3, dtype=torch.long)}))
+    with pytest.raises(ValueError, match=rf"^load: '{file}' .*order must hold each of 0 … 2 once"):
         pf.load(file)
 
 
@@ -629,19 +612,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             pf.load(path)
 
 
-def test_a_checkpoint_of_a_fit_is_told_apart(tmp_path: Path) -> None:
-    Checkpoint("fit_svi", tmp_path / "run", {"steps": 3}).save({})
-    with pytest.raises(ValueError, match="it is a checkpoint of an unfinished fit"):
-        pf.load(tmp_path / "run")
-
-
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a flow")
     (tmp_path / "empty").touch()
     np.savez(tmp_path / "numbers.npz", a=np.ones(3))
     torch.save({"a": torch.ones(3)}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    for name in ("text", "empty", "numbers.npz", "old"):
-        with pytest.raises(ValueError, match=rf"^load: '{tmp_path / name}' is not a file of pyro_flows\.save"):
+    Checkpoint("fit_svi", tmp_path / "run", {"steps": 3}).save({})
+    save_file({"a": torch.ones(3)}, tmp_path / "tensors")
+    found = {"text": "cut off", "empty": "cut off", "tensors": "only tensors"}
+    for name in ("text", "empty", "numbers.npz", "old", "run", "tensors"):
+        words = found.get(name, "nothing of it was run")
+        with pytest.raises(ValueError, match=rf"^load: '{tmp_path / name}' is not a file of pyro_flows\.save.*{words}"):
             pf.load(tmp_path / name)
 
 
@@ -654,29 +635,17 @@ def test_files_that_were_cut_off_are_refused(tmp_path: Path) -> None:
             pf.load(tmp_path / "flow")
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    """torch would read such a bit as another number."""
+@pytest.mark.parametrize("part", ["tensors", "spec"])
+def test_a_flipped_bit_is_found(part: str, tmp_path: Path) -> None:
+    """safetensors would read such a bit as another number."""
     flow = small(3)
     pf.save(flow, tmp_path / "flow")
     raw = bytearray((tmp_path / "flow").read_bytes())
-    place = raw.index(flow.transforms[0].conditioner.hidden[0].weight.detach().numpy().tobytes())
-    raw[place] ^= 1
+    weight = flow.transforms[0].conditioner.hidden[0].weight.detach().numpy().tobytes()
+    raw[raw.index(weight if part == "tensors" else b"bijectors")] ^= 1
     (tmp_path / "flow").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"is damaged \(in its part 'archive/data/\d+'\)"):
+    with pytest.raises(ValueError, match=r"is damaged, or was changed"):
         pf.load(tmp_path / "flow")
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.serialization, "set_crc32_options"), reason="torch.serialization.set_crc32_options: torch 2.6"
-)
-def test_the_sums_are_there_whatever_torch_is_told(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        pf.save(small(3), tmp_path / "flow")
-        assert torch.serialization.get_crc32_options() is False
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert zipfile.ZipFile(tmp_path / "flow").testzip() is None
 
 
 class Bomb:
@@ -689,24 +658,16 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("how", ["pickle", "torch", "spec", "state"])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_code_in_a_file_is_not_run(how: str, tmp_path: Path) -> None:
     file, mark = tmp_path / "flow.pt", tmp_path / "it ran"
-    pf.save(small(3), file)
-    content = torch.load(file, weights_only=True)
     if how == "pickle":
         file.write_bytes(pickle.dumps(Bomb(mark)))
-    elif how == "torch":
-        torch.save(Bomb(mark), file)
     else:
-        content[how]["bomb"] = Bomb(mark)
-        torch.save(content, file)
-    with pytest.raises(ValueError, match=r"is not a file of pyro_flows\.save"):
+        torch.save(Bomb(mark), file)
+    with pytest.raises(ValueError, match=r"is not a file of pyro_flows\.save.*nothing of it was run"):
         pf.load(file)
     assert not mark.exists()
-    if how != "pickle":  # the bomb is one
-        torch.load(file, weights_only=False)
-        assert mark.exists()
 
 
 # ------------------------------------------------------------ guides
@@ -960,7 +921,7 @@ def test_a_loaded_guide_has_tensors_of_its_own(tmp_path: Path) -> None:
 def test_a_guide_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "guide"
     pf.save(AutoFlow(nested, small).setup(Y), file)
-    edited(file, lambda c: c["spec"]["arguments"]["sites"].__delitem__(0))
+    edited(file, lambda content, _: content["arguments"]["sites"].pop(0))
     with pytest.raises(ValueError, match=r"guides\.AutoFlow refuses its arguments: the flow is over \d+ numbers"):
         pf.load(file)
 

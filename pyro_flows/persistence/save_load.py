@@ -1,34 +1,31 @@
 """Save a flow or a guide, and load it without the code that built it.
 
-The file is torch's, with {format, spec, state}: the number of the format, the description of the object as plain data,
-and its tensors.  Reading it runs only code of pyro_flows, and its cost depends on the file's size alone.
+The file is one of safetensors, which holds tensors by name.  Its metadata hold the description of the object, in JSON,
+and a checksum.  Reading it runs only code of pyro_flows, and its cost depends on the file's size alone.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import threading
-import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn, serialization
+import safetensors.torch
+from torch import Tensor, nn
 
 from ..arguments import as_file
-from ..atomic_files import save_tensors, write_atomically
+from ..atomic_files import write_atomically
 from ..flows import Dequantized, Flow, Mixed
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
-from .allowed_classes import BY_TYPE, ROOTS
-from .module_state import check_comes_back, marks_of, restore, state_of
-from .safe_archive import Archive, Damaged, Foreign
-from .size_limit import FREE_NUMBER, Allowance
-from .spec import WAY_OUT, build, describe, named
+from .allowance import Allowance
+from .classes import BY_TYPE, arguments_of
+from .packing import check_comes_back, checksum, pack, unpack
+from .spec import WAY_OUT, named
 
-FORMAT = 1
-SPEC = ["class", "arguments", "frozen", "dtypes", "training"]  # the parts of a spec
+FORMAT = 2
+ROOTS = {BY_TYPE[kind] for kind in (Flow, Dequantized, Mixed, AutoFlow, AutoPlateFlow, AutoStructuredFlow)}
 Guide = AutoFlow | AutoPlateFlow | AutoStructuredFlow
-_settings_of_torch = threading.Lock()  # torch has one setting for all threads
 
 
 def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathLike[str]) -> None:
@@ -67,19 +64,20 @@ def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathL
         True
     """
     file = as_file("save", "path", path)
-    kind = BY_TYPE.get(type(flow_or_guide))
-    if kind is None or kind.name not in ROOTS:
+    if BY_TYPE.get(type(flow_or_guide)) not in ROOTS:
         raise ValueError(
             f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized or Mixed flow, an "
             f"AutoFlow, an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
         )
-    spec = describe(flow_or_guide)
-    parts = kind.arguments(flow_or_guide) if not issubclass(kind.type, Flow) else {"the flow": flow_or_guide}
-    for name, part in parts.items():
+    content, tensors = pack(flow_or_guide)
+    is_flow = isinstance(flow_or_guide, Flow)
+    for name, part in ({"the flow": flow_or_guide} if is_flow else arguments_of(flow_or_guide)).items():
         if isinstance(part, nn.Module):
             check_comes_back(name, part)
-    content = {"format": FORMAT, "spec": {**spec, **marks_of(flow_or_guide)}, "state": state_of(flow_or_guide)}
-    write_atomically(file, lambda draft: _write(content, draft))
+    spec = json.dumps({"format": FORMAT, **content})
+    about = {"format": "pt", "pyro_flows": spec, "crc32": checksum(spec, tensors)}
+    data = safetensors.torch.save(tensors, about)
+    write_atomically(file, lambda draft: Path(draft).write_bytes(data))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -116,16 +114,16 @@ def load(path: str | os.PathLike[str]) -> Any:
         tensor(True)
     """
     path = as_file("load", "path", path)
-    spec, state, archive = _read(path)
+    text, tensors = _read(path)
     try:
-        if list(spec) not in (SPEC, SPEC[:-1]):  # the first files of this format have no modes of training
-            raise ValueError(f"its spec has the parts {list(spec)!r:.100}")
-        if spec["class"] not in ROOTS:
-            raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
-        whole = {name: spec[name] for name in ("class", "arguments")}
-        with Allowance(archive.nbytes, archive.tensors, archive.squares):
-            made = build(whole, limit=max(FREE_NUMBER, archive.nbytes))
-        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"], training=spec.get("training", {}))
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"it has the format {content['format']!r:.20}, and this pyro_flows reads format {FORMAT}")
+        if content["class"] not in ROOTS:
+            raise ValueError(f"it is of a class {content['class']!r:.60}, which is neither a flow nor a guide")
+        allowance = Allowance(tensors.values())
+        with allowance:
+            made = unpack(content, tensors, limit=max(2**20, allowance.held))
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = " ".join(reason.partition("Trace Shapes:")[0].split()).rstrip(".")
@@ -134,21 +132,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     return made
 
 
-def _write(content: dict[str, Any], draft: str) -> None:
-    # Checksums show damage.  torch before 2.6 always writes them, and has no option.
-    with _settings_of_torch, ExitStack() as stack:
-        if hasattr(serialization, "set_crc32_options"):
-            stack.callback(serialization.set_crc32_options, serialization.get_crc32_options())
-            serialization.set_crc32_options(True)
-        save_tensors(content, draft)
-
-
 def _refused(path: Path, words: str) -> ValueError:
     return ValueError(f"load: {str(path)!r} {words}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
-    """Return the spec and the state in a file, and all its content.
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the spec, in JSON, and the tensors in a file.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -156,39 +145,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"load: there is no file {str(path)!r}.")
-    with path.open("rb") as file:
-        try:
-            archive = Archive(file)
-        except Exception as error:
-            raise _refused(path, _fault(error)) from error
-    content = archive.content
-    spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
-    if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
-        raise _refused(path, f"is not a file of pyro_flows.save: {_kind_of(content)}.")
-    if (number := content["format"]) != FORMAT:
-        words = f"has the format {number}, and this pyro_flows reads format {FORMAT}. If a newer one wrote it, update."
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except Exception as error:
+        words = f"or was cut off ({error!s:.100}). Copy it again or save it anew."
+        if data[:1] in (b"P", b"\x80"):  # of archives and pickles
+            words = "but one of torch.save, pickle or NumPy, and nothing of it was run. Read it with what wrote it."
+        raise _refused(path, f"is not a file of pyro_flows.save, {words}") from error
+    if "pyro_flows" not in about:
+        words = "is not a file of pyro_flows.save: it holds only tensors. Load them by load_state_dict."
         raise _refused(path, words)
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise _refused(path, "was changed: its state holds something other than tensors. Save it anew.")
-    return spec, state, archive
-
-
-def _fault(error: Exception) -> str:
-    """Return what is wrong with a file that cannot be read, and what to do about it."""
-    if isinstance(error, Damaged):
-        return f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
-    if isinstance(error, zipfile.BadZipFile):
-        return f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
-    if isinstance(error, Foreign):
-        words = "it holds more than plain data and tensors, and nothing of it was run. Read it with what wrote it."
-        return f"is not a file of pyro_flows.save: {words}"
-    return f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
-
-
-def _kind_of(content: Any) -> str:
-    """Return what a file of torch holds instead of a flow, and what to do with it."""
-    if isinstance(content, dict) and "settings" in content:
-        return "it is a checkpoint of an unfinished fit; give it to the fit as checkpoint="
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return "it holds only tensors, as a state_dict does; load them into a flow that you build, by load_state_dict"
-    return f"it holds a {type(content).__name__} without format, spec and state"
+    if about.get("crc32") != checksum(about["pyro_flows"], tensors):
+        raise _refused(path, "is damaged, or was changed. Copy it again or save it anew.")
+    return about["pyro_flows"], tensors

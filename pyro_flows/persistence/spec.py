@@ -1,72 +1,85 @@
 """Plain descriptions of objects: the class, and the arguments that it was built from, at every level.
 
-A spec consists of dicts, lists, tuples, numbers, strings and tensors:
+A spec is made for JSON.  It names tensors, which lie beside it:
 
-    {"class": "transforms.Permute", "arguments": {"permutation": tensor([1, 0])}}
+    {"class": "transforms.Permute", "arguments": {"permutation": {"tensor": "transforms.0.permutation"}}}
 
-A module or tensor may stand in two places, for example in a layer and in its inverse.  Its first place describes it,
-and the other refers to that by ``{"same": "transforms[0]"}``, so that it is shared again after loading.
+A module may stand in two places, for example in a layer and in its inverse.  Its first place describes it, and the
+other refers to that by ``{"same": "transforms[0]"}``, so that it is shared again after loading.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .allowed_classes import BY_NAME, BY_TYPE
+from .classes import BY_NAME, BY_TYPE, arguments_of, construct
 
-UNSIZED = (
-    "flows.Dequantized",
-    "flows.Mixed",
-    "guides.AutoPlateFlow",
-    "guides.AutoStructuredFlow",
-    "guides.Site",
-)  # their numbers may count levels, or rows
+ARGUMENTS = "arguments/"  # the beginning of the names of tensors that belong to no state
+# Classes whose integers may count levels or rows, not sizes.
+UNSIZED = {"flows.Dequantized", "flows.Mixed", "guides.AutoPlateFlow", "guides.AutoStructuredFlow", "guides.Site"}
 WAY_OUT = (
     "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
     "x.load_state_dict(torch.load(path)); a fitted flow ends with the FixedAffine that fit_density has put there."
 )
 
 
-def describe(value: object) -> Any:
-    """Return the spec of an object.
+def describe(value: object, state: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """Return the spec of an object, and the tensors that it names.
+
+    Args:
+        value: The object.
+        state: Tensors with names already, such as those of a ``state_dict``.
 
     Raises:
         ValueError: If it, or a part of it, is of a class that files may not name.
     """
-    return _describe(value, "", {})
+    describer = _Describer(state or {})
+    return describer.describe(value, ""), describer.tensors
 
 
-def _describe(value: Any, place: str, seen: dict[int, tuple[Any, str]]) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if type(value) in (list, tuple, nn.ModuleList, torch.Size):
-        parts = [_describe(part, f"{place}[{i}]", seen) for i, part in enumerate(value)]
-        return tuple(parts) if isinstance(value, tuple) else parts
-    if isinstance(value, type) and _of_torch(value.__name__) is value:
-        return {"torch.nn": value.__name__}
-    if isinstance(value, nn.Module | Tensor):
-        if id(value) in seen:
-            return {"same": seen[id(value)][1]}
-        seen[id(value)] = value, place  # a reference, so that no other object gets its id
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().clone()  # a view would be saved with all the memory that it views
-        return {"parameter": data} if isinstance(value, nn.Parameter) else data
-    if (kind := BY_TYPE.get(type(value))) is None:
-        raise ValueError(
-            f"save: {place} is {named(value)}, which files do not hold: they name classes of "
-            "pyro_flows, activations of torch.nn and supports of torch and Pyro, exactly, so that opening one runs no "
-            f"other code. {WAY_OUT}"
-        )
-    inner = kind.arguments(value).items()
-    arguments = {name: _describe(part, f"{place}.{name}".lstrip("."), seen) for name, part in inner}
-    return {"class": kind.name, "arguments": arguments}
+class _Describer:
+    """Describer of objects that remembers the place of each module and the name of each tensor."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names = {id(tensor): name for name, tensor in state.items()}
+        self._places: dict[int, tuple[nn.Module, str]] = {}  # with the module, so that no other object gets its id
+
+    def describe(self, value: Any, place: str) -> Any:
+        """Return the spec of an object at a place among the arguments of a class."""
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if type(value) in (list, tuple, nn.ModuleList, torch.Size):
+            return [self.describe(part, f"{place}[{i}]") for i, part in enumerate(value)]
+        if type(value) is dict:
+            return {"dict": [[key, self.describe(part, f"{place}[{key!r}]")] for key, part in value.items()]}
+        if isinstance(value, type) and _of_torch(value.__name__) is value:
+            return {"torch.nn": value.__name__}
+        if isinstance(value, Tensor):
+            name = self._names.setdefault(id(value), f"{ARGUMENTS}{place}")
+            self.tensors[name] = value
+            return {"parameter" if isinstance(value, nn.Parameter) else "tensor": name}
+        if (found := BY_TYPE.get(type(value))) is None:
+            raise ValueError(
+                f"save: {place} is {named(value)}, which files do not hold: they name classes of "
+                "pyro_flows, activations of torch.nn and supports of torch and Pyro, exactly, so that opening one runs "
+                f"no other code. {WAY_OUT}"
+            )
+        if isinstance(value, nn.Module):
+            if id(value) in self._places:
+                return {"same": self._places[id(value)][1]}
+            self._places[id(value)] = value, place
+        inner = arguments_of(value).items()
+        arguments = {name: self.describe(part, f"{place}.{name}".lstrip(".")) for name, part in inner}
+        return {"class": found, "arguments": arguments}
 
 
 def _of_torch(name: str) -> type | None:
@@ -84,54 +97,64 @@ def named(value: object) -> str:
     return f"of the class {type(value).__module__}.{type(value).__qualname__}"
 
 
-def build(spec: Any, limit: float = math.inf) -> Any:
-    """Build the object that a spec describes, with newly initialised tensors; your random numbers stay the same.
+def build(spec: Any, tensors: Mapping[str, Tensor], limit: float = math.inf) -> Any:
+    """Build the object that a spec describes, with newly initialised parameters; your random numbers stay the same.
 
     Args:
-        spec: The spec.
+        spec: The spec; its sequences become tuples.
+        tensors: The tensors that it names.
         limit: The largest size in it.  The rows of a plate and the levels of integers are not sizes.
 
     Raises:
         ValueError: If it is no spec, names an unknown class, or holds a larger size: loops would count to it.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _Builder(limit).build(spec, "", "")
+        return _Builder(tensors, limit).build(spec, "", "")
 
 
 class _Builder:
-    """Builder of objects that remembers the modules and tensors of each place."""
+    """Builder of objects that remembers the modules of each place and the parameters of each name."""
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self._made: dict[str, Any] = {}
+    def __init__(self, tensors: Mapping[str, Tensor], limit: float) -> None:
+        self._tensors, self._limit = tensors, limit
+        self._made: dict[str, tuple[Any, int]] = {}  # with the number of objects in it
+        self._count = 0
+        self._parameters: dict[str, nn.Parameter] = {}
 
     def build(self, spec: Any, place: str, owner: str) -> Any:
         """Build an object for a place among the arguments of a class."""
-        keys = list(spec) if isinstance(spec, dict) else []
         if isinstance(spec, int) and (spec < -self._limit or (spec > self._limit and owner not in UNSIZED)):
-            shown = spec if abs(spec) < 2**63 else f"a number of {spec.bit_length()} bits"
-            raise ValueError(f"{place} holds {shown}, far beyond the bytes of tensors in the file")
+            raise ValueError(f"{place} holds {spec!r:.40}, far beyond the bytes of tensors in the file")
         if spec is None or isinstance(spec, bool | int | float | str):
             return spec
-        if isinstance(spec, list | tuple):
-            return type(spec)(self.build(part, f"{place}[{i}]", owner) for i, part in enumerate(spec))
-        if keys == ["same"]:
-            if spec["same"] not in self._made:
-                raise ValueError(f"{place} is to be the same as {spec['same']!r:.60}, which is not there")
-            return self._made[spec["same"]]
-        if keys == ["torch.nn"]:
-            if (found := _of_torch(spec["torch.nn"])) is None:
-                raise ValueError(f"{place} names torch.nn.{spec['torch.nn']}, which is no network of this torch")
-            return found
-        if isinstance(spec, Tensor):
-            self._made[place] = spec
-        elif keys == ["parameter"]:
-            self._made[place] = nn.Parameter(spec["parameter"])
-        elif keys == ["class", "arguments"]:
-            self._made[place] = self._object(spec["class"], spec["arguments"], place)
-        else:
-            raise ValueError(f"{place or 'the spec'} holds {spec!r:.60}, which describes nothing")
-        return self._made[place]
+        if isinstance(spec, list):
+            return tuple(self.build(part, f"{place}[{i}]", owner) for i, part in enumerate(spec))
+        match spec:
+            case {"class": str(name), "arguments": dict(arguments)}:
+                before = self._count
+                made = self._object(name, arguments, place)
+                self._add(1)
+                self._made[place] = made, self._count - before
+                return made
+            case {"same": str(name)} if name in self._made:
+                made, number = self._made[name]
+                self._add(number)
+                return made
+            case {"tensor": str(name)} if name in self._tensors:
+                return self._tensors[name]
+            case {"parameter": str(name)} if name in self._tensors:
+                return self._parameters.setdefault(name, nn.Parameter(self._tensors[name]))
+            case {"torch.nn": str(name)} if found := _of_torch(name):
+                return found
+            case {"dict": list(pairs)}:
+                return {key: self.build(part, f"{place}[{key!r:.60}]", owner) for key, part in pairs}
+        raise ValueError(f"{place or 'the spec'} holds {spec!r:.60}, which describes nothing")
+
+    def _add(self, number: int) -> None:
+        """Count objects, the shared ones repeatedly, since that is how torch walks through modules."""
+        self._count += number
+        if self._count > self._limit:
+            raise ValueError(f"its spec unfolds to more than {self._limit} objects")
 
     def _object(self, name: str, arguments: dict[str, Any], place: str) -> Any:
         if name not in BY_NAME:
@@ -139,6 +162,6 @@ class _Builder:
             raise ValueError(f"{of}, which this pyro_flows does not have; perhaps another version does")
         parts = {key: self.build(part, f"{place}.{key}".lstrip("."), name) for key, part in arguments.items()}
         try:
-            return BY_NAME[name].build(**parts)
+            return construct(name, parts)
         except Exception as error:
             raise ValueError(f"{name} refuses its arguments: {error!s:.300}") from error
