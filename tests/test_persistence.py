@@ -28,12 +28,14 @@ import torch
 from models import Y, nested
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file, save_file
 from saved_files import Edit, edited, parts_of, small
 from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_amortized, flows
+from pyro_flows.answers import Step
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
@@ -167,7 +169,9 @@ def test_no_public_class_is_left_out() -> None:
     parts = [*builds, *laws.BIJECTORS.values(), *(build(DIM) for build in laws.BASES.values())]
     for part in [*parts, *(encoder for encoder, _ in ENCODERS.values())]:
         found |= set(names_in(describe(part)[0]))
-    own = {name for name in BY_NAME if name.partition(".")[0] not in ("constraints", "pyro", "guides", "flows")}
+    own = {
+        name for name in BY_NAME if name.partition(".")[0] not in ("constraints", "pyro", "guides", "flows", "answers")
+    }
     assert own <= found
 
 
@@ -417,8 +421,8 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Flow([ActNorm(2)], dist.Gamma(torch.ones(2), 1.0).to_event(1)),
         r"base\.distribution\.base_distribution is of .*Gamma",
     ),
-    "flow": (lambda: OwnFlow([ActNorm(2)]), r"flow_or_guide is of .*OwnFlow, but must be a Flow"),
-    "network of torch": (lambda: nn.Linear(2, 2), r"flow_or_guide is of .*Linear, but must be a Flow"),
+    "flow": (lambda: OwnFlow([ActNorm(2)]), r"value is of .*OwnFlow, but must be a Flow"),
+    "network of torch": (lambda: nn.Linear(2, 2), r"value is of .*Linear, but must be a Flow"),
     "encoder": (
         lambda: Flow(small_local(2, 2).transforms, encoder=nn.Sequential(nn.Linear(3, 2))),
         r"encoder is of .*Sequential",
@@ -446,7 +450,7 @@ def test_foreign_classes_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 def test_parts_of_a_flow_are_no_flow(tmp_path: Path) -> None:
     for thing in (ActNorm(2), MLPEncoder(3, 2), None, [small(3)], torch.ones(3)):
-        with pytest.raises(ValueError, match=rf"flow_or_guide is of .*{type(thing).__name__}, but must be a Flow"):
+        with pytest.raises(ValueError, match=rf"value is of .*{type(thing).__name__}, but must be a Flow"):
             pf.save(thing, tmp_path / "part")
 
 
@@ -530,7 +534,7 @@ CHANGES: dict[str, tuple[Edit, str]] = {
     "newer": (lambda c, t: c.update(format=3), "has the format 3, and this pyro_flows reads format 2"),
     "root": (
         lambda c, t: c.update({"class": "transforms.ActNorm"}),
-        "'transforms.ActNorm', which is neither a fl",
+        "'transforms.ActNorm', which is no flow",
     ),
     "unknown class": (
         lambda c, t: first(c).update({"class": "transforms.Warp"}),
@@ -937,3 +941,29 @@ def test_a_flow_that_was_changed_by_hand_is_refused(change: str, tmp_path: Path)
         part.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"negative_slope is 0.9|forward is with hooks"):
         pf.save(flow, tmp_path / "flow.pt")
+
+
+# ------------------------------------------------------------ posteriors
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_posterior_comes_back(own: bool, tmp_path: Path) -> None:
+    """Draws, facts and a guide of pyro_flows come back, and model and data do not."""
+    guide = stirred(AutoFlow(nested, small).setup(Y)) if own else AutoNormal(nested)
+    drawn = {"x": torch.randn(7, 2), "k": torch.arange(7), "on": torch.ones(7, dtype=torch.bool)}
+    steps = (Step("fit", 1.5, "", "loss 3"), Step("check", 0.1, "trust", "good"))
+    found = pf.Posterior(drawn, "trust", "good", -2.5, math.nan, steps, 1.6, guide, None, (nested, (Y,), {}))
+    found.save(tmp_path / "answer")
+    again = pf.load(tmp_path / "answer")
+    assert all(bits(value, again.draws[name]) for name, value in drawn.items())
+    assert (again.verdict, again.reason, again.log_evidence, again.steps) == ("trust", "good", -2.5, steps)
+    assert math.isnan(again.log_evidence_se)
+    assert again.summary() == found.summary()
+    assert again.question is None
+    assert load_file(tmp_path / "answer")["arguments/draws['x']"].shape == (7, 2)
+    if own:
+        same_guide(guide, again.guide, (Y,), ())
+    else:
+        assert again.guide is None
+    with pytest.raises(ValueError, match="model"):
+        again.predictive()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .. import plots
 from ..diagnostics import to_arviz
+from ..persistence import save
+from ..persistence.classes import BY_TYPE, register
 from ..sampling import Samples
 from .table import table_of
 
@@ -146,6 +149,35 @@ class Posterior:
         """Return the answer without the model and its data."""
         return replace(self, question=None)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the draws and the facts to a file, for :func:`pyro_flows.load`, without model, data and chains.
+
+        A guide of pyro_flows is in the file too.
+
+        Args:
+            path: The file, which is replaced if it exists.
+
+        Raises:
+            OSError: If the file cannot be written; then nothing has changed.
+            ValueError: If the guide holds parts of your own classes; leave it out, by
+                ``dataclasses.replace(answer, guide=None)``.
+        """
+        save(self, path)
+
+    def parts(self) -> dict[str, Any]:
+        """Return what a file holds of the answer."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("chains", "question")}
+        guide = self.guide if type(self.guide) in BY_TYPE else None
+        return {**own, "steps": [tuple(step) for step in self.steps], "guide": guide}
+
+    @classmethod
+    def from_parts(cls, steps: Sequence[Sequence[Any]], **parts: Any) -> Posterior:
+        """Build an answer from its :meth:`parts`."""
+        return cls(steps=tuple(Step(*step) for step in steps), **parts)
+
     def __repr__(self) -> str:
         lines = [f"Posterior: {self.verdict}. {self.reason}", *self.summary().splitlines()[: SHOWN + 1]]
         return "\n".join([*lines, f"{', '.join(step.name for step in self.steps)}: {self.seconds:.1f} s"])
+
+
+register("answers.Posterior", Posterior)

@@ -34,13 +34,18 @@ DISTRIBUTIONS = {  # those that ``FixedBase`` may hold, with their arguments
 }
 
 
+def has_parts(kind: Any) -> bool:
+    """True if a class takes its objects apart itself, as guides do."""
+    return hasattr(kind, "from_parts")
+
+
 def arguments_of(value: Any) -> dict[str, Any]:
     """Return the arguments that :func:`construct` builds an object from.
 
     Classes keep them as attributes of the same names, or have a method ``parts`` and a class method ``from_parts``.
     """
     kind = type(value)
-    if hasattr(kind, "from_parts"):
+    if has_parts(kind):
         return value.parts()
     if isinstance(value, torch.distributions.Distribution):
         # The attribute of Independent has another name.
@@ -55,8 +60,8 @@ def construct(name: str, arguments: dict[str, Any]) -> Any:
     Raises:
         Exception: Any, if the arguments do not suit the class.
     """
-    kind = BY_NAME[name]
-    if hasattr(kind, "from_parts"):
+    kind: Any = BY_NAME[name]
+    if has_parts(kind):
         return kind.from_parts(**arguments)
     signature = inspect.signature(kind)
     if unknown := arguments.keys() - signature.parameters.keys():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import arguments_of
+from .classes import arguments_of, has_parts
 from .spec import ARGUMENTS, WAY_OUT, build, describe
 
 
@@ -106,20 +106,25 @@ def _restore(
         module.get_parameter(name).requires_grad_(False)
 
 
-def check_comes_back(name: str, module: nn.Module) -> None:
+def check_comes_back(name: str, value: Any) -> None:
     """Raise ValueError if a module was changed after its construction, so that its file would lose the change."""
-    try:
-        again = _facts(unpack(*pack(module)))
-        differences = [
-            f"{k or 'it'} is {v} and not {again.get(k)}" for k, v in _facts(module).items() if v != again.get(k)
-        ]
-    except (KeyError, ValueError) as error:
-        differences = [str(error)]
-    if differences:
-        raise ValueError(
-            f"save: {name} is not as its constructor builds it, and would not come back from a file: "
-            f"{differences[0]:.300}. {WAY_OUT}"
-        )
+    if has_parts(type(value)):
+        for inner, part in value.parts().items():
+            check_comes_back(inner, part)
+    elif isinstance(value, nn.Module):
+        try:
+            again = _facts(unpack(*pack(value)))
+            changes = (
+                f"{k or 'it'} is {v} and not {again.get(k)}" for k, v in _facts(value).items() if v != again.get(k)
+            )
+            difference = next(changes, "")
+        except (KeyError, ValueError) as error:
+            difference = str(error)
+        if difference:
+            raise ValueError(
+                f"save: {name} is not as its constructor builds it, and would not come back from a file: "
+                f"{difference:.300}. {WAY_OUT}"
+            )
 
 
 def _facts(module: nn.Module) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Save a flow or a guide, and load it without the code that built it.
+"""Save a flow, a guide or a posterior, and load it without the code that built it.
 
 The file is one of safetensors, which holds tensors by name.  Its metadata hold the description of the object, in JSON,
 and a checksum.  Reading it runs only code of pyro_flows, and its cost depends on the file's size alone.
@@ -12,36 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import as_file
 from ..atomic_files import write_atomically
 from ..flows import Dequantized, Flow, Mixed
-from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from .allowance import Allowance
-from .classes import BY_TYPE, arguments_of
+from .classes import BY_NAME, BY_TYPE, has_parts
 from .packing import check_comes_back, checksum, pack, unpack
 from .spec import WAY_OUT, named
 
 FORMAT = 2
-ROOTS = {BY_TYPE[kind] for kind in (Flow, Dequantized, Mixed, AutoFlow, AutoPlateFlow, AutoStructuredFlow)}
-Guide = AutoFlow | AutoPlateFlow | AutoStructuredFlow
 
 
-def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathLike[str]) -> None:
-    """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
+def save(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a flow, a guide or a posterior to a file, from which :func:`load` restores it without your code.
 
     A guide is saved without its model; after loading it draws and scores latents.  A flow keeps its dtypes, its frozen
-    parameters, its shared layers and its mode, training or evaluation.  It comes back on the CPU.
+    parameters, its shared layers and its mode, training or evaluation.  It comes back on the CPU.  A posterior keeps
+    its draws, its facts and its guide.
 
-    The file is complete or absent.  It holds classes of pyro_flows by name.  Your own networks, transforms and
-    bijectors are refused, also if they inherit from ours, and so is a function as encoder.  Activations must be classes
-    of ``torch.nn``.  The distribution of a ``FixedBase`` may be ``Normal``, ``Laplace``, ``StudentT``, ``Cauchy``,
-    ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
+    The file is complete or absent.  ``safetensors.torch.load_file`` reads its tensors too.  It holds classes of
+    pyro_flows by name.  Your own networks, transforms and bijectors are refused, also if they inherit from ours, and so
+    is a function as encoder.  Activations must be classes of ``torch.nn``.  The distribution of a ``FixedBase`` may be
+    ``Normal``, ``Laplace``, ``StudentT``, ``Cauchy``, ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with
+    ``to_event``.
 
     Args:
-        flow_or_guide: A ``Flow``, ``Dequantized`` or ``Mixed`` flow, or an ``AutoFlow``, ``AutoPlateFlow`` or
-            ``AutoStructuredFlow`` that was set up.
+        value: A ``Flow``, ``Dequantized`` or ``Mixed`` flow, or an ``AutoFlow``, ``AutoPlateFlow`` or
+            ``AutoStructuredFlow`` that was set up, or a ``Posterior``.
         path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
             A symbolic link stays, and the file that it points to is replaced; its mode is kept.
 
@@ -64,16 +63,13 @@ def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathL
         True
     """
     file = as_file("save", "path", path)
-    if BY_TYPE.get(type(flow_or_guide)) not in ROOTS:
+    if not _is_whole(kind := type(value)) or kind not in BY_TYPE:
         raise ValueError(
-            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized or Mixed flow, an "
-            f"AutoFlow, an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
+            f"save: value is {named(value)}, but must be a Flow, a Dequantized or Mixed flow, an "
+            f"AutoFlow, an AutoPlateFlow, an AutoStructuredFlow or a Posterior, exactly. {WAY_OUT}"
         )
-    content, tensors = pack(flow_or_guide)
-    is_flow = isinstance(flow_or_guide, Flow)
-    for name, part in ({"the flow": flow_or_guide} if is_flow else arguments_of(flow_or_guide)).items():
-        if isinstance(part, nn.Module):
-            check_comes_back(name, part)
+    content, tensors = pack(value)
+    check_comes_back("the flow", value)
     spec = json.dumps({"format": FORMAT, **content})
     about = {"format": "pt", "pyro_flows": spec, "crc32": checksum(spec, tensors)}
     data = safetensors.torch.save(tensors, about)
@@ -81,7 +77,7 @@ def save(flow_or_guide: Flow | Dequantized | Mixed | Guide, path: str | os.PathL
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Load the flow or the guide in a file of :func:`save`, on the CPU; move it by ``.to(device)``.
+    """Load what :func:`save` has written, on the CPU; move it by ``.to(device)``.
 
     A guide comes back without its model.  ``guide.sample(n)``, ``log_prob(values)``, ``median()`` and ``quantiles(q)``
     need neither model nor data.  With an encoder they take the model's arguments, by position or by name.
@@ -94,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Returns:
-        A ``Flow``, a ``Dequantized`` or ``Mixed`` flow, or one of the guides.
+        A ``Flow``, a ``Dequantized`` or ``Mixed`` flow, one of the guides, or a ``Posterior``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -119,17 +115,22 @@ def load(path: str | os.PathLike[str]) -> Any:
         content = json.loads(text)
         if content["format"] != FORMAT:
             raise ValueError(f"it has the format {content['format']!r:.20}, and this pyro_flows reads format {FORMAT}")
-        if content["class"] not in ROOTS:
-            raise ValueError(f"it is of a class {content['class']!r:.60}, which is neither a flow nor a guide")
+        if not _is_whole(BY_NAME.get(content["class"], object)):
+            raise ValueError(f"it is of a class {content['class']!r:.60}, which is no flow, guide or posterior")
         allowance = Allowance(tensors.values())
         with allowance:
             made = unpack(content, tensors, limit=max(2**20, allowance.held))
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = " ".join(reason.partition("Trace Shapes:")[0].split()).rstrip(".")
-        words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
+        words = f"cannot be restored: {reason:.400}. Save it anew, from where it still is."
         raise _refused(path, words) from error
     return made
+
+
+def _is_whole(kind: type) -> bool:
+    """True for the classes that a file may hold by themselves."""
+    return issubclass(kind, Flow | Dequantized | Mixed) or has_parts(kind)
 
 
 def _refused(path: Path, words: str) -> ValueError:
