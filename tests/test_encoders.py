@@ -663,9 +663,9 @@ def test_arguments_are_chosen_by_position_or_name(
     [
         (lambda: Arguments(None, 0), "network must be a network or a function, got None"),
         (lambda: Arguments(MLPEncoder, 0), "network must be a network or a function, got <class .*"),
-        (lambda: Arguments(Recorded(), -1), "positions must be integers of at least 0, or names .*, got -1"),
-        (lambda: Arguments(Recorded(), True), "positions must be integers of at least 0, or names .*, got True"),
-        (lambda: Arguments(Recorded(), 0, mask=1.5), "mask must be an integer of at least 0, or the name .*, got 1.5"),
+        (lambda: Arguments(Recorded(), -1), "positions must be integers of at least 0 or names .*, got -1"),
+        (lambda: Arguments(Recorded(), True), "positions must be integers of at least 0 or names .*, got True"),
+        (lambda: Arguments(Recorded(), 0, mask=1.5), "mask must be integers of at least 0 or names .*, got 1.5"),
         (lambda: Arguments(Recorded()), "positions must name an argument of the model, got none. Give 0 for the first"),
     ],
 )

@@ -196,7 +196,7 @@ def test_mixtures_and_joined_encoders_refuse_what_does_not_fit():
         FlowMixture([flows.nsf(2), flows.nsf(3)])
     with pytest.raises(ValueError, match="Joined: networks must hold at least one network"):
         Joined([])
-    with pytest.raises(TypeError, match="Joined: networks must be networks or functions, got <class"):
+    with pytest.raises(TypeError, match="Joined: networks must be a network or a function, got <class"):
         Joined([MLPEncoder])
 
 

@@ -1,4 +1,4 @@
-"""Encoders of images."""
+"""A convolutional encoder of images."""
 
 from __future__ import annotations
 
@@ -12,37 +12,6 @@ from ..arguments import as_image, check_integers, check_sizes
 from .base import Encoder
 from .mlp import activated
 from .standardize import Standardize
-
-
-class Flatten(Encoder):
-    """Images ``(*batch, C, H, W)`` as contexts ``(*batch, C * H * W)``, each channel standardised.
-
-    It serves networks with a ``context_shape``, which use the image at each place.
-
-    Args:
-        image_shape: Channels, height and width of an image.
-
-    Raises:
-        ValueError: If a size is below 1, or there are not three.  In use, if the data do not end with ``image_shape``.
-
-    Example::
-
-        >>> import torch
-        >>> flatten = Flatten((1, 2, 2))
-        >>> images = torch.tensor([[[[0, 0], [10, 10]]]])
-        >>> flatten.initialize(images)
-        >>> flatten(images).tolist()
-        [[-1.0, -1.0, 1.0, 1.0]]
-    """
-
-    def __init__(self, image_shape: Sequence[int]) -> None:
-        shape = as_image("Flatten", "image_shape", image_shape)
-        super().__init__(shape, math.prod(shape), Standardize((shape[0], 1, 1)))
-        self.image_shape = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_data(x)
-        return self.standardize(x).flatten(-3)
 
 
 class ConvEncoder(Encoder):

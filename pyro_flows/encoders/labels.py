@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_integers
+from ..compiler_state import is_traced
 
 
 class ClassEmbedding(nn.Module):
@@ -57,10 +58,8 @@ class ClassEmbedding(nn.Module):
                 another width, are negative, or do not sum to 1.  ``torch.compile`` and ``torch.func`` skip these
                 checks.
         """
-        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            fault = self._fault(labels)
-            if fault:
-                raise ValueError(f"ClassEmbedding: {fault}.")
+        if not is_traced() and (fault := self._fault(labels)):
+            raise ValueError(f"ClassEmbedding: {fault}.")
         return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else self.weight[labels.long()]
 
     def _fault(self, labels: Tensor) -> str:

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import check_integers
-from .base import Encoder
-from .mlp import hidden_layers
-from .pooling import pooling_weights
-from .series import StepFeatures
-from .standardize import Standardize
+from .elements import pooling_weights
+from .series import SeriesEncoder, Steps
 
 
-class GRUEncoder(Encoder):
+class GRUEncoder(SeriesEncoder):
     """A gated recurrent network from series ``(*batch, T, num_features)`` to contexts ``(*batch, context_dim)``::
 
         r, u = σ(W_r f_t + U_r h_{t-1}), σ(W_u f_t + U_u h_{t-1}),    n = tanh(W_n f_t + r (U_n h_{t-1}))
@@ -57,41 +53,19 @@ class GRUEncoder(Encoder):
     """
 
     def __init__(self, num_features: int, context_dim: int, hidden_dim: int = 64, *, num_layers: int = 1) -> None:
-        check_integers("GRUEncoder", num_features=num_features, context_dim=context_dim)
-        check_integers("GRUEncoder", hidden_dim=hidden_dim, num_layers=num_layers)
-        super().__init__((None, num_features), context_dim, Standardize((num_features,)))
-        self.num_features, self.hidden_dim, self.num_layers = num_features, hidden_dim, num_layers
-        self.standardize_steps = StepFeatures("GRUEncoder", num_features)
+        super().__init__(num_features, context_dim, hidden_dim, num_layers=num_layers)
+        self.num_layers = num_layers
         widths = (self.standardize_steps.width, *(hidden_dim,) * num_layers)
         self.layers = nn.ModuleList(_Layer(width, hidden_dim) for width in widths[:-1])
-        self.rho = hidden_layers("GRUEncoder", 2 * hidden_dim + 2 * num_features + 1, hidden_dim, activation=nn.SiLU)
-        self.output = nn.Linear(hidden_dim, context_dim)
+        self.finish(2)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """Encode series.
-
-        Args:
-            x: Series of shape ``(*batch, T, num_features)``, in the order of time.  T may be 0.
-            mask: True or 1 for steps that are there, of shape ``(*batch, T)``, or for their entries, of the shape of x.
-                Other values and times are ignored, NaN included; a step without any entry is not there.
-            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.  Subtract an
-                origin from times such as seconds since 1970, whose differences float32 does not hold.
-
-        Returns:
-            Contexts of shape ``(*batch, context_dim)``.
-
-        Raises:
-            ValueError: If data, times or mask have another shape, or a mask holds other numbers than 0 and 1.
-        """
-        self.check_data(x)
-        steps = self.standardize_steps(self.standardize, x, times, mask)
+    def pooled(self, steps: Steps) -> Tensor:
         h = steps.features
         for layer in self.layers:
             h = layer(h)
         mean = pooling_weights(h[..., :0], steps.there)  # (*batch, T, 1)
         last = steps.there & ~F.pad(steps.there[..., 1:], (0, 1))  # no step in an empty series, so that h_T is 0
-        pooled = (torch.cat((last.unsqueeze(-1), mean), -1).mT @ h).flatten(-2)
-        return self.output(self.rho(torch.cat((pooled, steps.moments), -1)))
+        return (torch.cat((last.unsqueeze(-1), mean), -1).mT @ h).flatten(-2)
 
 
 class _Layer(nn.Module):

@@ -1,15 +1,18 @@
-"""Steps of time series as features of networks: values, missing entries, times and gaps."""
+"""Encoders of time series: steps as features of networks, with missing entries, times and gaps."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .lengths import Lengths
-from .masks import as_mask
+from ..arguments import check_integers
+from .base import Encoder
+from .elements import Lengths, as_mask
+from .mlp import hidden_layers
 from .standardize import Standardize
 
 SHORTEST = 1e-4  # of the gaps that networks tell apart, in standard deviations of times
@@ -131,3 +134,53 @@ def _own_scale(values: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     spread = ((weights * (values - mean).square()).sum(-2, keepdim=True) + LEAST_VARIANCE).sqrt()
     own = ((values - mean) / spread).masked_fill(~entries, 0.0)
     return own, torch.cat((mean, spread.log()), -1).squeeze(-2)
+
+
+class SeriesEncoder(Encoder):
+    """A network from series ``(*batch, T, num_features)`` to contexts: c = ρ(pooled states, moments of x, log(1 + T)).
+
+    A subclass calls :meth:`finish` at the end of its constructor, and defines :meth:`pooled`.
+
+    Args:
+        num_features: The number of features of a step.
+        context_dim: The width of the context.
+        hidden_dim: The width of the states.
+        **sizes: Other sizes to check.
+    """
+
+    def __init__(self, num_features: int, context_dim: int, hidden_dim: int, **sizes: Any) -> None:
+        name = type(self).__name__
+        check_integers(name, num_features=num_features, context_dim=context_dim, hidden_dim=hidden_dim, **sizes)
+        super().__init__((None, num_features), context_dim, Standardize((num_features,)))
+        self.num_features, self.hidden_dim = num_features, hidden_dim
+        self.standardize_steps = StepFeatures(name, num_features)
+
+    def finish(self, number: int) -> None:
+        """Build ρ, for a number of pooled states."""
+        widths = number * self.hidden_dim + 2 * self.num_features + 1, self.hidden_dim
+        self.rho = hidden_layers(type(self).__name__, *widths, activation=nn.SiLU)
+        self.output = nn.Linear(self.hidden_dim, self.context_dim)
+
+    @abstractmethod
+    def pooled(self, steps: Steps) -> Tensor:
+        """Return pooled states, ``(*batch, number * hidden_dim)``."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """Encode series.
+
+        Args:
+            x: Series of shape ``(*batch, T, num_features)``, in the order of time.  T may be 0.
+            mask: True or 1 for steps that are there, of shape ``(*batch, T)``, or for their entries, of the shape of x.
+                Other values and times are ignored, NaN included; a step without any entry is not there.
+            times: The times of steps, of shape ``(*batch, T)`` or ``(T,)``; by default 0 … T - 1.  Subtract an
+                origin from times such as seconds since 1970, whose differences float32 does not hold.
+
+        Returns:
+            Contexts of shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If data, times or mask have another shape, or a mask holds other numbers than 0 and 1.
+        """
+        self.check_data(x)
+        steps = self.standardize_steps(self.standardize, x, times, mask)
+        return self.output(self.rho(torch.cat((self.pooled(steps), steps.moments), -1)))

@@ -77,20 +77,20 @@ class Standardize(nn.Module):
             ValueError: If the data do not fit ``shape``, are empty, or hold values that are NaN or infinite in the
                 dtype of this module.
         """
-        seen = x if mask is None else x[mask]
-        entries = mask if mask is not None and mask.shape == x.shape else None
-        self._check(seen if entries is None else x)
-        if seen.numel() == 0:
-            raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(seen.shape)}.")
+        self._check(x)
+        mask = torch.ones((), dtype=torch.bool) if mask is None else mask.cpu()
+        counts = mask.reshape(*mask.shape, *(1,) * (x.dim() - mask.dim())).expand(x.shape)
         # First in the network's own dtype, which is what it will use; then the sums in full precision, on the CPU,
         # since not every device has float64.
-        seen = seen.to(self.loc.dtype).to("cpu", torch.float64)
-        if bad := seen.numel() - int(seen.isfinite().sum()):
-            got = f"{bad} NaN or infinite of {seen.numel()}"
+        seen = x.to(self.loc.dtype).to("cpu", torch.float64)
+        bad, number = int((counts & ~seen.isfinite()).sum()), int(counts.sum())
+        if not number:
+            raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(x.shape)}.")
+        if bad:
+            got = f"{bad} NaN or infinite of {number}"
             raise ValueError(f"Standardize: data must be finite in {self.loc.dtype}, got {got}.")
-        if entries is not None:  # those that do not count are NaN, which the sums below leave out
-            seen = torch.full(x.shape, torch.nan, dtype=torch.float64).masked_scatter(entries.cpu(), seen)
-        rows = seen.reshape(-1, *seen.shape[seen.dim() - len(self.shape) :])
+        # What does not count is NaN, which the sums below leave out.
+        rows = seen.masked_fill(~counts, torch.nan).reshape(-1, *x.shape[x.dim() - len(self.shape) :])
         shared = (0, *(place for place, size in enumerate(self.shape, start=1) if size == 1))
         low = rows.nan_to_num(nan=torch.inf).amin(shared, keepdim=True)[0]
         high = rows.nan_to_num(nan=-torch.inf).amax(shared, keepdim=True)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 
@@ -19,17 +20,16 @@ _mode = ContextVar("mode", default=JUDGE)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """Record in a block the data of passes with gradients, as a fit does, and judge no data."""
-    with _in_mode(RECORD):
+def _in_mode(mode: str) -> Iterator[None]:
+    token = _mode.set(mode)
+    try:
         yield
+    finally:
+        _mode.reset(token)
 
 
-@contextlib.contextmanager
-def unjudged() -> Iterator[None]:
-    """Neither record nor judge data in a block."""
-    with _in_mode(IGNORE):
-        yield
+recorded = partial(_in_mode, RECORD)  # a block that records the data of passes with gradients, as a fit does
+unjudged = partial(_in_mode, IGNORE)  # a block that neither records nor judges data
 
 
 def records() -> bool:
@@ -40,12 +40,3 @@ def records() -> bool:
 def judges() -> bool:
     """True if a layer must judge its data now.  Compiled, mapped and traced code hides their numbers."""
     return not is_traced() and _mode.get() == JUDGE
-
-
-@contextlib.contextmanager
-def _in_mode(mode: str) -> Iterator[None]:
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)

@@ -1,4 +1,4 @@
-"""The choice of the model's arguments that an encoder takes."""
+"""Encoders made of other networks: of some of the model's arguments, of several networks, of single numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..arguments import is_integer, quoted
 from ..user_code import warn_user
 from .training_record import judges, records
+
+Network = Callable[..., Tensor]
 
 
 class Arguments(nn.Module):
@@ -44,23 +46,18 @@ class Arguments(nn.Module):
         torch.Size([5])
         >>> Arguments(SetEncoder(1, context_dim=4), 1.5)
         Traceback (most recent call last):
-        TypeError: Arguments: positions must be integers of at least 0, or names of arguments of the model, got 1.5.
+        TypeError: Arguments: positions must be integers of at least 0 or names of arguments of the model, got 1.5.
     """
 
     seen: Tensor  # for each argument, whether training left it out and whether it gave it
 
-    def __init__(self, network: Callable[..., Tensor], /, *positions: int | str, **named: int | str) -> None:
+    def __init__(self, network: Network, /, *positions: int | str, **named: int | str) -> None:
         super().__init__()
-        if isinstance(network, type) or not callable(network):
-            raise TypeError(f"Arguments: network must be a network or a function, got {quoted(network)}.")
-        for found in positions:
-            if not _is_place(found):
-                must = "integers of at least 0, or names of arguments of the model"
-                raise TypeError(f"Arguments: positions must be {must}, got {quoted(found)}.")
-        for name, found in named.items():
-            if not _is_place(found):
-                must = "an integer of at least 0, or the name of an argument of the model"
-                raise TypeError(f"Arguments: {name} must be {must}, got {quoted(found)}.")
+        _check_network("Arguments: network", network)
+        for name, place in [*(("positions", place) for place in positions), *named.items()]:
+            if not (isinstance(place, str) or is_integer(place, 0)):
+                must = "integers of at least 0 or names of arguments of the model"
+                raise TypeError(f"Arguments: {name} must be {must}, got {quoted(place)}.")
         if not positions and not named:
             raise ValueError("Arguments: positions must name an argument of the model, got none. Give 0 for the first.")
         self.network, self.positions, self.named = network, positions, named
@@ -111,9 +108,103 @@ class Arguments(nn.Module):
         return ", ".join([*map(repr, self.positions), *(f"{name}={place!r}" for name, place in self.named.items())])
 
 
+class Joined(nn.Module):
+    """Several encoders of the same arguments, whose contexts follow one another in one vector.
+
+    Each gets all arguments of the model, or those that :class:`Arguments` chooses.
+
+    Args:
+        networks: The networks or functions, at least one.
+
+    Raises:
+        TypeError: If one of them cannot be called.
+        ValueError: If ``networks`` is empty.  In use, if the batches of the contexts differ.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.encoders import Arguments, MLPEncoder, SetEncoder
+        >>> encoder = Joined([Arguments(MLPEncoder(3, context_dim=4), 0), Arguments(SetEncoder(2, context_dim=8), 1)])
+        >>> encoder(torch.randn(5, 3), torch.randn(5, 20, 2)).shape
+        torch.Size([5, 12])
+    """
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        super().__init__()
+        if not networks:
+            raise ValueError("Joined: networks must hold at least one network, got none.")
+        for place, network in enumerate(networks):
+            _check_network("Joined: networks", network)
+            if isinstance(network, nn.Module):
+                self.add_module(str(place), network)
+        self.networks = tuple(networks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Encode the arguments.
+
+        Args:
+            *args: The positional arguments of the model, in its order.
+            **kwargs: Its keyword-only arguments.
+
+        Returns:
+            The contexts of the networks, ``(*batch, context_dim)``.
+        """
+        return self.join([network(*args, **kwargs) for network in self.networks])
+
+    def join(self, contexts: Sequence[Tensor]) -> Tensor:
+        """Return the contexts of all networks in one vector, ``(*batch, context_dim)``."""
+        if len({context.shape[:-1] for context in contexts}) > 1:
+            shapes = ", ".join(str(tuple(context.shape)) for context in contexts)
+            raise ValueError(f"Joined: networks must return contexts of one batch (*batch, n), got shapes {shapes}.")
+        return torch.cat(list(contexts), -1)
+
+
+class Scalars(nn.Module):
+    """An encoder of series or sets whose elements are single numbers, ``(*batch, n)``.
+
+    Args:
+        network: An encoder of elements with one feature each, ``(*batch, n, 1)``.
+
+    Raises:
+        TypeError: If ``network`` cannot be called.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.encoders import GRUEncoder
+        >>> encoder = Scalars(GRUEncoder(1, context_dim=8))
+        >>> encoder(torch.randn(5, 30), mask=torch.rand(5, 30) < 0.9).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        _check_network("Scalars: network", network)
+        self.network = network
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Encode series or sets.
+
+        Args:
+            x: Data of shape ``(*batch, n)``.
+            *args: Further arguments of the network, such as times and masks.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            The contexts of the network, ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If the data are a single number.
+        """
+        if not x.dim():
+            raise ValueError("Scalars: data must have shape (*batch, n), got ().")
+        return self.network(x.unsqueeze(-1), *args, **kwargs)
+
+
+def _check_network(name: str, network: object) -> None:
+    if isinstance(network, type) or not callable(network):
+        raise TypeError(f"{name} must be a network or a function, got {quoted(network)}.")
+
+
 def _label(place: int | str) -> str:
     return repr(place) if isinstance(place, str) else f"argument {place} of the model"
-
-
-def _is_place(value: object) -> bool:
-    return isinstance(value, str) or is_integer(value, 0)

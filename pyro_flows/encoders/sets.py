@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_integers, check_sizes
 from .base import Encoder
-from .lengths import Lengths
-from .masks import as_mask
+from .elements import Lengths, as_mask, pooling_weights
 from .mlp import hidden_layers
-from .pooling import pooling_weights
 from .standardize import Standardize
 
 
