@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.fitting.elbo import ELBOFit
+from pyro_flows.fitting.elbo import ELBOFit, Wish
+from pyro_flows.fitting.elbo_loss import ELBOLoss
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.programs.model_and_guide import Task
 
@@ -94,12 +95,13 @@ def svi() -> Step:
 def fit() -> Step:
     """Return a step of ``fit_svi`` with ``AutoFlow``."""
     guide = pf.AutoFlow(model).setup()
-    elbo, parameters = ELBOFit(Task(model, guide, (), {}), None, 64), list(guide.parameters())
+    task, parameters = Task(model, guide, (), {}), list(guide.parameters())
+    loss = ELBOLoss(task, ELBOFit(task, Wish(num_particles=64)).objective, None)
     (optimizer,) = optimizers(parameters, 1e-6, by_soap=guide.by_soap(), by_muon=[])
 
     def step() -> None:
         guide.zero_grad()
-        elbo.joint_loss().backward()
+        loss.joint().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 100.0)
         optimizer.step()
 

@@ -8,15 +8,16 @@ from typing import Any
 from pyro_flows.training import Gradients, Training
 
 
-def grouped(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings in which the options of training on rows are a ``Training``, and those of gradients within."""
+def grouped(settings: dict[str, Any], *groups: type) -> dict[str, Any]:
+    """Return settings in which the options of gradients, and those of training on rows, stand in their groups.
 
-    def taken(group: type) -> dict[str, Any]:
-        return {option.name: settings.pop(option.name) for option in fields(group) if option.name in settings}
-
+    Args:
+        settings: The settings, one by one.
+        groups: The groups, the inner one first; by default both.
+    """
     settings = dict(settings)
-    if gradients := taken(Gradients):
-        settings["gradients"] = Gradients(**gradients)
-    if options := taken(Training):
-        settings["training"] = Training(**options)
+    for group in groups or (Gradients, Training):
+        known = {option.name for option in fields(group)}
+        if options := {name: settings.pop(name) for name in [*settings] if name in known}:
+            settings[group.__name__.lower()] = group(**options)
     return settings

@@ -16,12 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from grouped_options import grouped
 from pyro import poutine
 from pyro.infer import JitTrace_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
@@ -30,7 +32,7 @@ from torch import Tensor
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
 from pyro_flows.objectives import TemperedELBO
 from pyro_flows.programs import Program
-from pyro_flows.training import loop
+from pyro_flows.training import Gradients, loop
 from pyro_flows.training.best_state import Best
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.interrupts import forget_cut_off, hold_interrupts, uninterrupted
@@ -54,7 +56,10 @@ def log_evidence(y: Tensor) -> float:
     return dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1).log_prob(y).item()
 
 
-quick = functools.partial(fit_svi, steps=5, num_particles=2, warm_start=False, progress=False)
+def quick(*args: Any, **settings: Any) -> Fit:
+    """Fit in five steps; options of gradients may be given one by one."""
+    usual = {"steps": 5, "num_particles": 2, "warm_start": False, "progress": False}
+    return fit_svi(*args, **{**usual, **grouped(settings, Gradients)})
 
 
 # Fits that converge.
@@ -839,8 +844,8 @@ def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
     ],
 )
 def test_bad_arguments_are_named(argument, value):
-    with pytest.raises(ValueError, match=f"fit_svi: {argument} must .*got {value!r}"):
-        fit_svi(conjugate, AutoFlow(conjugate, small), Y, **{"progress": False, argument: value})
+    with pytest.raises(ValueError, match=f": {argument} must .*got {value!r}"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, **{argument: value})
 
 
 def test_an_annealed_objective_sets_the_number_of_steps():

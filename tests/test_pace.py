@@ -20,8 +20,9 @@ from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
 from pyro_flows.conditioners.pace import Linear, Paced, networks_of, set_pace
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.fitting.elbo import in_training
+from pyro_flows.fitting.training_mode import in_training
 from pyro_flows.guides.default_flows import share_step
+from pyro_flows.training import Gradients
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear
 
 NETWORKS = {
@@ -194,7 +195,14 @@ def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
         guide = pf.AutoFlow(centred).setup()
         program = (lambda guide=guide: guide()) if wrapped else guide
         fit = pf.fit_svi(
-            centred, program, steps=5, lr=0.01, clip_norm=1.0, num_particles=8, warm_start=False, progress=False
+            centred,
+            program,
+            steps=5,
+            lr=0.01,
+            gradients=Gradients(clip_norm=1.0),
+            num_particles=8,
+            warm_start=False,
+            progress=False,
         )
         found.append(fit.losses)
         assert units(guide.flow.transforms[0])[0] < 1

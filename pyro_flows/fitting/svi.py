@@ -12,15 +12,14 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, quoted
+from ..arguments import check_flags, check_integers, check_kind, check_numbers, check_program, quoted
 from ..encoders.training_record import recorded
 from ..guides.default_training import plan_of
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs, settle
-from ..training import distributed
+from ..training import Fit, Gradients, distributed
 from ..training.checkpoint import check_path
-from ..training.loop import Fit
-from .elbo import ELBOFit
+from .elbo import ELBOFit, Wish
 from .model_batches import ModelBatches, find_loader
 from .program_checks import check_task
 
@@ -38,9 +37,8 @@ def fit_svi(
     objective: ELBO | None = None,
     num_particles: int | None = None,
     lr: float | None = None,
-    clip_norm: float | None = None,
+    gradients: Gradients | None = None,
     warm_start: bool | None = None,
-    on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -73,14 +71,13 @@ def fit_svi(
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine.  The default is
             0.01, 0.02 for an ``AutoFlow`` over up to 32 latents alone, or 0.003 if latents are angles.  Without
             ``objective`` SOAP trains that guide, Muon the networks of larger ones, and Adam all else.
-        clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
+        gradients: The treatment of gradients: see :class:`~pyro_flows.training.Gradients`.  Their largest norm is by
+            default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
         warm_start: Whether to search for a Gaussian to start from; for a ``TemperedELBO``, one of the flattened
             posterior.  By default a new ``AutoFlow`` does so with objectives of ``pyro_flows`` that are vectorised over
             draws, without subsampled plates.  It takes at most a minute then if the model runs one draw at a time, and
             is left out with a warning if too few runs fit into that.  A guide that was trained before resumes from its
             present state.
-        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
-            after 100 consecutive ones; ``"raise"`` raises it at the first.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
             end.  The same call with the same file resumes a run that was killed, to the same result as without the
             break.  With another number of processes the noise differs.  Runs are identified by their settings and
@@ -122,8 +119,9 @@ def fit_svi(
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
     check_flags(CALLER, progress=progress)
     check_flags(CALLER, optional=True, warm_start=warm_start)
-    check_numbers(CALLER, above=0, optional=True, lr=lr, clip_norm=clip_norm)
-    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
+    check_numbers(CALLER, above=0, optional=True, lr=lr)
+    gradients = Gradients() if gradients is None else gradients
+    check_kind(CALLER, Gradients, "training.Gradients(...)", gradients=gradients)
     _check_objective(objective, steps)
     loader = find_loader(args, kwargs)
     if loader is not None and warm_start:
@@ -136,9 +134,8 @@ def fit_svi(
     settle(objective)
     task = Task(model, guide, args, kwargs)
     check_task(task, objective, search=bool(warm_start))
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "warm_start": warm_start}
-    settings |= {"on_nonfinite": on_nonfinite, "progress": progress}
-    return ELBOFit(task, objective, num_particles, batches).run(settings, file)
+    wish = Wish(steps, lr, objective, num_particles, warm_start, gradients, file, progress)
+    return ELBOFit(task, wish, batches).run()
 
 
 def _check_objective(objective: ELBO | None, steps: int | None) -> None:

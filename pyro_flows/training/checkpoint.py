@@ -222,9 +222,12 @@ def design(model: nn.Module) -> str:
     It tells modules apart whose parameters have the same shapes.  The settings are the arguments of a constructor that
     the object keeps as attributes.
     """
-    found = []
-    for name, part in model.named_modules():
-        kept = {key: getattr(part, key, None) for key in inspect.signature(type(part)).parameters}
-        plain = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str | tuple | type | Bijector)}
-        found.append((name, type(part).__qualname__, plain))
+    found = [(name, type(part).__qualname__, kept_settings(part)) for name, part in model.named_modules()]
     return f"{zlib.crc32(repr(found).encode()):08x}"
+
+
+def kept_settings(part: object) -> dict[str, Any]:
+    """Return the arguments of an object's constructor that it keeps as attributes, if they are plain values."""
+    kept = {name: getattr(part, name, None) for name in inspect.signature(type(part)).parameters}
+    plain = bool | int | float | str | tuple | type | Bijector
+    return {name: value for name, value in kept.items() if isinstance(value, plain)}
