@@ -1,12 +1,29 @@
-"""Vector–Jacobian products by autograd, and checks that hand-written ones may replace them."""
+"""Scores and vector–Jacobian products by autograd, and checks that hand-written ones may replace them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
+
+
+def value_and_score(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a log-density, ``(N,)``, and its gradient, ``(N, D)``."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        value = density(leaf)
+        total = value.sum()
+        score = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+    return value.detach(), score
+
+
+def score_of(density: LogDensity, z: Tensor) -> Tensor:
+    """Return the gradient of a log-density, ``(N, D)``."""
+    return value_and_score(density, z)[1]
 
 
 def vjp(outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -24,8 +24,9 @@ from pyro_flows.fitting import gaussian_start
 from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.log_density import or_nan, score_of
+from pyro_flows.programs.log_density import or_nan
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.vjp import score_of
 
 X = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1], dtype=torch.float64)

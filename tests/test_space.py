@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.log_density import or_nan, score_of
+from pyro_flows.programs.log_density import or_nan
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.coordinates import Base, White
+from pyro_flows.vjp import score_of
 
 Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 

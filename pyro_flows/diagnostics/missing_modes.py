@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..programs.latent_space import LatentSpace, Scored
-from ..programs.log_density import LogDensity
 from ..sampling.annealed_population import Effort, anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
 from ..sampling.start_distribution import Reference
+from ..vjp import LogDensity
 from .drift import Drift
 from .narrow_modes import narrowest, peaks
 from .unreached import unreached

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..programs.latent_space import LatentSpace, Scored
-from ..programs.log_density import LogDensity, value_and_score
 from ..sampling.coordinates import White
+from ..vjp import LogDensity, value_and_score
 
 DRAWS, NUMBERS = 100_000, 20_000_000  # places, limited by the count of numbers that model and guide compute there
 WIDE, WIDEST = 0.4, 4.0  # the share of places that are spread more widely, and their largest factor

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..programs.log_density import LogDensity
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, GuideDensity
+from ..vjp import LogDensity
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import LogDensity, or_nan, score_of
+from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates, guide_density
 from ..sampling.lanczos import lanczos
+from ..vjp import LogDensity, score_of
 
 DRAWS, CURVED = 64, 16  # at which scores are taken, and products with H
 PRODUCTS, SHIFT = 24, 0.5  # with H, and the distance between their scores

@@ -21,7 +21,7 @@ from ..guides.block_guide import BlockGuide
 from ..guides.default_flows import LIMITS
 from ..guides.guide_flow import rank_for
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import LogDensity, or_nan, sum_in_parts
+from ..programs.log_density import or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.run_budget import RunBudget
@@ -35,6 +35,7 @@ from ..sampling.start_search import Watch
 from ..training import distributed
 from ..training.interrupts import watching
 from ..user_code import warn_user
+from ..vjp import LogDensity
 
 MATCHED = 512  # latents, beyond which batch and match takes too many draws
 FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent

@@ -24,10 +24,11 @@ from torch.distributions import constraints
 from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import flat_by_mask
-from ..programs.log_density import LogDensity, or_nan, score_of
+from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 from ..user_code import warn_user
+from ..vjp import LogDensity, score_of
 
 MANY = 200  # latents with flat priors beyond which the search would take long; the most axes that are followed
 PLACES, STEPS = 4, (3.0, 1e1, 3e1, 1e2, 1e3, 1e4, 1e6, 1e9, 1e12)  # starts on each axis; steps, in standard deviations

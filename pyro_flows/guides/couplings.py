@@ -15,7 +15,8 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from ..programs.log_density import or_nan, score_of
+from ..programs.log_density import or_nan
+from ..vjp import score_of
 from .discrete import summed
 from .guide_call import Call, Key, frames_of
 from .packing import Packing

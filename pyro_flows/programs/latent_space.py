@@ -19,9 +19,10 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from ..vjp import LogDensity
 from .engines import Site, Values, View, in_batches
 from .latents import are_equal, innermost, support_of
-from .log_density import LogDensity, in_parts, is_breakdown, or_nan
+from .log_density import in_parts, is_breakdown, or_nan
 from .masks import Mask, among_absent, mask_of, present_of
 from .model_and_guide import Task
 from .quantities import Quantities

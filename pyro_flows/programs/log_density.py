@@ -1,10 +1,10 @@
-"""Log-densities over vectors: gradients, draws at which a model breaks down, and many draws part by part."""
+"""Log-densities over vectors: draws at which a model breaks down, and many draws part by part."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -15,8 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
 from ..threads import Threads
-
-LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
+from ..vjp import LogDensity, value_and_score
 
 
 class NonFiniteDraw(FloatingPointError):
@@ -79,21 +78,6 @@ def is_breakdown(error: Exception) -> bool:
     # torch raises ValueError for refused parameters, and only the message differs from other errors.
     refused = isinstance(error, ValueError) and "invalid values" in str(error)
     return refused or isinstance(error, LinAlgError | FloatingPointError)
-
-
-def value_and_score(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a log-density, ``(N,)``, and its gradient, ``(N, D)``."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        value = density(leaf)
-        total = value.sum()
-        score = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
-    return value.detach(), score
-
-
-def score_of(density: LogDensity, z: Tensor) -> Tensor:
-    """Return the gradient of a log-density, ``(N, D)``."""
-    return value_and_score(density, z)[1]
 
 
 def part_size(number: int, size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..user_code import warn_user
-from .log_density import LogDensity
+from ..vjp import LogDensity
 
 GRADIENT = 3  # runs that one with a gradient counts as
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..programs.log_density import LogDensity, score_of
+from ..vjp import LogDensity, score_of
 from .block_conditionals import Conditional, Layout, Precision, Structure
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..programs.log_density import LogDensity, score_of
+from ..vjp import LogDensity, score_of
 from .block_conditionals import Bends, Conditional, Layout, Structure
 from .block_curvature import Curvature
 from .start_search import Watch, elbo_of, is_no_worse, log_weights

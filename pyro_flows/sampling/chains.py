@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..programs.latent_space import Scored
-from ..programs.log_density import LogDensity
+from ..vjp import LogDensity
 from .coordinates import Coordinates, GuideDensity
 
 FROZEN = 0.2  # mean acceptance below which chains hardly move

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..programs.log_density import LogDensity, value_and_score
+from ..vjp import LogDensity, value_and_score
 from .coordinates import White
 
 CLIMB = 60  # steps of a climb

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..programs.log_density import LogDensity, score_of, value_and_score
+from ..vjp import LogDensity, score_of, value_and_score
 from .start_search import Watch, elbo_of, log_weights
 
 NEAR = 0.25  # standard deviation of the log-weights, in nats, of a Gaussian that hardly differs from the posterior

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..programs.log_density import LogDensity, score_of, value_and_score
 from ..transforms.linear import stretched
+from ..vjp import LogDensity, score_of, value_and_score
 from .lanczos import lanczos
 from .start_search import SLACK, Watch, elbo_of, is_no_worse, log_weights
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import LogDensity, or_nan
+from ..programs.log_density import or_nan
+from ..vjp import LogDensity
 from .annealed_population import Population
 from .climbs import NARROW, ascend, climb, components, highest_of_each
 from .coordinates import White

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import LogDensity, or_nan
+from ..programs.log_density import or_nan
+from ..vjp import LogDensity
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
