@@ -884,7 +884,7 @@ def test_a_prior_that_is_constant_is_left_out():
         theta = pyro.sample("theta", dist.Delta(torch.tensor(1.0)))
         pyro.sample("x", dist.Normal(theta[..., None], torch.ones(3)).to_event(1), obs=x)
 
-    with pytest.raises(RuntimeError, match="AutoFlow found no latent variables"):
+    with pytest.raises(ValueError, match="AutoFlow: the model has no latents"):
         AutoFlow(model, encoder=MLPEncoder(3, 4, (8,))).setup(X)
 
 

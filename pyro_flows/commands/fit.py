@@ -100,7 +100,7 @@ def _set_up(
             bare = error.__cause__ if isinstance(error, TypeError) and not arguments else None
             first = first or (bare if isinstance(bare, TypeError) else error)
     assert first is not None  # there is at least one reading
-    if "no latent variables" in str(first):
+    if "the model has no latents" in str(first):
         raise Refused("the model has no continuous latent sites; there is no posterior to fit") from first
     raise Refused(in_one_line(first, file)) from first
 

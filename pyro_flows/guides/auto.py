@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import validation_enabled
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..arguments import check_integers, check_numbers, check_tensors, suggests_recipes
+from ..arguments import check_numbers, suggests_recipes
 from ..encoders.base import at_rest
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.chunks import chunk_for
@@ -26,20 +24,17 @@ from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, View
 from ..vjp import keeps
 from .base import FlowGuide
-from .checks import check_latents
 from .circles import is_circular
 from .contexts import check_finite, encode, initialize, width_for_one
 from .default_flows import LIMITS, built, check_recipes, default_for
 from .default_training import Schedule, schedule_of_many
-from .guide_call import Call
+from .guide_call import Call, Found
 from .guide_flow import GuideFlow, assemble, bound
 from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
 from .of_datasets import OfDatasets, OfJoint
 from .packing import Packing, place
-from .reparametrised import with_reparametrised
 from .scored import Packed, Scored
-from .start_location import settle_start
 
 
 class AutoFlow(FlowGuide, AutoContinuous):
@@ -100,7 +95,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         (torch.Size([5]), torch.Size([5]))
     """
 
-    recipes = "_build_flow", "_build_base"
+    recipes = "_recipe", "_base_recipe"
     settings = "encoder", "init_scale"
     is_joint = True
 
@@ -119,34 +114,23 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_recipes("AutoFlow", flow=flow, base=base)
         check_numbers("AutoFlow", above=0, init_scale=init_scale)
         super().__init__(model, encoder, init_loc_fn, name)
-        self._build_flow, self._build_base = flow, base
+        self._recipe, self._base_recipe = flow, base
         self._init_scale, self.encoder = float(init_scale), encoder
         self._engine: str | None = None  # for runs that constrain latents, if supports depend on other latents
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
-        amortised = self.is_amortised
-        with validation_enabled(False) if amortised else nullcontext():
-            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-            check_latents(self._call(args, kwargs))  # before Pyro refuses a discrete site with a shorter error
-            super()._setup_prototype(*args, **kwargs)
-            call = self._call(args, kwargs)
-            if not amortised:
-                settle_start(call, choose=self._chooses_start)
-            self._given_plates = self._calls.begin(call, varies=amortised).given
-            self.packings = self._layouts(call.latents)
-            self.latent_dim = self.packings["latent"].size  # without absent elements
-            moving = moving_supports(call, self._init_scale)
-            if amortised:
-                check_supports(call, moving)
-            self._engine = Moving(call, self.packings["latent"]).engine if moving else None
-        self._build(width_for_one(call, self.encoder))
+    def _build(self, call: Call, found: Found) -> None:
+        self.packings = self._layouts(call.latents)
+        moving = moving_supports(call, self._init_scale)
+        if self.is_amortised:
+            check_supports(call, moving)
+        self._engine = Moving(call, self.packings["latent"]).engine if moving else None
+        self._build_flow(width_for_one(call, self.encoder))
 
-    def _build(self, context_dim: int) -> None:
+    def _build_flow(self, context_dim: int) -> None:
+        self.latent_dim = self.packings["latent"].size  # without absent elements
         circular, sizes = self.circular, (self.latent_dim, context_dim)
-        flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, context_dim), *sizes)
-        self.flow = assemble(flow, self._build_base, self.packings["latent"].start, self._init_scale, circular)
-        self._adopt_stored()
+        flow = built("AutoFlow", "flow", self._recipe, default_for(circular, context_dim), *sizes)
+        self.flow = assemble(flow, self._base_recipe, self.packings["latent"].start, self._init_scale, circular)
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
@@ -156,6 +140,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self.latent_dim = self.packings["latent"].size
         check_fits(flow, self.latent_dim, context_dim)
         self.flow, self._engine = flow, "vmap" if moves else None
+
+    @property
+    def _unconstrained_shapes(self) -> dict[str, torch.Size]:
+        """The shapes of unconstrained latents, an attribute of Pyro's ``AutoContinuous``."""
+        return {name: part.batch + part.event for name, part in self.packings["latent"].parts.items()}
 
     # The default training.
 
@@ -178,7 +167,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def has_default_flow(self) -> bool:
         """True if the flow is the default one, and not from a recipe of the user."""
-        return self._build_flow is None and type(self.flow) is GuideFlow
+        return self._recipe is None and type(self.flow) is GuideFlow
 
     @property
     def is_fresh(self) -> bool:
@@ -231,8 +220,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:
         """Return a new, untrained guide of the same model, with another recipe or with the same."""
         new = copy.deepcopy(self)
-        new._build_flow = flow or self._build_flow
-        new._build(self.flow.context_dim)
+        new._recipe = flow or self._recipe
+        new._build_flow(self.flow.context_dim)
         return new
 
     def start_at(
@@ -259,7 +248,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def is_amortised(self) -> bool:
-        """True if there is an encoder, so that the posterior is a function of the data."""
         return self.encoder is not None
 
     @property
@@ -307,10 +295,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.encoder is None or self.prototype_trace is None:
             reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
             raise ValueError(f"AutoFlow.bind: the guide {reason}.")
-        seen = self.setup()._context_at_rest(args, kwargs)
+        call = self.setup()._call(args, kwargs)
+        seen = self._context_at_rest(call)
         if seen is None or seen.dim() != 1:
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
-        self._sampled(1, seen, args, kwargs)
+        self._check_draw(call)
         new = copy.deepcopy(self)
         new.encoder, new.flow = None, bound(new.flow, seen)
         return new
@@ -348,23 +337,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the distribution of the packed, unconstrained latents."""
         return self.setup(*args, **kwargs).flow(self.context(*args, **kwargs))
 
-    @torch.no_grad()
-    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
-
-        Sites that ``poutine.reparam`` replaced are included if the guide has its model, and is given the arguments.
-        """
-        check_integers("AutoFlow.sample", 0, num_samples=num_samples)
-        context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        return self._sampled(num_samples, context, args, kwargs)
-
-    @torch.no_grad()
-    def _sampled(
-        self, number: int, context: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        latent = self.flow.sample((number,), context, chunk_size=chunk_for(self.latent_dim))
-        values, call = self.constrain(latent, *args, **kwargs), self._call(args, kwargs)
-        return with_reparametrised(call, self._calls.reparametrised, self._calls.watch.checked(self, call, values))
+    def _sampled(self, number: int, call: Call) -> dict[str, Tensor]:
+        context, chunk = self._context_at_rest(call), chunk_for(self.latent_dim)
+        return self._layout(call).values(self.flow.sample((number,), context, chunk_size=chunk))
 
     @torch.no_grad()
     def sample_roughly(self, number: int) -> Tensor:
@@ -380,24 +355,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Map packed latents ``(N, latent_dim)`` to values of the sites, ``(N, *site_shape)``, for some arguments."""
         return self._layout(self._call(args, kwargs)).values(latent)
 
-    def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the guide's log-density, in nats, of constrained values, such as draws of another method.
+    def _log_prob(self, values: dict[str, Tensor], call: Call) -> Tensor:
+        context, (packed, log_det) = self._context_at_rest(call), self._layout(call).pack(values)
+        return self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det
 
-        Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
-        """
-        check_tensors("AutoFlow.log_prob", "values", values)
-        context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        packed, log_det = self.pack(values, *args, **kwargs)
-        log_q = self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det
-        if self.encoder is not None and log_q.isnan().any():
-            self._sampled(1, context, args, kwargs)  # raises an error if the data are at fault
-        return log_q
-
-    def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _context_at_rest(self, call: Call) -> Tensor | None:
         if self.encoder is not None:
-            self.check_same(self._call(args, kwargs))
+            self.check_same(call)
         with at_rest(self.encoder):
-            context = self.context(*args, **kwargs)
+            context = self.context(*call.args, **call.kwargs)
         check_finite("AutoFlow", context)
         return context
 

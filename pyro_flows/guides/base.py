@@ -8,7 +8,7 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,14 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..arguments import check_kind, check_program, quoted
+from ..arguments import check_integers, check_kind, check_program, check_tensors, quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
 from ..programs.program import arguments_of, outline, outline_of
-from .checks import Calls, check_shapes, setup_error
+from .checks import Calls, check_arguments, check_continuous, check_latents, check_shapes, setup_error
 from .circles import MarkCircles
 from .contexts import check_encoder
 from .default_training import Plan
@@ -39,7 +39,8 @@ from .discrete import HideDiscrete, draw_discrete
 from .guide_call import NONE, Call, Found
 from .loaded import Site, program_of, sites_of
 from .packing import Packing
-from .start_location import init_to_center
+from .reparametrised import with_reparametrised
+from .start_location import init_to_center, settle_start
 
 SHOWN = 8  # latents in the repr of a guide
 _used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share
@@ -79,9 +80,9 @@ class FlowGuide(Plan, AutoGuide):
 
         Raises:
             TypeError: If the model requires arguments and none are given, or a recipe fails.
-            RuntimeError: If the model of an ``AutoFlow`` has no latents.
             NotImplementedError: If torch knows no bijection onto the support of a latent.
-            ValueError: If the guide cannot represent the model; the error names the site or plate, and the way out.
+            ValueError: If the model has no latents, or the guide cannot represent it.  The error names the site or
+                plate, and the way out.
         """
         if self.prototype_trace is not None:
             self._adopt_stored()
@@ -113,6 +114,35 @@ class FlowGuide(Plan, AutoGuide):
                 call.trace_at(call.start).compute_log_prob()
                 return
             raise
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
+        with validation_enabled(False) if self.is_amortised else nullcontext():
+            AutoGuide._setup_prototype(self, *args, **kwargs)
+            check_continuous(self._call(args, kwargs))
+            self._read_structure(self._call(args, kwargs))
+            call = self._call(args, kwargs)
+            found = self._calls.begin(call, varies=self.is_amortised)
+            self._given_plates = found.given
+            check_latents(call)
+            if not call.latents:
+                raise ValueError(f"{call.owner}: the model has no latents.")
+            if not self.is_amortised:
+                settle_start(call, choose=self._chooses_start)
+            self._build(call, found)
+        self._adopt_stored()
+
+    def _read_structure(self, call: Call) -> None:
+        """Find the structure of the guide, for the latents of a prototype."""
+
+    @abstractmethod
+    def _build(self, call: Call, found: Found) -> None:
+        """Pack the latents of a prototype, and build their flows."""
+
+    @property
+    @abstractmethod
+    def is_amortised(self) -> bool:
+        """True if the whole posterior is a function of the data, of any dataset: it can be trained on simulations."""
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates, self._outline)
@@ -174,16 +204,58 @@ class FlowGuide(Plan, AutoGuide):
             packing.check_same(call.owner, there[name])
         return found
 
-    @abstractmethod
+    @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
-
-        Sites that ``poutine.reparam`` replaced are included, as in Pyro's ``Predictive``; those of
-        ``pyro.deterministic`` are not.  They are left out by a guide from a file, which has no model, by a call without
-        the model's arguments, and if a plate is subsampled.
+        """Sample from the guide, for all rows of the plates in the arguments.
 
         A million draws fit into memory if their values do, since networks see some of them at a time.
+
+        Returns:
+            For each latent site values of shape ``(num_samples, *site_shape)``.  Sites that ``poutine.reparam``
+            replaced are included, as in Pyro's ``Predictive``; those of ``pyro.deterministic`` are not.  They are left
+            out by a guide from a file, which has no model, by a call without the model's arguments, and if a plate is
+            subsampled.
         """
+        call = self._asked("sample", args, kwargs)
+        check_integers(f"{call.owner}.sample", num_samples=num_samples)
+        drawn = self._calls.watch.checked(self, call, self._sampled(num_samples, call))
+        return with_reparametrised(call, self._calls.reparametrised, drawn)
+
+    def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the guide's log-density, in nats, of constrained values, such as draws of another method.
+
+        Values of all latent sites and rows, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the
+        support.  Rows that the model masks do not count.
+        """
+        check_tensors(f"{type(self).__name__}.log_prob", "values", values)
+        call = self._asked("log_prob", args, kwargs)
+        log_q = self._log_prob(values, call)
+        if self.data_encoders and log_q.isnan().any():
+            self._check_draw(call)
+        return log_q
+
+    @torch.no_grad()
+    def _check_draw(self, call: Call) -> None:
+        """Raise an error if a draw is not finite, since an encoder's data are far from those of training."""
+        self._calls.watch.checked(self, call, self._sampled(1, call))
+
+    @abstractmethod
+    def _sampled(self, number: int, call: Call) -> dict[str, Tensor]:
+        """Sample the latents of all rows."""
+
+    @abstractmethod
+    def _log_prob(self, values: dict[str, Tensor], call: Call) -> Tensor:
+        """Return the log-density of values of all rows."""
+
+    def _asked(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return the call of a method whose answer depends on the rows in the arguments.
+
+        Raises:
+            TypeError: If a guide with rows is set up, and lacks arguments of its model.
+        """
+        if self.row_plates and self.prototype_trace is not None and self.model is not None:
+            check_arguments(f"{type(self).__name__}.{method}", self.model, args, kwargs)
+        return self.setup(*args, **kwargs)._call(args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
@@ -203,6 +275,7 @@ class FlowGuide(Plan, AutoGuide):
         Warns:
             UserWarning: If the guide was never trained.
         """
+        self._asked("quantiles", args, kwargs)
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
         warn_untrained(f"{type(self).__name__}.quantiles", self)
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that the draws fit into memory
@@ -268,7 +341,7 @@ class FlowGuide(Plan, AutoGuide):
         start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
         settings = {key: parts.pop(key) for key in cls.settings if key in parts}
         guide = cls(program_of(sites), init_loc_fn=start, name=None if taken else name, **settings)
-        super(FlowGuide, guide)._setup_prototype()
+        AutoGuide._setup_prototype(guide)
         guide._calls.present = {site.name: site.present for site in sites if site.present is not None}
         guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
         guide._restore(**parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,10 +10,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine, validation_enabled
+from pyro import poutine
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_numbers, check_tensors
+from ..arguments import check_integers, check_numbers
 from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
@@ -22,7 +21,6 @@ from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
 from .base import FlowGuide
 from .blocks import Block, Blocks, BlockTransform, Drawn
-from .checks import check_arguments, check_continuous, check_latents
 from .circles import is_circular
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
 from .default_flows import (
@@ -43,8 +41,6 @@ from .loaded import check_fits
 from .masked import RowMasks, masks_of_all
 from .moving_supports import check_supports, moving_supports
 from .packing import Packing, place
-from .reparametrised import with_reparametrised
-from .start_location import settle_start
 from .structure import Nesting, Structure, check_nestings, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
@@ -99,35 +95,13 @@ class BlockGuide(FlowGuide):
         self._build_local, self._build_global = local_flow, global_flow
         self._encoders, self.embedding_dim, self._init_scale = dict(encoders), embedding_dim, init_scale
 
-    @abstractmethod
-    def _read(self, call: Call) -> Structure:
-        """Return the structure of the guide, for the latents of a prototype."""
-
     @property
     def is_amortised(self) -> bool:
-        """True if the whole posterior is a function of the data, of any dataset: it can be trained on simulations."""
         return False
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with validation_enabled(False) if self.is_amortised else nullcontext():
-            super()._setup_prototype(*args, **kwargs)
-            self._set_up_blocks(args, kwargs)
-
-    def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Build the blocks of the prototype's latents."""
-        check_continuous(self._call(args, kwargs))
-        self.structure = self._read(self._call(args, kwargs))
-        self.row_plates = self.structure.plates
-        call = self._call(args, kwargs)
-        found = self._calls.begin(call, varies=self.is_amortised)
-        self.structure = self.structure.without_absent(self._calls.present)
-        self._given_plates = found.given
-        check_latents(call)
-        if not call.latents:
-            raise ValueError(f"{call.owner}: the model has no latents.")
-        if not self.is_amortised:  # trained on draws: the data may have no density
-            settle_start(call, choose=self._chooses_start)
+    def _build(self, call: Call, found: Found) -> None:
         check_nestings(call.owner, self.structure, found.rows)
+        self.structure = self.structure.without_absent(self._calls.present)
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
@@ -136,7 +110,6 @@ class BlockGuide(FlowGuide):
         self.posterior = Blocks(scale)
         for name, packing in self.packings.items():
             self.posterior.blocks.append(self._block(name, packing, call, found))
-        self._adopt_stored()
 
     @property
     def _has_shared(self) -> bool:
@@ -427,65 +400,27 @@ class BlockGuide(FlowGuide):
 
     # Answers for all rows of the plates, even if the model subsamples them.
 
-    @torch.no_grad()
-    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample from the guide, for all rows of the plates in the arguments, at least one draw.
-
-        Returns:
-            For each latent site values of shape ``(num_samples, *site_shape)``.  Sites that ``poutine.reparam``
-            replaced are included if the guide has its model, and is given the arguments.
-        """
-        check_integers(f"{type(self).__name__}.sample", num_samples=num_samples)
-        self._check_arguments("sample", args, kwargs)
-        call = self.setup(*args, **kwargs)._call(args, kwargs)
+    def _sampled(self, number: int, call: Call) -> dict[str, Tensor]:
         found = self.check_same(call)
         rows, masks = self._all_rows(call, found), self._masks_of_all_rows(call, found)
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
         size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
-        drawn = in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, num_samples, size)
-        return with_reparametrised(call, self._calls.reparametrised, self._calls.watch.checked(self, call, drawn))
+        return in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, number, size)
 
     def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:
         """Return the masks of all rows, or none if the model takes some of the rows."""
         some = found is None or any(rows.size < rows.full_size for rows in found.rows.values())
         return {} if some else self._calls.masks(call, {})
 
-    def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the guide's log-density, in nats, of constrained values of all rows.
-
-        Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
-        Rows that the model masks do not count.
-        """
-        check_tensors(f"{type(self).__name__}.log_prob", "values", values)
-        self._check_arguments("log_prob", args, kwargs)
-        call = self.setup(*args, **kwargs)._call(args, kwargs)
+    def _log_prob(self, values: dict[str, Tensor], call: Call) -> Tensor:
         found = self.check_same(call)
-        rows = self._all_rows(call, found)
-        log_q = self.posterior.log_prob(values, rows, masks_of_all(found) if found else {})
-        if self._encoders and log_q.isnan().any():
-            self._check_draw(call, rows)
-        return log_q
-
-    @torch.no_grad()
-    def _check_draw(self, call: Call, rows: Sequence[BlockRows]) -> None:
-        """Raise an error if a draw is not finite, since an encoder's data are far from those of training."""
-        self._calls.watch.checked(self, call, self.posterior.draw(1, rows, {}))
+        return self.posterior.log_prob(values, self._all_rows(call, found), masks_of_all(found) if found else {})
 
     def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
         """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call) if self.is_amortised else None
         return BlockTransform(self.posterior, self._all_rows(call, found))
-
-    def _check_arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise TypeError if a guide that is set up lacks arguments of its model, on whose rows its answers depend."""
-        if self.prototype_trace is not None and self.model is not None:
-            check_arguments(f"{type(self).__name__}.{method}", self.model, args, kwargs)
-
-    def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return quantiles of each latent, for all rows of the plates in the arguments, as ``AutoFlow`` does."""
-        self._check_arguments("quantiles", args, kwargs)
-        return super().quantiles(quantiles, *args, **kwargs)
 
     def _all_rows(self, call: Call, found: Found | None) -> list[BlockRows]:
         """Return all rows of each block, for a call whose model has some sites."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from pyro import validation_enabled
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ..arguments import suggests_recipes
@@ -22,7 +23,7 @@ from ..user_code import warn_user
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
-from .guide_call import Call, Key
+from .guide_call import Call, Found, Key
 from .guide_flow import bound
 from .masked import RowMasks
 from .of_datasets import OfDatasets, OfRow
@@ -125,16 +126,12 @@ class AutoPlateFlow(BlockGuide):
         self.meets_masks = False  # True once the model has masked rows
         self.plate, self.row_plates, self.structure = plate, (plate,), Structure((plate,))
 
-    def _read(self, call: Call) -> Structure:
-        return self.structure
-
     @property
     def is_amortised(self) -> bool:
-        """True if there is a ``global_encoder``, so that the whole posterior is a function of the data."""
         return self.global_encoder is not None
 
-    def _set_up_blocks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._set_up_blocks(args, kwargs)
+    def _build(self, call: Call, found: Found) -> None:
+        super()._build(call, found)
         if self.is_amortised and not (self._has_shared and self.posterior.blocks[-1].contexts):
             fault = f"global_encoder needs latents outside of plate {self.plate!r} and in it, but one kind is missing"
             raise ValueError(f"AutoPlateFlow: {fault}. Use AutoFlow(model, encoder=...) for latents of one kind.")
@@ -247,11 +244,11 @@ class AutoPlateFlow(BlockGuide):
         rows = self._all_rows(call, self.check_same(call))
         if self.posterior.batch_of(rows):
             raise ValueError("AutoPlateFlow.bind: give one dataset, for which the encoder returns one vector per row.")
-        self._check_draw(call, rows)
+        self._check_draw(call)
         new = copy.deepcopy(self)
         new._encoders, new.global_encoder = {}, None
         with validation_enabled(False):
-            super(BlockGuide, new)._setup_prototype(*args, **kwargs)
+            AutoGuide._setup_prototype(new, *args, **kwargs)
         new.packings = new._layouts(new._call(args, kwargs).latents)
         for block, own, packing in zip(new.posterior.blocks, rows, new.packings.values(), strict=True):
             block.packing, seen = packing, cast(Tensor, own.contexts).to(packing.dtype)

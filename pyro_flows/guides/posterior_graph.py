@@ -40,8 +40,8 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
 
     Raises:
         TypeError: If the model requires arguments and none are given.
-        RuntimeError: If it has no latents.
-        ValueError: If an :class:`~pyro_flows.AutoFlow` refuses the model, for example for a discrete latent.
+        ValueError: If an :class:`~pyro_flows.AutoFlow` refuses the model, for example for a discrete latent
+            or because there are none.
 
     Example::
 

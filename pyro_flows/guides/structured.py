@@ -114,12 +114,13 @@ class AutoStructuredFlow(BlockGuide):
             self.structure = Structure.of(structure)
             self.row_plates = self.structure.plates
 
-    def _read(self, call: Call) -> Structure:
-        structure = self.structure if self._given_structure is not None else read_structure(call, {*self._encoders})
-        if missing := [plate for plate in self._encoders if plate not in structure.plates]:
+    def _read_structure(self, call: Call) -> None:
+        if self._given_structure is None:
+            self.structure = read_structure(call, {*self._encoders})
+            self.row_plates = self.structure.plates
+        if missing := [plate for plate in self._encoders if plate not in self.row_plates]:
             fault = f"encoders has the plate {missing[0]!r}, which holds no latents or is not in structure="
-            raise ValueError(f"{call.owner}: {fault}. Its plates are {', '.join(structure.plates) or 'none'}.")
-        return structure
+            raise ValueError(f"{call.owner}: {fault}. Its plates are {', '.join(self.row_plates) or 'none'}.")
 
     def _corrects(self, key: Key) -> bool:
         return len(key) == 1 and key[0] in self._semi_amortized
