@@ -12,7 +12,7 @@ import pyro_flows
 
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
-    {"arguments", "allocator", "attention", "compiler_state", "threads", "user_code", "vjp"},
+    {"arguments", "allocator", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
     {"transforms"},
     {"distributions"},

@@ -5,22 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from models import with_verdict
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
+from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, flows
 from pyro_flows.answers import stages
-from pyro_flows.diagnostics import verdict
-from pyro_flows.diagnostics.missing_modes import Missing
+from pyro_flows.answers.choice import choose
+from pyro_flows.answers.record import Question
+from pyro_flows.training import distributed
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
 Y = torch.tensor([1.0, 0.0, -2.0])
+X = torch.linspace(-1, 1, 12).reshape(-1, 1)
+SMALL = {"guide": lambda model: AutoFlow(model, small), "progress": False}
 
 
 def normal(y: Tensor) -> None:
@@ -28,40 +38,85 @@ def normal(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
+def line(x: Tensor, y: Tensor | None = None) -> None:
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(x)):
+        mean = pyro.deterministic("mean", slope[..., None] * x[:, 0])
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
 def two_modes() -> None:
     parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
-    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
     logits = parts.log_prob(z[..., :1]) - math.log(2)
     pyro.factor("modes", logits.logsumexp(-1) - z[..., 1].square() / 2)
+
+
+def local(y: Tensor, size: int | None = None) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y), subsample_size=size) as rows:
+        level = pyro.sample("level", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=y[rows])
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
     """Use small populations, and few sweeps of chains."""
-    monkeypatch.setattr(stages, "PARTICLES", 512)
-    monkeypatch.setattr(stages, "SWEEPS", 20)
+    monkeypatch.setattr(stages, "EFFORT", stages.Effort(particles=512, sweeps=60))
 
 
 def distrust(*args, **kwargs):
-    """Return a coarse check that trusts no guide, and so skips the search."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verdict, "search", lambda *_: Missing(0.0, 0.0))
-        return with_verdict(check(*args, num_samples=1000, num_chains=16, **kwargs), "do not trust")
+    """Return a coarse check that trusts no guide."""
+    return with_verdict(check(*args, num_samples=1000, num_chains=16, **kwargs), "do not trust")
 
 
 def names(answer: pf.Posterior) -> list[str]:
     return [step.name for step in answer.steps]
 
 
+# The stages, in their order.
+
+
 def test_a_guide_that_is_trusted_is_the_answer():
-    found = pf.posterior(normal, Y, guide=lambda model: AutoFlow(model, small), num_draws=500, progress=False)
+    found = pf.posterior(normal, Y, num_draws=500, **SMALL)
     assert names(found) == ["fit", "check"]
-    assert found.trusted
+    assert (found.verdict, found.trusted, found.chains) == ("trust", True, None)
+    assert isinstance(found.guide, AutoFlow)
     assert found.draws["x"].shape == (500, 3)
     torch.testing.assert_close(found.draws["x"].mean(0), Y / 2, rtol=0, atol=0.15)
     evidence = dist.Normal(0.0, math.sqrt(2)).log_prob(Y).sum().item()
     assert abs(found.log_evidence - evidence) < 5 * found.log_evidence_se + 1e-3
-    assert "x[2]" in repr(found)
+    assert found.seconds >= sum(step.seconds for step in found.steps)
+    for words in ("trust", found.reason, "x[2]", "fit → check"):
+        assert words in repr(found)
+
+
+@pytest.mark.slow
+def test_reliable_weights_correct_the_draws():
+    """A guide that is too wide is resampled by its weights, without any training."""
+    wide = AutoNormal(normal, init_loc_fn=init_to_value(values={"x": Y / 2}), init_scale=1.0)
+    wide(Y)
+    wide.is_fresh = False
+    found = pf.posterior(normal, Y, guide=wide, progress=False)
+    assert names(found) == ["fit", "check"]
+    assert found.steps[1].verdict == "reweight"
+    assert found.trusted
+    assert "resampled" in found.reason
+    torch.testing.assert_close(found.draws["x"].std(0), torch.full((3,), 0.5**0.5), rtol=0.08, atol=0)
+
+
+@pytest.mark.slow
+def test_draws_are_exact_where_the_guide_is_not_trusted(monkeypatch):
+    monkeypatch.setattr(stages, "check", distrust)
+    found = pf.posterior(normal, Y, num_draws=400, **SMALL)
+    assert names(found) == ["fit", "check", "chains"]
+    assert found.trusted
+    assert found.chains.converged
+    assert found.draws["x"].shape == (400, 3)
+    evidence = dist.Normal(0.0, math.sqrt(2)).log_prob(Y).sum().item()
+    assert abs(found.log_evidence - evidence) < 5 * found.log_evidence_se + 1e-3
+    assert "R-hat" in found.summary().splitlines()[0]
+    assert found.to_arviz(log_likelihood=False)["posterior"].sizes["chain"] == 256
 
 
 @pytest.mark.slow
@@ -74,13 +129,32 @@ def test_a_missing_mode_is_found():
 
 
 @pytest.mark.slow
-def test_draws_are_exact_where_the_guide_is_not_trusted(monkeypatch):
+def test_every_stage_is_tried_before_it_gives_up(monkeypatch):
     monkeypatch.setattr(stages, "check", distrust)
-    found = pf.posterior(normal, Y, num_draws=400, progress=False)
-    assert names(found) == ["fit", "check", "chains"]
-    assert found.trusted
-    assert found.chains.converged
-    assert found.draws["x"].shape == (400, 3)
+    monkeypatch.setattr(stages, "EFFORT", stages.Effort(particles=64, sweeps=9))
+    found = pf.posterior(two_modes, num_draws=100_000, **SMALL)
+    assert names(found) == ["fit", "check", "chains", *2 * ["population", "check", "chains"]]
+    assert found.verdict == "do not trust"
+    assert "have not converged" in found.reason
+    assert math.isnan(found.log_evidence)
+
+
+@pytest.mark.slow
+def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
+    """A guide that is too wide for one of two modes counts as collapsed, because its chains drift."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Normal((x - 1) ** 2, 2.0), obs=torch.tensor(25.0))  # x is near 6 or -4
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(6.0, 0.35))
+
+    found = check(model, guide)
+    assert next(finding.kind for finding in found.findings) in ("collapsed", "mode")
+    run = stages.Stages(Question(model, (), {}, model), 400, progress=False, judged=[stages.Judged(guide, found)])
+    run.sample()
+    assert not run.is_exact
 
 
 @pytest.mark.slow
@@ -92,10 +166,203 @@ def test_less_evidence_than_before_is_not_trusted():
         pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
 
     whole = check(both, both)
-    run = stages.Stages(stages.Question(both, (), {}), 100, progress=False)
-    run.judged.append(stages.Judged(both, whole))
+    run = stages.Stages(Question(both, (), {}, both), 100, progress=False, judged=[stages.Judged(both, whole)])
     half = dataclasses.replace(whole, psis=dataclasses.replace(whole.psis, log_evidence=whole.log_evidence - 0.69))
     found = run._compared(half)
     assert found.verdict == "do not trust"
     assert "0.69 nats more evidence" in found.reason
     assert run._compared(whole).trusted
+
+
+@pytest.mark.slow
+def test_a_hard_edge_is_met_by_a_population():
+    """At a hard edge KL(q || p) is infinite, so no fit by the ELBO can continue."""
+
+    def positive() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("edge", torch.where(x[..., 0] > 0, 0.0, -math.inf))
+
+    guide = AutoFlow(positive, small, init_loc_fn=init_to_value(values={"x": torch.tensor([0.05, 0.0])}))
+    with pytest.warns(UserWarning, match="training broke down, and a population takes over.*'edge'"):
+        found = pf.posterior(positive, guide=guide, progress=False)
+    assert names(found)[:2] == ["fit", "population"]
+    assert found.draws["x"][:, 0].mean().item() == pytest.approx((2 / math.pi) ** 0.5, abs=0.06)
+    assert found.draws["x"][:, 1].std().item() == pytest.approx(1, abs=0.06)
+
+
+# The guide.
+
+
+def test_a_guide_is_chosen_from_the_model():
+    def chosen(model, *args):
+        return type(choose(model, args, {}, None)[1]).__name__
+
+    def many() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(600), 1.0).to_event(1))
+
+    assert chosen(normal, Y) == "AutoFlow"
+    assert chosen(many) == "AutoStructuredFlow"
+    assert chosen(local, torch.randn(30)) == "AutoFlow"
+    assert chosen(local, torch.randn(30), 5) == "AutoPlateFlow"
+
+
+def test_rows_of_a_subsampled_plate_are_all_drawn_and_not_trusted():
+    y = torch.randn(12)
+    found = pf.posterior(local, y, 5, guide=lambda model: _quick(model, y, 5), num_draws=50, progress=False)
+    assert {name: value.shape for name, value in found.draws.items()} == {"mean": (50,), "level": (50, 12)}
+    assert not found.trusted
+    assert "plate 'row', which is subsampled" in found.reason
+
+
+def _quick(model, *args):
+    guide = pf.AutoPlateFlow(model, "row")
+    pf.fit_svi(model, guide, *args, steps=5, progress=False)
+    return guide
+
+
+@pytest.mark.slow
+def test_a_trained_guide_is_not_trained_again():
+    guide = AutoFlow(normal, small)
+    pf.fit_svi(normal, guide, Y, progress=False)
+    before = [parameter.clone() for parameter in guide.parameters()]
+    found = pf.posterior(normal, Y, guide=guide, progress=False)
+    assert all(map(torch.equal, before, guide.parameters()))
+    assert "trained before" in found.steps[0].said
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: pyro.sample("k", dist.Bernoulli(0.5)), "must have a continuous latent site"),
+        (lambda: pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0)), "no parameters, got 'loc'"),
+        (lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), ())), "posterior is improper"),
+    ],
+)
+def test_models_without_a_posterior_are_refused(model, words):
+    with pytest.raises(ValueError, match=f"^posterior: .*{words}"):
+        pf.posterior(model, progress=False)
+
+
+def test_bad_arguments_are_refused(monkeypatch):
+    for settings in ({"num_draws": 0}, {"seconds": -1.0}, {"progress": "no"}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(settings))):
+            pf.posterior(normal, Y, **settings)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ValueError, match="in one process, got 2"):
+        pf.posterior(normal, Y)
+
+
+# Time, interruptions, errors.
+
+
+def test_the_best_answer_in_the_time_is_returned():
+    began = time.perf_counter()
+    found = pf.posterior(normal, Y, seconds=0.05, **SMALL)
+    assert time.perf_counter() - began < 20
+    assert found.draws["x"].isfinite().all()
+    assert (found.verdict, found.reason) == ("do not trust", "The guide was not checked.")
+
+
+@pytest.mark.slow
+def test_a_check_within_the_time_counts(monkeypatch):
+    monkeypatch.setattr(stages, "check", distrust)
+    monkeypatch.setattr(stages, "exact", lambda *_, **__: time.sleep(100))
+    monkeypatch.setattr(stages.Stages, "sample", _late)
+    found = pf.posterior(normal, Y, seconds=30, **SMALL)
+    assert names(found) == ["fit", "check"]
+    assert found.reason == found.steps[1].said
+
+
+def _late(self) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad")])
+def test_a_stage_that_breaks_off_costs_no_other(monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(stages, "check", distrust)
+    monkeypatch.setattr(stages, "exact", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = pf.posterior(normal, Y, **SMALL)
+    assert names(found) == ["fit", "check", "chains"]
+    assert found.steps[2].said == ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed: bad")
+    assert any("a stage failed" in str(one.message) for one in caught) == isinstance(error, ValueError)
+    assert found.verdict == "do not trust"
+
+
+def test_an_interruption_before_any_answer_is_raised(monkeypatch):
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "fit_svi", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pf.posterior(normal, Y, **SMALL)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_stages_are_told_as_they_run(progress, capsys):
+    pf.posterior(normal, Y, **{**SMALL, "progress": progress})
+    said = capsys.readouterr().err
+    assert ("posterior: check (" in said) == progress
+    assert progress or not said
+
+
+# What an answer holds, and what can be asked of it.
+
+
+@pytest.mark.slow
+def test_discrete_and_reparametrised_sites_are_drawn():
+    @config_enumerate
+    def mixture(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        high = pyro.sample("high", dist.Normal(3.0, scale))
+        with pyro.plate("row", len(y)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(kind * high, 0.5), obs=y)
+
+    model = pyro.poutine.reparam(mixture, {"high": LocScaleReparam(0.0)})
+    found = pf.posterior(model, torch.tensor([0.1, 3.0, -0.2, 3.3]), num_draws=300, **SMALL)
+    assert found.trusted
+    assert {"scale", "high", "kind"} <= found.draws.keys()
+    torch.testing.assert_close(found.draws["kind"].mean(0).round(), torch.tensor([0.0, 1.0, 0.0, 1.0]))
+
+
+@pytest.fixture(scope="module")
+def answer() -> pf.Posterior:
+    return pf.posterior(line, X, 0.7 * X[:, 0], num_draws=400, **SMALL)
+
+
+def test_predictions_at_the_data_and_elsewhere(answer):
+    again = answer.predictive()
+    assert {name: value.shape for name, value in again.items()} == {"mean": (400, 12), "y": (400, 12)}
+    assert again["y"].std(0).mean().item() == pytest.approx(0.5, abs=0.1)
+    there = answer.predictive(None, torch.full((3, 1), 2.0))
+    torch.testing.assert_close(there["mean"], (2 * answer.draws["slope"])[:, None].expand(400, 3))
+    assert there["y"].shape == (400, 3)
+    alone = dataclasses.replace(answer, question=None)
+    assert alone.predictive(line, X)["y"].shape == (400, 12)
+    with pytest.raises(ValueError, match="model must be given"):
+        alone.predictive()
+
+
+def test_rows_of_another_number_are_drawn_anew():
+    found = pf.posterior(local, torch.full((12,), 2.0), num_draws=100, **SMALL)
+    model = pyro.poutine.uncondition(local)
+    there = found.predictive(model, torch.zeros(30))
+    assert there["level"].shape == (100, 30)
+    assert there["level"].mean().item() == pytest.approx(found.draws["mean"].mean().item(), abs=0.2)
+
+
+def test_an_answer_as_arviz_data_as_a_table_and_as_a_figure(answer):
+    data = answer.to_arviz(posterior_predictive=True)
+    assert data["posterior"].sizes == {"chain": 1, "draw": 400, "row": 12}
+    assert "y" in data["posterior_predictive"]
+    lines = answer.summary(mean=[f"at {place}" for place in range(12)]).splitlines()
+    assert lines[0].split() == ["mean", "sd", "5", "%", "95", "%"]
+    assert lines[2].startswith("mean[at 0]")
+    assert answer.plot() is not None
+    with pytest.raises(ValueError, match="has no model"):
+        dataclasses.replace(answer, question=None).to_arviz()

@@ -1,22 +1,26 @@
 """The posterior of a model, from the model and its data alone: the stages of an answer, in their order.
 
 A guide that suits the model is fitted and checked.  If it is trusted, its draws are the answer; if its weights are
-reliable, they correct the draws.  Otherwise chains from the guide follow, which are exact once they have converged, or
-a population that finds modes, if the check has found mass that chains may not reach.
+reliable, they correct the draws.  Otherwise chains from the guide follow, which are exact once they have converged.  If
+the check has found mass that chains may not reach, or they do not converge, a population finds the modes, and its guide
+is checked in turn.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from ..arguments import check_flags, check_integers, check_numbers, check_program
 from ..programs.plate_nesting import runs_programs
+from ..time_limit import within
 from ..training import distributed
 from ..user_code import warn_user
 from .choice import choose
-from .record import Posterior, Question
+from .draws import answered
+from .record import Posterior
 from .stages import Stages
 
 CALLER = "posterior"
@@ -34,18 +38,17 @@ def posterior(
 ) -> Posterior:
     """Sample the posterior of a model, and go on until the draws can be trusted.
 
-    A guide that suits the model is fitted and checked.  If the check does not trust it, its draws are weighted, or
-    chains from the guide run until they have converged.  If modes are missing, a population annealed from the prior
-    finds them.
+    A guide is fitted and checked.  If the check does not trust it, its draws are weighted, or chains start from it and
+    run until they have converged.  If mass is missing, a population annealed from the prior finds it.
 
     Args:
         model: A Pyro model; discrete latents of finite support are summed out, and sampled at the end.
         *args: The model's arguments.
         num_draws: The number of draws.
         seconds: The time after which the best answer so far is returned; by default there is no limit.
-        guide: A guide, or a function from the model to one such as ``pf.AutoStructuredFlow``.  The default is an
-            :class:`~pyro_flows.AutoFlow`, beyond 512 latents an :class:`~pyro_flows.AutoStructuredFlow`, and an
-            :class:`~pyro_flows.AutoPlateFlow` if latents lie in a subsampled plate.
+        guide: A guide, or a class or function that makes one from the model.  A trained guide is not trained again.
+            The default is an :class:`~pyro_flows.AutoFlow`, an :class:`~pyro_flows.AutoStructuredFlow` for many latents
+            with a structure, and an :class:`~pyro_flows.AutoPlateFlow` if latents lie in a subsampled plate.
         progress: Whether to show progress bars, and what each stage finds.
         **kwargs: The model's keyword arguments.
 
@@ -53,11 +56,11 @@ def posterior(
         The :class:`~pyro_flows.Posterior`.  Ctrl-C returns the best answer so far.
 
     Raises:
-        ValueError: If a number is out of its range, the model has no continuous latents, or its posterior is detectably
-            improper.
+        ValueError: If a number is out of its range, the model has no continuous latents, or has parameters, or its
+            posterior is detectably improper; or if several processes run.
 
     Warns:
-        UserWarning: If the draws cannot be trusted.
+        UserWarning: If a stage failed after an earlier one had an answer.
 
     Example::
 
@@ -76,30 +79,36 @@ def posterior(
     check_numbers(CALLER, above=0, optional=True, seconds=seconds)
     check_flags(CALLER, progress=progress)
     if distributed.size() > 1:
-        raise ValueError(f"{CALLER}: run it in one process, got {distributed.size()}. Several can share fit_svi.")
-    stages = Stages(Question(model, args, kwargs), num_draws, progress)
+        fault = f"posterior runs in one process, got {distributed.size()}"
+        raise ValueError(f"{CALLER}: {fault}. Let them share fit_svi, and call check in one of them.")
+    question, chosen = choose(model, args, kwargs, guide)
+    stages = Stages(question, num_draws, progress)
     try:
-        _go_on(stages, choose(model, guide, args, kwargs))
+        with within(seconds or math.inf):
+            _go_on(stages, chosen)
     except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
         if not stages.judged:
             raise
         if not isinstance(error, KeyboardInterrupt):
             warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {error}")
-    return stages.result(time.perf_counter() - began)
+    return answered(stages, began)
 
 
 def _go_on(stages: Stages, guide: Any) -> None:
     """Fit and check a guide, and go on until the answer can be trusted."""
     try:
         stages.fit(guide)
-    except FloatingPointError:  # for example at a hard edge, where a population still works
+    except FloatingPointError as error:  # for example at a hard edge, where a population still works
+        warn_user(f"{CALLER}: training broke down, and a population takes over. {error}")
         stages.cover()
+    if stages.task(stages.best.guide).draws_rows:  # a minibatch cannot be checked
+        return
     stages.check()
-    if not stages.is_settled and not stages.best.misses:
+    if not (stages.is_settled or stages.best.misses_mass):
         stages.sample()
-    for _ in range(2):
-        if not stages.is_settled:
+    for _ in range(2):  # a second population starts from what the first one has found
+        if stages.can_cover and not stages.is_settled:
             stages.cover()
             stages.check()
-    if not stages.is_settled and not stages.best.misses:
-        stages.sample()
+            if not (stages.is_settled or stages.best.misses_mass):
+                stages.sample()

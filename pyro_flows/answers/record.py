@@ -1,25 +1,42 @@
-"""The answer to a question about a model: draws of its posterior, and how far to trust them."""
+"""The record of an answer: draws of a posterior, and how far to trust them."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer import Predictive
 from torch import Tensor
 
 from .. import plots
 from ..diagnostics import to_arviz
 from ..persistence import save
 from ..persistence.classes import BY_TYPE, register
+from ..programs import Program
 from ..sampling import Samples
+from .predictions import predicted
 from .table import table_of
 
-SHOWN = 12  # rows of the table in a notebook
+SHOWN = 12  # lines of the table in a notebook
+
+
+class Question(NamedTuple):
+    """A model with the arguments that it is run with.
+
+    Attributes:
+        model: The model, with its arguments if the guide was made from both.
+        args: The arguments, if a guide was given that is called with them.
+        kwargs: The keyword arguments then.
+        bare: The model without arguments.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bare: Callable[..., Any]
 
 
 class Step(NamedTuple):
@@ -28,7 +45,7 @@ class Step(NamedTuple):
     Attributes:
         name: The stage: ``"fit"``, ``"check"``, ``"chains"`` or ``"population"``.
         seconds: Its wall time.
-        verdict: The verdict on what it found, or an empty string.
+        verdict: The verdict on the draws that it could judge, or an empty string.
         said: The result in words.
 
     Example::
@@ -46,15 +63,7 @@ class Step(NamedTuple):
         return f"{self.name} ({self.seconds:.1f} s): {f'{self.verdict}. ' if self.verdict else ''}{self.said}"
 
 
-class Question(NamedTuple):
-    """A model with its arguments."""
-
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """Draws of a posterior, and how far to trust them: the result of :func:`~pyro_flows.posterior`.
 
@@ -62,8 +71,9 @@ class Posterior:
         draws: Draws of the latents and deterministic sites, all of equal weight: name -> ``(num_draws, *site_shape)``.
         verdict: ``"trust"`` or ``"do not trust"``.
         reason: The reason for the verdict, in words.
-        log_evidence: The log evidence, in nats; NaN if it is not known.
-        log_evidence_se: Its standard error, in nats; NaN if it is not known.
+        log_evidence: The log evidence, in nats; NaN if it is unknown: the draws cannot be trusted, or the weights of a
+            trusted guide are not reliable.
+        log_evidence_se: Its standard error, in nats.
         steps: The stages that were tried, in their order.
         seconds: The wall time.
         guide: The guide that the draws come from, or that the chains started from.
@@ -93,61 +103,76 @@ class Posterior:
     seconds: float
     guide: Any = None
     chains: Samples | None = None
-    question: Question | None = field(default=None, repr=False)
+    question: Question | None = field(default=None)
 
     @property
     def trusted(self) -> bool:
         """True if the verdict is ``"trust"``."""
         return self.verdict == "trust"
 
-    def summary(self) -> str:
-        """Return a table of means, standard deviations and quantiles of each number, to print."""
-        return "\n".join(table_of({name: value.numpy(force=True) for name, value in self.draws.items()}, {}))
+    def summary(self, **labels: list[str]) -> str:
+        """Return a table to print: mean, sd and quantiles of each number, with R-hat and ESS if it comes from chains.
+
+        Args:
+            **labels: Names for the numbers of a site, in place of their indices.
+        """
+        columns = {}
+        if self.chains is not None:
+            ess = self.chains.ess_bulk.minimum(self.chains.ess_tail)
+            for name, rhat, size in zip(self.chains.names, self.chains.rhat, ess, strict=True):
+                columns[name] = f"{float(rhat):.3f}", f"{float(size):.0f}"
+        arrays = {name: value.numpy(force=True) for name, value in self.draws.items()}
+        return "\n".join(table_of(arrays, labels, ("R-hat", "ESS"), columns))
 
     def predictive(self, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return predictions: draws of the sites that have no draws here, given those that have.
+        """Draw predictions: the sites of a model that are not given, at each draw of the posterior.
+
+        Draws of latents are put into the sites of the same names and shapes, and all others are sampled.  So rows of a
+        plate that are new in number are drawn given the latents outside of it.
 
         Args:
             model: The model; by default the one that was asked about.  Give None if arguments follow.
-            *args: Its new arguments, in which None stands for data that are to be predicted.
+            *args: Its new arguments, with None for data that are to be predicted.  Without any arguments the observed
+                sites are drawn anew at the data of the fit.
             **kwargs: Its new keyword arguments.
 
+        Returns:
+            Observed sites that were drawn, other sites without draws here, and deterministic ones: name ->
+            ``(num_draws, *site_shape)``.
+
         Raises:
-            ValueError: If a loaded answer gets no model.
+            ValueError: If a loaded answer is given no model.
         """
         if model is None and self.question is None:
-            raise ValueError("predictive: model must be given, since a loaded answer has none, got None.")
-        asked = model or (self.question.model if self.question else None)
-        return Predictive(asked, posterior_samples=self.draws)(*args, **kwargs)
+            raise ValueError("predictive: model must be given to a loaded answer, got None. Give the model of the fit.")
+        if self.question and model is None and not (args or kwargs):
+            return predicted(self.draws, *self.question[:3], again=True)
+        return predicted(self.draws, model or self.question.bare, args, kwargs, again=False)  # type: ignore[union-attr]
 
     def to_arviz(self, **settings: Any) -> Any:
-        """Return the draws in ArviZ's container, as :func:`~pyro_flows.to_arviz` does.
+        """Return the draws in ArviZ's container, with their chains if they come from chains.
 
         Args:
-            **settings: Its settings.
+            **settings: Settings of :func:`~pyro_flows.to_arviz`, such as ``posterior_predictive=True``.
 
         Raises:
             ValueError: If the answer was loaded, and so has no model.
         """
         if self.question is None:
-            raise ValueError("to_arviz: a loaded answer has no model.")
-        model, args, kwargs = self.question
-        return to_arviz(model, self._as_chains(), *args, **settings, **kwargs)
+            raise ValueError("to_arviz: a loaded answer has no model. Use its draws, or ask again by posterior(...).")
+        model, args, kwargs, _ = self.question
+        return to_arviz(Program(model, kwargs=kwargs), self._as_chains(), *args, **settings)
 
     def _as_chains(self) -> Samples:
         """Return the chains, or the draws as one chain."""
         if self.chains is not None:
             return self.chains
-        nan, draws = torch.full((1,), math.nan), {name: value.unsqueeze(0) for name, value in self.draws.items()}
-        return Samples(draws, ["all"], nan, nan, nan, self.trusted, 0, [], math.nan, 0, self.seconds, self.guide)
+        none, draws = torch.zeros(0), {name: value.unsqueeze(0) for name, value in self.draws.items()}
+        return Samples(draws, [], none, none, none, self.trusted, 0, [], math.nan, 0, self.seconds, self.guide)
 
     def plot(self) -> Any:
-        """Plot the marginals: :func:`pyro_flows.plots.marginals`."""
+        """Plot the marginals of all numbers: :func:`pyro_flows.plots.marginals`."""
         return plots.marginals(self.draws)
-
-    def without_question(self) -> Posterior:
-        """Return the answer without the model and its data."""
-        return replace(self, question=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the draws and the facts to a file, for :func:`pyro_flows.load`, without model, data and chains.
@@ -176,8 +201,12 @@ class Posterior:
         return cls(steps=tuple(Step(*step) for step in steps), **parts)
 
     def __repr__(self) -> str:
-        lines = [f"Posterior: {self.verdict}. {self.reason}", *self.summary().splitlines()[: SHOWN + 1]]
-        return "\n".join([*lines, f"{', '.join(step.name for step in self.steps)}: {self.seconds:.1f} s"])
+        lines = self.summary().splitlines()
+        more = [f"... {len(lines) - SHOWN} more lines, see summary()"] if len(lines) > SHOWN else []
+        known = f", log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
+        stages = " → ".join(step.name for step in self.steps)
+        end = f"{stages}: {self.seconds:.1f} s{'' if math.isnan(self.log_evidence) else known}"
+        return "\n".join([f"Posterior: {self.verdict}. {self.reason}", *lines[:SHOWN], *more, end])
 
 
 register("answers.Posterior", Posterior)

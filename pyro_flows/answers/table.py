@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from math import floor, log10
 
 import numpy as np
 
+Arrays = Mapping[str, np.ndarray]
+Cells = Mapping[str, tuple[str, ...]]
+
 MANY = 40  # rows, beyond which long sites are cut short
+NONE: Cells = {}
 HEADINGS = "mean", "sd", "5 %", "95 %"
 
 
-def table_of(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterator[str]:
-    """Yield a line for each number of each site; long sites among many rows show only their first and last numbers."""
+def table_of(
+    draws: Arrays, labels: dict[str, list[str]], more: Sequence[str] = (), cells: Cells = NONE
+) -> Iterator[str]:
+    """Yield a line for each number of each site; long sites among many rows show only their first and last numbers.
+
+    Args:
+        draws: For each site, values of shape ``(N, *site_shape)``.
+        labels: Names for the numbers of a site, in place of their indices.
+        more: The headings of further columns.
+        cells: The entries of these columns, by the name of the number, such as ``x[0, 1]``.
+    """
     columns = {name: values.reshape(len(values), -1).astype(float) for name, values in draws.items()}
     total = sum(values.shape[1] for values in columns.values())
     room = total if total <= MANY else max(5, MANY // len(columns))
-    rows: list[tuple[str, ...]] = [("", *HEADINGS)]
+    rows: list[tuple[str, ...]] = [("", *HEADINGS, *(more if cells else ()))]
     for name, values in columns.items():
-        own = labels.get(name) or [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
-        numbers = zip(own, _summary(values), strict=True)
-        lines: list[tuple[str, ...]] = [(f"{name}[{place}]" if place else name, *cells) for place, cells in numbers]
+        places = [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
+        numbers = [_named(name, place) for place in places]
+        shown = [_named(name, label) for label in labels.get(name) or places]
+        entries = [(*own, *cells.get(key, ())) for own, key in zip(_summary(values), numbers, strict=True)]
+        lines = [(label, *own) for label, own in zip(shown, entries, strict=True)]
         if len(lines) > room:
             lines[room - 2 : -1] = [(f"({len(lines) - room + 1} more of {name})",)]
         rows += lines
     first = max(8, *(len(row[0]) for row in rows)) + 2
     width = max(6, *(len(cell) for row in rows for cell in row[1:])) + 2
-    for label, *cells in rows:
-        yield f"{label:<{first}}{''.join(f'{cell:>{width}}' for cell in cells)}".rstrip()
+    for label, *numbers in rows:
+        yield f"{label:<{first}}{''.join(f'{number:>{width}}' for number in numbers)}".rstrip()
+
+
+def _named(name: str, place: str) -> str:
+    return f"{name}[{place}]" if place else name
 
 
 def _summary(values: np.ndarray) -> list[list[str]]:

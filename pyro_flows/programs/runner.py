@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..threads import Threads
+from ..time_limit import check_time
 from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
 from .enumeration import Parallel
 from .finite_supports import WithValues
@@ -107,6 +108,8 @@ class Runner:
             place: The handler that puts the values into the sites; by default they are conditioned on.
             enumerate: True to run discrete latents at all of their values.
         """
+
+        check_time()
 
         def once(values: Values, number: int | None) -> View:
             if number is not None:

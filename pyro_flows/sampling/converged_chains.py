@@ -41,7 +41,6 @@ VISITS = 20.0  # departures from such places, per chain that is always there, fr
 AGAIN = 10  # sweeps that adapt again after a drift
 KEPT = 400  # largest number of recorded draws per chain, unless more are asked for
 KNOWN = 5000  # normal draws that estimate a standard deviation to 1 %
-HEAVY_TAILED = 10  # largest factor by which unknown standard deviations lengthen a run
 MANY_CHAINS = 64  # chains from which their scatter estimates the error of a standard deviation
 WORST = 16  # quantities that are tested first: those furthest from convergence so far
 BATCH = 4096  # draws per run of the model
@@ -51,13 +50,15 @@ class Goal(NamedTuple):
     """The goal of a run of chains.
 
     Attributes:
-        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run up to ten
-            times longer until each standard deviation is as well known as from so many normal draws, or to 1 %.
+        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run longer
+            until each standard deviation is as well known as from so many normal draws, or to 1 %.
         max_sweeps: The largest number of sweeps.
+        longest: The largest factor by which unknown standard deviations, as those of heavy tails, lengthen a run.
     """
 
     num_draws: int
     max_sweeps: int
+    longest: float = 10.0
 
 
 class Run:
@@ -119,7 +120,7 @@ class Run:
                 converged, growth = False, 2.0
             if converged:
                 converged_at, growth = converged_at or self.chains.count, 1.5
-                if self._knows_sds(found) or self.chains.count >= HEAVY_TAILED * converged_at:
+                if self._knows_sds(found) or self.chains.count >= self.goal.longest * converged_at:
                     break
             if self._is_over():
                 break

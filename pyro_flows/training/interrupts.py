@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..time_limit import taken_over
+
 
 @dataclass
 class _Hold:
@@ -44,7 +46,9 @@ class _Hold:
 
 @contextlib.contextmanager
 def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[], bool]]:
-    """Hold a first Ctrl-C back; the function that is yielded returns True if there was one.  A second one is raised.
+    """Hold a first Ctrl-C back; the function that is yielded returns True if there was one, or the time is up.
+
+    A second Ctrl-C is raised.
 
     Args:
         grace: Seconds within which a second Ctrl-C counts as the first: a launcher passes it on to its processes.
@@ -53,15 +57,16 @@ def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[
     before = signal.getsignal(signal.SIGINT)
     outer = before if isinstance(before, _Hold) else None
     ours = before is signal.default_int_handler or outer is not None
-    if threading.current_thread() is not threading.main_thread() or not ours:
-        yield outer.held if outer else lambda: False  # another handler is in charge
-        return
-    hold = _Hold(grace, notice.encode(), outer.first if outer else None)
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield hold.held
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with taken_over() as is_up:
+        if threading.current_thread() is not threading.main_thread() or not ours:
+            yield lambda: is_up() or (outer is not None and outer.held())  # another handler is in charge
+            return
+        hold = _Hold(grace, notice.encode(), outer.first if outer else None)
+        signal.signal(signal.SIGINT, hold)
+        try:
+            yield lambda: is_up() or hold.held()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
