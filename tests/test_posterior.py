@@ -208,15 +208,15 @@ def test_a_guide_is_chosen_from_the_model():
 
 def test_rows_of_a_subsampled_plate_are_all_drawn_and_not_trusted():
     y = torch.randn(12)
-    found = pf.posterior(local, y, 5, guide=lambda model: _quick(model, y, 5), num_draws=50, progress=False)
+    found = pf.posterior(local, y, 5, guide=_quick, num_draws=50, progress=False)
     assert {name: value.shape for name, value in found.draws.items()} == {"mean": (50,), "level": (50, 12)}
     assert not found.trusted
     assert "plate 'row', which is subsampled" in found.reason
 
 
-def _quick(model, *args):
+def _quick(model):
     guide = pf.AutoPlateFlow(model, "row")
-    pf.fit_svi(model, guide, *args, steps=5, progress=False)
+    pf.fit_svi(model, guide, steps=5, progress=False)
     return guide
 
 

@@ -35,8 +35,8 @@ def answered(stages: Stages, began: float) -> Posterior:
     best, trusted = stages.best, stages.is_settled
     chains = None if best.is_usable else stages.chains
     with validation_enabled(False):  # draws without a density are no errors
-        task = stages.task(best.guide)
-        draws, evidence = _of_guide(task, stages, best) if chains is None else _of_chains(task, stages.num_draws, chains)
+        task, number = stages.task(best.guide), stages.num_draws
+        draws, evidence = _of_chains(task, number, chains) if chains else _of_guide(task, stages, best)
     return Posterior(
         draws=draws,
         verdict="trust" if trusted else "do not trust",

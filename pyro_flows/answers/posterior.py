@@ -15,13 +15,13 @@ from typing import Any
 
 from ..arguments import check_flags, check_integers, check_numbers, check_program
 from ..programs.plate_nesting import runs_programs
-from ..time_limit import within
+from ..time_limit import TimeUp, within
 from ..training import distributed
 from ..user_code import warn_user
 from .choice import choose
 from .draws import answered
 from .record import Posterior
-from .stages import Stages
+from .stages import Judged, Stages
 
 CALLER = "posterior"
 
@@ -87,6 +87,8 @@ def posterior(
         with within(seconds or math.inf):
             _go_on(stages, chosen)
     except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+        if not stages.judged and isinstance(error, TimeUp):
+            stages.judged.append(Judged(chosen))
         if not stages.judged:
             raise
         if not isinstance(error, KeyboardInterrupt):
