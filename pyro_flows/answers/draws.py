@@ -13,10 +13,10 @@ from torch import Tensor
 from ..diagnostics.importance import reweighted
 from ..programs.engines import Values
 from ..programs.latent_space import LatentSpace, sound_space
-from ..programs.log_density import LogDensity
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
 from ..sampling.annealed_population import ISLANDS, Population, bridge
+from ..vjp import LogDensity
 from .record import Posterior
 from .stages import Judged, Stages
 
