@@ -7,7 +7,6 @@ from .findings import Finding as Finding
 from .images import bits_per_dim as bits_per_dim
 from .images import save_images as save_images
 from .importance import Psis as Psis
-from .importance import importance_log_likelihood as importance_log_likelihood
 from .importance import psis as psis
 from .importance import resample as resample
 from .local_c2st import LocalC2ST as LocalC2ST
@@ -21,5 +20,6 @@ from .ode import ode_report as ode_report
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .rounding import round_off as round_off
+from .row_weights import importance_log_likelihood as importance_log_likelihood
 from .verdict import Check as Check
 from .verdict import check as check

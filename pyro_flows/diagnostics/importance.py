@@ -1,4 +1,4 @@
-"""Importance sampling: weigh a guide's draws, resample them, and estimate the likelihood of each row.
+"""Importance sampling: weigh a guide's draws, and resample them.
 
 For draws z of the guide q the log-weights are log p(z, x) - log q(z).  The mean weight estimates the evidence p(x).
 k-hat is the shape of a generalised Pareto distribution fitted to the largest weights.  Estimates are reliable if it is
@@ -19,15 +19,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers
-from ..programs.engines import Values, View, in_batches, row_log_prob
+from ..programs.engines import Values, View
 from ..programs.latents import check_likelihood, flat_by_mask
 from ..programs.model_and_guide import Draws, Task
-from ..programs.plate_nesting import plates_of, runs_programs
+from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import systematic
 from ..user_code import warn_user
 from .pareto import smooth
@@ -325,115 +324,3 @@ def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None)
         )
     kept = systematic(psis.smoothed.double().softmax(-1), number)
     return draws.take(kept[torch.randperm(number, device=kept.device)]), psis
-
-
-@runs_programs
-@torch.no_grad()
-def importance_log_likelihood(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    plate: str | None = None,
-    num_samples: int = 500,
-    batch_size: int = 50,
-    **kwargs: Any,
-) -> Tensor:
-    """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
-
-    For K draws z_k of a row's latents from the guide q the estimate is::
-
-        log p(x_i) ≈ log 1/K Σ_k p(x_i, z_k) / q(z_k | x_i)
-
-    Its mean is a lower bound that rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
-    the plate must be fixed with ``poutine.condition``.
-
-    Args:
-        model: A Pyro model whose latents all lie in the plate.
-        guide: A Pyro guide of the same latents.
-        *args: The model's arguments, with the rows to score.
-        plate: The name of the plate; by default the plate of an ``AutoPlateFlow``, or the only plate of the model.
-        num_samples: The number K of draws per row.
-        batch_size: The number of draws that run at once.
-        **kwargs: The model's keyword arguments.
-
-    Returns:
-        The log-likelihood of each row, ``(rows,)`` in nats.
-
-    Raises:
-        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside it, the
-            guide is a point, or the latents of model and guide differ.
-
-    Example::
-
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("row", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("row", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> x = torch.tensor([0.0, 2.0])
-        >>> found = importance_log_likelihood(model, guide, x, plate="row", num_samples=10)
-        >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
-        True
-    """
-    check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
-    task = Task(model, guide, args, kwargs).check(whole=False).settle()
-    name = plate or getattr(guide, "plate", None) or _only_plate(task.model.single)
-    of_model, of_guide = (_rows_of(name, program.single) for program in (task.model, task.guide))
-
-    def read(view: View) -> Values:
-        return {"log_q": _by_row(view, of_guide), **{n: view.read(n) for n in task.latents}}
-
-    def step(_: Values, size: int) -> Values:
-        latents = task.guide.run(read, {}, size)
-        log_q = latents.pop("log_q")
-        found = task.model.run(lambda view: {"log_p": _by_row(view, of_model)}, latents, size)
-        return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
-
-    return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
-
-
-def _only_plate(trace: Trace) -> str:
-    """Return the name of a model's only plate.
-
-    Raises:
-        ValueError: If the model has several plates, or none.
-    """
-    sites = (site for site in trace.nodes.values() if site["type"] == "sample")
-    plates = list(dict.fromkeys(frame.name for site in sites for frame in plates_of(site)))
-    if len(plates) != 1:
-        fault = f"plate must be the name of the rows' plate, and the model has {', '.join(map(repr, plates)) or 'none'}"
-        way = f"Pass plate={plates[0]!r}" if plates else "Put the rows into a pyro.plate"
-        raise ValueError(f"importance_log_likelihood: {fault}. {way}.")
-    return plates[0]
-
-
-def _rows_of(plate: str, trace: Trace) -> dict[str, int]:
-    """Return the plate's dimension in each site that lies in it.
-
-    Raises:
-        ValueError: If a latent lies outside the plate, or the program lacks the plate.
-    """
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    inside = {n: frame.dim for n, site in sites.items() for frame in plates_of(site) if frame.name == plate}
-    for name, _ in trace.iter_stochastic_nodes():
-        if name not in inside:
-            raise ValueError(
-                f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
-                "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
-            )
-    if not inside:
-        raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
-    return inside
-
-
-def _by_row(view: View, dims: dict[str, int]) -> Tensor:
-    """Return the log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
-    total, lead = torch.zeros(()), int(view.size is not None)
-    for name, dim in dims.items():
-        rows = view.by_draw(row_log_prob(view.trace.nodes[name])).movedim(dim, -1)
-        total = total + rows.unsqueeze(lead).flatten(lead, -2).sum(lead)
-    return total

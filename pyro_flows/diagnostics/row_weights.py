@@ -1,33 +1,60 @@
-"""Importance weights of the rows of plates, for models whose weights of all latents together say nothing.
+"""Importance weights of the rows of plates.
 
 The weight of row i compares the terms of model and guide in that row, with latents l and data x::
 
     w_i = p(l_i, x_i | rest) / q(l_i | rest)
 
-Its k-hat tells whether the guide's distribution of the row is right, as in :mod:`.importance`.  Weighted means show the
-errors of the row's means.  All rows are looked at, in time and memory proportional to their number.
+Their mean estimates the likelihood of the row.  Of many latents the weights of all together say nothing.  Then k-hat
+of a row tells whether the guide's distribution of this row is right, as in :mod:`.importance`, and weighted means show
+the errors of the row's means.  All rows are looked at, in time and memory proportional to their number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..programs.engines import Site, Values, View, in_batches
+from ..arguments import check_integers
+from ..programs.engines import Site, Values, View, in_batches, row_log_prob
 from ..programs.latent_space import LatentSpace
+from ..programs.model_and_guide import Task
+from ..programs.plate_nesting import plates_of, runs_programs
 from .pareto import smooth
 
-FEWEST = 100  # rows of a plate; if they are few, each counts much in what they share
-WIDEST = 64  # latents in a row, beyond which its weights say nothing either
-DRAWS, LEAST, NUMBERS = 1000, 200, 20_000_000  # draws, at least, and numbers in them to hold
-SMOOTHED = 200  # rows whose k-hat is found: those with the most unequal weights
-CERTAIN = 6.0  # standard errors of an error that is certain among a million rows
 LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Constants of a judgement of rows.
+
+    Attributes:
+        fewest: The fewest rows of a plate; if they are few, each counts much in what they share.
+        widest: The latents in a row beyond which its weights say nothing either.
+        draws: The draws.
+        least: The fewest draws.
+        numbers: The numbers in them to hold.
+        smoothed: The rows whose k-hat is found: those with the most unequal weights.
+        certain: The standard errors of an error that is certain among a million rows.
+    """
+
+    fewest: int = 100
+    widest: int = 64
+    draws: int = 1000
+    least: int = 200
+    numbers: int = 20_000_000
+    smoothed: int = 200
+    certain: float = 6.0
+
+
+ROWS = Judged()
 
 
 class RowWeights(NamedTuple):
@@ -51,10 +78,148 @@ class RowWeights(NamedTuple):
 
     def is_off(self, limit: float) -> bool:
         """True if the mean is certainly wrong by more than a limit."""
-        return abs(self.error) > limit + CERTAIN * self.noise
+        return abs(self.error) > limit + ROWS.certain * self.noise
 
     def __str__(self) -> str:
         return f"{max(self.khat, 0.0):.2f} in the {self.number:,} rows of {self.plates!r}"
+
+
+class Rows:
+    """The rows of some plates, and the log-densities of model and guide in each.
+
+    Args:
+        task: The model and the guide.
+        plates: The plates.
+        of: Function that returns the log-density of each element of a site.
+
+    Attributes:
+        of_model: The sites of the model inside.
+        of_guide: The sites of the guide inside.
+        latents: The latents of the model in these plates alone.
+        sizes: The number of rows of each plate.
+    """
+
+    def __init__(self, task: Task, plates: tuple[str, ...], of: Callable[[Site], Tensor]) -> None:
+        self.task, self.plates, self._of = task, plates, of
+        self.nodes = task.model.single.nodes
+        self.of_model, self.of_guide = (
+            [name for name, site in nodes.items() if site["type"] == "sample" and {*plates} <= {*_plates(site)}]
+            for nodes in (self.nodes, task.guide.single.nodes)
+        )
+        self.latents = [name for name in task.latents if tuple(_plates(self.nodes[name])) == plates]
+        frames = [_plates(self.nodes[name]) for name in self.of_model[:1]]
+        self.sizes = [of[plate].size for of in frames for plate in plates]
+
+    def draw(self, size: int) -> Values:
+        """Draw from the guide; return both log-densities of each draw and row, ``(N, rows)``, and the latents."""
+
+        def of_guide(view: View) -> Values:
+            return {LOG_Q: self.log_prob(view, self.of_guide), **{name: view.read(name) for name in self.task.latents}}
+
+        found = self.task.guide.sample(of_guide, {}, size)
+        latents = {name: found[name] for name in self.task.latents}
+        return found | self.task.model.run(lambda view: {LOG_P: self.log_prob(view, self.of_model)}, latents, size)
+
+    def log_prob(self, view: View, names: list[str]) -> Tensor:
+        """Return the log-density of each row at some sites, ``(N, rows)``, or ``(rows,)`` for one draw."""
+        draws, nodes = int(view.size is not None), view.single.nodes
+        totals = [self.in_front(view.read(name, self._of), nodes[name], 0, draws).sum(-1) for name in names]
+        return sum(totals[1:], totals[0]).flatten(-len(self.plates))
+
+    def in_front(self, values: Tensor, site: Site, event_dim: int, draws: int) -> Tensor:
+        """Return values of a site by row, ``(*draws, *rows, numbers)``, given the number of dimensions of draws."""
+        frames = _plates(site)
+        axes = [values.dim() + frames[plate].dim - event_dim for plate in self.plates]
+        front = values.movedim(axes, [*range(draws, draws + len(axes))]).unsqueeze(-1)
+        return front.flatten(draws + len(axes))
+
+
+@runs_programs
+@torch.no_grad()
+def importance_log_likelihood(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    plate: str | None = None,
+    num_samples: int = 500,
+    batch_size: int = 50,
+    **kwargs: Any,
+) -> Tensor:
+    """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
+
+    For K draws z_k of a row's latents from the guide q the estimate is::
+
+        log p(x_i) ≈ log 1/K Σ_k p(x_i, z_k) / q(z_k | x_i)
+
+    Its mean is a lower bound that rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
+    the plate must be fixed with ``poutine.condition``.
+
+    Args:
+        model: A Pyro model whose latents all lie in the plate.
+        guide: A Pyro guide of the same latents.
+        *args: The model's arguments, with the rows to score.
+        plate: The name of the plate; by default the plate of an ``AutoPlateFlow``, or the only plate of the model.
+        num_samples: The number K of draws per row.
+        batch_size: The number of draws that run at once.
+        **kwargs: The model's keyword arguments.
+
+    Returns:
+        The log-likelihood of each row, ``(rows,)`` in nats.
+
+    Raises:
+        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside it, the
+            guide is a point, or the latents of model and guide differ.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 2.0])
+        >>> found = importance_log_likelihood(model, guide, x, plate="row", num_samples=10)
+        >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
+        True
+    """
+    check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
+    task = Task(model, guide, args, kwargs).check(whole=False).settle()
+    rows = Rows(task, (plate or getattr(guide, "plate", None) or _only_plate(task),), row_log_prob)
+    for program, names in (task.model, rows.of_model), (task.guide, rows.of_guide):
+        _check_inside(program.single, names, *rows.plates)
+
+    def step(_: Values, size: int) -> Values:
+        found = rows.draw(size)
+        return {"log_weights": (found[LOG_P] - found[LOG_Q]).logsumexp(0, keepdim=True)}  # (1, rows)
+
+    return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
+
+
+def _only_plate(task: Task) -> str:
+    """Return the name of a model's only plate, or raise ValueError."""
+    sites = (site for site in task.model.single.nodes.values() if site["type"] == "sample")
+    plates = list(dict.fromkeys(name for site in sites for name in _plates(site)))
+    if len(plates) != 1:
+        fault = f"plate must be the name of the rows' plate, and the model has {', '.join(map(repr, plates)) or 'none'}"
+        way = f"Pass plate={plates[0]!r}" if plates else "Put the rows into a pyro.plate"
+        raise ValueError(f"importance_log_likelihood: {fault}. {way}.")
+    return plates[0]
+
+
+def _check_inside(trace: Trace, inside: list[str], plate: str) -> None:
+    """Raise ValueError if a latent of a program lies outside of a plate, or the program lacks the plate."""
+    for name, _ in trace.iter_stochastic_nodes():
+        if name not in inside:
+            raise ValueError(
+                f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
+                "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
+            )
+    if not inside:
+        raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
 
 
 @torch.no_grad()
@@ -67,123 +232,78 @@ def row_weights(space: LatentSpace, batch_size: int) -> tuple[RowWeights, ...]:
     task = space.task
     if task.model.enumerated or task.runs_one_by_one or task.model.subsamples:
         return ()
-    nodes = task.model.single.nodes
-    keys = dict.fromkeys(tuple(_plates(nodes[name])) for name in task.latents)
-    blocks = [_Rows(space, key) for key in keys if key]
-    return tuple(block.judged(batch_size) for block in blocks if block.tells)
+    keys = dict.fromkeys(tuple(_plates(task.model.single.nodes[name])) for name in task.latents)
+    blocks = [Rows(task, key, _log_prob) for key in keys if key]
+    return tuple(_judged(rows, batch_size) for rows in blocks if _tell(rows))
 
 
-class _Rows:
-    """The rows of some plates.
+def _tell(rows: Rows) -> bool:
+    """Return True if the weights of rows say something about the guide's distribution of each."""
+    nodes, task = rows.nodes, rows.task
+    inside = [name for name in rows.of_model if name in task.latents]
+    number, numbers = math.prod(rows.sizes), _numbers(nodes, inside)
+    if number < ROWS.fewest or numbers > ROWS.widest * number:
+        return False
+    # Few rows share the latents of an outer row, or the effects of another plate, whose draws would count too.
+    others = {plate for name in task.latents if name not in inside for plate in _plates(nodes[name])}
+    if any(others & {*_plates(nodes[name])} for name in rows.of_model):
+        return False
+    # A guide that draws all latents together has values in the rows, and their density outside.
+    return any(name in task.own for name in rows.of_guide) and _are_apart(rows, inside)
 
-    Args:
-        space: The guide's space.
-        plates: The plates.
-    """
 
-    def __init__(self, space: LatentSpace, plates: tuple[str, ...]) -> None:
-        self.task, self.plates = space.task, plates
-        self.nodes, drawn = self.task.model.single.nodes, self.task.guide.single.nodes
-        self.of_model, self.of_guide = (
-            [name for name, site in of.items() if site["type"] == "sample" and {*plates} <= {*_plates(site)}]
-            for of in (self.nodes, drawn)
-        )
-        self.latents = [name for name in self.task.latents if tuple(_plates(self.nodes[name])) == plates]
-        frames = _plates(self.nodes[self.latents[0]])
-        self.dims, self.sizes = [frames[name].dim for name in plates], [frames[name].size for name in plates]
+def _are_apart(rows: Rows, inside: list[str]) -> bool:
+    """Return True if the latents in a row change no density outside of it: every second row is moved."""
+    task, nodes = rows.task, rows.nodes
+    found = task.guide.sample(lambda view: {name: view.read(name) for name in task.latents}, {}, 2)
+    moved = torch.arange(math.prod(rows.sizes)).reshape(rows.sizes) % 2 == 0
+    for name, value in found.items():
+        here = torch.zeros((), dtype=torch.bool)
+        if name in inside:
+            event_dim, frames = nodes[name]["fn"].event_dim, _plates(nodes[name])
+            shape = [1] * (value.dim() - 1)
+            for plate, size in zip(rows.plates, rows.sizes, strict=True):
+                shape[frames[plate].dim - event_dim] = size
+            here = moved.reshape(shape)
+        found[name] = torch.stack((value[0], value[1].where(here.to(value.device), value[0])))
 
-    @property
-    def tells(self) -> bool:
-        """True if the weights of the rows say something about the guide's distribution of each."""
-        nodes, latents = self.nodes, {name: {*_plates(self.nodes[name])} for name in self.task.latents}
-        inside = [name for name in self.of_model if name in latents]
-        number, numbers = math.prod(self.sizes), _numbers(nodes, inside)
-        if number < FEWEST or numbers > WIDEST * number:
-            return False
-        # Few rows share the latents of an outer row, or the effects of another plate, whose draws would count too.
-        others = {plate for name in latents.keys() - {*inside} for plate in latents[name]}
-        if any(others & {*_plates(nodes[name])} for name in self.of_model):
-            return False
-        # A guide that draws all latents together has values in the rows, and their density outside.
-        return any(name in self.task.own for name in self.of_guide) and self._are_apart(inside)
+    def read(view: View) -> Values:
+        outside = view.log_prob(lambda name: name not in rows.of_model)
+        return {LOG_P: rows.log_prob(view, rows.of_model)[..., ~moved.flatten()], OUTSIDE: outside}
 
-    def _are_apart(self, inside: list[str]) -> bool:
-        """True if the latents in a row change no density outside of it: every second row is moved."""
-        found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self.task.latents}, {}, 2)
-        moved = torch.arange(math.prod(self.sizes)).reshape(self.sizes) % 2 == 0
-        for name in inside:
-            value, event_dim = found[name], self.nodes[name]["fn"].event_dim
-            shape = [1] * value.dim()
-            for dim, size in zip(self.dims, self.sizes, strict=True):
-                shape[dim - event_dim] = size
-            here = moved.to(value.device).reshape(shape)[0]
-            found[name] = torch.stack((value[0], value[1].where(here, value[0])))
-        for name in self.task.latents:
-            found[name] = found[name] if name in inside else found[name][:1].expand_as(found[name])
+    densities = task.model.run(read, found, 2)
+    return all(
+        torch.allclose(*densities[name], rtol=rtol, atol=1e-3, equal_nan=True)
+        for name, rtol in ((LOG_P, 1e-4), (OUTSIDE, 1e-5))
+    )
 
-        def read(view: View) -> Values:
-            return {
-                LOG_P: self._log_prob(view, self.of_model),
-                OUTSIDE: view.log_prob(lambda n: n not in self.of_model),
-            }
 
-        densities = self.task.model.run(read, found, 2)
-        rows, outside = densities[LOG_P][:, ~moved.flatten()], densities[OUTSIDE]
-        same = torch.allclose(rows[0], rows[1], rtol=1e-4, atol=1e-3, equal_nan=True)
-        return same and torch.allclose(outside[0], outside[1], rtol=1e-5, atol=1e-3, equal_nan=True)
-
-    def judged(self, batch_size: int) -> RowWeights:
-        """Return what the weights of draws of the guide show."""
-        number = max(LEAST, min(DRAWS, NUMBERS // _numbers(self.nodes, self.latents)))
-        found = in_batches(self._draw, {}, number, batch_size)
-        log_w = found[LOG_P] - found[LOG_Q]
-        weights = (log_w - log_w.logsumexp(0)).nan_to_num(-math.inf).exp()
-        weights = weights.clamp_max(number**-0.5)  # truncated (Ionides 2008)
-        weights = (weights / weights.sum(0).clamp_min(1e-30)).unsqueeze(-1)
-        values = torch.cat([self._by_row(found[name], name) for name in self.latents], -1).flatten(1, -2)
-        away = (values - values.mean(0)) / values.std(0).clamp_min(1e-12)
-        error, noise = ((weights - 1 / number) * away).sum(0), ((weights - 1 / number) * away).square().sum(0).sqrt()
-        unequal = weights.square().sum((0, 2)).argsort(descending=True)[:SMOOTHED]
-        khat = max(smooth(log_w[:, row].double().nan_to_num(-math.inf))[1] for row in unequal.tolist())
-        worst = int((error.abs() / (noise + 0.01)).argmax())
-        place = divmod(worst, error.shape[1])
-        label, *ends = self._label(*place), float(error[place]), float(noise[place])
-        return RowWeights(",".join(self.plates), log_w.shape[1], khat, label, *ends)
-
-    def _draw(self, _: Values, size: int) -> Values:
-        def of_guide(view: View) -> Values:
-            return {LOG_Q: self._log_prob(view, self.of_guide), **{name: view.read(name) for name in self.task.latents}}
-
-        found = self.task.guide.sample(of_guide, {}, size)
-        latents = {name: found[name] for name in self.task.latents}
-        log_p = self.task.model.run(lambda view: {LOG_P: self._log_prob(view, self.of_model)}, latents, size)
-        return log_p | {name: found[name] for name in (LOG_Q, *self.latents)}
-
-    def _log_prob(self, view: View, names: list[str]) -> Tensor:
-        """Return the log-density of each row at some sites, ``(N, rows)``, or ``(rows,)`` for one draw."""
-        totals = [self._in_front(view.read(name, _log_prob), view.single.nodes[name], 0).sum(-1) for name in names]
-        return sum(totals[1:], totals[0]).flatten(-len(self.dims))
-
-    def _by_row(self, values: Tensor, name: str) -> Tensor:
-        """Return the numbers of a latent by row, ``(*draws, *rows, numbers)``."""
-        return self._in_front(values, self.nodes[name], self.nodes[name]["fn"].event_dim)
-
-    def _in_front(self, values: Tensor, site: Site, event_dim: int) -> Tensor:
-        draws = values.dim() - site["value"].dim() + site["fn"].event_dim - event_dim
-        axes = [values.dim() + dim - event_dim for dim in self.dims]
-        front = values.movedim(axes, [*range(draws, draws + len(axes))]).unsqueeze(-1)
-        return front.flatten(draws + len(axes))
-
-    def _label(self, row: int, column: int) -> str:
-        """Return the name of a number in a row."""
-        for name in self.latents:
-            shape = self.nodes[name]["value"].shape
-            places = self._by_row(torch.arange(shape.numel()).reshape(shape), name).flatten(0, -2)
-            if column < places.shape[1]:
-                index = torch.unravel_index(places[row, column], shape)
-                return f"{name}[{', '.join(str(int(i)) for i in index)}]"
-            column -= places.shape[1]
-        raise IndexError(column)
+def _judged(rows: Rows, batch_size: int) -> RowWeights:
+    """Return what the weights of draws of the guide show."""
+    number = max(ROWS.least, min(ROWS.draws, ROWS.numbers // _numbers(rows.nodes, rows.latents)))
+    found = in_batches(lambda _, size: rows.draw(size), {}, number, batch_size)
+    log_w = found[LOG_P] - found[LOG_Q]
+    weights = (log_w - log_w.logsumexp(0)).nan_to_num(-math.inf).exp()
+    weights = weights.clamp_max(number**-0.5)  # truncated (Ionides 2008)
+    weights = (weights / weights.sum(0).clamp_min(1e-30)).unsqueeze(-1)
+    values, labels = [], []
+    for name in rows.latents:
+        site, shape = rows.nodes[name], rows.nodes[name]["value"].shape
+        values.append(rows.in_front(found[name], site, site["fn"].event_dim, 1).flatten(1, -2))
+        places = torch.arange(shape.numel()).reshape(shape)
+        labels.append(rows.in_front(places, site, site["fn"].event_dim, 0).flatten(0, -2))
+    away = torch.cat(values, -1)  # (draws, rows, numbers)
+    away = (away - away.mean(0)) / away.std(0).clamp_min(1e-12)
+    error, noise = ((weights - 1 / number) * away).sum(0), ((weights - 1 / number) * away).square().sum(0).sqrt()
+    unequal = weights.square().sum((0, 2)).argsort(descending=True)[: ROWS.smoothed]
+    khat = max(smooth(log_w[:, row].double().nan_to_num(-math.inf))[1] for row in unequal.tolist())
+    row, column = divmod(int((error.abs() / (noise + 0.01)).argmax()), error.shape[1])
+    names = [name for name, of in zip(rows.latents, labels, strict=True) for _ in range(of.shape[1])]
+    name, place = names[column], torch.cat(labels, -1)[row, column]
+    index = torch.unravel_index(place, rows.nodes[name]["value"].shape)
+    label = f"{name}[{', '.join(str(int(i)) for i in index)}]"
+    ends = float(error[row, column]), float(noise[row, column])
+    return RowWeights(",".join(rows.plates), log_w.shape[1], khat, label, *ends)
 
 
 def _numbers(nodes: Mapping[str, Site], names: list[str]) -> int:
@@ -192,8 +312,7 @@ def _numbers(nodes: Mapping[str, Site], names: list[str]) -> int:
 
 def _plates(site: Site) -> dict[str, Any]:
     """Return the plates around a site that are dimensions of it, by name, the outermost first."""
-    frames = [frame for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
-    return {frame.name: frame for frame in sorted(frames, key=lambda frame: frame.dim)}
+    return {frame.name: frame for frame in sorted(plates_of(site), key=lambda frame: frame.dim)}
 
 
 def _log_prob(site: Site) -> Tensor:
