@@ -22,8 +22,7 @@ import xarray
 from models import Y, nested
 
 from pyro_flows import AutoFlow, arviz_versions, check, flows, psis, resample, to_arviz
-from pyro_flows.diagnostics.importance import reweighted
-from pyro_flows.diagnostics.pareto import smooth
+from pyro_flows.diagnostics.importance import reweighted, smooth
 from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Draws
 from pyro_flows.sampling.annealed_population import systematic

@@ -26,12 +26,11 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
-from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
+from pyro_flows.diagnostics.drift import Drift, DriftMeter, Shape, SpreadMeter, weighted_drift
 from pyro_flows.diagnostics.evidence import Evidence
 from pyro_flows.diagnostics.findings import judge, worst
-from pyro_flows.diagnostics.marginal_errors import Shape
-from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
-from pyro_flows.diagnostics.spreads import SpreadMeter
+from pyro_flows.diagnostics.missing_modes import DF, MultivariateT
+from pyro_flows.diagnostics.unreached import Missing
 from pyro_flows.programs import Program
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 
@@ -19,7 +20,8 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics import missing_modes, verdict
+from pyro_flows.diagnostics import few_latents, missing_modes
+from pyro_flows.diagnostics.importance import Weighing
 from pyro_flows.fitting import gaussian_start
 from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
@@ -169,10 +171,10 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 @pytest.fixture
 def brief(monkeypatch):
     """Shorten the search for modes and the chains."""
-    for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
-        monkeypatch.setattr(missing_modes, name, number)
-    monkeypatch.setattr(missing_modes, "EFFORT", missing_modes.EFFORT._replace(gradients=40))
-    monkeypatch.setattr(verdict, "SWEEPS", verdict.BLOCK)
+    small = {"starts": 16, "few": 16, "particles": 64, "probes": 500, "gradients": 40}
+    brief = dataclasses.replace(missing_modes.SEARCH, **small)
+    monkeypatch.setattr(missing_modes, "SEARCH", brief)
+    monkeypatch.setattr(few_latents, "RUN", dataclasses.replace(few_latents.RUN, sweeps=few_latents.LOOK.block))
 
 
 def pair(name):
@@ -712,7 +714,8 @@ def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
         cov = torch.linalg.inv(torch.eye(2) + 1.0)
         pyro.sample("w", dist.MultivariateNormal(cov.sum(-1) * y, cov))
 
-    monkeypatch.setattr(verdict, "SLOW", 1e-3)
+    for module in ("importance", "few_latents"):
+        monkeypatch.setattr(f"pyro_flows.diagnostics.{module}.WEIGHING", Weighing(seconds=1e-3))
     COUNTED.clear()
     found = pf.check(one_by_one, exact, Y[0])
     assert found.trusted

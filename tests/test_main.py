@@ -21,7 +21,7 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import RECIPES
 from pyro_flows.commands import eight_schools as job
 from pyro_flows.diagnostics import check, verdict
-from pyro_flows.diagnostics.missing_modes import Missing
+from pyro_flows.diagnostics.unreached import Missing
 from pyro_flows.training import loop
 
 with warnings.catch_warnings():

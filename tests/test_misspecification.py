@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from pyro_flows import AutoFlow, fit_amortized, misspecification, plots
-from pyro_flows.diagnostics.predictive_statistics import Predictive
+from pyro_flows.diagnostics.misspecification import Predictive
 from pyro_flows.encoders import MLPEncoder, SetEncoder
 from pyro_flows.flows import realnvp
 from pyro_flows.programs import Program

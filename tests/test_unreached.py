@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +14,7 @@ from torch.distributions import constraints, transforms
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow
-from pyro_flows.diagnostics.unreached import unreached
+from pyro_flows.diagnostics.unreached import REACH, unreached
 from pyro_flows.programs.model_and_guide import Task
 
 VERBS = {
@@ -75,9 +77,8 @@ def test_the_mass_outside_is_measured(name):
     guide, share = NARROW[name]
     pyro.set_rng_seed(0)
     found = unreached(Task(model, guide(), (), {}))
-    assert found is not None
-    assert abs(found.share - share) < 4 * found.noise
-    assert found.sites == "site 'x'"
+    assert abs(found.share - share) < 4 * found.share_se
+    assert found.outside == "site 'x'"
 
 
 def test_a_check_names_the_site_and_the_way_out():
@@ -145,7 +146,7 @@ def test_equal_and_wider_supports_are_no_fault(name, monkeypatch):
     """No population is annealed, so the check costs nothing."""
     of_model, of_guide = SAME[name]
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
-    assert unreached(Task(of(of_model), of(of_guide), (), {})) is None
+    assert unreached(Task(of(of_model), of(of_guide), (), {})).share == 0
 
 
 def test_the_posterior_may_lie_where_no_draw_of_the_prior_does() -> None:
@@ -197,7 +198,7 @@ def test_automatic_guides_of_the_model_reach_all_of_it(program, kind, monkeypatc
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
     guide = kind(program)
     guide()
-    assert unreached(Task(program, guide, (), {})) is None
+    assert unreached(Task(program, guide, (), {})).share == 0
 
 
 def test_a_narrower_support_is_no_fault_where_the_model_has_no_mass():
@@ -214,11 +215,11 @@ def test_a_narrower_support_is_no_fault_where_the_model_has_no_mass():
 
     pyro.set_rng_seed(0)
     found = unreached(Task(program, guide, (), {}))
-    assert found is None or found.share < 0.01
+    assert found.share < 0.01
     assert pf.psis(program, guide, num_samples=1000).reliable
 
 
 def test_what_cannot_be_looked_at_is_said(monkeypatch):
-    monkeypatch.setattr("pyro_flows.diagnostics.unreached.MANY", 0)
+    monkeypatch.setattr("pyro_flows.diagnostics.unreached.REACH", dataclasses.replace(REACH, latents=0))
     with pytest.warns(UserWarning, match="psis: the support of the guide's site 'x' is narrower .* Give the site"):
         pf.psis(model, of(dist.Uniform(0.0, 1.0)), num_samples=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -45,16 +46,28 @@ def check_model(guide: Any, simulator: Simulator, data: dict[str, Tensor]) -> Fo
     return found
 
 
-def check_observed(guide: Any, simulator: Simulator, observed: dict[str, Tensor]) -> None:
-    """Raise an error unless an observation is one dataset of the guide's model, without rows that a mask hides.
+def simulator_of(
+    caller: str,
+    model: Callable[..., Any],
+    guide: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observed: dict[str, Tensor],
+) -> Simulator:
+    """Return the simulator of a model for the test of an observation by an amortised guide.
 
-    Simulated datasets have all rows, so the tests would compare posteriors of different data.
+    Raises:
+        ValueError: Unless the guide is amortised and trained, and the observation is one dataset of the guide's model,
+            without rows that a mask hides.  Simulated datasets have all rows, and so other posteriors.
     """
+    check_amortised(caller, guide)
+    simulator = Simulator(caller, model, args, kwargs)
     simulator.check_data("observed", observed)
     found = check_model(guide, simulator, observed)
     if isinstance(guide, AutoPlateFlow) and masks_of_all(found).get((guide.plate,), RowMasks()).rows is not True:
         fault = f"observed must have all rows of plate {guide.plate!r}, but the model masks some"
-        raise ValueError(f"{simulator.caller}: {fault}. Leave absent rows out of the data and of the plate.")
+        raise ValueError(f"{caller}: {fault}. Leave absent rows out of the data and of the plate.")
+    return simulator
 
 
 @torch.no_grad()

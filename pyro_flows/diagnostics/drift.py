@@ -1,6 +1,7 @@
-"""Errors of a guide's means and standard deviations, as estimated by short chains and by weights.
+"""Errors of a guide's moments, of its distribution functions, and of the scales that many latents share.
 
-The chains start from the guide's draws.  They drift away from its moments if these are wrong (:mod:`.short_chains`).
+Short chains start from the guide's draws (:mod:`.short_chains`).  They drift away if the guide is wrong.  Weights of
+the draws estimate the same errors.
 """
 
 from __future__ import annotations
@@ -165,3 +166,152 @@ def weighted_drift(quantities: Tensor, log_weights: Tensor) -> Drift:
     mean_se = (excess * (standard - mean)).norm(dim=0)
     variance_se = (excess * (squares - variance)).norm(dim=0)
     return Drift(-mean / variance.sqrt(), mean_se / variance.sqrt(), variance, variance_se)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Constants of a comparison of distribution functions.
+
+    Attributes:
+        levels: The quantiles at which they are compared.
+        flag: An error that is certain exceeds this.
+        sure: It also exceeds this, by some standard errors.
+        times: These standard errors.
+        draws: The draws of the guide that estimate its noise.
+    """
+
+    levels: tuple[float, ...] = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)
+    flag: float = 0.06
+    sure: float = 0.03
+    times: float = 4.0
+    draws: int = 2000
+
+
+COMPARISON = Comparison()
+
+
+class Shape(NamedTuple):
+    """The errors of a guide's distribution functions, for each of K quantities at its most significant quantile.
+
+    Attributes:
+        error: The posterior's distribution function minus the guide's, ``(K,)``.
+        error_se: The standard error, ``(K,)``.
+    """
+
+    error: Tensor
+    error_se: Tensor
+
+    @property
+    def significance(self) -> Tensor:
+        """The sizes of the errors, some standard errors subtracted from each, ``(K,)``."""
+        return self.error.abs() - COMPARISON.times * self.error_se
+
+    @property
+    def flagged(self) -> Tensor:
+        """True for each error that is certain, ``(K,)``."""
+        return (self.error.abs() > COMPARISON.flag) & (self.significance > COMPARISON.sure)
+
+
+class ShapeMeter(Meter):
+    """Accumulator of the shares of N chains below quantiles of the guide's draws."""
+
+    def __init__(self, reference: Tensor, start: Tensor) -> None:
+        self._levels = _quantiles(reference)
+        super().__init__(reference[: COMPARISON.draws], start, powers=1)
+
+    def function(self, quantities: Tensor) -> Tensor:
+        """Return the indicators, ``(N, K) -> (N, L K)``."""
+        return (quantities.unsqueeze(1) <= self._levels).flatten(1).double()
+
+    def shape(self) -> Shape:
+        """Return the errors that the chains show so far."""
+        (mean,), twin = self.powers, None if self.twins is None else self.twins[0]
+        arrived = arrival(self.reference, self.start, mean, mean, twin)
+        found, noise = (part.reshape(len(COMPARISON.levels), -1) for part in arrived)
+        return _clearest(found - self.reference.mean(0).reshape(len(COMPARISON.levels), -1), noise)
+
+
+def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
+    """Return a guide's errors as estimated by the weights of its draws.
+
+    Args:
+        quantities: The quantities at M draws of the guide, ``(M, K)``.
+        log_weights: The normalised log-weights of the draws, ``(M,)``.
+    """
+    excess = (log_weights.double().exp() - 1 / len(quantities)).unsqueeze(-1)
+    errors, noise = [], []
+    for level in _quantiles(quantities):
+        below = (quantities <= level).double()
+        errors.append((excess * below).sum(0))
+        noise.append((excess * (below - below.mean(0))).norm(dim=0))
+    return _clearest(torch.stack(errors), torch.stack(noise))
+
+
+def _quantiles(quantities: Tensor) -> Tensor:
+    """Return the quantiles of each quantity, ``(L, K)``, as values of draws, which is right for repeated values too."""
+    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in COMPARISON.levels]
+    return quantities.sort(0).values[places]
+
+
+def _clearest(errors: Tensor, noise: Tensor) -> Shape:
+    """Return the most significant error of each quantity, from the errors at all levels ``(L, K)``."""
+    clearest = (errors.abs() - COMPARISON.times * noise).argmax(0, keepdim=True)
+    return Shape(errors.gather(0, clearest)[0], noise.gather(0, clearest)[0])
+
+
+SLOWEST = 10.0  # the variance of means of chains, in units of independent sweeps, beyond which a spread is unknown
+
+
+class Spreads(NamedTuple):
+    """A guide's errors of the spread of each of S groups of latents.
+
+    Attributes:
+        names: The names of the groups.
+        error: The posterior's root mean square over the guide's, minus one, to first order, ``(S,)``.
+        noise: The standard error of ``error``.
+        slowness: The variance of the means of chains, in units of that of means of independent sweeps, ``(S,)``.
+    """
+
+    names: list[str]
+    error: Tensor
+    noise: Tensor
+    slowness: Tensor
+
+    @property
+    def is_slow(self) -> Tensor:
+        """True for each spread that is too slow to tell, ``(S,)``."""
+        return self.slowness >= SLOWEST
+
+    @property
+    def are_clear(self) -> Tensor:
+        """True for each spread that is right, and not too slow to tell, ``(S,)``."""
+        return (self.error.abs() + self.noise < TOLERANCE.right) & ~self.is_slow
+
+
+class SpreadMeter(Meter):
+    """Accumulator of the spreads of N chains.
+
+    Args:
+        names: The names of S groups of latents.
+        reference: The mean square of each group at many draws of the guide, ``(M, S)``.
+        start: The same at the starts of the chains, ``(N, S)``.
+    """
+
+    def __init__(self, names: list[str], reference: Tensor, start: Tensor) -> None:
+        self._names = names
+        super().__init__(reference, start, powers=2)
+
+    def function(self, quantities: Tensor) -> Tensor:
+        """Return the mean squares themselves."""
+        return quantities.double()
+
+    def spreads(self) -> Spreads:
+        """Return the errors that the chains show so far, after two sweeps at least."""
+        if not self._names:
+            return Spreads([], *self.start[:1].expand(3, 0))
+        (first, second), twin = self.powers, None if self.twins is None else self.twins[0]
+        mean, noise = arrival(self.reference, self.start, first, second, twin)
+        centre = self.reference.mean(0)
+        within = (second - first.square()).mean(0) * self.count / (self.count - 1)
+        slowness = self.count * first.var(0) / within.clamp_min(1e-30)
+        return Spreads(self._names, (mean / centre - 1) / 2, noise / centre / 2, slowness)

@@ -12,12 +12,10 @@ from itertools import compress
 from torch import Tensor
 
 from ..programs.latent_space import LatentSpace, Scored
-from .drift import TOLERANCE, Drift
+from .drift import TOLERANCE, Drift, Shape, Spreads
 from .importance import Psis, weigh
-from .marginal_errors import Shape
-from .missing_modes import Missing
 from .row_weights import RowWeights
-from .spreads import Spreads
+from .unreached import Missing
 
 CALM = 0.5  # k-hat below which weights that show no error count for more
 

@@ -7,21 +7,20 @@ draws show whether a few lie where the posterior has no density.  A slow model g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
-from .drift import TOLERANCE, Drift, DriftMeter, weighted_drift
+from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, weighted_drift, weighted_shape
 from .evidence import Evidence, certainty, weighed
-from .importance import WEIGHING
-from .marginal_errors import Shape, ShapeMeter, weighted_shape
-from .missing_modes import beyond_support, search
-from .outliers import outliers
+from .importance import WEIGHING, Psis
+from .missing_modes import search
 from .short_chains import RUN, adapted
+from .unreached import unreached
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,9 @@ class Look:
         alone: The chains of a model that runs one draw at a time.
         block: The sweeps between two tests of whether the chains have run for long enough.
         spare: The standard errors by which an error must be right, unless weights and chains agree.
+        draws: The draws among which rare ones are looked for.
+        numbers: The most numbers in these draws.
+        outermost: The draws of them at each end of each coordinate that the model runs at.
     """
 
     at_once: int = 1000
@@ -41,6 +43,9 @@ class Look:
     alone: int = 16
     block: int = 10
     spare: float = 1.5
+    draws: int = 100_000
+    numbers: int = 20_000_000
+    outermost: int = 5
 
 
 LOOK = Look()
@@ -61,35 +66,19 @@ def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) ->
     weighted = weighted_drift(draws.quantities, psis.smoothed)
     of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
     began = space.draw(num_chains or (LOOK.alone if alone else LOOK.chains))
-    met = _followed(space, charts, white, draws, began, certainty(psis, weighted))
-    missing = beyond_support(space) if slow else search(space, white, draws, psis.log_evidence)
-    return Evidence(
-        psis=psis,
-        chains=met.chains,
-        directions=met.directions,
-        weighted=weighted,
-        shapes=(met.shape, of_weights),
-        names=space.read.names,
-        missing=missing,
-        outliers=torch.zeros_like(weighted.error) if alone or slow else outliers(space, draws, psis),
-        acceptance=met.acceptance,
-        scope=f"There was no search for other modes, since {slow}." if slow else "",
-    )
-
-
-class _Met(NamedTuple):
-    """The errors that chains show, as in :class:`Evidence`."""
-
-    chains: Drift
-    directions: Drift
-    shape: Shape
-    acceptance: list[float]
+    certain = certainty(psis, weighted)
+    chains, directions, shape, acceptance = _followed(space, charts, white, draws, began, certain)
+    missing = unreached(space.task) if slow else search(space, white, draws, psis.log_evidence)
+    rare = torch.zeros_like(weighted.error) if alone or slow else outliers(space, draws, psis)
+    scope = f"There was no search for other modes, since {slow}." if slow else ""
+    measured = chains, directions, weighted, (shape, of_weights), space.read.names
+    return Evidence(psis, *measured, missing, rare, acceptance, scope=scope)
 
 
 @torch.no_grad()
 def _followed(
     space: LatentSpace, charts: list[Coordinates], white: White, draws: Scored, began: Scored, certain: float
-) -> _Met:
+) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from draws of the guide until their drift is decided.
 
     Args:
@@ -99,6 +88,9 @@ def _followed(
         draws: Draws of the guide.
         began: The draws that the chains start from.
         certain: The standard errors by which an error of the guide is certain.
+
+    Returns:
+        The errors of moments, those along directions, those of distribution functions, and the acceptance.
     """
     runs = space.task.budget(WEIGHING.seconds)
     chains, places = adapted(or_nan(runs.counted(space.log_p)), charts, began.z)
@@ -120,7 +112,7 @@ def _followed(
         if drift.is_right(spare) or (block > 0 and bool(drift.flagged(certain).any())) or runs.is_spent:
             break
     along = compass.drift().unless_beyond(TOLERANCE.bent, compass.so_far())
-    return _Met(drift, along, shape.shape(), chains.acceptance)
+    return drift, along, shape.shape(), chains.acceptance
 
 
 def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
@@ -135,3 +127,37 @@ def _axes(x: Tensor) -> Tensor:
     covariance = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
     extremes = torch.linalg.eigh(covariance).eigenvectors[:, [0, -1]]
     return torch.cat((torch.eye(len(covariance)).to(extremes), extremes), -1)
+
+
+@torch.no_grad()
+def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
+    """Return the relative increase of each variance by rare draws where the posterior has almost no density, ``(K,)``.
+
+    A flow may move one draw in 100,000 so far that this draw dominates a mean or a standard deviation.  10,000 weighted
+    draws rarely contain one.  So many more are taken, in single precision, and the model runs at the outermost only.
+
+    Args:
+        space: The guide's space.
+        draws: Draws of the guide.
+        psis: Their weights.
+    """
+    more = min(LOOK.draws, LOOK.numbers // space.dim) - len(draws.z)
+    z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
+    ends = [z.topk(LOOK.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
+    outer = z[torch.cat(ends).unique()]
+    log_weights = or_nan(space.log_p)(outer) - space.log_q(outer) - psis.log_evidence
+    lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
+    quantities = draws.quantities.double()
+    chances = psis.smoothed.exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
+    chances = chances.to(quantities).unsqueeze(-1)
+    mean = (chances * quantities).sum(0)
+    variance = (chances * (quantities - mean).square()).sum(0)
+    excess = (lacks * (space.quantities(outer).double() - mean).square()).sum(0) / len(z)
+    return (excess / variance).nan_to_num(0.0)
+
+
+def _drawn(space: LatentSpace, number: int) -> Tensor:
+    guide = space.task.guide.call
+    if isinstance(guide, AutoFlow) and guide.draws_from_flow:
+        return guide.sample_roughly(number)
+    return space.draw_alone(number, 10 * LOOK.at_once)

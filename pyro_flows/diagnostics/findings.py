@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..sampling.chains import FROZEN
-from .drift import TOLERANCE, Drift
+from .drift import SLOWEST, TOLERANCE, Drift
 from .evidence import Evidence, certainty
-from .spreads import SLOWEST
 
 VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from .. import plots
@@ -29,7 +30,6 @@ from ..programs.model_and_guide import Draws, Task
 from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import systematic
 from ..user_code import warn_user
-from .pareto import smooth
 from .unreached import check_reach
 
 EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
@@ -324,3 +324,38 @@ def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None)
         )
     kept = systematic(psis.smoothed.double().softmax(-1), number)
     return draws.take(kept[torch.randperm(number, device=kept.device)]), psis
+
+
+ROUND_OFF = 1e-4  # nats
+FEWEST = 5  # weights in the tail
+
+
+def smooth(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Smooth raw log-weights.
+
+    If the largest weights are equal, up to the round-off of float32 log-densities, there is no tail to smooth and k-hat
+    is -inf.
+
+    Args:
+        log_weights: ``(S,)``, in double precision; not all are -inf.
+
+    Returns:
+        The normalised log-weights, ``(S,)``, and k-hat, which is inf if too few weights of the tail are positive.
+    """
+    size = len(log_weights)
+    relative, order = (log_weights - log_weights.max()).sort()
+    number = math.ceil(min(size / 5, 3 * math.sqrt(size)))
+    if -relative[-number] < ROUND_OFF:
+        return log_weights.log_softmax(0), -math.inf
+    cutoff = relative[-number - 1].clamp_min(math.log(torch.finfo(relative.dtype).tiny))
+    above = relative > cutoff
+    tail = relative[above].exp() - cutoff.exp()
+    khat, sigma = fit_generalized_pareto(tail) if len(tail) >= FEWEST else (math.inf, 0.0)
+    if not (math.isfinite(khat) and sigma > 0):
+        return log_weights.log_softmax(0), math.inf if math.isnan(khat) else khat
+    levels = torch.arange(0.5, len(tail), dtype=tail.dtype, device=tail.device) / len(tail)
+    exponential = -torch.log1p(-levels)
+    quantiles = exponential if khat == 0 else torch.expm1(khat * exponential) / khat
+    smoothed = relative.clone()
+    smoothed[above] = (sigma * quantiles + cutoff.exp()).log().clamp_max(0)
+    return torch.empty_like(relative).scatter_(0, order, smoothed).log_softmax(0), khat

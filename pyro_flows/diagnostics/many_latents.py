@@ -3,7 +3,7 @@
 Weights and short chains follow some quantities: all numbers of small sites, such as scales, those that scores suspect
 (:mod:`.suspects`), and random ones.  Chains move along the widest and the narrowest directions of the posterior, each
 with a twin that takes its noise away.  The mean square of each large site shows whether its numbers share a slow scale
-(:mod:`.spreads`), and weights of single rows judge the rows of plates (:mod:`.row_weights`).
+(:class:`.Spreads`), and weights of single rows judge the rows of plates (:mod:`.row_weights`).
 
 Small errors of many latents add up in the weights of all together, and in distances, so these are not judged.  There is
 no search for missing mass.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +20,14 @@ from torch import Tensor
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import White, guide_density
-from .drift import TOLERANCE, Drift, DriftMeter, weighted_drift
+from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads, weighted_drift, weighted_shape
 from .evidence import Evidence, certainty, weighed
 from .few_latents import LOOK as FEW
 from .importance import WEIGHING
-from .marginal_errors import Shape, ShapeMeter, weighted_shape
-from .missing_modes import beyond_support
 from .row_weights import row_weights
 from .short_chains import RUN, adapted
-from .spreads import SpreadMeter, Spreads
 from .suspects import Suspects, suspects
+from .unreached import unreached
 
 
 @dataclass(frozen=True)
@@ -73,25 +70,15 @@ def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) ->
     draws, psis = weighed(space, num_samples or WEIGHING.number(space.task, space.dim), at_once)
     weighted = weighted_drift(draws.quantities, psis.smoothed)
     began = space.draw(num_chains or min(usual, max(LOOK.chains, LOOK.numbers // numbers)))
-    met = _followed(space, suspected, draws, began, certainty(psis, weighted))
-    directions = met.directions
+    certain = certainty(psis, weighted)
+    chains, directions, shape, spreads, acceptance = _followed(space, suspected, draws, began, certain)
     if psis.reliable and not space.read.angles:
         along = suspected.chart.inverse(draws.z) @ suspected.directions
         directions = directions.pooled_with(weighted_drift(along.detach(), psis.smoothed))
-    return Evidence(
-        psis=psis,
-        chains=met.chains,
-        directions=directions,
-        weighted=weighted,
-        shapes=(met.shape, weighted_shape(draws.quantities, psis.smoothed)),
-        names=space.read.names,
-        missing=beyond_support(space),
-        outliers=torch.zeros_like(weighted.error),
-        acceptance=met.acceptance,
-        spreads=met.spreads,
-        scope=scope,
-        rows=row_weights(space, at_once),
-    )
+    shapes = shape, weighted_shape(draws.quantities, psis.smoothed)
+    missing, rare = unreached(space.task), torch.zeros_like(weighted.error)
+    measured = chains, directions, weighted, shapes, space.read.names
+    return Evidence(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space, at_once))
 
 
 def _chosen(space: LatentSpace, suspected: Suspects) -> str:
@@ -108,18 +95,10 @@ def _chosen(space: LatentSpace, suspected: Suspects) -> str:
     return f"Weights and chains looked at {seen}, and not for other modes."
 
 
-class _Met(NamedTuple):
-    """The errors that chains show, as in :class:`Evidence`."""
-
-    chains: Drift
-    directions: Drift
-    shape: Shape
-    spreads: Spreads
-    acceptance: list[float]
-
-
 @torch.no_grad()
-def _followed(space: LatentSpace, suspected: Suspects, draws: Scored, began: Scored, certain: float) -> _Met:
+def _followed(
+    space: LatentSpace, suspected: Suspects, draws: Scored, began: Scored, certain: float
+) -> tuple[Drift, Drift, Shape, Spreads, list[float]]:
     """Run chains with twins from draws of the guide until their drift is decided.
 
     Args:
@@ -128,6 +107,10 @@ def _followed(space: LatentSpace, suspected: Suspects, draws: Scored, began: Sco
         draws: Draws of the guide.
         began: The draws that the chains start from.
         certain: The standard errors by which an error of the guide is certain.
+
+    Returns:
+        The errors of moments, those along directions, those of distribution functions, those of scales that latents
+        share, and the acceptance.
     """
     chart, twin, runs = suspected.chart, guide_density(space, suspected.chart), space.task.budget(WEIGHING.seconds)
     start = began.z if twin is None else torch.cat((began.z, began.z))
@@ -152,7 +135,7 @@ def _followed(space: LatentSpace, suspected: Suspects, draws: Scored, began: Sco
         is_off = bool(drift.flagged(certain).any()) or bool(bent.beyond(TOLERANCE.bent).any())
         if is_right or (block > 0 and is_off) or runs.is_spent:
             break
-    return _Met(drift, bent, shape.shape(), wide, chains.acceptance)
+    return drift, bent, shape.shape(), wide, chains.acceptance
 
 
 class _Squares:

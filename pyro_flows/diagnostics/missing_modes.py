@@ -12,6 +12,7 @@ posterior's mass where the guide has less than a twentieth of it is the mass tha
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..programs.latent_space import LatentSpace, Scored
-from ..sampling.annealed_population import Effort, anneal
+from ..sampling.annealed_population import anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
@@ -27,47 +28,48 @@ from ..sampling.start_distribution import Reference
 from ..vjp import LogDensity
 from .drift import Drift
 from .narrow_modes import narrowest, peaks
-from .unreached import unreached
-
-PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
-STARTS = 64  # gradient ascents
-EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
-SURPRISE = 3.0  # nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20
-FAINT = 20.0  # nats per coordinate by which a wide mode may be lower than the guide's
-LEAST = 8.0  # nats of evidence by which a matched Gaussian may be below the guide
-MOST = 32  # modes with a fitted distribution
-MATCHED = 3  # of these, the largest modes, and the highest modes, that get a matched Gaussian too
-ENOUGH = 4  # particles per dimension that suffice for a fit
-BEYOND = 2.0  # standard deviations of the guide's draws from which a place lies outside of them
-ALONG = 0.2  # share of the way back along which a neck's density falls by little,
-STEEP = 3.0  # at most these nats, and one for each latent of its scale
-PROBES = 4000  # draws of all fitted distributions
-DF = 5.0  # degrees of freedom of the fitted distributions
+from .unreached import EFFORT, Missing, unreached
 
 
-class Missing(NamedTuple):
-    """Posterior mass that a guide misses.
+@dataclass(frozen=True)
+class Search:
+    """Constants of the search.
 
     Attributes:
-        share: The missed share of the posterior's mass, as far as it was found.
-        share_se: The standard error of ``share``.
-        place: The point of highest density in it, ``(D,)``; None if nothing was found.
-        error: The resulting errors of the guide's moments for each of K quantities, or None.
-        is_blind: Whether the search for modes failed because too few draws of the prior have a density.
-        neck: The latent in whose neck the mass lies, and its value there, in words; empty if the mass lies elsewhere.
-        outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
-        narrowest: The scale of the narrowest mode within the guide's draws that the search finds with a chance of
-            95 %, relative to the guide's standard deviations; 1 if it did not look for narrow modes.
+        particles: The particles of the population.
+        few: Those of one whose model runs one draw at a time.
+        gradients: The most gradients to anneal it.
+        starts: Gradient ascents.
+        surprise: Nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20.
+        faint: Nats per coordinate by which a wide mode may be lower than the guide's.
+        least: Nats of evidence by which a matched Gaussian may be below the guide.
+        modes: The most modes with a fitted distribution.
+        matched: Of these, the largest and the highest that get a matched Gaussian too.
+        enough: Particles per dimension that suffice for a fit.
+        beyond: Standard deviations of the guide's draws from which a place lies outside of them.
+        along: The share of the way back along which a neck's density falls by little,
+        steep: at most these nats, and one for each latent of its scale.
+        probes: Draws of all fitted distributions.
     """
 
-    share: float
-    share_se: float
-    place: Tensor | None = None
-    error: Drift | None = None
-    is_blind: bool = False
-    neck: str = ""
-    outside: str = ""
-    narrowest: float = 1.0
+    particles: int = 256
+    few: int = 64
+    gradients: int = 150
+    starts: int = 64
+    surprise: float = 3.0
+    faint: float = 20.0
+    least: float = 8.0
+    modes: int = 32
+    matched: int = 3
+    enough: int = 4
+    beyond: float = 2.0
+    along: float = 0.2
+    steep: float = 3.0
+    probes: int = 4000
+
+
+SEARCH = Search()
+DF = 5.0  # degrees of freedom of the fitted distributions
 
 
 def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
@@ -79,8 +81,8 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
         draws: Draws of the guide.
         evidence: The log evidence, as estimated by the weights of the draws.
     """
-    if (outside := beyond_support(space)).outside:
-        return outside
+    if (beyond := unreached(space.task)).outside:
+        return beyond
     reference = Reference(space, white.loc, white.scale_tril)
     density = reference.log_p
     lacking, is_blind = _lacking(space, white, reference, draws, evidence)
@@ -88,12 +90,6 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
     return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest(space, len(draws.z)))
-
-
-def beyond_support(space: LatentSpace) -> Missing:
-    """Return the mass outside of the guide's support; its share is NaN if a support is narrower, and it is unknown."""
-    found = unreached(space.task)
-    return Missing(0.0, 0.0) if found is None else Missing(found.share, found.noise, outside=found.sites)
 
 
 @torch.no_grad()
@@ -108,11 +104,12 @@ def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, 
     scores = ((place - centre) / draws.z.std(0)).abs()
     axis = int(scores.argmax())
     nearer = place.clone()
-    nearer[axis] += ALONG * (centre[axis] - place[axis])
+    nearer[axis] += SEARCH.along * (centre[axis] - place[axis])
     height, along = density(torch.stack((place, nearer))).tolist()
-    if scores[axis] < BEYOND or height <= float(draws.log_p.max()) or not along > height - STEEP - space.dim:
+    is_higher, is_flat = height > float(draws.log_p.max()), along > height - SEARCH.steep - space.dim
+    if scores[axis] < SEARCH.beyond or not is_higher or not is_flat:
         return ""
-    ends = ascend(density, white, draws.z[:STARTS])
+    ends = ascend(density, white, draws.z[: SEARCH.starts])
     labels = components(density, white, torch.cat((place.unsqueeze(0), ends)))
     if not bool((labels[1:] == labels[0]).any()):
         return ""
@@ -125,11 +122,12 @@ def _lacking(
     space: LatentSpace, white: White, reference: Reference, draws: Scored, evidence: float
 ) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
-    particles, number = (FEW, STARTS // 8) if space.task.runs_one_by_one else (PARTICLES, STARTS // 2)
-    population = anneal(reference, particles, EFFORT)
+    alone = space.task.runs_one_by_one
+    particles, number = (SEARCH.few, SEARCH.starts // 8) if alone else (SEARCH.particles, SEARCH.starts // 2)
+    population = anneal(reference, particles, EFFORT._replace(gradients=SEARCH.gradients))
     drawn, density = reference.draw(particles), reference.log_p
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
-    faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
+    faint = float(draws.log_p.max()) - SEARCH.faint * (1 + space.dim)
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
     starts = torch.cat((beyond, ways_up(density, drawn, faint)))
     arrived = population.z if population is not None and population.has_arrived else drawn[:0]
@@ -140,7 +138,7 @@ def _lacking(
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
-    return places[(surprise > SURPRISE) & (heights > faint)], population is None
+    return places[(surprise > SEARCH.surprise) & (heights > faint)], population is None
 
 
 class MultivariateT(NamedTuple):
@@ -174,17 +172,17 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
     labels, dim = components(density, around, ends), places.shape[1]
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
-    pooled = White(within) if len(within) > ENOUGH * dim else None  # for modes with too few particles
-    tops = highest_of_each(labels, heights)[:MOST]
-    highest = heights[tops].argsort(descending=True, stable=True)[:MATCHED].tolist()
+    pooled = White(within) if len(within) > SEARCH.enough * dim else None  # for modes with too few particles
+    tops = highest_of_each(labels, heights)[: SEARCH.modes]
+    highest = heights[tops].argsort(descending=True, stable=True)[: SEARCH.matched].tolist()
     fitted = []
     for label, (mode, top) in enumerate(zip(modes, ends[tops], strict=False)):
-        fit = White(mode) if len(mode) > ENOUGH * dim else pooled
+        fit = White(mode) if len(mode) > SEARCH.enough * dim else pooled
         if fit is not None:
             fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
-        if label < MATCHED or label in highest:  # because quickly annealed particles spread too widely
+        if label < SEARCH.matched or label in highest:  # because quickly annealed particles spread too widely
             found = match_top(density, top, white.scale_tril)
-            if found is not None and found.elbo > evidence - LEAST:
+            if found is not None and found.elbo > evidence - SEARCH.least:
                 fitted.append(MultivariateT(found.loc, found.scale_tril))
     return fitted
 
@@ -192,7 +190,7 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
 @torch.no_grad()
 def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list[MultivariateT]) -> Missing:
     """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
-    probes = [proposal.sample(PROBES // len(fitted)) for proposal in fitted]
+    probes = [proposal.sample(SEARCH.probes // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
     log_p = torch.cat((draws.log_p, *map(density, probes)))
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))
@@ -201,7 +199,7 @@ def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list
     log_weights = log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0)
     log_weights = log_weights.nan_to_num(-math.inf, -math.inf, -math.inf)
     evidence = float(log_weights.logsumexp(0)) - math.log(len(places))
-    lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SURPRISE
+    lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SEARCH.surprise
     weights = (log_weights - evidence).exp() / len(places)
     share = float(weights[lacking].sum())
     noise = float((weights * (lacking.to(weights) - share)).norm())

@@ -1,10 +1,14 @@
-"""A test of a simulator at one observation: could the model have made these data?"""
+"""A test of a simulator at one observation: could the model have made these data?
+
+Statistics compare datasets with their own posterior predictive replicates.  Each maps N datasets and S replicates of
+each to N numbers, in the same way for all, so that the numbers of datasets from one distribution are exchangeable.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +17,24 @@ from .. import plots
 from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
+from ..programs.quantities import labels_of
 from ..programs.simulator import Simulator
-from .amortised import check_amortised, check_observed, posteriors
-from .largest_statistic import p_value, scaled
-from .predictive_statistics import Predictive, Statistic
+from .amortised import posteriors, simulator_of
+from .largest_statistic import ObservationTest, Score, largest, p_value
 
 
-@dataclass(frozen=True)
-class Misspecification:
+@dataclass(frozen=True, repr=False)
+class Misspecification(ObservationTest):
     """Test whether a model could have made an observation: the result of :func:`misspecification`.
 
     Attributes:
         names: The names of the T statistics.
-        p_values: The p-value of each by itself, ``(T,)``.
         statistic: The largest of the statistics; each is 1 at its 98 % quantile, among simulated datasets.
         null: The same number of the B simulated datasets, ``(B,)``.
         p_value: The p-value of the largest statistic, exact for any guide and any number of simulations.
         level: The p-value at which the observation fails.
         fault: The fault that the largest statistic shows, in words.
+        p_values: The p-value of each statistic by itself, ``(T,)``.
         entries: The names of the P entries of the data.
         residuals: The entries minus the mean of their posterior predictive replicates, in the replicates' standard
             deviations, ``(P,)``.
@@ -50,20 +54,9 @@ class Misspecification:
         (False, 0.01, 'The model is unlikely to make these data (p = 0.0')
     """
 
-    names: list[str]
     p_values: Tensor
-    statistic: float
-    null: Tensor
-    p_value: float
-    level: float
-    fault: str
     entries: list[str]
     residuals: Tensor
-
-    @property
-    def passed(self) -> bool:
-        """True if the p-value is above the level, which holds for data of the model with probability ``1 - level``."""
-        return self.p_value > self.level
 
     @property
     def reason(self) -> str:
@@ -75,9 +68,6 @@ class Misspecification:
     def plot(self) -> Any:
         """Plot residuals and statistics with :func:`pyro_flows.plots.misspecification`."""
         return plots.misspecification(self)
-
-    def __repr__(self) -> str:
-        return f"Misspecification(passed={self.passed}, p_value={self.p_value:.3g}): {self.reason}"
 
 
 @runs_programs
@@ -138,32 +128,14 @@ def misspecification(
     check_integers("misspecification", 99, num_simulations=num_simulations)
     check_integers("misspecification", 10, num_samples=num_samples)
     check_numbers("misspecification", above=0, below=1, level=level)
-    check_amortised("misspecification", guide)
-    simulator = Simulator("misspecification", model, args, kwargs)
-    check_observed(guide, simulator, observed)
+    simulator = simulator_of("misspecification", model, guide, args, kwargs, observed)
     predictive = _replicate(guide, simulator, observed, num_simulations, num_samples)
     found = predictive.statistics()
-    sides = [side for statistic in found for side in _sides(statistic)]
-    together = torch.stack([side.value for side in sides])
-    largest = together.amax(0)
-    alone = [min(1.0, len(_sides(f)) * min(p_value(side.value, -1) for side in _sides(f))) for f in found]
-    return Misspecification(
-        names=[statistic.name for statistic in found],
-        p_values=torch.tensor(alone),
-        statistic=float(largest[-1]),
-        null=largest[:-1],
-        p_value=p_value(largest, -1),
-        level=level,
-        fault=sides[int(together[:, -1].argmax())].high,
-        entries=predictive.names,
-        residuals=predictive.residuals()[0][-1],
-    )
-
-
-def _sides(found: Statistic) -> list[Statistic]:
-    """Return a statistic on the common scale, and also its negative if small values show a fault."""
-    sides = [found._replace(value=scaled(found.value))]
-    return [*sides, Statistic(found.name, scaled(-found.value), found.low)] if found.low else sides
+    alone = [min(1.0, len(one.sides) * min(p_value(side.value, -1) for side in one.sides)) for one in found]
+    together = largest([side for one in found for side in one.sides], -1, level)
+    residuals = predictive.residuals()[0][-1]
+    names = [one.name for one in found]
+    return Misspecification(names, *together, torch.tensor(alone), predictive.names, residuals)
 
 
 def _replicate(
@@ -182,3 +154,153 @@ def _replicate(
     latents = {name: value.flatten(0, 1) for name, value in of.sample_all(num_samples).items()}
     made = simulator.draw(num_samples * len(of.context), latents).data
     return Predictive(data, {name: made[name].reshape(num_samples, *x.shape) for name, x in data.items()}, of.context)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Constants of the statistics.
+
+    Attributes:
+        shrunk: The weight of the identity in a correlation matrix.
+        widest: Entries of a dataset beyond which their correlations are left out.
+        points: Entries of a dataset in an energy distance, at most.
+        others: Entries of its replicates there.
+        fewest: Entries of a dataset that have a distribution.
+        tiny: Of the standard deviation of all datasets: smaller ones are round-off.
+    """
+
+    shrunk: float = 0.1
+    widest: int = 1000
+    points: int = 100
+    others: int = 300
+    fewest: int = 4
+    tiny: float = 1e-6
+
+
+STATISTICS = Statistics()
+
+
+class Statistic(NamedTuple):
+    """A statistic of N datasets.
+
+    Attributes:
+        name: Its name.
+        value: Its values, ``(N,)``.
+        high: The fault that a large value shows, in words.
+        low: The fault that a small value shows, or "" if small values show none.
+    """
+
+    name: str
+    value: Tensor
+    high: str
+    low: str = ""
+
+    @property
+    def sides(self) -> list[Score]:
+        """The statistic, and also its negative if small values show a fault."""
+        value = self.value.nan_to_num(0.0)
+        return [Score(value, self.high), *([Score(-value, self.low)] if self.low else [])]
+
+
+class Predictive(NamedTuple):
+    """N datasets, the last of them observed, with their replicates.
+
+    Attributes:
+        data: The datasets, by the model's arguments, each ``(N, *shape)``.
+        replicates: S replicates of each, ``(S, N, *shape)``.
+        contexts: The encoder's contexts of the datasets, ``(N, context_dim)``.
+    """
+
+    data: dict[str, Tensor]
+    replicates: dict[str, Tensor]
+    contexts: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the P entries of a dataset."""
+        return [label for name, x in self.data.items() for label in labels_of(name, x.shape[1:])]
+
+    def residuals(self) -> tuple[Tensor, Tensor]:
+        """Return datasets ``(N, P)`` and replicates ``(S, N, P)`` minus the replicates' means, over their sds."""
+        x = torch.cat([value.reshape(len(value), -1).float() for value in self.data.values()], -1)
+        y = torch.cat([y.reshape(*y.shape[:2], -1).float() for y in self.replicates.values()], -1)
+        y = y.nan_to_num(0.0, 0.0, 0.0)  # any number does: the p-value is exact for every statistic
+        loc, scale = y.mean(0), y.std(0)
+        scale = scale.clamp(min=1e-30).maximum(STATISTICS.tiny * x.std(0))
+        return (x - loc) / scale, (y - loc) / scale
+
+    def statistics(self) -> list[Statistic]:
+        """Return all statistics."""
+        x, y = self.residuals()
+        found = [_distance(x, y), _largest(x, self.names), _run(x, self.names), _remote(self.contexts)]
+        for name, data in self.data.items():
+            points, others = _points(data, self.replicates[name])
+            if points.shape[1] >= STATISTICS.fewest:
+                found += [_spread(name, points, others), _energy(name, points, others)]
+        return found
+
+
+def _distance(x: Tensor, y: Tensor) -> Statistic:
+    """Return the logarithm of the Mahalanobis distance of the residuals."""
+    if x.shape[1] <= STATISTICS.widest:
+        rows = y.flatten(0, 1)
+        corr = (1 - STATISTICS.shrunk) * rows.T @ rows / len(rows) + STATISTICS.shrunk * torch.eye(x.shape[1]).to(x)
+        x = torch.linalg.solve_triangular(torch.linalg.cholesky(corr), x.T, upper=False).T
+    words = "the data scatter {} around their replicates than simulated datasets do"
+    value = x.square().mean(1).clamp(min=1e-30).log() / 2
+    return Statistic("distance from replicates", value, words.format("more"), words.format("less"))
+
+
+def _largest(x: Tensor, names: list[str]) -> Statistic:
+    entry = names[int(x[-1].abs().argmax())]
+    return Statistic("largest residual", x.abs().amax(1).log1p(), f"{entry} lies far from its replicates")
+
+
+def _run(x: Tensor, names: list[str]) -> Statistic:
+    """Return the largest sum of neighbouring residuals over the square root of their number."""
+    size = x.shape[1]
+    total = torch.cat((torch.zeros_like(x[:, :1]), x.cumsum(1)), 1)
+    lengths = [length for length in (2**k for k in range(1, size.bit_length())) if length < size] + [size]
+    sums = [(total[:, length:] - total[:, :-length]) / length**0.5 for length in lengths]
+    best = max(range(len(sums)), key=lambda k: float(sums[k][-1].abs().max()))
+    first = int(sums[best][-1].abs().argmax())
+    side = "higher" if sums[best][-1, first] > 0 else "lower"
+    span = f"{names[first]} to {names[first + lengths[best] - 1]}" if size > 1 else names[0]
+    value = torch.cat(sums, 1).abs().amax(1).log1p()
+    return Statistic("largest sum of residuals", value, f"the data at {span} lie {side} than their replicates")
+
+
+def _remote(contexts: Tensor) -> Statistic:
+    """Return the logarithm of the Mahalanobis distance of contexts from their mean."""
+    c = (contexts - contexts.mean(0)) / contexts.std(0).clamp(min=1e-9)
+    cov = (1 - STATISTICS.shrunk) * c.T @ c / len(c) + STATISTICS.shrunk * torch.eye(c.shape[1]).to(c)
+    value = torch.linalg.solve_triangular(torch.linalg.cholesky(cov), c.T, upper=False).square().mean(0)
+    return Statistic("distance from simulations", value.log1p(), "the prior and the simulator make no such data")
+
+
+def _points(data: Tensor, replicates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a dataset's entries along its first dimension, ``(N, n, d)``, and a share of all replicates' entries."""
+    x = data.float().reshape(len(data), data.shape[1] if data.dim() > 1 else 1, -1)
+    y = replicates.float().nan_to_num(0.0, 0.0, 0.0).reshape(len(replicates), *x.shape).transpose(0, 1).flatten(1, 2)
+    kept = torch.linspace(0, x.shape[1] - 1, min(STATISTICS.points, x.shape[1])).long()
+    return x[:, kept], y[:, torch.randperm(y.shape[1])[: STATISTICS.others]]
+
+
+def _spread(name: str, points: Tensor, others: Tensor) -> Statistic:
+    """Return the logarithm of the ratio of the entries' standard deviation to that of replicates."""
+    own, other = (part.std(1).square().mean(-1).clamp(min=1e-30).log() / 2 for part in (points, others))
+    words = f"the entries of {name} vary {{}} than those of its replicates"
+    return Statistic(f"spread of {name}", own - other, words.format("more"), words.format("less"))
+
+
+def _energy(name: str, points: Tensor, others: Tensor) -> Statistic:
+    """Return the energy distance of the entries from those of replicates."""
+    # Features that are constant in replicates, such as the first steps of a mask, must not divide by zero.
+    least = STATISTICS.tiny * torch.cat((points, others), 1).flatten(0, 1).std(0)
+    scale = others.std(1, keepdim=True).maximum(least)
+    scale = torch.where(scale > 0, scale, 1.0)
+    x, y = points / scale, others / scale
+    one, two = y.tensor_split(2, 1)
+    value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))
+    words = f"the entries of {name} have another distribution than those of its replicates"
+    return Statistic(f"energy distance of {name}", value, words)

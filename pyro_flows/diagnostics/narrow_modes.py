@@ -22,6 +22,7 @@ that show the mode.  No method that evaluates h at N draws finds a mode where th
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,20 +31,50 @@ from ..programs.latent_space import LatentSpace, Scored
 from ..sampling.coordinates import White
 from ..vjp import LogDensity, value_and_score
 
-DRAWS, NUMBERS = 100_000, 20_000_000  # places, limited by the count of numbers that model and guide compute there
-WIDE, WIDEST = 0.4, 4.0  # the share of places that are spread more widely, and their largest factor
-MOST = 16  # dimensions beyond which places lie too far apart
-SHELLS, TOPS = 16, 6  # ranges of distances from the centre, and ascents from each
-STEPS, LONGEST, SHORTEST = 40, 0.15, 0.003  # of an ascent; lengths of the first and of the last, in whitened units
-BATCH = 5000
-SOUGHT, CHANCE = 0.1, 3.0  # the share of a mode, and the draws that must show it, for a chance of 95 %
+
+@dataclass(frozen=True)
+class Narrow:
+    """Constants of the search for narrow modes.
+
+    Attributes:
+        draws: The places to look at.
+        numbers: The most numbers that model and guide compute there.
+        wide: The share of places that are spread more widely.
+        widest: The largest factor by which they are.
+        dims: The dimensions beyond which places lie too far apart.
+        shells: Ranges of distances from the centre.
+        tops: Ascents from each.
+        steps: Steps of an ascent.
+        longest: The length of the first step, in whitened units.
+        shortest: That of the last.
+        at_once: The places that run at once.
+        share: The share of the mass of a mode that ``narrowest`` is about.
+        shown: The draws that must show it, for a chance of 95 %.
+    """
+
+    draws: int = 100_000
+    numbers: int = 20_000_000
+    wide: float = 0.4
+    widest: float = 4.0
+    dims: int = 16
+    shells: int = 16
+    tops: int = 6
+    steps: int = 40
+    longest: float = 0.15
+    shortest: float = 0.003
+    at_once: int = 5000
+    share: float = 0.1
+    shown: float = 3.0
+
+
+NARROW = Narrow()
 
 
 def number_of_places(space: LatentSpace) -> int:
     """Return the number of places to look at in addition to given draws; 0 if a search is hopeless or too slow."""
-    if space.task.runs_one_by_one or space.dim > MOST:
+    if space.task.runs_one_by_one or space.dim > NARROW.dims:
         return 0
-    return min(DRAWS, NUMBERS // (space.task.model.largest + space.task.guide.largest))
+    return min(NARROW.draws, NARROW.numbers // (space.task.model.largest + space.task.guide.largest))
 
 
 def peaks(space: LatentSpace, density: LogDensity, white: White, draws: Scored) -> Tensor:
@@ -63,27 +94,27 @@ def peaks(space: LatentSpace, density: LogDensity, white: White, draws: Scored) 
         z, _ = white.forward(x)
         return density(z) - space.log_q(z)
 
-    more = white.inverse(space.draw_alone(number, 2 * BATCH))
-    wide = int(WIDE * number)
-    more[:wide] *= WIDEST ** torch.rand(wide, 1).to(more)
+    more = white.inverse(space.draw_alone(number, 2 * NARROW.at_once))
+    wide = int(NARROW.wide * number)
+    more[:wide] *= NARROW.widest ** torch.rand(wide, 1).to(more)
     with torch.no_grad():
-        found = torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(BATCH))])
+        found = torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(NARROW.at_once))])
     x, found = torch.cat((white.inverse(draws.z), more)), found.nan_to_num(-math.inf, -math.inf, -math.inf)
     # In each shell by itself, because the ratio of a good guide may be largest in its tails.
-    shells = x.norm(dim=-1).argsort().tensor_split(SHELLS)
-    starts = torch.cat([shell[found[shell].topk(min(TOPS, len(shell))).indices] for shell in shells])
+    shells = x.norm(dim=-1).argsort().tensor_split(NARROW.shells)
+    starts = torch.cat([shell[found[shell].topk(min(NARROW.tops, len(shell))).indices] for shell in shells])
     return white.forward(_ascended(ratio, x[starts]))[0]
 
 
 def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
     """Return the highest places on paths uphill, with steps of given lengths since slopes differ by many magnitudes."""
     best, highest = x.clone(), torch.full_like(x[:, 0], -math.inf)
-    for step in range(STEPS):
+    for step in range(NARROW.steps):
         height, slope = value_and_score(ratio, x)
         is_higher = height.to(x) > highest
         best[is_higher], highest[is_higher] = x[is_higher], height.to(x)[is_higher]
         slope = slope.nan_to_num(0, 0, 0)
-        length = LONGEST * (SHORTEST / LONGEST) ** (step / (STEPS - 1))
+        length = NARROW.longest * (NARROW.shortest / NARROW.longest) ** (step / (NARROW.steps - 1))
         x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     return best
 
@@ -91,7 +122,7 @@ def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
 def narrowest(space: LatentSpace, drawn: int) -> float:
     """Return the scale of the narrowest mode that the search finds with a chance of 95 %, given a number of draws."""
     places = number_of_places(space)
-    return narrowest_shown(space.dim, drawn + places - int(WIDE * places)) if places else 1.0
+    return narrowest_shown(space.dim, drawn + places - int(NARROW.wide * places)) if places else 1.0
 
 
 def narrowest_shown(dim: int, number: int) -> float:
@@ -102,9 +133,9 @@ def narrowest_shown(dim: int, number: int) -> float:
     """
 
     def shown(scale: float) -> float:
-        excess = math.log(SOUGHT / (1 - SOUGHT)) - dim * math.log(scale) + dim / 2
+        excess = math.log(NARROW.share / (1 - NARROW.share)) - dim * math.log(scale) + dim / 2
         radius = scale * math.sqrt(2 * max(excess, 0.0))
         return number * math.exp(-dim / 2) * (radius / math.sqrt(2)) ** dim / math.gamma(dim / 2 + 1)
 
     scales = [0.001 * 1.05**step for step in range(142)]  # up to about 1
-    return next((scale for scale in scales if shown(scale) > CHANCE), 1.0)
+    return next((scale for scale in scales if shown(scale) > NARROW.shown), 1.0)

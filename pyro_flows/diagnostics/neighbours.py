@@ -13,6 +13,7 @@ the set of all M + 1, the one that the data were simulated from is each θ_j wit
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +25,39 @@ from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
 from .amortised import posteriors
 
-WIDE = 1.5  # the scale of the proposal's base: tails of the posterior are simulated too
-PILOT = 0.1  # the share of the simulations that define nearness
-POINTS = 4  # base points whose images tell how near two posteriors are
-RAW = 100  # numbers of a dataset up to which they count next to the context
-FAR = 5.0  # standard deviations at which features of a dataset are cut off
-RIDGE = 1e-3  # of the regression of latents on data, per row
-FEWEST = 20  # rows that can be tested
-TILT = 1e4  # nats at which the log of r is cut off; narrow posteriors of 30 latents reach more than 50
-NEAR = 3.0  # standard deviations of the posterior up to which a quarter of the rows must lie
-SAME = 1e-3  # a spread of the nearest rows, relative to all rows, below which they are equal
-OUTSIDE = 2.0  # how far an observation may lie from the mean of the rows' data, relative to the farthest row
+
+@dataclass(frozen=True)
+class Near:
+    """Constants of nearness.
+
+    Attributes:
+        wide: The scale of the proposal's base: tails of the posterior are simulated too.
+        pilot: The share of the simulations that define nearness.
+        points: Base points whose images tell how near two posteriors are.
+        raw: Numbers of a dataset up to which they count next to the context.
+        far: Standard deviations at which features of a dataset are cut off.
+        ridge: The ridge of the regression of latents on data, per row.
+        fewest: Rows that can be tested.
+        tilt: Nats at which the log of r is cut off; narrow posteriors of 30 latents reach more than 50.
+        near: Standard deviations of the posterior up to which a quarter of the rows must lie.
+        same: A spread of the nearest rows, relative to all rows, below which they are equal.
+        outside: How far an observation may lie from the mean of the rows' data, relative to the farthest row.
+    """
+
+    wide: float = 1.5
+    pilot: float = 0.1
+    points: int = 4
+    raw: int = 100
+    far: float = 5.0
+    ridge: float = 1e-3
+    fewest: int = 20
+    tilt: float = 1e4
+    near: float = 3.0
+    same: float = 1e-3
+    outside: float = 2.0
+
+
+NEAR = Near()
 
 
 class Neighbours(NamedTuple):
@@ -70,7 +93,7 @@ class Proposal:
 
     def __init__(self, simulator: Simulator, here: OfDatasets) -> None:
         self.simulator, self.of = simulator, here.shared
-        self.q = self.of.widened(WIDE)
+        self.q = self.of.widened(NEAR.wide)
         self.prior = LatentPrior(simulator, list(self.of.shapes))
         self.is_mixed = self.prior.is_complete and bool(self.log_ratio(self._near(20)).isfinite().all())
 
@@ -100,7 +123,7 @@ class Proposal:
         """Return log r, ``(N,)``, of packed latents that begin with those of the proposal, ``(N, D)``."""
         if not self.is_mixed:
             return torch.zeros_like(z[:, 0])
-        ratio = self.log_ratio(z[:, : self.q.event_shape[0]]).nan_to_num(-TILT).clamp(-TILT, TILT)
+        ratio = self.log_ratio(z[:, : self.q.event_shape[0]]).nan_to_num(-NEAR.tilt).clamp(-NEAR.tilt, NEAR.tilt)
         return torch.nn.functional.softplus(ratio) - math.log(2)
 
 
@@ -119,7 +142,7 @@ class Nearness:
 
     def __init__(self, here: OfDatasets, observed: dict[str, Tensor], of_pilot: OfDatasets, pilot: Simulations) -> None:
         self.here, self.observed = here, observed
-        self.points = here.q.noise((POINTS, 1))
+        self.points = here.q.noise((NEAR.points, 1))
         draws = here.q.sample((500,))[:, 0]
         self.whiten = _whitening(draws - draws.mean(0))
         rows = _columns(of_pilot, pilot.data)
@@ -129,12 +152,12 @@ class Nearness:
         self.loc, self.scale = rows.mean(0), rows.std(0).clamp(min=1e-9)
         features = self._features(rows)
         gram = features.T @ features
-        gram = gram + RIDGE * len(z) * torch.eye(len(gram)).to(gram)
+        gram = gram + NEAR.ridge * len(z) * torch.eye(len(gram)).to(gram)
         self.weights = torch.linalg.solve(gram, features.T @ z)
         self.whiten_rest = _whitening(z - features @ self.weights)
 
     def _features(self, rows: Tensor) -> Tensor:
-        x = ((rows - self.loc) / self.scale).clamp(-FAR, FAR)
+        x = ((rows - self.loc) / self.scale).clamp(-NEAR.far, NEAR.far)
         return torch.cat((torch.ones_like(x[:, :1]), x, x**2), -1)
 
     def __call__(self, of: OfDatasets, data: dict[str, Tensor]) -> Tensor:
@@ -153,7 +176,7 @@ def _columns(of: OfDatasets, data: dict[str, Tensor]) -> Tensor:
     columns = [of.context]
     for x in data.values():
         flat = x.reshape(len(x), -1)
-        if flat.shape[1] <= RAW:
+        if flat.shape[1] <= NEAR.raw:
             columns.append(flat.to(columns[0]))
     return torch.cat(columns, -1)
 
@@ -180,14 +203,14 @@ def _remoteness(distance: Tensor, rows: Tensor, own: Tensor, scale: Tensor) -> s
         scale: The standard deviations of the columns over simulations from the prior, ``(F,)``.
     """
     number = max(1, len(distance) // 4)
-    if not distance[number - 1] <= NEAR:
+    if not distance[number - 1] <= NEAR.near:
         return f"the nearest {number} are up to {distance[number - 1]:.2g} standard deviations of its posterior away"
     columns = torch.cat((rows, own)).double()
-    spread = columns.std(0).maximum(SAME * scale)  # rows of equal data differ by round-off in their contexts
+    spread = columns.std(0).maximum(NEAR.same * scale)  # rows of equal data differ by round-off in their contexts
     off = ((columns - columns.mean(0)) / spread.clamp(min=1e-30)).abs().amax(1)
     return (
         ""
-        if off[-1] <= max(1.0, OUTSIDE * float(off[:-1].max()))
+        if off[-1] <= max(1.0, NEAR.outside * float(off[:-1].max()))
         else f"its data lie outside of those of the nearest {len(rows)}"
     )
 
@@ -214,11 +237,11 @@ def neighbours_of(
     Raises:
         ValueError: If too few simulations have finite data, or none are near the observation.
     """
-    here, first = posteriors(guide, simulator, observed), round(PILOT * num_simulations)
+    here, first = posteriors(guide, simulator, observed), round(NEAR.pilot * num_simulations)
     pilot = simulator.draw(first)
     pilot = pilot.take(pilot.has_finite_data)
-    if len(pilot) < FEWEST:
-        must = f"at least {FEWEST} of {first} simulations must have finite data, got {len(pilot)}"
+    if len(pilot) < NEAR.fewest:
+        must = f"at least {NEAR.fewest} of {first} simulations must have finite data, got {len(pilot)}"
         raise ValueError(f"{simulator.caller}: {must}. Increase num_simulations, or correct the model.")
     nearness = Nearness(here, observed, posteriors(guide, simulator, pilot.data), pilot)
     proposal = Proposal(simulator, here)

@@ -26,7 +26,7 @@ from ..programs.engines import Site, Values, View, in_batches, row_log_prob
 from ..programs.latent_space import LatentSpace
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import plates_of, runs_programs
-from .pareto import smooth
+from .importance import smooth
 
 LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites
 
@@ -272,10 +272,9 @@ def _are_apart(rows: Rows, inside: list[str]) -> bool:
         return {LOG_P: rows.log_prob(view, rows.of_model)[..., ~moved.flatten()], OUTSIDE: outside}
 
     densities = task.model.run(read, found, 2)
-    return all(
-        torch.allclose(*densities[name], rtol=rtol, atol=1e-3, equal_nan=True)
-        for name, rtol in ((LOG_P, 1e-4), (OUTSIDE, 1e-5))
-    )
+    (here, there), (before, after) = densities[LOG_P], densities[OUTSIDE]
+    is_same = torch.allclose(here, there, rtol=1e-4, atol=1e-3, equal_nan=True)
+    return is_same and torch.allclose(before, after, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
 def _judged(rows: Rows, batch_size: int) -> RowWeights:

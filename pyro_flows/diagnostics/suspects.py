@@ -17,6 +17,7 @@ Measuring Sample Quality with Stein's Method (Gorham, Mackey 2015, arXiv:1506.03
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,31 @@ from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates, gu
 from ..sampling.lanczos import lanczos
 from ..vjp import LogDensity, score_of
 
-DRAWS, CURVED = 64, 16  # at which scores are taken, and products with H
-PRODUCTS, SHIFT = 24, 0.5  # with H, and the distance between their scores
-EXTREMES = 2  # directions at each end of H
-SUSPECTED = 16  # quantities for their means, and for their standard deviations
-WIDEST = 30.0  # the largest predicted standard deviation, in units of x
+
+@dataclass(frozen=True)
+class Suspicion:
+    """Constants of the predictions.
+
+    Attributes:
+        draws: The draws at which scores are taken.
+        curved: Those of them that products with H use.
+        products: Products with H.
+        shift: The distance between the scores of a product.
+        extremes: Directions at each end of H.
+        quantities: Quantities for their means, and for their standard deviations.
+        widest: The largest predicted standard deviation, in units of x.
+    """
+
+    draws: int = 64
+    curved: int = 16
+    products: int = 24
+    shift: float = 0.5
+    extremes: int = 2
+    quantities: int = 16
+    widest: float = 30.0
+
+
+SUSPICION = Suspicion()
 
 
 class Suspects(NamedTuple):
@@ -57,18 +78,18 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
         space: The guide's space, with all of its quantities.
         at_once: The largest number of draws to run at once.
     """
-    z = space.draw_alone(DRAWS, at_once)
+    z = space.draw_alone(SUSPICION.draws, at_once)
     (chart, *_), _ = guide_coordinates(space, z)
     x = chart.inverse(z)
     score, log_q = _score(space, chart, at_once), guide_density(space, chart)
     own = score_of(lambda x: log_q(x, *chart.forward(x)), x) if log_q else -x  # as for a normal guide
     slope = score(x) - own  # g
     usable = slope.isfinite().all(-1)
-    if usable.sum() < DRAWS // 2:
+    if usable.sum() < SUSPICION.draws // 2:
         return Suspects(chart, x[:0].T, torch.zeros(0, dtype=torch.long))
     z, x, slope, own = z[usable], x[usable], slope[usable], own[usable]
-    some, there = x[:CURVED], (slope + own)[:CURVED]
-    signs = SHIFT * torch.tensor([1.0, -1.0]).to(x).repeat(CURVED)[: len(some), None]
+    some, there = x[: SUSPICION.curved], (slope + own)[: SUSPICION.curved]
+    signs = SUSPICION.shift * torch.tensor([1.0, -1.0]).to(x).repeat(SUSPICION.curved)[: len(some), None]
 
     def product(vector: Tensor) -> Tensor:
         change = (there - score(some + signs * vector)) / signs
@@ -76,16 +97,16 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
 
     off, other = slope.mean(0), torch.randn_like(slope[0])  # without which latents that have no error would be missed
     start = off / off.norm().clamp_min(1e-30) + other / other.norm()
-    basis, values = lanczos(product, start, PRODUCTS) or (x[:0].T, x[:0, 0])
-    values = values.clamp_min(WIDEST**-2)
+    basis, values = lanczos(product, start, SUSPICION.products) or (x[:0].T, x[:0, 0])
+    values = values.clamp_min(SUSPICION.widest**-2)
     off = off - basis @ ((1 - 1 / values) * (basis.T @ off))
     ends = [*range(len(values))]
-    chosen = sorted({*ends[:EXTREMES], *ends[-EXTREMES:]})
+    chosen = sorted({*ends[: SUSPICION.extremes], *ends[-SUSPICION.extremes :]})
     stretched = Stretched(chart, basis, values.rsqrt())
     directions = torch.cat((basis[:, chosen], stretched.outwards(off[None]).T), -1)
     lengths = directions.norm(dim=0)
     directions = (directions / lengths)[:, lengths > 0]
-    wider = (1 - (x * slope).mean(0)).clamp(WIDEST**-2, WIDEST**2).rsqrt()
+    wider = (1 - (x * slope).mean(0)).clamp(SUSPICION.widest**-2, SUSPICION.widest**2).rsqrt()
     quantities = _moved_most(space, z, chart.forward(off + wider * x)[0], at_once)
     return Suspects(stretched, directions, quantities)
 
@@ -107,5 +128,5 @@ def _moved_most(space: LatentSpace, here: Tensor, there: Tensor, at_once: int) -
     spread = before.std(0)
     of_mean = (after - before).mean(0).abs() / spread
     of_spread = (after.std(0) / spread).log().abs()
-    worst = [off.nan_to_num(0, 0, 0).topk(min(SUSPECTED, len(off))).indices for off in (of_mean, of_spread)]
+    worst = [off.nan_to_num(0, 0, 0).topk(min(SUSPICION.quantities, len(off))).indices for off in (of_mean, of_spread)]
     return torch.cat(worst).unique()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,28 +25,59 @@ from ..programs.model_and_guide import Task
 from ..sampling.annealed_population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from ..user_code import warn_user
-
-LADDER = 0.1, 1.0, 3.0, 10.0, 30.0, 1e3, 1e6  # places in the unconstrained space, on both sides of 0
-ROUND_OFF = 0.1  # relative change of a place there and back, from which the support's edge has rounded it
-SAME = 1e-3  # relative change of a value that a guide's transform can reach
-PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
-MANY = 1000  # latents beyond which a search would take long
-EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=1500)
-NEGLIGIBLE = 0.01  # share of the mass that draws may lack
+from .drift import Drift
 
 
-class Unreached(NamedTuple):
-    """Mass outside of a guide's support.
+@dataclass(frozen=True)
+class Reach:
+    """Constants of the estimate of mass outside of a support.
 
     Attributes:
-        sites: The sites with a narrower support than the model's, in words.
-        share: The share of the posterior's mass outside; NaN if it could not be estimated.
-        noise: Its standard error.
+        ladder: Places in the unconstrained space, on both sides of 0.
+        round_off: The relative change of a place there and back, from which the support's edge has rounded it.
+        same: The relative change of a value that a guide's transform can reach.
+        particles: The particles of a population.
+        few: Those of one whose model runs one draw at a time.
+        latents: The latents beyond which a search would take long.
+        negligible: The share of the mass that draws may lack.
     """
 
-    sites: str
+    ladder: tuple[float, ...] = (0.1, 1.0, 3.0, 10.0, 30.0, 1e3, 1e6)
+    round_off: float = 0.1
+    same: float = 1e-3
+    particles: int = 256
+    few: int = 64
+    latents: int = 1000
+    negligible: float = 0.01
+
+
+REACH = Reach()
+EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=1500)
+
+
+class Missing(NamedTuple):
+    """Posterior mass that a guide misses.
+
+    Attributes:
+        share: The missed share of the posterior's mass, as far as it was found.
+        share_se: The standard error of ``share``.
+        place: The point of highest density in it, ``(D,)``; None if nothing was found.
+        error: The resulting errors of the guide's moments for each of K quantities, or None.
+        is_blind: Whether the search for modes failed because too few draws of the prior have a density.
+        neck: The latent in whose neck the mass lies, and its value there, in words; empty if the mass lies elsewhere.
+        outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
+        narrowest: The scale of the narrowest mode within the guide's draws that the search finds with a chance of
+            95 %, relative to the guide's standard deviations; 1 if it did not look for narrow modes.
+    """
+
     share: float
-    noise: float
+    share_se: float
+    place: Tensor | None = None
+    error: Drift | None = None
+    is_blind: bool = False
+    neck: str = ""
+    outside: str = ""
+    narrowest: float = 1.0
 
 
 def check_reach(caller: str, task: Task) -> None:
@@ -54,36 +86,37 @@ def check_reach(caller: str, task: Task) -> None:
     Warns:
         UserWarning: If a support is narrower than the model's, and the mass outside could not be estimated.
     """
-    if (found := unreached(task)) is None or found.share <= NEGLIGIBLE:
+    found = unreached(task)
+    if found.share <= REACH.negligible:
         return
     way = "Give the site a distribution over the model's support, or use AutoFlow(model)"
-    if found.share > NEGLIGIBLE:
-        fault = f"got {found.share:.0%} of the posterior's mass outside of the support of the guide's {found.sites}"
+    if found.share > REACH.negligible:
+        fault = f"got {found.share:.0%} of the posterior's mass outside of the support of the guide's {found.outside}"
         raise ValueError(f"{caller}: guide must reach where the model has mass, {fault}. {way}.")
-    fault = f"the support of the guide's {found.sites} is narrower than the model's"
+    fault = f"the support of the guide's {found.outside} is narrower than the model's"
     warn_user(f"{caller}: {fault}, and the mass outside could not be estimated. {way}.")
 
 
-def unreached(task: Task) -> Unreached | None:
-    """Return the posterior's mass outside of a guide's support; None if there is none."""
+def unreached(task: Task) -> Missing:
+    """Return the posterior's mass outside of a guide's support; its share is NaN if it could not be estimated."""
     narrow = _narrow(task)
     if not narrow:
-        return None
+        return Missing(0.0, 0.0)
     sites = f"site{'s' * (len(narrow) > 1)} {named(narrow)}"
-    unknown, model = Unreached(sites, math.nan, math.nan), task.settle().model
-    if sum(model.single.nodes[name]["value"].numel() for name in task.latents) > MANY:
+    unknown, model = Missing(math.nan, math.nan, outside=sites), task.settle().model
+    if sum(model.single.nodes[name]["value"].numel() for name in task.latents) > REACH.latents:
         return unknown
     try:
         guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
     except (ValueError, NotImplementedError):  # models that AutoFlow refuses, mostly those without a density at a start
         return unknown
     space = LatentSpace(task.of(guide))
-    number = FEW if task.runs_one_by_one else PARTICLES
+    number = REACH.few if task.runs_one_by_one else REACH.particles
     population = anneal(Reference(space, guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:
         return unknown
     outside = _outside(narrow, space.latents(population.z))
-    return Unreached(sites, *population.share(outside)) if bool(outside.any()) else None
+    return Missing(*population.share(outside), outside=sites) if bool(outside.any()) else Missing(0.0, 0.0)
 
 
 def _narrow(task: Task) -> dict[str, Any]:
@@ -120,10 +153,10 @@ def _points(fn: Any, value: Tensor) -> Tensor:
     """Return places all over the support of a site, ``(n, *shape)``."""
     transform = biject_to(fn.support)
     free = transform.inv(value)
-    steps = torch.tensor([sign * size for size in LADDER for sign in (1, -1)]).to(free)
+    steps = torch.tensor([sign * size for size in REACH.ladder for sign in (1, -1)]).to(free)
     z = steps.reshape(-1, *(1,) * free.dim()).expand(-1, *free.shape)
     points = transform(z)
-    back = (transform.inv(points) - z).abs() <= ROUND_OFF * z.abs()  # False for NaN
+    back = (transform.inv(points) - z).abs() <= REACH.round_off * z.abs()  # False for NaN
     inside = fn.support.check(points).reshape(len(z), -1).all(-1)
     return points[inside & back.reshape(len(z), -1).all(-1)]
 
@@ -139,7 +172,7 @@ def _is_inside(fn: Any, values: Tensor) -> Tensor:
         whole = ComposeTransform(inner.transforms)
         with suppress(NotImplementedError, KeyError):  # a transform without an inverse; Pyro's raise KeyError
             base = whole.inv(values)
-            back = (whole(base) - values).abs() <= SAME * (1 + values.abs())  # False for NaN
+            back = (whole(base) - values).abs() <= REACH.same * (1 + values.abs())  # False for NaN
             inside &= back.reshape(len(values), -1).all(-1) & _is_inside(inner.base_dist, base)
     return inside
 

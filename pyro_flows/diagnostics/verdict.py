@@ -3,8 +3,8 @@
 Three tests look at the draws, and none needs the true posterior:
 
 * importance weights compare guide and posterior at the draws, and k-hat tells whether the weights are reliable; many
-  more draws show whether a few lie where the posterior has no density (:mod:`.outliers`);
-* short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
+  more draws show whether a few lie where the posterior has no density (:mod:`.few_latents`);
+* short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`);
 * a population annealed from the prior finds mass that lies far away (:mod:`.missing_modes`).
 
 Beyond 1,000 latents the first two look at some quantities: at all numbers of small sites, such as scales, at those

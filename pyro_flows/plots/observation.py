@@ -70,7 +70,7 @@ def misspecification(found: Any) -> Picture:
         >>> import torch
         >>> from pyro_flows.diagnostics import Misspecification
         >>> p, null = torch.tensor([0.5]), torch.rand(99)
-        >>> found = Misspecification(["spread"], p, 0.3, null, 0.5, 0.05, "", ["x[0]", "x[1]"], torch.randn(2))
+        >>> found = Misspecification(["spread"], 0.3, null, 0.5, 0.05, "", p, ["x[0]", "x[1]"], torch.randn(2))
         >>> misspecification(found).axes[2].get_title()
         'p = 0.5'
     """
