@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyro_flows import (
     AutoFlow,
-    Calibration,
     Flow,
     calibrate,
     fit_amortized,
@@ -26,6 +25,7 @@ from pyro_flows import (
 )
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
+from pyro_flows.diagnostics import Calibration
 from pyro_flows.diagnostics.calibration import uniformity
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.programs import Program
