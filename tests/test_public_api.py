@@ -3,6 +3,7 @@
 import builtins
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 from laws import BIJECTORS, RECIPES
@@ -131,6 +132,12 @@ def test_methods_are_documented(name):
 
 
 def test_the_package_is_typed():
-    from pathlib import Path
-
     assert (Path(pyro_flows.__file__).parent / "py.typed").exists()
+
+
+def test_the_page_of_all_names_has_each_once():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "at_a_glance.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE)
+    told = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(told) == sorted(NAMES[pyro_flows].split())
+    assert len([name for name in told if not isinstance(getattr(pyro_flows, name), MODULE)]) <= 40

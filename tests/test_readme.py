@@ -27,7 +27,7 @@ def test_example_runs(number, capsys, monkeypatch, tmp_path):
         assert draws.min() > 0
         assert draws.max() < 4
     else:  # the least-squares solution lies in the 99 % intervals, which are narrower than those of the prior
-        low, high = scope["guide"].quantiles([0.005, 0.995])["w"]
+        low, high = scope["found"].draws["w"].quantile(torch.tensor([0.005, 0.995]), 0)
         found = torch.linalg.lstsq(scope["x"], scope["y"].unsqueeze(-1)).solution.squeeze(-1)
         assert (low < found).all()
         assert (found < high).all()

@@ -10,12 +10,12 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from ..diagnostics.importance import reweighted
+from ..diagnostics.importance import weigh
 from ..programs.engines import Values
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
-from ..sampling.annealed_population import ISLANDS, Population, bridge
+from ..sampling.annealed_population import ISLANDS, Population, bridge, systematic
 from ..vjp import LogDensity
 from .record import Posterior
 from .stages import Judged, Stages
@@ -77,11 +77,17 @@ def _of_guide(task: Task, stages: Stages, best: Judged) -> tuple[Values, Evidenc
     question, number = stages.question, stages.num_draws
     if task.draws_rows:  # the guide itself draws all rows
         return best.guide.sample(number, *question.args, **question.kwargs), Evidence()
+    checked = best.check
     task.check()
-    if not (best.check and best.is_usable and best.check.psis.reliable):
+    if checked is None or not (best.is_usable and checked.psis.reliable):
         return task.values(task.draw(number).latents), Evidence()
-    kept, psis = reweighted(task.draw(PER_DRAW * number), number, "posterior", task)
-    return task.values(kept.latents), Evidence(psis.log_evidence, psis.log_evidence_se)
+    found = task.draw(PER_DRAW * number)
+    psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at)
+    if checked.trusted and not psis.reliable:  # k-hat is itself an estimate
+        return task.values(found.take(torch.arange(number)).latents), Evidence()
+    kept = systematic(psis.smoothed.double().exp(), number)
+    latents = found.latents_at(kept[torch.randperm(number, device=kept.device)])
+    return task.values(latents), Evidence(psis.log_evidence, psis.log_evidence_se)
 
 
 @torch.no_grad()
