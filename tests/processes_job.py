@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -37,7 +36,7 @@ from pyro_flows import (
 )
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.objectives import ForwardKL, Likelihood
-from pyro_flows.training import distributed, shards
+from pyro_flows.training import distributed
 
 RANK = int(os.environ.get("RANK", 0))
 Found = dict[str, Any]
@@ -201,18 +200,10 @@ def many_rows(checkpoint: Path) -> Found:
     return told(fit_svi(model, guide, batches, steps=2, checkpoint=checkpoint, progress=False))
 
 
-def sharded(folder: Path) -> Found:
-    """Interrupt a fit whose checkpoint is divided, resume it, and resume it once more in a copy for one process."""
-    with mock.patch.object(shards, "LARGE", 45):  # the levels and their moments
-        whole = streamed()
-        broken = streamed(checkpoint=folder / "shards", at=11)
-        if RANK == 0:
-            for file in folder.glob("shards*"):
-                (folder / file.name.replace("shards", "shards_for_one")).write_bytes(file.read_bytes())
-        files = sorted(file.name for file in folder.glob("shards*")) if RANK == 0 else []
-        resumed = streamed(checkpoint=folder / "shards")
-        left = sorted(file.name for file in folder.glob("shards.*"))
-    return {"whole": whole, "broken": broken, "resumed": resumed, "files": files, "left": left}
+def resumed_stream(folder: Path) -> Found:
+    """Interrupt a fit on a stream of rows, and resume it."""
+    runs = {"whole": streamed(), "broken": streamed(checkpoint=folder / "streamed", at=11)}
+    return {**runs, "resumed": streamed(checkpoint=folder / "streamed")}
 
 
 def replayed(folder: Path) -> Found:
@@ -302,7 +293,7 @@ def both(folder: Path) -> Found:
         "minibatches": minibatches(),
         "streamed": streamed(),
         "many_rows": many_rows(folder / "many_rows"),
-        "sharded": sharded(folder),
+        "resumed_stream": resumed_stream(folder),
         "replayed": replayed(folder),
         "resumed": resumed(folder),
         "missing": missing(),

@@ -32,7 +32,6 @@ from ..sampling.block_gaussian import BlockGaussian, fit_blocks
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
 from ..sampling.start_search import Watch
-from ..training import distributed
 from ..training.interrupts import watching
 from ..user_code import warn_user
 from ..vjp import LogDensity
@@ -174,5 +173,4 @@ def _allows(runs: RunBudget, way: str = "") -> bool:
 
 
 def _bar(progress: bool) -> tqdm:
-    shown = progress and distributed.rank() == 0
-    return tqdm(desc="looking for a Gaussian to start from", unit="round", disable=not shown, delay=1, leave=False)
+    return tqdm(desc="looking for a Gaussian to start from", unit="round", disable=not progress, delay=1, leave=False)

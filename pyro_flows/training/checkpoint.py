@@ -6,7 +6,6 @@ A checkpoint is the state of a run in one file, from which it resumes to the sam
 from __future__ import annotations
 
 import inspect
-import secrets
 import time
 import zlib
 from collections.abc import Callable
@@ -22,9 +21,8 @@ from ..bijectors import Bijector
 from ..user_code import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
-from .shards import divided, joined, remove_shards, shard_of
 
-FORMAT = 7
+FORMAT = 8
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 OTHER_VERSION = "Resume it with that version, name another file, or remove this one."
@@ -121,31 +119,9 @@ class Checkpoint(Attempts):
             return
         mine = {name: state[name] for name in own} | {"random": random_state()}
         _, *others = distributed.all_gather(lambda: mine)
-        common, rows = divided({name: value for name, value in state.items() if name not in own})
-        content = {"format": FORMAT, "settings": self._settings, **common, **mine, "others": others}
-        problem = self._save_shard(self.path, content["shards"], rows) if rows else ""
-
-        def write(path: Path) -> None:
-            if problem:
-                raise OSError(problem)
-            write_atomically(path, lambda draft: save_tensors(content, draft))
-            remove_shards(path, content["shards"]["name"] if rows else "")
-
-        self.attempt(write)
+        content = {"format": FORMAT, "settings": self._settings, **state, **mine, "others": others}
+        self.attempt(lambda path: write_atomically(path, lambda draft: save_tensors(content, draft)))
         self._last = time.perf_counter()
-        failed = distributed.broadcast(lambda: self.problem) if rows else ""
-        if failed:
-            shard_of(self.path, content["shards"]["name"], distributed.rank()).unlink(missing_ok=True)
-
-    def _save_shard(self, path: Path, shards: dict[str, Any], rows: list[Tensor]) -> str:
-        """Write this process's rows of large tensors; return the reason if a process could not, or nothing."""
-        shards["name"] = distributed.broadcast(lambda: secrets.token_hex(4))
-        file = shard_of(path, shards["name"], distributed.rank())
-
-        def save() -> None:
-            write_atomically(file, lambda draft: save_tensors(rows, draft))
-
-        return next(filter(None, distributed.all_gather(lambda: _why_not(save))), "")
 
     def read(self) -> dict[str, Any] | None:
         """Return the state in the file, or None if there is no file, and set the random numbers to it.
@@ -169,15 +145,11 @@ class Checkpoint(Attempts):
 
 def settings_of(path: Path) -> dict[str, Any] | None:
     """Return the settings of the run in a file, None if there is no file; errors as in :class:`Checkpoint`."""
-    state = distributed.broadcast(lambda: _load(path, "fit_svi"))
-    return dict(state["settings"]) if state else None
+    return distributed.broadcast(lambda: (_load(path, "fit_svi") or {}).get("settings"))
 
 
 def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return the state in a file, None if there is no file; raise ValueError if it has other settings.
-
-    Without settings to compare, large tensors stay in the files of other processes.
-    """
+    """Return the state in a file, None if there is no file; raise ValueError if it has other settings."""
     if path is None or not path.exists():
         return None
 
@@ -193,16 +165,10 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
         raise refused("was written by another version of pyro_flows", OTHER_VERSION)
     if not isinstance(kept, dict) or "steps" not in kept:
         raise refused("is not a checkpoint (it has no settings)")
-    if settings is None:
-        return state
-    if kept != settings:
+    if settings is not None and kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
         raise refused(f"is of another run ({', '.join(other)})")
-    name = state.get("shards", {}).get("name", "")
-    try:
-        return joined(state, lambda rank: torch.load(shard_of(path, name, rank), map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise refused(f"lacks the part {error.filename!r} of another process") from error
+    return state
 
 
 def fingerprint(data: tuple[Any, ...]) -> list[str]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import inspect
 import os
 import pickle
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro
@@ -39,15 +40,7 @@ PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after an
 
 
 class Parted(RuntimeError):
-    """Another process has failed or ended, so this process cannot continue.
-
-    Attributes:
-        refused: True if all failures there were a ``ValueError`` or a ``FloatingPointError``.
-    """
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
+    """Another process has failed or ended, so this process cannot continue."""
 
 
 def size() -> int:
@@ -60,29 +53,26 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def alone() -> bool:
-    """True if this is the only process."""
-    return size() == 1
-
-
 def collective(fit: Callable[P, T]) -> Callable[P, T]:
     """Make a function one call of all processes.
 
-    Random numbers are synchronised before and after the call.  Process 0 alone warns.  An error in one process ends
-    the call in all.
+    Random numbers are synchronised before and after the call.  Process 0 alone warns and shows progress.  An error in
+    one process ends the call in all.
     """
+    shows_progress = "progress" in inspect.signature(fit).parameters
 
     @functools.wraps(fit)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         forget_cut_off(*SYMBOLIC)
         _join()
-        if alone():
+        if size() == 1:
             return fit(*args, **kwargs)
         try:
             sync()
             with warnings.catch_warnings():
                 if rank():
                     warnings.simplefilter("ignore")
+                    kwargs.update({"progress": False} if shows_progress else {})
                 found = fit(*args, **kwargs)
             sync()
             return found
@@ -101,7 +91,7 @@ def _join() -> None:
         if on_gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-    if not alone():
+    if size() > 1:
         atexit.unregister(_leave)  # registered once, whoever made the group
         atexit.register(_leave)
 
@@ -159,13 +149,10 @@ def barrier(failure: Exception | None = None) -> None:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if not flag:
             return
-        refused = isinstance(failure, ValueError | FloatingPointError)
-        dist.all_gather_object(said, (f"{type(failure).__name__}: {failure}", refused) if failure else None)
+        dist.all_gather_object(said, f"{type(failure).__name__}: {failure}" if failure else None)
     if failure is None:
-        failed = {number: found for number, found in enumerate(said) if found}
-        number, (problem, _) = next(iter(failed.items()))
-        refused = all(others for _, others in failed.values())
-        raise Parted(f"process {number} of {size()} has failed: {problem}", refused=refused)
+        number, problem = next((number, found) for number, found in enumerate(said) if found)
+        raise Parted(f"process {number} of {size()} has failed: {problem}")
 
 
 def all_gather(make: Callable[[], T]) -> list[T]:
@@ -176,7 +163,7 @@ def all_gather(make: Callable[[], T]) -> list[T]:
 
 def broadcast(make: Callable[[], T], source: int = 0) -> T:
     """Return the value that one process makes, in all processes; the others do not call ``make``."""
-    if alone():
+    if size() == 1:
         return make()
     made = make() if rank() == source else None
     packed = [pickle.dumps(made)]  # before the barrier, so that a failure here is announced there
@@ -187,7 +174,7 @@ def broadcast(make: Callable[[], T], source: int = 0) -> T:
 
 
 @torch.no_grad()
-def add_up(parameters: list[Tensor], loss: Tensor, share: float, flags: list[bool]) -> tuple[float, list[bool]]:
+def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: list[bool]) -> tuple[float, list[bool]]:
     """Replace gradients by their weighted sum over all processes, or None if no process has one.
 
     One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
@@ -197,12 +184,14 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float, flags: list[boo
     Args:
         parameters: The tensors with gradients.
         loss: The loss of this process.
-        share: The weight of this process.
+        share: The weight of this process; None if all have the same.
         flags: Flags of this process.
 
     Returns:
         The weighted sum of the losses, and for each flag True if a process has raised it.
     """
+    if size() == 1:
+        return loss.item(), flags
     barrier()
     gradients = [parameter.grad for parameter in parameters]
     # The dtype of the parameters, because that of a loss that failed may differ between processes.
@@ -211,7 +200,7 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float, flags: list[boo
         (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1).to(dtype)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
-    own = torch.cat([*parts, loss.reshape(1).to(parts[0].device, dtype)]).mul_(share)
+    own = torch.cat([*parts, loss.reshape(1).to(parts[0].device, dtype)]).mul_(1 / size() if share is None else share)
     raised = torch.tensor([*(gradient is not None for gradient in gradients), *flags])
     flat = torch.cat((own, raised.to(own)))
     with reaching():
@@ -256,7 +245,7 @@ def seed(program: Any = None) -> None:
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Set the tensors of all processes to those of process 0; tensors without gradients may change their shapes."""
-    if alone():
+    if size() == 1:
         return
     own = list({id(tensor): tensor for tensor in tensors}.values())
     new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
@@ -264,13 +253,16 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         fill(own, new)
 
 
-def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
-    """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one.
+def agree(caller: str, settings: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+    """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one; set their tensors.
 
     Raises:
         ValueError: In all processes, if they do not; the error names what differs, or the way out.
     """
-    on_gpu = device.type == "cuda" and not alone() and "nccl" in dist.get_backend_config()
+    if size() == 1:
+        return
+    device = tensors[0].device
+    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
     first, *others = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
     for number, (other, _) in enumerate(others, 1):
@@ -284,3 +276,4 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'
         )
+    broadcast_tensors(tensors)

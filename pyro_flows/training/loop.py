@@ -176,8 +176,7 @@ class Descent:
         self.buffers, self.tensors = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
         marks = {"steps": settings.steps, "lr": settings.lr, "clip_norm": settings.clip_norm, **settings.marks}
         marks["shapes"] = [list(parameter.shape) for parameter in parameters]
-        distributed.agree(settings.caller, marks, parameters[0].device)
-        distributed.broadcast_tensors(self.tensors)
+        distributed.agree(settings.caller, marks, self.tensors)
         self.average = Average(parameters, self.judge.decay) if self.judge else None
         self.best = Best([*parameters, *(buffer for buffer in self.buffers if buffer.is_floating_point())])
         self.losses: list[float] = []
@@ -247,20 +246,20 @@ class Descent:
 
     def _take_steps(self) -> str:
         """Take steps until there is a reason to stop, and return the reason."""
-        alone, stopped = distributed.alone(), self._reason_to_stop()
+        alone, stopped = distributed.size() == 1, self._reason_to_stop()
         every = self.judge.every if self.judge else self.settings.window
-        shown = self.settings.progress and distributed.rank() == 0
-        bar = tqdm(total=self.settings.steps, initial=self.step, disable=not shown, unit="step", dynamic_ncols=True)
+        hidden = not self.settings.progress
+        bar = tqdm(total=self.settings.steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
         try:
             with bar, hold_interrupts(0.0 if alone else AGAIN) as asked, using(1):
                 while not stopped:
-                    wished = self._take_step(asked)
+                    with self.threads.turn(1):
+                        interrupted, due = self._take_step(asked)
                     self.horizon.observe(self.losses)
                     bar.total = self.horizon.last
                     bar.update()
                     if self.step % every == 0 or self.step == self.horizon.last:
                         bar.set_postfix_str(self._judge())
-                    interrupted, due = wished or (asked(), self.checkpoint.due)
                     stopped = self._reason_to_stop(interrupted=interrupted)
                     if stopped or due:
                         self._save()
@@ -279,24 +278,19 @@ class Descent:
         stale = judge is not None and self.step - self.best.step >= judge.patience * judge.every
         return self.horizon.reason_to_stop(self.step, stale=stale, interrupted=interrupted)
 
-    def _take_step(self, asked: Callable[[], bool]) -> list[bool]:
+    def _take_step(self, asked: Callable[[], bool]) -> tuple[bool, bool]:
         """Take a step, or skip it if its loss or gradient is not finite.
 
         Returns:
-            True if any of several processes was asked to stop, and True if any is to save; empty if there is one only.
+            True if a process was asked to stop, and True if one is to save.
         """
-        began, step = time.perf_counter(), self.step + 1
-        wished: list[bool] = []
+        step = self.step + 1
         for parameter in self.parameters:
             parameter.grad = None
         loss, error = self._backward()
-        unsolved = isinstance(error, FloatingPointError)
-        if distributed.alone():
-            total = loss.item()
-        else:
-            share = float(getattr(self.companion, "share", 1 / distributed.size()))  # known after the loss
-            flags = [unsolved, asked(), self.checkpoint.due]
-            total, (unsolved, *wished) = distributed.add_up(self.parameters, loss, share, flags)
+        flags = [isinstance(error, FloatingPointError), asked(), self.checkpoint.due]
+        share = getattr(self.companion, "share", None)  # known after the loss
+        total, (unsolved, interrupted, due) = distributed.add_up(self.parameters, loss, share, flags)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.losses.append(total if norm.isfinite() else math.nan)
         if math.isfinite(self.losses[-1]):
@@ -307,9 +301,7 @@ class Descent:
                 self.average.update(step)
         else:
             self._check_skipped(error, UNSOLVED if unsolved else self.settings.patience)
-        self.threads.saw(time.perf_counter() - began)
-        torch.set_num_threads(self.threads.number)
-        return wished
+        return interrupted, due
 
     def _backward(self) -> tuple[Tensor, Exception | None]:
         """Compute the gradients; return the loss, NaN if the model broke down, and the error that says why."""
