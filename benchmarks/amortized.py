@@ -126,7 +126,7 @@ def learned(task: tasks.Task, simulations: Any, seed: int) -> Trained:
     guide = pf.AutoFlow(task.model, encoder=task.encoder())
 
     def train() -> Callable[..., Tensor]:
-        model = task.with_likelihood(pf.fit_likelihood(simulations=points, progress=False))
+        model = task.with_likelihood(pf.fit_likelihood(*points, progress=False))
         drawn = pf.simulate(model, num_simulations=6 * len(simulations))
         emulated = pf.Simulations(drawn.latents, {"x": drawn.data["x"].reshape(len(drawn), *task.shape)})
         pf.fit_amortized(task.model, guide, simulations=emulated, max_epochs=20, progress=False)
@@ -366,8 +366,12 @@ def likelihood(results: Results, options: argparse.Namespace, seed: int) -> None
     if results.has("likelihood", "20", "fit_likelihood", seed, "mu_worst"):
         return
     pyro.set_rng_seed(seed)
-    settings: dict[str, Any] = {"num_simulations": options.simulations, "progress": False}
-    learned, took = timed(lambda: pf.fit_likelihood(two.one_row, WIDE, **settings))
+
+    def learn() -> Any:
+        theta = WIDE.sample((options.simulations,))
+        return pf.fit_likelihood(theta, two.one_row(theta), progress=False)
+
+    learned, took = timed(learn)
     results.add("likelihood", "training", "fit_likelihood", seed, **took)
     model = two.with_likelihood(learned)
     for groups in (5, 20):

@@ -10,6 +10,8 @@ import copy
 import math
 import pickle
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -183,49 +185,32 @@ def choices(theta: Tensor) -> Tensor:
 
 
 PRIOR = dist.Uniform(torch.full((1,), -3.0), 3.0)
-quick = {"num_simulations": 200, "max_epochs": 2, "progress": False, "flow": recipe}
+
+
+def quick(simulator: Callable[[Tensor], Tensor], **settings: Any) -> Flow | Mixed:
+    """Learn the likelihood of a simulator from 200 draws, in two epochs."""
+    theta = PRIOR.sample((200,))
+    return fit_likelihood(theta, simulator(theta), **{"max_epochs": 2, "progress": False, "flow": recipe, **settings})
 
 
 def test_it_returns_a_flow_of_the_parameters():
-    likelihood = fit_likelihood(normal, PRIOR, **quick)
+    likelihood = quick(normal)
     assert isinstance(likelihood, Flow)
     assert likelihood(torch.zeros(4, 1)).log_prob(torch.zeros(4, 1)).shape == (4,)
 
 
-def test_simulations_may_be_given_and_interrupted_runs_keep_them(tmp_path):
+def test_a_run_resumes_on_the_same_simulations_alone(tmp_path):
     theta = PRIOR.sample((100,))
-    given = fit_likelihood(
-        None, simulations=(theta[:, 0], normal(theta)[:, 0]), flow=recipe, max_epochs=1, progress=False
-    )
-    assert given.event_shape == (1,)
-    calls = []
-
-    def counted(theta: Tensor) -> Tensor:
-        calls.append(len(theta))
-        return normal(theta)
-
-    for _ in range(2):
-        fit_likelihood(counted, PRIOR, checkpoint=tmp_path / "run", **quick)
-    assert calls == [200]
-
-
-def test_simulations_of_another_prior_are_not_taken_from_a_file(tmp_path):
-    fit_likelihood(normal, PRIOR, checkpoint=tmp_path / "run", **quick)
-    with pytest.raises(ValueError, match="checkpoint"):
-        fit_likelihood(normal, dist.Normal(torch.zeros(1), 1.0), checkpoint=tmp_path / "run", **quick)
-
-
-@pytest.mark.parametrize("settings", [{"discrete": 1}, {"positive": (-1,)}, {"discrete": (0,), "positive": (0,)}])
-def test_entries_are_checked_before_the_simulator_runs(settings):
-    def never(theta: Tensor) -> Tensor:
-        raise AssertionError
-
-    with pytest.raises((TypeError, ValueError), match=r"discrete|positive"):
-        fit_likelihood(never, PRIOR, **quick, **settings)
+    x = normal(theta)[:, 0]
+    settings = {"flow": recipe, "max_epochs": 1, "progress": False, "checkpoint": tmp_path / "run"}
+    assert fit_likelihood(theta[:, 0], x, **settings).event_shape == (1,)
+    fit_likelihood(theta, x, **settings)
+    with pytest.raises(ValueError, match="is of another run"):
+        fit_likelihood(theta, x + 1, **settings)
 
 
 def test_entries_may_be_discrete_and_positive():
-    likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
+    likelihood = quick(choices, entries={0: "positive", 1: "discrete"})
     assert isinstance(likelihood, Mixed)
     x = likelihood(torch.zeros(50, 1)).sample()
     assert set(x[:, 1].tolist()) <= {0.0, 1.0}
@@ -243,7 +228,7 @@ def test_entries_may_be_discrete_and_positive():
     ],
 )
 def test_data_that_a_likelihood_cannot_draw_are_named(row, words):
-    likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
+    likelihood = quick(choices, entries={0: "positive", 1: "discrete"})
 
     def model(x: Tensor) -> None:
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -267,32 +252,27 @@ def test_a_prior_of_categories_is_refused_and_one_of_positive_numbers_keeps_its_
 
 
 @pytest.mark.parametrize(
-    ("simulator", "settings", "words"),
+    ("simulator", "entries", "words"),
     [
-        (lambda t: t[:1], {}, "one row for each of the 200 parameters.*got 1"),
-        (lambda t: t[..., None].expand(-1, 1, 2), {}, r"simulator must have shape \(N, D\), got \(200, 1, 2\)"),
-        (lambda t: t * math.nan, {}, r"x\[:, 0\]' holds NaN"),
-        (lambda t: t * 0, {}, r"x\[:, 0\]' is constant"),
-        (normal, {"discrete": (0,)}, "discrete entry 0 must hold integers"),
-        (normal, {"positive": (0,)}, "entry 0 must be positive"),
-        (normal, {"positive": (1,)}, "positive must hold indices below 1"),
-        (3, {}, "simulator must be a function of parameters"),
-        (normal, {"simulations": (torch.zeros(20), torch.zeros(20))}, "either simulator and prior, or simulations"),
+        (lambda t: t[:1], None, "as many rows, at least 20, got 200 and 1"),
+        (lambda t: t[..., None].expand(-1, 1, 2), None, r"x must have shape \(N, D\), got \(200, 1, 2\)"),
+        (lambda t: t * math.nan, None, r"x\[:, 0\]' holds NaN"),
+        (lambda t: t * 0, None, r"x\[:, 0\]' is constant"),
+        (normal, {0: "discrete"}, "discrete entry 0 must hold integers"),
+        (normal, {0: "positive"}, "entry 0 must be positive"),
+        (normal, {1: "positive"}, "entries must map indices below 1"),
+        (normal, {0: "real"}, "to 'discrete' or 'positive'"),
+        (normal, 0, "entries must map indices"),
     ],
 )
-def test_simulators_that_do_not_fit_are_refused(simulator, settings, words):
+def test_simulations_that_do_not_fit_are_refused(simulator, entries, words):
     with pytest.raises(ValueError, match=words):
-        fit_likelihood(simulator, PRIOR, **quick, **settings)
+        quick(simulator, entries=entries)
 
 
 def test_draws_that_are_no_tensors_are_refused():
-    with pytest.raises(TypeError, match="draws of simulator must be tensors, got ndarray"):
-        fit_likelihood(lambda t: t.numpy(), PRIOR, **quick)
-
-
-def test_given_simulations_must_have_equal_numbers():
-    with pytest.raises(ValueError, match="as many theta as x, at least 20, got 3, 2"):
-        fit_likelihood(simulations=(torch.zeros(3), torch.zeros(2)), **quick)
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        quick(lambda t: t.numpy())
 
 
 def test_integers_that_are_not_discrete_are_warned_of():
@@ -301,11 +281,11 @@ def test_integers_that_are_not_discrete_are_warned_of():
     def counts(theta: Tensor) -> Tensor:
         return torch.cat((torch.poisson(theta.exp()), normal(theta)), -1)
 
-    with pytest.warns(UserWarning, match=r"of x, column 0 holds integers \(.*Give integers as discrete=\(0,\)"):
-        fit_likelihood(counts, PRIOR, **quick)
+    with pytest.warns(UserWarning, match=r"of x, column 0 holds integers \(.*Give integers as entries={0: .discrete.}"):
+        quick(counts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit_likelihood(counts, PRIOR, discrete=(0,), **quick)
+        quick(counts, entries={0: "discrete"})
 
 
 def test_values_that_many_draws_share_are_warned_of():
@@ -313,12 +293,12 @@ def test_values_that_many_draws_share_are_warned_of():
         return (theta + torch.randn(theta.shape)).clamp(max=1.5)
 
     with pytest.warns(UserWarning, match=r"of x, column 0 repeats a value \(1\.5 in \d+ %.*Mark a value that repeats"):
-        fit_likelihood(censored, PRIOR, **quick)
+        quick(censored)
     with pytest.warns(UserWarning, match=r"of x, column 0 holds multiples of 0\.5"):
-        fit_likelihood(lambda theta: (2 * normal(theta)).round() / 2, PRIOR, **quick)
+        quick(lambda theta: (2 * normal(theta)).round() / 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit_likelihood(normal, PRIOR, **quick)
+        quick(normal)
 
 
 def shifted(theta: Tensor) -> Tensor:
@@ -332,36 +312,34 @@ def shifted(theta: Tensor) -> Tensor:
     [
         (lambda t: normal(t).expand(-1, 2), {}, r"x\[:, 0\], x\[:, 1\]"),
         (lambda t: torch.cat((normal(t), 2 * t + 1), -1), {}, r"theta\[:, 0\], x\[:, 1\]"),
-        (shifted, {"discrete": (0,)}, r"theta\[:, 0\], x\[:, 0\], x\[:, 1\]"),
+        (shifted, {"entries": {0: "discrete"}}, r"theta\[:, 0\], x\[:, 0\], x\[:, 1\]"),
     ],
     ids=["equal columns", "x is theta", "given a category"],
 )
 def test_entries_that_others_or_the_parameters_determine_are_warned_of(simulator, settings, words):
     with pytest.warns(UserWarning, match=rf"fit_likelihood: {words} determine one another \(by a linear relation\)"):
-        fit_likelihood(simulator, PRIOR, **quick, **settings)
+        quick(simulator, **settings)
 
 
 def test_parameters_that_determine_one_another_are_no_fault():
     theta = PRIOR.sample((200,)).expand(-1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit_likelihood(simulations=(theta, normal(theta)), flow=recipe, max_epochs=1, progress=False)
+        fit_likelihood(theta, normal(theta), flow=recipe, max_epochs=1, progress=False)
     with pytest.warns(UserWarning, match=r"theta\[:, 1\], x\[:, 0\] determine one another"):
-        fit_likelihood(simulations=(theta, theta[:, :1]), flow=recipe, max_epochs=1, progress=False)
+        fit_likelihood(theta, theta[:, :1], flow=recipe, max_epochs=1, progress=False)
 
 
 def test_complex_data_are_refused_by_name():
     theta = PRIOR.sample((200,))
     words = r"fit_likelihood: x must hold real numbers, got torch\.complex64; use torch\.view_as_real\(x\)"
     with pytest.raises(ValueError, match=words):
-        fit_likelihood(lambda t: torch.complex(normal(t), normal(t)), PRIOR, **quick)
-    with pytest.raises(ValueError, match=words):
-        fit_likelihood(simulations=(theta, torch.complex(theta, theta)), **quick)
+        fit_likelihood(theta, torch.complex(theta, theta))
     with pytest.raises(ValueError, match="fit_likelihood: theta must hold real numbers, got"):
-        fit_likelihood(simulations=(torch.complex(theta, theta), theta), **quick)
+        fit_likelihood(torch.complex(theta, theta), theta)
 
 
-@pytest.mark.parametrize("settings", [{}, {"positive": (0,)}])
+@pytest.mark.parametrize("settings", [{}, {"entries": {0: "positive"}}])
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
@@ -375,7 +353,7 @@ def test_complex_data_are_refused_by_name():
 )
 def test_recipes_of_another_size_are_refused(wrong, error, words, settings):
     with pytest.raises(error, match=rf"fit_likelihood: flow\(1, 1\) .*{words}"):
-        fit_likelihood(lambda t: normal(t).exp(), PRIOR, **quick | {"flow": wrong}, **settings)
+        quick(lambda t: normal(t).exp(), flow=wrong, **settings)
 
 
 def test_recipes_may_bring_an_encoder():
@@ -383,12 +361,12 @@ def test_recipes_may_bring_an_encoder():
         encoder = MLPEncoder(context_dim, 3, (4,))
         return Flow(recipe(input_dim, 3).transforms, encoder=encoder)
 
-    likelihood = fit_likelihood(normal, PRIOR, **quick | {"flow": encoded})
+    likelihood = quick(normal, flow=encoded)
     assert likelihood(torch.zeros(4, 1)).batch_shape == (4,)
 
 
 def test_data_of_another_width_have_one_clear_error():
-    likelihood = fit_likelihood(choices, PRIOR, discrete=(1,), positive=(0,), **quick)
+    likelihood = quick(choices, entries={0: "positive", 1: "discrete"})
 
     def model(x: Tensor) -> None:
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -408,7 +386,7 @@ def test_a_likelihood_that_a_model_holds_is_not_trained(local):
     class Holder(PyroModule):
         def __init__(self) -> None:
             super().__init__()
-            self.likelihood = fit_likelihood(normal, PRIOR, **quick)
+            self.likelihood = quick(normal)
 
         def forward(self, x: Tensor) -> None:
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -428,7 +406,7 @@ def test_a_likelihood_that_a_model_holds_is_not_trained(local):
 
 
 def test_contexts_without_a_dimension_of_parameters_are_refused():
-    likelihood = fit_likelihood(normal, PRIOR, **quick)
+    likelihood = quick(normal)
     with pytest.raises(ValueError, match=r"context must have shape \(\*batch, 1\), got \(5,\).*context\[..., None\]"):
         likelihood(torch.zeros(5))
 
@@ -442,7 +420,7 @@ def test_a_location_that_all_numbers_of_a_context_share_is_accepted():
 def test_a_posterior_with_a_learned_likelihood_is_that_with_the_exact_one():
     """The learned density costs at most .02 nats per row, and moves the mean of a posterior of 20 rows by .3 sd."""
     pyro.set_rng_seed(0)
-    likelihood = fit_likelihood(normal, PRIOR, num_simulations=5000, progress=False)
+    likelihood = fit_likelihood(theta := PRIOR.sample((5000,)), normal(theta), progress=False)
     theta = PRIOR.sample((4000,))
     x = normal(theta)
     loss = dist.Normal(theta, 0.5).to_event(1).log_prob(x) - likelihood(theta).log_prob(x)
@@ -473,7 +451,7 @@ def test_correlations_that_depend_on_the_parameters_are_learned_by_default():
 
     pyro.set_rng_seed(0)
     prior = dist.Uniform(torch.full((1,), -1.0), 1.0)
-    likelihood = fit_likelihood(lambda theta: exact(theta).sample(), prior, num_simulations=5000, progress=False)
+    likelihood = fit_likelihood(theta := prior.sample((5000,)), exact(theta).sample(), progress=False)
     assert any(isinstance(part, TriangularAffine) for part in likelihood.transforms)
     theta = prior.sample((4000,))
     x = exact(theta).sample()
