@@ -16,6 +16,7 @@ from models import Y, nested
 from pyro.infer.autoguide import AutoDelta
 
 from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
+from pyro_flows.diagnostics import importance
 from pyro_flows.diagnostics.importance import weigh
 from pyro_flows.programs import Program
 
@@ -134,10 +135,10 @@ def test_log_weights_of_nested_plates_are_those_of_the_trace(guide):
     torch.testing.assert_close(stats["log_weight"], stats["log_p"] - stats["log_q"])
 
 
-@pytest.mark.parametrize("batch_size", [7, 30, 1000])
-def test_batch_size_changes_no_shapes(guide, batch_size):
-    assert psis(nested, guide, Y, num_samples=30, batch_size=batch_size).log_weights.shape == (30,)
-    data = to_arviz(nested, guide, Y, num_samples=30, batch_size=batch_size)
+def test_draws_that_run_in_parts_have_the_same_shapes(guide, monkeypatch):
+    monkeypatch.setattr(importance.Weighing, "at_once", lambda *_: 7)
+    assert psis(nested, guide, Y, num_samples=30).log_weights.shape == (30,)
+    data = to_arviz(nested, guide, Y, num_samples=30)
     assert data.posterior["pair"].shape == (1, 30, 2, 3, 2)
     assert data.log_likelihood["y"].shape == (1, 30, 2, 3)
 
@@ -201,14 +202,6 @@ def test_a_subsampled_plate_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"plate 'rows', which is subsampled \(4 of 10 rows\)"):
         psis(model, guide, num_samples=100)
-
-
-def test_batch_size_must_be_positive():
-    def model() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match=r"^(psis: )?batch_size must be an integer of at least 1, got 0"):
-        psis(model, model, num_samples=100, batch_size=0)
 
 
 def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():

@@ -61,7 +61,7 @@ def one_row(size: float) -> Callable[[Tensor], Tensor]:
 
 def judged(model: Any, guide: Any) -> tuple[RowWeights, ...]:
     with pyro.validation_enabled(False):
-        return row_weights(sound_space(Task(model, guide, (), {})), 200)
+        return row_weights(sound_space(Task(model, guide, (), {})))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -29,7 +29,6 @@ def to_arviz(
     num_weighed: int | None = None,
     posterior_predictive: bool = False,
     log_likelihood: bool = True,
-    batch_size: int = 1000,
     **kwargs: Any,
 ) -> Any:
     """Return draws in ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
@@ -63,7 +62,6 @@ def to_arviz(
         posterior_predictive: Whether to sample the observed sites given the latents.  Sites that depend on an observed
             site then use its new value.
         log_likelihood: Whether to include the log-likelihood of each observation, in nats.
-        batch_size: The number of draws that run at once.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -94,17 +92,17 @@ def to_arviz(
         raise ValueError("to_arviz: importance must be False for draws of pf.sample, got True. They need no weights.")
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task.check(whole=False)
+        at_once = WEIGHING.at_once(task.check(whole=False).settle())
     if chains:
-        latents, stats, attrs = _from_chains(task, chains, batch_size)
+        latents, stats, attrs = _from_chains(task, chains, at_once)
     else:
         warn_untrained("to_arviz", guide)
-        latents, stats, attrs = _from_guide(task, num_samples, num_weighed, importance, batch_size)
+        latents, stats, attrs = _from_guide(task, num_samples, num_weighed, importance, at_once)
     number = len(next(iter(chains.draws.values()))) if chains else 1
     nodes, observed = task.model.single.nodes, task.sites("observed")
 
     def read(sites: Mapping[str, Site], *what: Any, event_dim: int | None = None, **how: Any) -> dict[str, Variable]:
-        values = task.read(latents, list(sites), *what, batch_size=batch_size, **how)
+        values = task.read(latents, list(sites), *what, batch_size=at_once, **how)
         return _by_draw(nodes, values, number, event_dim)
 
     groups: Groups = {"posterior": read(task.sites("posterior")), "sample_stats": _by_draw(nodes, stats, number)}
@@ -123,7 +121,7 @@ def to_arviz(
 
 
 def _from_guide(
-    task: Task, number: int, num_weighed: int | None, importance: bool, batch_size: int
+    task: Task, number: int, num_weighed: int | None, importance: bool, at_once: int
 ) -> tuple[Values, Values, dict[str, Any]]:
     """Draw from a guide, and resample the draws by their weights if that is asked for.
 
@@ -131,8 +129,8 @@ def _from_guide(
         The draws of all latents, each ``(N, *site_shape)``, statistics of each draw, ``(N,)``, and of all draws.
     """
     dim = sum(torch.as_tensor(task.model.single.nodes[name]["value"]).numel() for name in task.latents)
-    drawn = max(number, num_weighed or WEIGHING.number(task.settle(), dim))
-    draws = task.draw(drawn, batch_size)
+    drawn = max(number, num_weighed or WEIGHING.number(task, dim))
+    draws = task.draw(drawn, at_once)
     if importance:
         draws, psis = reweighted(draws, number, "to_arviz", task)
     else:
@@ -151,17 +149,17 @@ def _from_guide(
         "importance_resampled": int(importance),
         "importance_ess": psis.ess,
     }
-    return task.complete(draws.latents, batch_size), stats, attrs
+    return task.complete(draws.latents, at_once), stats, attrs
 
 
 @torch.no_grad()
-def _from_chains(task: Task, samples: Samples, batch_size: int) -> tuple[Values, Values, dict[str, Any]]:
+def _from_chains(task: Task, samples: Samples, at_once: int) -> tuple[Values, Values, dict[str, Any]]:
     """Return the draws of Markov chains, chain after chain, as :func:`_from_guide` does."""
     flat, names = samples.flat, (*task.latents, *task.model.enumerated)
     if missing := [name for name in names if name not in flat]:
         raise ValueError(f"to_arviz: the Samples are of another model; they lack the latent {missing[0]!r}.")
     held, number = {name: flat[name] for name in task.latents}, len(next(iter(flat.values())))
-    stats = in_batches(lambda part, size: {"log_p": task.model.log_prob(part, size)}, held, number, batch_size)
+    stats = in_batches(lambda part, size: {"log_p": task.model.log_prob(part, size)}, held, number, at_once)
     attrs = {
         "inference_method": "mcmc",
         "sampling_time": samples.seconds,

@@ -46,7 +46,7 @@ class Weighing:
         slow: The draws if a check of such a model, ``runs`` runs, takes longer than ``seconds``.
         many: The latents beyond which small errors of many of them add up in k-hat.
         of_many: The fewest draws then.
-        numbers: The numbers in all draws of so many latents.
+        numbers: The numbers in all draws of so many latents, and in those that run at once.
     """
 
     least: int = 25
@@ -63,6 +63,10 @@ class Weighing:
         """Return the reason why a check of a model takes too long, in words, or an empty string."""
         budget = task.budget(self.seconds)
         return budget.words if budget.number < self.runs else ""
+
+    def at_once(self, task: Task) -> int:
+        """Return the number of draws of a settled task that run at once, which depends on the numbers in them."""
+        return max(1, min(1000, self.numbers // max(task.model.largest, task.guide.largest)))
 
     def number(self, task: Task, dim: int) -> int:
         """Return the default number of draws of a settled task and D latents; of many it depends on their numbers."""
@@ -143,7 +147,6 @@ def psis(
     guide: Callable[..., Any],
     *args: Any,
     num_samples: int = 10_000,
-    batch_size: int = 1000,
     **kwargs: Any,
 ) -> Psis:
     """Return k-hat, effective sample size and log evidence of any Pyro guide, by importance sampling.
@@ -157,7 +160,6 @@ def psis(
         guide: A Pyro guide of the same latents.
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
-        batch_size: The number of draws that run at once.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -188,7 +190,7 @@ def psis(
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         check_reach("psis", task.check())
-        draws = task.draw(num_samples, batch_size)
+        draws = task.draw(num_samples, WEIGHING.at_once(task.settle()))
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
 
 
@@ -265,7 +267,6 @@ def resample(
     *args: Any,
     num_samples: int = 1000,
     num_weighed: int = 10_000,
-    batch_size: int = 1000,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Return draws of any Pyro guide, resampled by Pareto-smoothed weights to be closer to the posterior.
@@ -280,7 +281,6 @@ def resample(
         *args: The model's arguments.
         num_samples: The number N of draws to keep.
         num_weighed: The number of weighted draws of the guide to choose from, at least 25; N if N is larger.
-        batch_size: The number of draws that run at once.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -310,8 +310,9 @@ def resample(
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         check_reach("resample", task.check())
-    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample", task)
-    return task.values(kept.latents, batch_size)
+    at_once = WEIGHING.at_once(task.settle())
+    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), at_once), num_samples, "resample", task)
+    return task.values(kept.latents, at_once)
 
 
 def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None) -> tuple[Draws, Psis]:

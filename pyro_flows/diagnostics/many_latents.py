@@ -78,7 +78,7 @@ def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) ->
     shapes = shape, weighted_shape(draws.quantities, psis.smoothed)
     missing, rare = unreached(space.task), torch.zeros_like(weighted.error)
     measured = chains, directions, weighted, shapes, space.read.names
-    return Evidence(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space, at_once))
+    return Evidence(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space))
 
 
 def _chosen(space: LatentSpace, suspected: Suspects) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
 from ..arguments import check_integers
@@ -21,8 +20,6 @@ from ..user_code import warn_user
 from .drift import Drift, DriftMeter
 from .findings import worst_moment
 from .unreached import check_reach
-
-BATCH = 500  # chains that run at once
 
 
 @dataclass(frozen=True)
@@ -116,19 +113,16 @@ def refine(
     with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(task)
         check_reach("refine", task)
-        reference = space.draw(max(4 * BATCH, 10 * space.dim))
+        reference = space.draw(max(2000, 10 * space.dim))
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)
         meter = DriftMeter(reference.quantities, began.quantities)
-        batches = [Chains(or_nan(space.log_p), charts, z) for z in began.z.split(BATCH)]
+        chains = Chains(or_nan(space.log_p), charts, began.z)
         for transition in range(transitions):
-            for chains in batches:
-                chains.sweep(adapt=transition < transitions // 4)
+            chains.sweep(adapt=transition < transitions // 4)
             if transition >= transitions // 2:
-                meter.record(torch.cat([space.quantities(chains.z) for chains in batches]))
-        ends = [space.values(chains.z) for chains in batches]
-    draws = {name: torch.cat([values[name] for values in ends]) for name in ends[0]}
-    acceptance = batches[-1].acceptance
+                meter.record(space.quantities(chains.z))
+        draws, acceptance = space.values(chains.z), chains.acceptance
     if max(acceptance) < FROZEN:
         warn_user(
             f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), so the draws are still the guide's. "

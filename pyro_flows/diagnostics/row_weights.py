@@ -26,7 +26,7 @@ from ..programs.engines import Site, Values, View, in_batches, row_log_prob
 from ..programs.latent_space import LatentSpace
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import plates_of, runs_programs
-from .importance import smooth
+from .importance import WEIGHING, smooth
 
 LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites
 
@@ -142,7 +142,6 @@ def importance_log_likelihood(
     *args: Any,
     plate: str | None = None,
     num_samples: int = 500,
-    batch_size: int = 50,
     **kwargs: Any,
 ) -> Tensor:
     """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
@@ -160,7 +159,6 @@ def importance_log_likelihood(
         *args: The model's arguments, with the rows to score.
         plate: The name of the plate; by default the plate of an ``AutoPlateFlow``, or the only plate of the model.
         num_samples: The number K of draws per row.
-        batch_size: The number of draws that run at once.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -186,7 +184,7 @@ def importance_log_likelihood(
         >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
         True
     """
-    check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
+    check_integers("importance_log_likelihood", num_samples=num_samples)
     task = Task(model, guide, args, kwargs).check(whole=False).settle()
     rows = Rows(task, (plate or getattr(guide, "plate", None) or _only_plate(task),), row_log_prob)
     for program, names in (task.model, rows.of_model), (task.guide, rows.of_guide):
@@ -196,7 +194,7 @@ def importance_log_likelihood(
         found = rows.draw(size)
         return {"log_weights": (found[LOG_P] - found[LOG_Q]).logsumexp(0, keepdim=True)}  # (1, rows)
 
-    return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
+    return in_batches(step, {}, num_samples, WEIGHING.at_once(task))["log_weights"].logsumexp(0) - math.log(num_samples)
 
 
 def _only_plate(task: Task) -> str:
@@ -223,7 +221,7 @@ def _check_inside(trace: Trace, inside: list[str], plate: str) -> None:
 
 
 @torch.no_grad()
-def row_weights(space: LatentSpace, batch_size: int) -> tuple[RowWeights, ...]:
+def row_weights(space: LatentSpace) -> tuple[RowWeights, ...]:
     """Return what the weights of all rows show, for each set of plates with many rows and latents of their own.
 
     The result is empty if the guide draws all latents together, or if discrete latents are summed out.  Plates are left
@@ -234,7 +232,7 @@ def row_weights(space: LatentSpace, batch_size: int) -> tuple[RowWeights, ...]:
         return ()
     keys = dict.fromkeys(tuple(_plates(task.model.single.nodes[name])) for name in task.latents)
     blocks = [Rows(task, key, _log_prob) for key in keys if key]
-    return tuple(_judged(rows, batch_size) for rows in blocks if _tell(rows))
+    return tuple(_judged(rows) for rows in blocks if _tell(rows))
 
 
 def _tell(rows: Rows) -> bool:
@@ -277,10 +275,10 @@ def _are_apart(rows: Rows, inside: list[str]) -> bool:
     return is_same and torch.allclose(before, after, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
-def _judged(rows: Rows, batch_size: int) -> RowWeights:
+def _judged(rows: Rows) -> RowWeights:
     """Return what the weights of draws of the guide show."""
     number = max(ROWS.least, min(ROWS.draws, ROWS.numbers // _numbers(rows.nodes, rows.latents)))
-    found = in_batches(lambda _, size: rows.draw(size), {}, number, batch_size)
+    found = in_batches(lambda _, size: rows.draw(size), {}, number, WEIGHING.at_once(rows.task))
     log_w = found[LOG_P] - found[LOG_Q]
     weights = (log_w - log_w.logsumexp(0)).nan_to_num(-math.inf).exp()
     weights = weights.clamp_max(number**-0.5)  # truncated (Ionides 2008)
