@@ -282,13 +282,10 @@ class Blocks(nn.Module):
         found, change = dict[str, Tensor](), vectors.new_zeros(len(vectors))
         parts = vectors.split([block.number * block.packing.size for block in self.blocks], -1)
         for block, part in zip(self.blocks, parts, strict=True):
-            sizes = dict(zip(block.packing.dims, block.sizes, strict=True))
-            aligned = [sizes.get(dim, 1) for dim in range(-block.packing.depth, 0)]
-            for name, free in block.packing.free(part.reshape(len(part), *aligned, -1)).items():
-                transform = block.packing.parts[name].transform
-                found[name] = transform(free)
-                log_det = transform.log_abs_det_jacobian(free, found[name])
-                change = change + log_det.reshape(len(part), -1).sum(-1)
+            sizes, depth = dict(zip(block.packing.dims, block.sizes, strict=True)), block.packing.site_depth
+            aligned = part.reshape(len(part), *(sizes.get(dim, 1) for dim in range(-depth, 0)), -1)
+            for name, _, value, log_det in block.packing.unpack(aligned):
+                found[name], change = value, change + log_det.reshape(len(part), -1).sum(-1)
         return found, change
 
     def log_prob(self, values: dict[str, Tensor], rows: Sequence[BlockRows], masks: Masks) -> Tensor:
@@ -296,38 +293,50 @@ class Blocks(nn.Module):
 
         Masked rows do not count.  The flows see a chunk of the batch at a time, so that many values fit into memory.
         """
+        mask_of = [masks.get(block.packing.plates, RowMasks()) for block in self.blocks]
         packed, shapes, change = [], [], torch.zeros(())
-        for block in self.blocks:
-            mask = masks.get(block.packing.plates, RowMasks())
+        for block, mask in zip(self.blocks, mask_of, strict=True):
             z, log_det = block.packing.pack(values, mask.parts)  # (*batch, *rows, size), (*batch, *rows)
-            depth = block.packing.depth
-            shapes.append(z.shape[z.dim() - 1 - depth :])
-            packed.append(z.flatten(z.dim() - 1 - depth))
-            change = change + _counted(log_det, mask, depth)
+            start = z.dim() - 1 - block.packing.depth
+            shapes.append(z.shape[start:])
+            packed.append(z.flatten(start))
+            change = change + _counted(log_det, mask, block.packing.depth)
         batch = torch.broadcast_shapes(*(z.shape[:-1] for z in packed))
         vectors = torch.cat([z.expand(*batch, -1) for z in packed], -1)
         chunk = None if self.batch_of(rows) else chunk_for(vectors.shape[-1])  # each dataset has contexts of its own
 
         def of_vectors(z: Tensor, _: None) -> Tensor:
-            return self._log_prob(z, shapes, rows, masks)
+            total, batch = torch.zeros(()), z.shape[:-1]
+            carried = self.carried(z, shapes, rows, inverse=True)
+            for block, shape, mask, (x, log_det) in zip(self.blocks, shapes, mask_of, carried, strict=True):
+                log_q = (block.flow.base().log_prob(x) + log_det).reshape((*batch, *shape[:-1]))
+                total = total + _counted(log_q, mask, block.packing.depth)
+            return total
 
         return in_chunks(of_vectors, chunk, vectors, None, 1) + change
 
-    def _log_prob(
-        self, vectors: Tensor, shapes: Sequence[torch.Size], rows: Sequence[BlockRows], masks: Masks
-    ) -> Tensor:
-        """Return the log-density of packed vectors of all blocks, ``(*batch, sum of sizes)``."""
-        total, drawn, batch = torch.zeros(()), list[Drawn](), vectors.shape[:-1]
-        parts = vectors.split([shape.numel() for shape in shapes], -1)
+    def carried(
+        self, vectors: Tensor, shapes: Sequence[Sequence[int]], rows: Sequence[BlockRows], *, inverse: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Map packed vectors of all blocks, ``(*batch, D)``, from the bases to the latents, or back.
+
+        Args:
+            vectors: The vectors.
+            shapes: The shape of each block's vectors, ``(*rows, size)``, with rows at the dimensions of their plates.
+            rows: The rows of each block.
+            inverse: True for the way back.
+
+        Returns:
+            For each block its vectors, aligned, and the log-determinant of the map of each row.
+        """
+        drawn, found, batch = list[Drawn](), [], vectors.shape[:-1]
+        parts = vectors.split([math.prod(shape) for shape in shapes], -1)
         for block, own, shape, part in zip(self.blocks, rows, shapes, parts, strict=True):
-            depth = block.packing.depth
-            z = part.reshape(*batch, *(1,) * (self.depth - depth), *shape)
+            x = part.reshape(*batch, *(1,) * (self.depth - block.packing.depth), *shape)
             q = self.at(block, own, drawn)
-            log_q = q.log_prob(z)
-            mask = masks.get(block.packing.plates, RowMasks())
-            total = total + _counted(log_q.reshape((*batch, *shape[:-1])), mask, depth)
-            drawn.append(Drawn(block, z, q))
-        return total
+            found.append(chained(q.runs, x, q.context, inverse=inverse))
+            drawn.append(Drawn(block, x if inverse else found[-1][0], q))
+        return found
 
 
 class BlockTransform(Transform):
@@ -360,18 +369,10 @@ class BlockTransform(Transform):
         return last[2] if last and last[0] is x and last[1] is y else self._carried(x, inverse=False)[1]
 
     def _carried(self, vectors: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        posterior, batch = self._posterior, vectors.shape[:-1]
-        total, drawn, found = vectors.new_zeros(batch), list[Drawn](), list[Tensor]()
-        shapes = self._shapes
-        parts = vectors.split([math.prod(shape) for shape in shapes], -1)
-        for block, own, shape, part in zip(posterior.blocks, self._rows, shapes, parts, strict=True):
-            x = part.reshape(*batch, *(1,) * (posterior.depth - block.packing.depth), *shape)
-            q = posterior.at(block, own, drawn)
-            y, log_det = chained(q.runs, x, q.context, inverse=inverse)
-            drawn.append(Drawn(block, x if inverse else y, q))
-            found.append(y.reshape(*batch, -1))
-            total = total + log_det.reshape(*batch, -1).sum(-1)
-        return torch.cat(found, -1), total
+        batch = vectors.shape[:-1]
+        pairs = self._posterior.carried(vectors, self._shapes, self._rows, inverse=inverse)
+        found = [(y.reshape(*batch, -1), log_det.reshape(*batch, -1)) for y, log_det in pairs]
+        return torch.cat([y for y, _ in found], -1), torch.cat([log_det for _, log_det in found], -1).sum(-1)
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:

@@ -36,20 +36,20 @@ def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: b
         given: The model's arguments by their names.
         alone: True if setup was called without arguments.
     """
-    if isinstance(error, TypeError) and alone and not str(error).startswith(f"{owner}: "):
+    ours = str(error).startswith(f"{owner}: ")
+    if isinstance(error, TypeError) and alone and not ours:
         fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
         return TypeError(f"{owner}: {fault}. Fit the guide first, or give the model's arguments here too.")
-    ours = str(error).startswith(f"{owner}: ")
-    if ours or not (place_of(error) or isinstance(error, AssertionError | IndexError | KeyError)):
+    broken = isinstance(error, AssertionError | IndexError | KeyError)
+    if ours or not (place_of(error) or broken):
         return None  # Pyro or this package found the fault, not the model
     refused = type(error) is ValueError and is_breakdown(error)
-    same = refused or type(error) in (TypeError, AttributeError)
-    if same or isinstance(error, RuntimeError | AssertionError | IndexError | KeyError):
-        words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
-        if refused and not count_nan(given):
-            words += " If it does, give the guide a start where it does: init_loc_fn=init_to_value(values={...})."
-        return type(error)(words) if same else ValueError(words)
-    return None
+    if not (refused or broken or type(error) in (TypeError, AttributeError) or isinstance(error, RuntimeError)):
+        return None
+    words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
+    if refused and not count_nan(given):
+        words += " If it does, give the guide a start where it does: init_loc_fn=init_to_value(values={...})."
+    return (type(error) if type(error) in (TypeError, AttributeError) else ValueError)(words)
 
 
 def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,8 +75,8 @@ def check_continuous(call: Call) -> None:
     for name, site in call.latents.items():
         support = site["fn"].support
         bijection_onto(call.owner, name, support)
-        low, high = (getattr(scalar_support(support), bound, None) for bound in ("lower_bound", "upper_bound"))
-        if low is not None and high is not None and (torch.as_tensor(low) >= torch.as_tensor(high)).any():
+        bounds = [getattr(scalar_support(support), bound, None) for bound in ("lower_bound", "upper_bound")]
+        if None not in bounds and (torch.as_tensor(bounds[0]) >= torch.as_tensor(bounds[1])).any():
             fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
             raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
 
@@ -99,13 +99,15 @@ def check_shapes(call: Call, found: Found) -> None:
         for frame in frames_of(site, call.plates):
             shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
         now = found.latents.get(name)
-        if now is None:
-            absent = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
-            there, built = "is observed" if name in found.observed else absent, "one of shape "
-        elif tuple(now["value"].shape) != tuple(shape):
-            there, built = f"has shape {tuple(now['value'].shape)}", ""
-        else:
+        if now is not None and tuple(now["value"].shape) == tuple(shape):
             continue
+        built = "" if now is not None else "one of shape "
+        if now is not None:
+            there = f"has shape {tuple(now['value'].shape)}"
+        elif name in found.observed:
+            there = "is observed"
+        else:
+            there = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
         fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
         way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
         if not call.latents.keys() & found.latents.keys():
@@ -133,17 +135,13 @@ class Calls:
         watch: The watch over the guide's draws.
     """
 
-    reparametrised: tuple[str, ...] = ()  # for pickles of guides that had none of these
-    present: dict[str, Tensor] = {}
-    _hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
-
     def __init__(self) -> None:
         self.observed: frozenset[str] = frozenset()
-        self.masked = False
-        self.watch = Watch()
-        self._absent: set[tuple[Key, Key, bytes]] = (
-            set()
-        )  # patterns of hidden parts of rows that were found to change nothing else
+        self.reparametrised: tuple[str, ...] = ()
+        self.masked, self.watch = False, Watch()
+        self.present: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
+        self._absent: set[tuple[Key, Key, bytes]] = set()  # patterns of hidden parts of rows that change nothing else
         self._last: list[object] | None = None  # the keys of the last arguments
 
     def begin(self, call: Call, *, varies: bool = False) -> Found:
@@ -155,7 +153,7 @@ class Calls:
         """
         found = call.look()
         self.observed, self._hidden = frozenset(found.observed), hidden_outside(call, found)
-        self.present = present_outside(call, found)
+        self.present = present_outside(call, self._hidden, found)
         if varies and self.present:
             fault = f"latent site {next(iter(self.present))!r} is masked, and other datasets may have other masks"
             raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only, or fit each dataset by fit_svi.")
@@ -205,9 +203,9 @@ class Calls:
 
     def check_hidden(self, call: Call, found: Found) -> None:
         """Raise ValueError, naming the site, if latents outside of rows have other masks than at setup."""
-        now = hidden_outside(call, found)
-        for name in [*now, *self._hidden]:
-            if name not in now or name not in self._hidden or not torch.equal(now[name], self._hidden[name]):
+        now, built = hidden_outside(call, found), self._hidden
+        for name in now.keys() | built.keys():
+            if not (name in now and name in built and torch.equal(now[name], built[name])):
                 fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
                 way = "Build another guide, or use AutoPlateFlow(model, plate), whose rows take a new mask in each call"
                 raise ValueError(f"{call.owner}: {fault}. {way}.")
@@ -222,9 +220,7 @@ class Calls:
             return True
         if self.masked and call.plates:
             return False
-        if not (call.args or call.kwargs) or torch._C._get_tracing_state():
-            return True
-        return self._last == _keys(call)
+        return not (call.args or call.kwargs) or bool(torch._C._get_tracing_state()) or self._last == _keys(call)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
         return {**self.__dict__, "_last": None, "watch": Watch()}
@@ -240,6 +236,6 @@ def _key(leaf: Any) -> object:
     if isinstance(leaf, PLAIN):
         return type(leaf), leaf
     # The key holds the object, so that no other one takes its identity.
-    if isinstance(leaf, Tensor):  # inference tensors have no version, and could have changed unseen
-        return object() if leaf.is_inference() else (id(leaf), leaf._version, leaf)
+    if isinstance(leaf, Tensor) and not leaf.is_inference():  # inference tensors could have changed unseen
+        return id(leaf), leaf._version, leaf
     return (id(leaf), leaf) if callable(leaf) else object()

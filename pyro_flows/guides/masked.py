@@ -61,28 +61,32 @@ def hidden_outside(call: Call, found: Found) -> dict[str, Tensor]:
     return masks
 
 
-def present_outside(call: Call, found: Found) -> dict[str, Tensor]:
+def present_outside(call: Call, hidden: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
     """Return the masks of the present elements of the latents outside of rows that are absent in part.
 
     Args:
         call: The call of the guide at setup.
+        hidden: The masks of the latents that are hidden in part.
         found: All sites of the model.
 
     Raises:
-        ValueError: Naming the site, if a mask divides an event, or hides what the rest of the model depends on.  If all
-            latents are absent.
+        ValueError: Naming the site, if a mask hides what the rest of the model depends on.  If all latents are absent.
     """
-    hidden = hidden_outside(call, found)
-    if all(mask_of(found.latents[name]).is_scalar for name in hidden) and not _hides_data(found):
-        return {}  # flat priors
+    if _are_flat(found, hidden):
+        return {}
     absent = absent_of(call, hidden, found, {})
     outside = [name for name, site in found.latents.items() if call.is_outside(site)]
     if absent and all(name in absent and not absent[name].any() for name in outside):
         where = f" outside of plate {named(call.plates)}" if call.plates else ""
-        raise ValueError(
-            f"{call.owner}: masks hide all latents{where}, {named(outside)}. Mask the observed sites only."
-        )
+        fault = f"masks hide all latents{where}, {named(outside)}"
+        raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only.")
     return absent
+
+
+def _are_flat(found: Found, hidden: Mapping[str, Tensor]) -> bool:
+    """True if masks only leave flat priors: a single number hides each latent, and no data are hidden."""
+    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
+    return not hides_data and all(mask_of(found.latents[name]).is_scalar for name in hidden)
 
 
 def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -116,8 +120,7 @@ def masks_of_rows(found: Found) -> dict[Key, RowMasks]:
 def _masks_of_block(key: Key, inside: dict[str, Site], found: Found) -> RowMasks:
     masks = _masks_of(found.owner, inside)
     hidden = {name: mask for name, mask in masks.items() if not mask.all()}
-    are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
-    if are_flat or not hidden:
+    if not hidden or _are_flat(found, hidden):
         return RowMasks()
     rows = torch.stack([_reduced(masks[name], site, key) for name, site in inside.items()]).any(0)
     parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
@@ -223,17 +226,12 @@ def masks_of_all(found: Found) -> dict[Key, RowMasks]:
     return masks_of_rows(found)
 
 
-def _hides_data(found: Found) -> bool:
-    return any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
-
-
-def _reduced(mask: Tensor | bool, site: Site, key: Key) -> Tensor:
+def _reduced(mask: Tensor, site: Site, key: Key) -> Tensor:
     """Return a mask of the rows of some plates, aligned: True for rows with a part that counts."""
     frames = frames_of(site, key)
     sizes = {frame.dim: frame.size if frame.size > 0 else rows_in(site, frame.dim) for frame in frames}
-    whole = torch.as_tensor(mask, device=site["value"].device)
     depth = -min(sizes)
-    whole = whole.reshape((1,) * (depth - whole.dim()) + whole.shape)
+    whole = mask.reshape((1,) * (depth - mask.dim()) + mask.shape)
     others = [dim for dim in range(-whole.dim(), 0) if dim not in sizes]
     reduced = whole.any(others, keepdim=True) if others else whole
     aligned = [sizes.get(dim, 1) for dim in range(-depth, 0)]

@@ -32,6 +32,9 @@ ANEW = (
 )
 
 
+Seen = dict[str, tuple[Tensor, Mapping[str, Tensor]]]  # draws, and the rows that they are of
+
+
 class _Broken(NonFiniteDraw):
     """A draw that is not finite: its sites, the value and the likely cause.
 
@@ -46,8 +49,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._now: dict[str, tuple[Tensor, Mapping[str, Tensor]]] = {}  # draws, and the rows that they are of
-        self._last: dict[str, tuple[Tensor, Mapping[str, Tensor]]] = {}
+        self._now: Seen = {}
+        self._last: Seen = {}
 
     @contextmanager
     def over(self, guide: Any, call: Call) -> Iterator[None]:
@@ -59,17 +62,17 @@ class Watch:
         try:
             yield
         except (ValueError, RuntimeError, FloatingPointError) as error:
-            if is_traced():  # numbers cannot be looked at
-                raise
-            own, lost = isinstance(error, _Broken), _number_lost(guide)
-            if not (own or lost):
+            own, lost = isinstance(error, _Broken), not is_traced() and _number_lost(guide)
+            if is_traced() or not (own or lost):  # numbers of a traced program cannot be looked at
                 raise
             sites, got, cause = error.args if own else (list(call.latents), math.nan, "")
             way = ANEW
             if lost:
                 when = "the last step" if self._last else "an earlier step"
-                parameters = f"{lost} of the guide's {len(list(guide.parameters()))} parameters"
-                cause = f"{parameters} are lost, since the gradient of {when} was not{self._fault(guide, call)}"
+                cause = (
+                    f"{lost} of the guide's {len(list(guide.parameters()))} parameters are lost, since the gradient "
+                )
+                cause += f"of {when} was not{self._fault(guide, call)}"
             elif far := remoteness(call, guide.data_encoders):
                 cause, way = far, "Correct the data, or train on data that reach as far"
             draw = f"the draw of latent site {sites[0]!r}" + (f" and of {len(sites) - 1} more" if sites[1:] else "")
@@ -105,17 +108,17 @@ class Watch:
 
     @torch.no_grad()
     def _judge(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, size: float) -> None:
-        packing, dtype = guide.packings[name], str(z.dtype).removeprefix("torch.")
+        packing = guide.packings[name]
         if math.isfinite(size):
             for site, _, value, _ in packing.unpack(z):
                 if not value.isfinite().all():
                     far = z[..., [own == site for own in packing.coordinates]].max()
-                    cause = f"an unconstrained draw of {far:.4g} overflows {dtype} where it is constrained"
+                    kind = str(z.dtype).removeprefix("torch.")
+                    cause = f"an unconstrained draw of {far:.4g} overflows {kind} where it is constrained"
                     raise _Broken([site], worst(value), cause)
             return
         bad = (~z.isfinite()).reshape(-1, z.shape[-1]).any(0).tolist()
-        contexts = [view.context for view in q.transforms if view.context is not None]
-        cause = _overflow(z)
+        contexts, cause = [view.context for view in q.transforms if view.context is not None], _overflow(z)
         if contexts and not contexts[0].isfinite().all():
             cause = "the encoder returned NaN or infinite numbers, as of data that are not finite"
         sites = dict.fromkeys(site for site, is_bad in zip(packing.coordinates, bad, strict=True) if is_bad)
@@ -125,15 +128,16 @@ class Watch:
         """Name the model's first site whose log-density at the last draws, or its gradient, was not finite."""
         if not self._last or call.model is None:
             return ""
-        singles = {}
-        for name, (z, _) in self._last.items():  # each (particles, [rows, *1s,] size)
-            singles[name] = z.reshape(-1, *z.shape[z.dim() - 1 - guide.packings[name].depth :])[:MOST]
         # A user's program may raise anything, and the step has its error already.
         with suppress(Exception), call.same_draws(), poutine.block(), torch.enable_grad(), validation_enabled(False):
-            for particle in range(max(map(len, singles.values()))):
-                draw = {name: z[min(particle, len(z) - 1)] for name, z in singles.items()}
+            draws = {  # each (particles, [rows, *1s,] size)
+                name: z.reshape(-1, *z.shape[z.dim() - 1 - guide.packings[name].depth :])
+                for name, (z, _) in self._last.items()
+            }
+            for particle in range(min(MOST, max(map(len, draws.values())))):
+                draw = {name: z[min(particle, len(z) - 1)] for name, z in draws.items()}
                 if found := self._fault_at(draw, guide, call):
-                    return found
+                    return f": there the log-density of the model's site {found}"
         return ""
 
     def _fault_at(self, draw: dict[str, Tensor], guide: Any, call: Call) -> str:
@@ -146,12 +150,12 @@ class Watch:
         found = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         for name, site in found.items():
             if not site["log_prob"].isfinite().all():
-                return f": there the log-density of the model's site {name!r} was {worst(site['log_prob'])}"
+                return f"{name!r} was {worst(site['log_prob'])}"
         for name, site in found.items():
-            if site["log_prob_sum"].requires_grad:
-                gradients = torch.autograd.grad(site["log_prob_sum"], leaves, allow_unused=True, retain_graph=True)
-                if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
-                    return f": there the log-density of the model's site {name!r} had a gradient that is not finite"
+            if (total := site["log_prob_sum"]).requires_grad:
+                gradients = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
+                if not all(gradient.isfinite().all() for gradient in gradients):
+                    return f"{name!r} had a gradient that is not finite"
         return ""
 
 

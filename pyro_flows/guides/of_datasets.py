@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,12 @@ from .blocks import Blocks, BlockTransform
 from .contexts import BlockRows
 
 
-class OfDatasets(ABC):
+class Posteriors:
     """The posteriors of M datasets: of all latents, or of those outside of a plate and in one row.
+
+    ``take(index)`` returns those of some datasets, and ``pick(latents)`` the values of the posterior's latents from M
+    simulations.  ``shared`` are the posteriors of the latents outside of a plate, whose vectors are the first numbers
+    of all.  ``sample_all(number)`` draws all latents, those in all rows of a plate included.
 
     Values of sites have shape ``(..., M, *site_shape)``.  Their packed, unconstrained vectors z = T(u; context), and
     the coordinates u of the flow's base, have shape ``(..., M, D)``.
@@ -25,35 +28,19 @@ class OfDatasets(ABC):
         q: The distribution of vectors, with the methods of :class:`~pyro_flows.flows.distribution.FlowDistribution`.
         context: The contexts of the datasets, ``(M, context_dim)``; None for a guide of one dataset.
         labels: The names of the K numbers of the latents.
+        layout: The map between vectors and values.
     """
 
-    def __init__(self, q: Any, context: Tensor | None, labels: list[str]) -> None:
-        self.q, self.context, self.labels = q, context, labels
+    def __init__(self, q: Any, context: Tensor | None, labels: list[str], layout: Any) -> None:
+        self.q, self.context, self.labels, self.layout = q, context, labels, layout
 
-    @abstractmethod
-    def take(self, index: Tensor) -> OfDatasets:
-        """Return the posteriors of the datasets at an index, ``(n,)``."""
-
-    @abstractmethod
-    def pick(self, latents: Values) -> Values:
-        """Return the values of the posterior's latents from M simulations."""
-
-    @abstractmethod
     def values(self, z: Tensor) -> Values:
         """Return the values of vectors."""
+        return self.layout.values(z)
 
-    @abstractmethod
     def pack(self, values: Values) -> tuple[Tensor, Tensor]:
         """Return the vectors of values, and log|det dz/dvalues| in nats, ``(..., M)``."""
-
-    @property
-    @abstractmethod
-    def shared(self) -> OfJoint:
-        """The posteriors of the latents outside of a plate.  Their vectors are the first numbers of all."""
-
-    @abstractmethod
-    def sample_all(self, number: int) -> Values:
-        """Return draws of all latents, those in all rows of a plate included."""
+        return self.layout.pack(values)
 
     def sample(self, number: int) -> Values:
         """Return draws."""
@@ -70,7 +57,7 @@ class OfDatasets(ABC):
         return torch.cat([value.reshape(*z.shape[:-1], -1) for value in self.values(z).values()], -1)
 
 
-class OfJoint(OfDatasets):
+class OfJoint(Posteriors):
     """The posteriors of latents that have one vector.
 
     Args:
@@ -92,8 +79,8 @@ class OfJoint(OfDatasets):
     ) -> None:
         q = at(context)
         labels = [label for name, shape in shapes.items() for label in labels_of(name, shape)]
-        super().__init__(q if q.batch_shape else q.expand((1,)), context, labels)
-        self.at, self.layout, self.shapes, self.widens = at, layout, shapes, widens
+        super().__init__(q if q.batch_shape else q.expand((1,)), context, labels, layout)
+        self.at, self.shapes, self.widens = at, shapes, widens
 
     def take(self, index: Tensor) -> OfJoint:
         context = None if self.context is None else self.context[index]
@@ -101,14 +88,6 @@ class OfJoint(OfDatasets):
 
     def pick(self, latents: Values) -> Values:
         return {name: latents[name] for name in self.shapes}
-
-    def values(self, z: Tensor) -> Values:
-        found: Values = self.layout.values(z)
-        return found
-
-    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
-        z, log_det = self.layout.pack(values)
-        return z, log_det
 
     @property
     def shared(self) -> OfJoint:
@@ -122,7 +101,7 @@ class OfJoint(OfDatasets):
         return self.q.widened(by) if self.widens else self.q
 
 
-class OfRow(OfDatasets):
+class OfRow(Posteriors):
     """The posteriors of the latents outside of a plate, and in one row of it for each dataset.
 
     Args:
@@ -145,7 +124,7 @@ class OfRow(OfDatasets):
             for label in _labels(name, part, block.packing.dims)
         ]
         q = OneRow(posterior, [rows[0], BlockRows(None, own)])
-        super().__init__(q, torch.cat((of_all, own[:, 0]), -1), labels)
+        super().__init__(q, torch.cat((of_all, own[:, 0]), -1), labels, RowLayout(posterior))
 
     def take(self, index: Tensor) -> OfRow:
         rows = [BlockRows(None, own.contexts[index]) for own in self.rows if own.contexts is not None]
@@ -162,23 +141,6 @@ class OfRow(OfDatasets):
             found[name] = value.gather(axis, index.expand(shape))
         return found
 
-    def values(self, z: Tensor) -> Values:
-        found = Values()
-        parts = z.split([block.packing.size for block in self.posterior.blocks], -1)
-        for block, part in zip(self.posterior.blocks, parts, strict=True):
-            aligned = part.reshape(*part.shape[:-1], *(1,) * block.packing.depth, -1)
-            found.update(block.packing.values(aligned))
-        return found
-
-    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
-        vectors, total = list[Tensor](), torch.zeros(())
-        for block in self.posterior.blocks:
-            z, log_det = block.packing.pack(values)
-            batch = log_det.shape[: log_det.dim() - block.packing.depth]
-            vectors.append(z.reshape(*batch, -1))
-            total = total + log_det.reshape(batch)
-        return torch.cat(vectors, -1), total
-
     @property
     def shared(self) -> OfJoint:
         block = self.posterior.blocks[0]
@@ -188,6 +150,32 @@ class OfRow(OfDatasets):
 
     def sample_all(self, number: int) -> Values:
         return self.posterior.draw(number, self.rows, {})
+
+
+class RowLayout:
+    """The map between packed vectors and values of the latents outside of a plate, and in one row of it."""
+
+    def __init__(self, posterior: Blocks) -> None:
+        self._posterior = posterior
+
+    def values(self, z: Tensor) -> Values:
+        """Return the values of vectors."""
+        found = Values()
+        parts = z.split([block.packing.size for block in self._posterior.blocks], -1)
+        for block, part in zip(self._posterior.blocks, parts, strict=True):
+            aligned = part.reshape(*part.shape[:-1], *(1,) * block.packing.depth, -1)
+            found.update(block.packing.values(aligned))
+        return found
+
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Return the vectors of values, and the log-determinant."""
+        vectors, total = list[Tensor](), torch.zeros(())
+        for block in self._posterior.blocks:
+            z, log_det = block.packing.pack(values)
+            batch = log_det.shape[: log_det.dim() - block.packing.depth]
+            vectors.append(z.reshape(*batch, -1))
+            total = total + log_det.reshape(batch)
+        return torch.cat(vectors, -1), total
 
 
 class OneRow:
@@ -235,3 +223,6 @@ def _labels(name: str, part: Any, dims: tuple[int, ...]) -> list[str]:
         del shape[dims[0] - part.event_dim]
         name = f"{name}[row]"
     return labels_of(name, torch.Size(shape))
+
+
+OfDatasets = OfJoint | OfRow

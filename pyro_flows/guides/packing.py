@@ -93,6 +93,7 @@ class Packing:
         size: The length of the vector.
         dims: The (negative) dimensions of the plates.
         depth: The number of dimensions of an aligned batch of rows.
+        site_depth: The largest number of batch dimensions of a site.
 
     Raises:
         ValueError: If the support of a site differs from row to row.
@@ -106,6 +107,7 @@ class Packing:
         self.owner, self.plates = owner, plates
         self.dims = tuple(frame.dim for frame in frames_of(sites[0], plates)) if plates else ()
         self.depth = -min(self.dims, default=0)
+        self.site_depth = max(site["value"].dim() - site["fn"].event_dim for site in sites)
         for site in sites:
             name, fn, value, support = site["name"], site["fn"], site["value"], site["fn"].support
             for dim in self.dims:
