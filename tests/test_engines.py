@@ -695,8 +695,8 @@ def test_the_search_for_a_start_of_a_slow_model_is_left_out_or_ended_by_its_budg
     guide = AutoFlow(one_by_one).setup(Y[0])
     task = Task(one_by_one, guide, (Y[0],), {}).settle()
     assert task.model.engine == "loop"
-    assert 0 < task.model.seconds < 1
-    task.model.seconds, before = 1.0, len(COUNTED)
+    assert 0 < task.model.choice.seconds < 1
+    task.model, before = task.model.with_(choice=task.model.choice._replace(seconds=1.0)), len(COUNTED)
     with pytest.warns(
         UserWarning, match=r"no Gaussian is sought to start from, since .* one draw at a time, and a run"
     ):

@@ -219,7 +219,7 @@ def test_a_check_that_a_fit_need_not_make_leaves_its_random_numbers(monkeypatch)
         return pf.fit_svi(model, AutoFlow(model), objective=PathELBO(4, vectorize_particles=True), **QUICK).losses
 
     def unseen(task):
-        task.model.engine = task.guide.engine = "plate"
+        task.model, task.guide = task.model.by("plate"), task.guide.by("plate")
         return task
 
     checked = losses()
@@ -685,7 +685,7 @@ def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
         pyro.sample("loc", dist.Normal(0.0, 1.0))
 
     program = Task(mixture, guide, (), {}).check().settle().model
-    assert (program.engine, program.noise.deviation) == ("plate", 0)
+    assert (program.engine, program.choice.noise.deviation) == ("plate", 0)
 
 
 @pytest.mark.slow

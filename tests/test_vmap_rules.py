@@ -251,12 +251,12 @@ def program_of(model):
         return Runner(model, (), {}, trace_of(model, (), {}), 0)
 
 
-def densities(program, held, *, gradient):
+def densities(program, held, *, gradient, run="attempt"):
     """Return the log-densities of the draws by vmap and by the loop, or their gradients by the number."""
     found = []
     for engine in ("vmap", "loop"):
         t = T.clone().requires_grad_(gradient)
-        log_p = program.with_(engine=engine).run(lambda view: {"p": view.log_prob()}, {**held, "t": t}, 3)["p"]
+        log_p = getattr(program.by(engine), run)(lambda view: {"p": view.log_prob()}, {**held, "t": t}, 3)["p"]
         found.append(torch.autograd.grad(log_p.sum(), t)[0] if gradient else log_p)
     return found
 
@@ -292,7 +292,7 @@ def test_a_distribution_has_the_density_and_gradient_of_single_runs(name, module
             with pytest.raises(RuntimeError) as error:
                 densities(program, held, gradient=False)
             assert is_refusal(error.value)
-            many, alone = densities(program.with_(is_settled=True), held, gradient=False)
+            many, alone = densities(program, held, gradient=False, run="run")
             torch.testing.assert_close(many, alone)
             continue
         for gradient in (False, True) if name not in NO_GRADIENT else (False,):
@@ -311,7 +311,7 @@ def test_draws_differ_and_have_the_shape_of_single_runs(name):
     def model():
         pyro.sample("x", make(dist, pyro.sample("t", dist.Uniform(0.5, 1.0))))
 
-    program = program_of(model).with_(engine="vmap")
+    program = program_of(model).by("vmap")
     found = program.sample(lambda view: {"x": view.read("x")}, {"t": T[:1].expand(50)}, 50)["x"]
     assert found.shape == (50, *wanted)
     assert name.startswith(("Delta", "Unit")) or len(found.unique(dim=0)) > 1
@@ -347,7 +347,7 @@ def test_an_ordinal_regression_runs_by_vmap(cut_points):
     task = Task(model, guide, (), {}).settle()
     assert task.model.engine == "vmap"
     draws = task.draw(4)
-    torch.testing.assert_close(draws.log_p, task.model.with_(engine="loop").log_prob(draws.latents, 4))
+    torch.testing.assert_close(draws.log_p, task.model.by("loop").log_prob(draws.latents, 4))
     assert pf.fit_svi(model, guide, steps=3, progress=False, warm_start=False).losses.isfinite().all()
 
 
@@ -394,7 +394,7 @@ def test_writes_into_new_tensors_have_the_density_and_gradient_of_single_runs(mo
     for way in (engine, "loop"):
         w = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)[:, : 3 if model is writing else 1]
         w = (w if model is writing else w[:, 0]).clone().requires_grad_()
-        log_p = task.model.with_(engine=way).log_prob({"w": w}, 3)
+        log_p = task.model.by(way).log_prob({"w": w}, 3)
         found[way] = log_p, torch.autograd.grad(log_p.sum(), w)[0]
     torch.testing.assert_close(found[engine], found["loop"])
 
@@ -426,7 +426,7 @@ def test_draws_that_vmap_refuses_later_run_alone():
     task = Task(Program(model, vectorize="vmap"), AutoFlow(model).setup(), (), {}).settle()
     near = {"x": torch.tensor([0.0, 1.0, 2.0])}
     found = task.model.log_prob(near, 3)
-    torch.testing.assert_close(found, task.model.with_(engine="loop").log_prob(near, 3))
+    torch.testing.assert_close(found, task.model.by("loop").log_prob(near, 3))
     assert found.isfinite().all()
 
 
@@ -474,6 +474,6 @@ def test_a_module_whose_parameters_are_drawn_runs_by_vmap():
     task = Task(model, guide, (y,), {}).settle()
     assert task.model.engine == "vmap"
     latents = {name: torch.rand(3, *value.shape) + 0.5 for name, value in kernel.named_parameters()}
-    found = [task.model.with_(engine=engine).log_prob(latents, 3) for engine in ("vmap", "loop")]
+    found = [task.model.by(engine).log_prob(latents, 3) for engine in ("vmap", "loop")]
     torch.testing.assert_close(*found)
     assert [type(part) for part in kernel.parameters()] == [nn.Parameter, nn.Parameter]

@@ -78,7 +78,7 @@ def _of_guide(task: Task, stages: Stages, best: Judged) -> tuple[Values, Evidenc
     if task.draws_rows:  # the guide itself draws all rows
         return best.guide.sample(number, *question.args, **question.kwargs), Evidence()
     checked = best.check
-    task.check()
+    task = task.check()
     if checked is None or not (best.is_usable and checked.psis.reliable):
         return task.values(task.draw(number).latents), Evidence()
     found = task.draw(PER_DRAW * number)

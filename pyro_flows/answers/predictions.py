@@ -8,7 +8,7 @@ import torch
 from pyro import validation_enabled
 from pyro.poutine.messenger import Messenger
 
-from ..programs.engine_choice import settle
+from ..programs.engine_choice import choose
 from ..programs.engines import Values, in_batches
 from ..programs.masks import is_observation
 from ..programs.plate_nesting import nesting_of
@@ -40,7 +40,8 @@ def predicted(draws: Values, model: Function, args: Args, kwargs: Kwargs, *, aga
     free = [name for name, site in nodes.items() if name not in held and not is_observation(site)]
     run = Runner(program, args, kwargs, first, nesting_of(first))
     drawn = {name for name, _ in run.single.iter_stochastic_nodes()}
-    settle(run, {name: last.nodes[name]["value"].unsqueeze(0) for name in drawn}, "auto", "model")
+    second = {name: last.nodes[name]["value"].unsqueeze(0) for name in drawn}
+    run = run.with_(choice=choose(run, second, "auto", "model"))
 
     def step(part: Values, size: int) -> Values:
         return run.sample(lambda view: {name: view.read(name) for name in free if name in run.single}, part, size)

@@ -189,7 +189,8 @@ def psis(
     check_integers("psis", WEIGHING.least, num_samples=num_samples)
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        check_reach("psis", task.check())
+        task = task.check()
+        check_reach("psis", task)
         draws = task.draw(num_samples, WEIGHING.at_once(task.settle()))
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
 
@@ -248,7 +249,7 @@ def _cause(task: Task, latents: Values) -> str:
     def read(view: View) -> Values:
         return {name: view.log_prob(name.__eq__) for name in view.trace.nodes}
 
-    for name, value in task.model.with_(engine="loop").run(read, latents, 1).items():
+    for name, value in task.model.by("loop").run(read, latents, 1).items():
         if not value.isfinite().all():
             return f"the log-density of the model's site {name!r} is {float(value)}. {way}"
     return f"the guide's log-density is not finite. {way}"
@@ -309,7 +310,8 @@ def resample(
     check_integers("resample", WEIGHING.least, num_weighed=num_weighed)
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        check_reach("resample", task.check())
+        task = task.check()
+        check_reach("resample", task)
     at_once = WEIGHING.at_once(task.settle())
     kept, _ = reweighted(task.draw(max(num_samples, num_weighed), at_once), num_samples, "resample", task)
     return task.values(kept.latents, at_once)

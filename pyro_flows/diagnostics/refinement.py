@@ -112,7 +112,7 @@ def refine(
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(task)
-        check_reach("refine", task)
+        check_reach("refine", space.task)
         reference = space.draw(max(2000, 10 * space.dim))
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)

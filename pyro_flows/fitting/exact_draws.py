@@ -98,7 +98,7 @@ def sample(
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
         space = sound_space(task)
-        check_reach(CALLER, task)
+        check_reach(CALLER, space.task)
         found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
         words = f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."

@@ -26,7 +26,7 @@ from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.run_budget import RunBudget
 from ..programs.runner import TOTAL
-from ..programs.whole_plate import MOST, Part, RowsOfPart, has_parts, number_of_parts, parts_of
+from ..programs.whole_plate import MOST, RowShare, RowsOfPlate, number_of_shares
 from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks
 from ..sampling.gaussian import Gaussian, fit_gaussian
@@ -136,9 +136,9 @@ def _unscaled(guide: BlockGuide, task: Task) -> Task:
     nodes = task.model.single.nodes
     frames = {frame.name: frame for name in task.latents for frame in nodes[name]["cond_indep_stack"]}
     shares = {name: frame.size / (frame.full_size or frame.size) for name, frame in frames.items()}
-    part = Part({name: RowsOfPart(None, None, shares[name]) for name in guide.row_plates if name in shares})
+    share = RowShare({name: RowsOfPlate(None, None, shares[name]) for name in guide.row_plates if name in shares})
     other = copy.copy(task)
-    other.model = task.model.on_part(part)
+    other.model = task.model.on_rows(share)
     return other
 
 
@@ -148,20 +148,20 @@ def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
     frames = {frame.name for name in task.latents for frame in nodes[name]["cond_indep_stack"]}
     others = (frames & model.subsamples.keys()) - {*guide.row_plates}
     masked = any(is_masked(nodes[name]) for name in task.latents)
-    few = bool(model.subsamples) and number_of_parts(model) <= MOST
-    if others or masked or not few or not has_parts(model, list(task.sites("observed"))):
+    few = number_of_shares(model.rows, model.sizes) <= MOST
+    shares = model.all_rows(list(task.sites("observed"))) if few and not (others or masked) else []
+    if not shares:
         return None
-    parts = parts_of(model)
 
-    def density_of(part: Part) -> LogDensity:
+    def density_of(share: RowShare) -> LogDensity:
         def density(z: Tensor) -> Tensor:
             values, change = guide.posterior.values(z)
-            log_p = model.score_part(part, values, len(z))[TOTAL]
-            return log_p + change if part is parts[0] else log_p
+            log_p = model.score_rows(share, values, len(z))[TOTAL]
+            return log_p + change if share is shares[0] else log_p
 
         return density
 
-    return sum_in_parts([density_of(part) for part in parts], model.chunk, model.threads)
+    return sum_in_parts([density_of(share) for share in shares], model.chunk, model.threads)
 
 
 def _allows(runs: RunBudget, way: str = "") -> bool:

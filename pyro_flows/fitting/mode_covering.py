@@ -175,9 +175,9 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         modes = ModeMixture(space, population, others if starts is None else torch.cat((others, starts)))
-    weighted = _fitted(task, modes, fit_once) if fit_once else None
+    weighted = _fitted(space.task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
-        weighted = _weighted(weighted.guide, task, weighted.fit)
+        weighted = _weighted(weighted.guide, space.task, weighted.fit)
     with pyro.validation_enabled(False):
         return _summary(space, modes, weighted, began)
 

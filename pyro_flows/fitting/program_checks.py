@@ -37,10 +37,11 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
     if search or objective is None or (_takes_scores(objective) and not task.model.enumerated):
         check_score(task)
     check_masked(task)
-    if search or (is_vectorised(objective) and not lacking(*task.traces)):
+    vectorised = is_vectorised(objective) and not lacking(*task.traces)
+    if search or vectorised:
         with unchanged():
             task.settle()
-    if is_vectorised(objective) and task.is_settled and task.guide.engine != "plate":
+    if vectorised and task.guide.engine != "plate":
         raise ValueError(
             f"fit_svi: the guide{task.guide.fault}. Let it broadcast to the left of its plates, or give the objective "
             "vectorize_particles=False."

@@ -98,7 +98,7 @@ class _Place:
     """
 
     def __init__(self, task: Task, trace: Trace, seed: int) -> None:
-        self.model = task.model.with_(engine="loop")
+        self.model = task.model.by("loop")
         sites = {name: trace.nodes[name] for name in task.latents if name in trace.nodes}
         self.held = {name: torch.as_tensor(site["value"]).detach() for name, site in sites.items()}
         self.maps: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.utils import _sum_rightmost
 
-from ..programs.engines import Site, Values, View, value_of
+from ..programs.engines import Run, Site, Values, View, value_of
 from ..programs.plate_nesting import nesting_of
 from ..programs.runner import Runner
 from .guide_call import Call
@@ -35,13 +35,14 @@ class Moving:
 
     def __init__(self, call: Call, packing: Packing, engine: str | None = None) -> None:
         _, model = call.model.args  # without the handler that initialises latents, since all are given values
-        self._program = Runner(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
+        alone = Runner(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
         self._packing = packing
-        self.engine = self._program.engine = engine or self._fastest()
+        self.engine = engine or self._fastest(alone)
+        self._program = alone.by(self.engine)
 
     def unpack(self, latent: Tensor) -> Unpacked:
         """Yield the sites in vectors ``(*sample, *1s, D)`` inside of plates, as :meth:`Packing.unpack` does."""
-        found = self._constrained(latent.reshape(-1, self._packing.size))
+        found = self._constrained(self._program.run, latent.reshape(-1, self._packing.size))
         for name, part in self._packing.parts.items():
             sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
             value, log_det = (found[key].reshape((*sample, *found[key].shape[1:])) for key in (name, f"log det {name}"))
@@ -49,7 +50,7 @@ class Moving:
 
     def values(self, latent: Tensor) -> Values:
         """Map vectors ``(N, D)`` to values of the sites, ``(N, *site_shape)``."""
-        found = self._constrained(latent)
+        found = self._constrained(self._program.run, latent)
         return {name: found[name] for name in self._packing.parts}
 
     def pack(self, values: Values) -> tuple[Tensor, Tensor]:
@@ -67,10 +68,10 @@ class Moving:
         vectors = torch.cat([parts[name].gather(found[name]) for name in held], -1).reshape(*batch, -1)
         return vectors.nan_to_num(0.0, 0.0, 0.0), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
 
-    def _constrained(self, latent: Tensor) -> Values:
+    def _constrained(self, run: Run, latent: Tensor) -> Values:
         # The handler lies outside of the model's own, which may change its distributions.
         free, read = self._packing.free(latent), self._read(value_of)
-        return self._program.run(read, free, len(latent), place=lambda model, data: _Constrained(data)(model))
+        return run(read, free, len(latent), place=lambda model, data: _Constrained(data)(model))
 
     def _read(self, value: Callable[[Site], Tensor]) -> Callable[[View], Values]:
         def read(view: View) -> Values:
@@ -80,13 +81,12 @@ class Moving:
         return read
 
     @torch.no_grad()
-    def _fastest(self) -> str:
+    def _fastest(self, program: Runner) -> str:
         start = self._packing.start
         two = torch.stack((start, start + 0.5))
-        alone = self._constrained(two)
-        self._program.engine = "vmap"  # a guide may itself run in the plate of draws of engine "plate"
-        try:
-            found = self._constrained(two)
+        alone = self._constrained(program.run, two)
+        try:  # not a plate, since a guide may itself run in the plate of draws
+            found = self._constrained(program.by("vmap").attempt, two)
         except Exception:  # a user's program may raise anything
             return "loop"
         agree = all(torch.allclose(found[name], alone[name], rtol=1e-4, atol=1e-5) for name in alone)

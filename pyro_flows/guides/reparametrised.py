@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ..programs.engine_choice import settle
+from ..programs.engine_choice import choose
 from ..programs.engines import Values, in_batches
 from ..programs.program import signature_of
 from .discrete import summed
@@ -30,14 +30,15 @@ def with_reparametrised(call: Call, names: Sequence[str], latents: Values) -> Va
     program = summed(call)
     if program.subsamples or not all(map(len, latents.values())):
         return latents
-    settle(program, {name: value[:1] for name, value in latents.items()}, "auto", "model")
+    first = {name: value[:1] for name, value in latents.items()}
+    program = program.with_(choice=choose(program, first, "auto", "model"))
 
     def step(held: Values, size: int) -> Values:
         drawn = {**held, **program.discrete(held, size)} if program.enumerated else held
         return runs.sample(lambda view: {name: view.read(name) for name in names}, drawn, size)
 
     # At values of its discrete latents a program that is summed out may not broadcast.
-    runs = program.with_(engine="vmap") if program.enumerated and program.engine != "loop" else program
+    runs = program.by("vmap") if program.enumerated and program.engine != "loop" else program
     return {**latents, **in_batches(step, latents, len(next(iter(latents.values()))), BATCH)}
 
 

@@ -14,7 +14,7 @@ from .engines import Site, Values, View, value_of
 from .error_text import quoted
 from .masks import is_deterministic
 from .program import ENGINES
-from .runner import TOTAL, Noise, Runner
+from .runner import Choice, Noise, Runner
 
 WAY_OUT = (
     "Let the model broadcast to the left of its plates, for example with (x * w).sum(-1) in place of x @ w; give "
@@ -32,36 +32,38 @@ class _Fault(Exception):
 
 
 @torch.no_grad()
-def settle(program: Runner, draw: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
-    """Choose the engine of a program, and measure the noise of its log-density.
+def choose(
+    program: Runner, draw: Values, vectorize: str, role: str, also: Callable[[Runner], str] = lambda runner: ""
+) -> Choice:
+    """Return the engine of a program, with the noise of its log-density.
 
     Args:
         program: The program.
         draw: A second draw next to that of the trace: ``(1, *site_shape)`` for each latent that is not summed out.
         vectorize: ``"auto"``, or the one engine that is asked for.
         role: The role of the program in errors: ``"model"`` or ``"guide"``.
-        also: A further check of the engine, which returns a fault in words or an empty string.
+        also: A further check of the program by an engine, which returns a fault in words or an empty string.
 
     Raises:
         ValueError: If the results of the engine that is asked for differ from those of single runs.
     """
-    alone, program.faults = _SingleRuns(program, draw), {}
+    alone, faults = _SingleRuns(program, draw), dict[str, str]()
     for engine in ENGINES if vectorize == "auto" else (vectorize,):
-        program.engine, program.is_settled = engine, False
+        if engine == "loop":
+            noise = alone.noise()  # it times its runs
+            return Choice(engine, noise, alone.seconds, faults)
         try:
-            program.noise = alone.compare(program, also)
+            return Choice(engine, alone.compare(program.by(engine), also), 0.0, faults)
         except _Fault as fault:
             if vectorize != "auto":
                 raise ValueError(f"the {role}{fault}. {WAY_OUT}") from fault.__cause__
-            program.faults[engine] = str(fault)
-            continue
-        program.is_settled = True
-        return
+            faults[engine] = str(fault)
+    raise AssertionError("every program runs in a loop")
 
 
-def why_alone(role: str, program: Runner) -> str:
+def why_alone(role: str, choice: Choice) -> str:
     """Return words for a program that runs one draw at a time, with the reason why each faster engine failed."""
-    reasons = " ".join(f"{WAYS[engine]}, the {role}{fault}." for engine, fault in program.faults.items())
+    reasons = " ".join(f"{WAYS[engine]}, the {role}{fault}." for engine, fault in choice.faults.items())
     return f"the {role} runs one draw at a time. {reasons}"
 
 
@@ -74,11 +76,10 @@ class _SingleRuns:
 
     def __init__(self, program: Runner, draw: Values) -> None:
         self.traced = {name: value_of(program.single.nodes[name]).unsqueeze(0) for name in draw}
-        program.engine, self.seconds = "loop", 0.0
-        self.program = program.with_()
+        self.program, self.seconds = program.by("loop"), 0.0
         if program.enumerated:
             self.held, self.size = _joined(draw, self.traced, draw), 3
-            self.known = {DENSITY: program.enumeration.single_log_prob}
+            self.known = {DENSITY: program.enumeration.single_log_prob}  # found once, for all copies
             return
         self.held, self.size = _joined(self.traced, draw), 2
         try:
@@ -86,15 +87,12 @@ class _SingleRuns:
         except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
             self.known = {}
 
-    def compare(self, program: Runner, also: Callable[[], str]) -> Noise:
+    def compare(self, program: Runner, also: Callable[[Runner], str]) -> Noise:
         """Return the noise of the log-density, or raise _Fault if the program's engine differs from single runs."""
-        if program.engine == "loop":
-            noise, program.seconds = self._noise(), self.seconds
-            return noise
         try:
             # Draws of a guide that cannot score given values have other densities, so the run itself is the check.
-            found = _read(program, self.held, self.size) if self.known else program.run(_terms, {}, 2)
-            fault = also()
+            found = _read(program, self.held, self.size) if self.known else program.attempt(_terms, {}, 2)
+            fault = also(program)
         except Exception as error:  # a user's program may raise anything
             raise _Fault(f" does not run vectorised over draws: {quoted(error)}") from error
         if fault:
@@ -107,7 +105,7 @@ class _SingleRuns:
             return Noise()
         scored = [key for key in differ if key.startswith(DENSITY)]
         line = _LineOf(scored[-1].removeprefix(DENSITY) if scored else "")
-        noise = self._noise(line)
+        noise = self.noise(line)
         if scored and not noise.deviation:
             one, many = self.known[scored[-1]], found[scored[-1]]
             row = int((one - many).abs().argmax())
@@ -121,7 +119,7 @@ class _SingleRuns:
             raise _Fault(" means something else vectorised over draws" + (f", as at site {site!r}" if site else ""))
         return noise
 
-    def _noise(self, line: _LineOf | None = None) -> Noise:
+    def noise(self, line: _LineOf | None = None) -> Noise:
         """Return the noise of the log-density at the draw of the trace: one run shows a density without noise."""
         program = self.program if line is None else self.program.with_(call=line(self.program.call))
         keys, runs = [key for key in self.known if key.startswith(DENSITY)], [self.known]
@@ -156,8 +154,8 @@ class _LineOf(Messenger):
 def _read(program: Runner, held: Values, size: int) -> Values:
     """Return the tensors to compare: log-densities of draws, by site if none is summed out, and derived values."""
     if program.enumerated:
-        return {DENSITY: program.score_at_once(held, size)[TOTAL]}
-    return program.run(_terms, held, size)
+        return {DENSITY: program.enumeration.log_prob(program.attempt, held, size)}
+    return program.attempt(_terms, held, size)
 
 
 def _terms(view: View) -> Values:

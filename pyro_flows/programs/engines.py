@@ -10,8 +10,9 @@ All three read the same tensors off the trace of a run, see :class:`View`, and r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -111,6 +112,8 @@ class View(NamedTuple):
 
 
 Read = Callable[[View], Values]
+Run = Callable[..., Values]  # run(read, held, size) reads tensors off a run for N draws
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def run(engine: str, once: Callable[[Values, int | None], View], read: Read, held: Values, size: int) -> Values:

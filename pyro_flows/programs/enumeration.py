@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import opt_einsum
 import torch
@@ -21,13 +21,10 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .engines import Site, Values, View
+from .engines import Run, Site, Values, View
 from .masks import mask_of
 from .plate_nesting import plates_of
 from .sampling_ring import SamplingRing
-
-if TYPE_CHECKING:
-    from .runner import Runner
 
 REST = "the sum over all sites that depend on no discrete latent"
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
@@ -126,9 +123,9 @@ class Parallel:
         place._pyro_symbol = infer["_dim_to_symbol"][infer["_enumerate_dim"]]
         return place
 
-    def log_prob(self, program: Runner, held: Values, size: int) -> Tensor:
+    def log_prob(self, run: Run, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        return self._total(program.run(self._read, held, size, enumerate=True))
+        return self._total(run(self._read, held, size, enumerate=True))
 
     def _total(self, terms: Values) -> Tensor:
         with shared_intermediates() as cache:
@@ -137,9 +134,9 @@ class Parallel:
         return terms[REST] + self._scale * summed
 
     @torch.no_grad()
-    def sample(self, program: Runner, held: Values, size: int) -> Values:
+    def sample(self, run: Run, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        factors = self._factors(program.run(self._read, held, size, enumerate=True))
+        factors = self._factors(run(self._read, held, size, enumerate=True))
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
         own = {term._pyro_site: term for group in factors.values() for term in group if term._pyro_site in self._shapes}
         places = {name: torch.zeros((), dtype=torch.long) for name in self._shapes}  # for supports of one value

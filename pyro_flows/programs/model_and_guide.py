@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,17 +22,16 @@ from torch.distributions import constraints
 from .. import arguments
 from ..allocator import keep_memory
 from ..user_code import warn_user
-from .engine_choice import check_noise, settle, why_alone
+from .engine_choice import check_noise, choose, why_alone
 from .engines import Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained
 from .latents import check_match, is_point, summable
 from .masks import WithoutHiddenNaN, hides_nan, is_deterministic, is_observation
-from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
+from .plate_nesting import check_crossed, has_bare_dimensions, is_subsampled, nesting_of, plates_of
 from .program import Args, Function, Kwargs, Program, arguments_of, vectorize_of
 from .run_budget import RunBudget
-from .runner import GIVEN, TOTAL, Runner
+from .runner import GIVEN, TOTAL, Choice, Runner
 from .traces import trace_of
-from .whole_plate import has_parts
 from .written_values import Writes
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
@@ -76,7 +76,6 @@ class Task:
         traces: The traces of one run of model and guide, in this order.
         latents: The names of the model's latents except those that are summed out.
         own: The names of the sites that the guide draws, without sites of type ``Delta``.
-        is_settled: True once the engines are chosen.
         has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
     Raises:
@@ -97,11 +96,11 @@ class Task:
         check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)
         self.traces, self._vectorize = (single, drawn), vectorize_of(model)
-        self.is_settled = self._weighs = False
+        self._weighs = False
         enumerated = tuple(summable(single, drawn))
-        self.guide = Runner(guide, args, kwargs, drawn, nesting)
+        self.guide = Runner(guide, args, kwargs, drawn, nesting, choose=self._choose_for_guide)
         program = WithoutHiddenNaN()(model) if hides_nan(single) else model
-        self.model = Runner(program, args, kwargs, single, nesting, enumerated)
+        self.model = Runner(program, args, kwargs, single, nesting, enumerated, self._choose_for_model)
         sites = dict(self.model.single.iter_stochastic_nodes())
         follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
         self.latents = [name for name in sites if name not in {*enumerated, *follows}]
@@ -145,7 +144,7 @@ class Task:
 
     def budget(self, seconds: float) -> RunBudget:
         """Return the runs that a time allows, without a limit if model and guide run many draws at once."""
-        return RunBudget(seconds, sum(part.seconds for part in (self.model, self.guide) if part.engine == "loop"))
+        return RunBudget(seconds, sum(part.choice.seconds for part in (self.model, self.guide)))
 
     @property
     def left_out(self) -> list[str]:
@@ -169,7 +168,7 @@ class Task:
         return any(frame.name in self.model.subsamples for frame in frames)
 
     def check(self, *, whole: bool = True) -> Task:
-        """Raise ValueError if the guide's draws cannot be weighed, and return the task.
+        """Return the task with draws that can be weighed.
 
         Args:
             whole: True to weigh draws against all rows of a subsampled plate that holds data alone.
@@ -179,17 +178,39 @@ class Task:
                 latents, or does not draw its rows.
         """
         check_match(*self.traces, self.left_out)
-        self._weighs = whole
-        if whole and not self.draws_rows and has_parts(self.model, list(self.sites("observed"))):
-            self.model.whole()
-        elif self.subsampled:
+        shares = self.model.all_rows(list(self.sites("observed"))) if whole and not self.draws_rows else []
+        if self.subsampled and not shares:
             raise ValueError(
                 f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
             )
-        return self
+        other = copy.copy(self)
+        other._weighs = whole
+        other.guide = self.guide.with_(_choose=other._choose_for_guide)
+        other.model = self.model.with_(shares=shares, _choose=other._choose_for_model)
+        return other
+
+    @functools.cached_property
+    def _second(self) -> Values:
+        """A draw of the guide next to that of the traces, by which engines are chosen: ``(1, *site_shape)`` each."""
+        names = dict.fromkeys((*self.own, *self.latents))
+        with torch.no_grad():
+            return self.guide.alone(lambda view: {name: view.read(name) for name in names}, 1)
+
+    def _choose_for_guide(self, guide: Runner) -> Choice:
+        choice = choose(guide, {name: self._second[name] for name in self.own}, "auto", "guide")
+        if choice.engine == "loop" and self._vectorize == "auto":
+            warn_user(why_alone("guide", choice))
+        return choice
+
+    def _choose_for_model(self, model: Runner) -> Choice:
+        choice = choose(model, {name: self._second[name] for name in self.latents}, self._vectorize, "model")
+        if choice.engine == "loop" and self._vectorize == "auto":
+            warn_user(why_alone("model", choice))
+        check_noise(choice.noise, is_weighed=self._weighs)
+        return choice
 
     def settle(self) -> Task:
-        """Choose engines for guide and model by two draws of the guide, and return the task.
+        """Choose the engines of guide and model now, by two draws of the guide, and return the task.
 
         Raises:
             ValueError: If draws are to be weighed, and the model's log-density is too noisy for that.
@@ -197,21 +218,14 @@ class Task:
         Warns:
             UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
         """
-        if self.is_settled:
-            return self
-        names = dict.fromkeys((*self.own, *self.latents))
-        with torch.no_grad():
-            found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 1)
-        own, latents = ({name: found[name] for name in part} for part in (self.own, self.latents))
-        settle(self.guide, own, "auto", "guide")
-        settle(self.model, latents, self._vectorize, "model")
-        self.is_settled = True
-        if self._vectorize == "auto":
-            for role, program in (("model", self.model), ("guide", self.guide)):
-                if program.engine == "loop":
-                    warn_user(why_alone(role, program))
-        check_noise(self.model.noise, is_weighed=self._weighs)
+        for program in (self.guide, self.model):
+            program.choice  # noqa: B018 - it is made now
         return self
+
+    @property
+    def is_settled(self) -> bool:
+        """True if the engines are chosen."""
+        return "choice" in vars(self.model)
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Draws:
@@ -244,7 +258,7 @@ class Task:
         """
         model = self.model.with_(call=_Anew()(self.model.call)) if forget else self.model
         if model.enumerated and model.engine != "loop":
-            model = model.with_(engine="vmap")  # at values of its discrete latents it may not broadcast
+            model = model.by("vmap")  # at values of its discrete latents it may not broadcast
 
         def step(held: Values, size: int) -> Values:
             return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size)
@@ -293,7 +307,7 @@ class Lifted:
         by_draw = [len(value) for name, value in values.items() if value.dim() > len(shapes[name])]
         size = by_draw[0] if by_draw else 1
         held = {name: value.reshape(-1, *shapes[name]).expand(size, *shapes[name]) for name, value in values.items()}
-        log_prob = self._model.with_rows(rows).log_prob(held, size)
+        log_prob = self._model.with_(rows={**self._model.rows, **rows}).log_prob(held, size)
         dims = max(value.dim() - self._sites[name]["fn"].event_dim for name, value in values.items())
         pyro.factor("_pyro_flows_log_density", log_prob.reshape(size, *(1,) * (dims - 1)) if by_draw else log_prob[0])
 
@@ -354,7 +368,7 @@ def subsampled_plate(trace: Trace) -> str:
     """Return words for the first plate of a trace that runs over a part of its rows, or an empty string."""
     for name, site in trace.nodes.items():
         for frame in site.get("cond_indep_stack", ()):
-            if frame.full_size is not None and frame.size < frame.full_size:
+            if is_subsampled(frame):
                 rows = f"{frame.size} of {frame.full_size} rows"
                 return f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({rows})"
     return ""

@@ -146,6 +146,11 @@ def plates_of(site: dict[str, Any]) -> list[Any]:
     return [frame for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
 
 
+def is_subsampled(frame: Any) -> bool:
+    """True if a plate runs over a part of its rows."""
+    return frame.full_size is not None and frame.size < frame.full_size
+
+
 def _rows(site: dict[str, Any]) -> torch.Size:
     """Return the shape of a site's rows, or that of its data's rows if it has more dimensions."""
     fn, value = site["fn"], site["value"]

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,15 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from ..threads import Threads
 from ..time_limit import check_time
-from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
+from .engines import DRAWS, NONE, Read, Values, View, in_batches, run, with_room
 from .enumeration import Parallel
 from .finite_supports import WithValues
 from .log_density import part_size
+from .plate_nesting import is_subsampled
 from .program import Args, Function, Kwargs
 from .sequential_sum import Sequential, sum_over
 from .traces import outside_plates, trace_of
 from .vmap_rules import is_refusal
-from .whole_plate import Part, parts_of
+from .whole_plate import MOST, RowShare, number_of_shares, shares_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
 GIVEN = "_given"  # the mark of a plate whose rows the program chooses itself
@@ -48,6 +51,22 @@ class Noise(NamedTuple):
     site: str = ""
 
 
+class Choice(NamedTuple):
+    """The engine of a program, and what its choice has shown.
+
+    Attributes:
+        engine: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.
+        noise: The noise of the log-density.
+        seconds: The time of a run for one draw, 0 if it was not measured: it is for programs that run in a loop.
+        faults: The reason why a faster engine does not run the program, in words, by the engine.
+    """
+
+    engine: str
+    noise: Noise = Noise()
+    seconds: float = 0.0
+    faults: Mapping[str, str] = MappingProxyType({})
+
+
 class Runner:
     """Runs of a Pyro program, model or guide, with its arguments.
 
@@ -58,16 +77,13 @@ class Runner:
         single: The trace of one run.
         nesting: The number of dimensions that its plates take.
         enumerated: The discrete latents that are summed out of its density.
+        choose: The choice of an engine, made when many draws are first run; one draw at a time by default.
 
     Attributes:
         given: The plates whose rows the program chooses itself, ``pyro.plate(..., subsample=...)``.
         subsamples: The subsampled plates whose rows are drawn.
         rows: The rows of these plates by their names, the same in every run.
-        engine: The way to run many draws: one of ``ENGINES``.
-        noise: The noise of the log-density.
-        is_settled: True once the engine is chosen.  If vmap refuses some draws later, they run one by one.
-        seconds: The time of a run for one draw, 0 if it was not measured: it is for programs that run in a loop.
-        faults: The reason why a faster engine does not run the program, in words, by the engine.
+        shares: The parts of all rows whose log-densities are added up; empty to take a subsample for all rows.
     """
 
     def __init__(
@@ -78,6 +94,7 @@ class Runner:
         single: Trace,
         nesting: int,
         enumerated: Names = (),
+        choose: Callable[[Runner], Choice] = lambda runner: Choice("loop"),
     ) -> None:
         self.call, self.args, self.kwargs = call, args, kwargs
         self.single, self.nesting, self.enumerated = prune_subsample_sites(single), nesting, enumerated
@@ -86,18 +103,57 @@ class Runner:
         drawn = {n: s for n, s in plates.items() if n not in self.given and len(s["value"]) < s["fn"].size}
         self.subsamples = {name: site["fn"] for name, site in drawn.items()}
         self.rows = {name: site["value"] for name, site in drawn.items()}
-        self.engine, self.noise, self.is_settled = "loop", Noise(), False
-        self.seconds = 0.0
-        self.faults: dict[str, str] = {}
-        self._sum: Parallel | Sequential | None = None
-        self._draws_alone = False
-        self._parts: list[Part] = []
-        self._is_part = False
-        self._sum_of_parts: Parallel | Sequential | None = None
+        self.shares: Sequence[RowShare] = ()
+        self._scaled: Trace | None = self.single  # a run at the scales of the rows
+        self._sum_of_shares: Parallel | Sequential | None = None
+        self._choose = choose
         self.threads, self._threads_without_gradient = Threads(), Threads()  # for a part of many draws
 
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """The engine, chosen when it is first needed."""
+        return self._choose(self)
+
+    @property
+    def engine(self) -> str:
+        """The way to run many draws.  If vmap refuses some draws, they run one by one."""
+        return self.choice.engine
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of all rows of each subsampled plate."""
+        return {name: fn.size for name, fn in self.subsamples.items()}
+
+    @property
+    def fault(self) -> str:
+        """The reason why the program does not run in a plate of draws, in words that follow its role."""
+        return self.choice.faults.get("plate", f' runs by vectorize="{self.engine}"')
+
+    def with_(self, **changes: Any) -> Runner:
+        """Return a copy of the program with other attributes."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+    def by(self, engine: str) -> Runner:
+        """Return a copy of the program that runs by a given engine."""
+        return self.with_(choice=Choice(engine))
+
+    @property
+    def marked(self) -> Function:
+        """The program with its discrete latents marked for Pyro's own enumeration."""
+        return WithValues(self.enumerated)(self.call) if self.enumerated else self.call
+
     def run(
-        self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
+        self,
+        read: Read,
+        held: Values,
+        size: int,
+        *,
+        place: Place = poutine.condition,
+        enumerate: bool = False,
+        rows: Mapping[str, Tensor] = NONE,
     ) -> Values:
         """Run the program for N draws and read some tensors, each ``(N, *shape)``.
 
@@ -107,87 +163,103 @@ class Runner:
             size: The number N of draws.
             place: The handler that puts the values into the sites; by default they are conditioned on.
             enumerate: True to run discrete latents at all of their values.
+            rows: Rows of subsampled plates, or values of sites, that are the same in all draws.
         """
+        how: dict[str, Any] = {"place": place, "enumerate": enumerate, "rows": rows}
+        try:
+            return self.attempt(read, held, size, **how)
+        except RuntimeError as error:
+            if not (self.engine == "vmap" and is_refusal(error)):
+                raise
+        if size == 1:
+            return self.by("loop").run(read, held, size, **how)
+        # Halving finds the few draws that are refused, for example where a distribution treats values near 0 apart.
+        return in_batches(functools.partial(self.run, read, **how), held, size, (size + 1) // 2)
+
+    def attempt(
+        self,
+        read: Read,
+        held: Values,
+        size: int,
+        *,
+        place: Place = poutine.condition,
+        enumerate: bool = False,
+        rows: Mapping[str, Tensor] = NONE,
+    ) -> Values:
+        """Run the program as :meth:`run` does, with an error if vmap refuses a draw."""
 
         check_time()
 
         def once(values: Values, number: int | None) -> View:
             if number is not None:
                 values = {n: with_room(self.single.nodes[n], v, self.nesting) for n, v in values.items()}
-            trace = self._trace(place(self.call, data=values), number, enumerate)
+            trace = self._trace(place(self.call, data=values), number, enumerate, rows)
             return View(trace, self.single, number, self.nesting)
 
         with pyro.validation_enabled(False):  # a draw without a density has log-density -inf or NaN, and is no error
-            try:
-                return run(self.engine, once, read, held, size)
-            except RuntimeError as error:
-                if not (self.engine == "vmap" and self.is_settled and is_refusal(error)):
-                    raise
-        if size == 1:
-            return self.with_(engine="loop").run(read, held, size, place=place, enumerate=enumerate)
-        # Halving finds the few draws that are refused, for example where a distribution treats values near 0 apart.
-        half = functools.partial(self.run, read, place=place, enumerate=enumerate)
-        return in_batches(half, held, size, (size + 1) // 2)
+            return run(self.engine, once, read, held, size)
 
-    @property
-    def fault(self) -> str:
-        """The reason why the program does not run in a plate of draws, in words that follow its role."""
-        return self.faults.get("plate", f' runs by vectorize="{self.engine}"')
-
-    def with_(self, **changes: Any) -> Runner:
-        """Return a copy of the program with other attributes, for example another ``engine``."""
-        other = copy.copy(self)
-        for name, value in changes.items():
-            setattr(other, name, value)
-        return other
-
-    def with_rows(self, rows: Values) -> Runner:
-        """Return a copy of the program whose runs hold some subsampled plates at given rows, or sites at values."""
-        return self.with_(rows={**self.rows, **rows})
-
-    @property
-    def marked(self) -> Function:
-        """The program with its discrete latents marked for Pyro's own enumeration."""
-        return WithValues(self.enumerated)(self.call) if self.enumerated else self.call
-
-    def whole(self) -> None:
-        """Score all rows of the subsampled plates, part by part, instead of a subsample.
-
-        Values that are held must be those of all rows.
-        """
-        self._parts = parts_of(self)
-
-    def score_part(self, part: Part, held: Values, size: int, sites: list[str] | None = None) -> Values:
-        """Return the same as :meth:`score` for one part of all rows; values that are held are those of all rows."""
-        return self.on_part(part).score(part.taken(held, self.single.nodes), size, sites)
-
-    def on_part(self, part: Part) -> Runner:
-        """Return the program on one part of the rows; all parts share one sum over discrete latents."""
-        rows = {**self.rows, **part.rows}
-        other = self.with_(call=part(self.call), rows=rows, _parts=[], _is_part=True, _sum=self._sum_of_parts)
-        if self.enumerated:
-            self._sum_of_parts = other.enumeration
-        return other
-
-    def alone(self, read: Read, size: int) -> Values:
+    def alone(self, read: Read, size: int, rows: Mapping[str, Tensor] = NONE) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors: each ``(size, *shape)``."""
-        return self.with_(engine="loop").run(read, {}, size)
+        return self.by("loop").run(read, {}, size, rows=rows)
 
     def sample(self, read: Read, held: Values, size: int, *, place: Place = poutine.condition) -> Values:
         """Run the program as :meth:`run` does, and draw the other sites: one by one if vmap cannot draw."""
-        if self.engine == "vmap" and not self._draws_alone:
+        if self.engine == "vmap":
             try:
-                return self.with_(is_settled=False).run(read, held, size, place=place)
+                return self.attempt(read, held, size, place=place)
             except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
-                self._draws_alone = True
-        program = self.with_(engine="loop") if self._draws_alone else self
-        return program.run(read, held, size, place=place)
+                return self.by("loop").run(read, held, size, place=place)
+        return self.run(read, held, size, place=place)
+
+    def all_rows(self, observed: Sequence[str]) -> list[RowShare]:
+        """Return shares that hold all rows, if all subsampled plates draw their rows and take data by row; or none.
+
+        Args:
+            observed: The observed sites.
+        """
+        if not self.subsamples or (len(self.sizes) > 1 and number_of_shares(self.rows, self.sizes) > MOST):
+            return []
+        stacks = {name: site.get("cond_indep_stack", ()) for name, site in self.single.nodes.items()}
+        plates = {name: {frame.name for frame in stack} & self.sizes.keys() for name, stack in stacks.items()}
+        for frame in (frame for stack in stacks.values() for frame in stack):
+            # A loop over rows has no dimension for them, and the rows of other subsampled plates are not drawn.
+            if not frame.vectorized if frame.name in self.sizes else is_subsampled(frame):
+                return []
+        if any(plates[name] != self.sizes.keys() for name in self.enumerated):
+            return []  # a sum over a latent outside of a plate does not fall into shares
+        # A minibatch that the user gives has the same data at all indices.
+        inside = {plate: [name for name in observed if plate in plates[name]] for plate in self.sizes}
+        is_drawn = all(self._differs(plate, names) for plate, names in inside.items())
+        return shares_of(self.rows, self.sizes) if is_drawn else []
+
+    def _differs(self, plate: str, data: list[str]) -> bool:
+        """True if data have other values at other rows of a plate."""
+        size, found = len(self.rows[plate]), []
+        for start in (0, self.sizes[plate] - size):
+            rows = torch.arange(start, start + size, device=self.rows[plate].device)
+            found.append(self.alone(lambda view: {name: view.read(name) for name in data}, 1, {plate: rows}))
+        one, other = found
+        return any(bool(((one[n] != other[n]) & ~(one[n].isnan() & other[n].isnan())).any()) for n in data)
+
+    def on_rows(self, share: RowShare) -> Runner:
+        """Return the program on a share of the rows; all shares have one sum over discrete latents."""
+        other = self.with_(call=share(self.call), rows={**self.rows, **share.rows}, shares=(), _scaled=None)
+        if self.enumerated:
+            vars(other).pop("enumeration", None)  # it has other scales
+            other.enumeration = self._sum_of_shares = self._sum_of_shares or other.enumeration
+        return other
+
+    def score_rows(self, share: RowShare, held: Values, size: int, sites: Sequence[str] = ()) -> Values:
+        """Return the same as :meth:`score` for a share of all rows; values that are held are those of all rows."""
+        return self.on_rows(share).score(share.taken(held, self.single.nodes), size, sites)
 
     def log_prob(self, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws, ``(N,)`` in nats, with discrete latents summed out.
 
         Args:
-            held: Values of all latents except those that are summed out, ``(N, *site_shape)``.
+            held: Values of all latents except those that are summed out, ``(N, *site_shape)``; with ``shares`` those of
+                all rows.
             size: The number N of draws.
         """
         return self.score(held, size)[TOTAL]
@@ -207,13 +279,13 @@ class Runner:
         """The number of draws at which the largest tensor that depends on them fits into the cache."""
         return LARGEST if self.engine == "loop" else max(1, LARGEST // self.largest)
 
-    def score(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
+    def score(self, held: Values, size: int, sites: Sequence[str] = ()) -> Values:
         """Return the log-density of N draws under the key ``TOTAL``, and the values of some sites at the draws.
 
         If discrete latents are summed out, no sites can be read, as they may depend on these latents.
         """
-        if self._parts:
-            scores = [self.score_part(part, held, size, sites) for part in self._parts]
+        if self.shares:
+            scores = [self.score_rows(share, held, size, sites) for share in self.shares]
             return {**scores[0], TOTAL: torch.stack([found[TOTAL] for found in scores]).sum(0)}
         if torch.is_grad_enabled() or 2 * size <= self.chunk:
             return self.score_at_once(held, size, sites)
@@ -224,28 +296,25 @@ class Runner:
 
         return in_batches(step, held, size, part_size(size, self.chunk))
 
-    def score_at_once(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
+    def score_at_once(self, held: Values, size: int, sites: Sequence[str] = ()) -> Values:
         """Return the same as :meth:`score`, from one run for all draws."""
         if self.enumerated:
-            return {TOTAL: self.enumeration.log_prob(self, held, size)}
-        return self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites or ()}}, held, size)
+            return {TOTAL: self.enumeration.log_prob(self.run, held, size)}
+        return self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
 
     def discrete(self, held: Values, size: int) -> Values:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
-        return self.enumeration.sample(self, held, size)
+        return self.enumeration.sample(self.run, held, size)
 
-    @property
+    @functools.cached_property
     def enumeration(self) -> Parallel | Sequential:
         """The sum over discrete latents, found by a few runs.
 
         Raises:
             ValueError: If the program can be summed neither at all values at once nor one after the other.
         """
-        if self._sum is None:
-            with pyro.validation_enabled(False), torch.no_grad():
-                single = self._trace_at({}) if self._is_part else self.single  # a part has other scales
-                self._sum = sum_over(self._trace_at, single, self.enumerated, self.nesting)
-        return self._sum
+        with pyro.validation_enabled(False), torch.no_grad():
+            return sum_over(self._trace_at, self._scaled or self._trace_at({}), self.enumerated, self.nesting)
 
     def _trace_at(self, values: Values, *, enumerate: bool = False) -> Trace:
         """Return a trace at the latents of the first run, but with other values for some of them."""
@@ -253,9 +322,9 @@ class Runner:
         held = {name: self.single.nodes[name]["value"] for name in names}
         return self._trace(poutine.condition(self.call, data={**held, **values}), None, enumerate)
 
-    def _trace(self, program: Function, size: int | None, enumerate: bool) -> Trace:
-        if self.rows:
-            program = poutine.condition(program, data=self.rows)
+    def _trace(self, program: Function, size: int | None, enumerate: bool, rows: Mapping[str, Tensor] = NONE) -> Trace:
+        if self.rows or rows:
+            program = poutine.condition(program, data={**self.rows, **rows})
         with poutine.block(expose_types=["param"]), outside_plates():  # those who train see parameters
             if size is not None:
                 program = pyro.plate(DRAWS, size, dim=-1 - self.nesting)(program)

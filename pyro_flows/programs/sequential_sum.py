@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .engines import Site, Values, View
+from .engines import Run, Site, Values, View
 from .enumeration import REST, Parallel, TraceAt, WrongSum, check_masks, check_rows, terms_of
 from .error_text import quoted
 from .finite_supports import MOST, with_values
 from .plate_nesting import plates_of
-
-if TYPE_CHECKING:
-    from .runner import Runner
 
 ROWS = "the sum over sites in the plates, by row"
 TRIES = 10  # runs whose rows take different values, against which sums by row are checked
@@ -155,15 +152,15 @@ class Sequential:
         """Return the log-density of a site inside of the plates by row, ``(*rows)``."""
         return self._by_row(terms_of(view, {name: view.trace.nodes[name]}, self._tables)[name], False)
 
-    def log_prob(self, program: Runner, held: Values, size: int) -> Tensor:
+    def log_prob(self, run: Run, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        rest, rows = self._joint(program, held, size)
+        rest, rows = self._joint(run, held, size)
         return rest + self._scale * rows.logsumexp(0).reshape(size, -1).sum(-1)
 
     @torch.no_grad()
-    def sample(self, program: Runner, held: Values, size: int) -> Values:
+    def sample(self, run: Run, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        _, rows = self._joint(program, held, size)
+        _, rows = self._joint(run, held, size)
         return self._values(torch.distributions.Categorical(logits=rows.movedim(0, -1)).sample())
 
     def _joint_values(self) -> list[Values]:
@@ -174,9 +171,9 @@ class Sequential:
         batch = places.shape[: places.dim() - len(self._rows)]
         return {name: table[places].reshape(batch + self._shapes[name]) for name, table in self._tables.items()}
 
-    def _joint(self, program: Runner, held: Values, size: int) -> tuple[Tensor, Tensor]:
+    def _joint(self, run: Run, held: Values, size: int) -> tuple[Tensor, Tensor]:
         """Return the log-density outside the plates, ``(N,)``, and by value and row, ``(values, N, *rows)``."""
-        found = [program.with_rows(values).run(self._read, held, size) for values in self._joint_values()]
+        found = [run(self._read, held, size, rows=values) for values in self._joint_values()]
         return found[0][REST], torch.stack([terms[ROWS] for terms in found])
 
     def _read(self, view: View) -> Values:

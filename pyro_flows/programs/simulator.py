@@ -17,14 +17,14 @@ from torch import Tensor
 from ..arguments import check_integers, check_program, check_tensors, quoted
 from ..threads import allowed, using
 from ..user_code import warn_user
-from .engine_choice import settle, why_alone
+from .engine_choice import choose, why_alone
 from .engines import Values, in_batches
 from .latents import innermost
 from .masks import is_observation
 from .model_and_guide import subsampled_plate
 from .plate_nesting import nesting_of, runs_programs
 from .program import Args, Function, Kwargs, signature_of, vectorize_of
-from .runner import Runner
+from .runner import Choice, Runner
 from .simulations import Simulations
 from .traces import trace_at
 from .written_values import Writes
@@ -115,7 +115,7 @@ class Simulator:
                 "sizes from other arguments, which are given here",
                 error,
             )
-        self.model = Runner(model, args, kwargs, single, nesting_of(single))
+        self.model = Runner(model, args, kwargs, single, nesting_of(single), choose=self._choose)
         if plate := subsampled_plate(single):
             self._refuse(f"{plate}. Let it run over all rows of a simulated dataset")
         self.sites = self._find_data()
@@ -208,7 +208,6 @@ class Simulator:
         Raises:
             ValueError: If the model means something else vectorised as the program asks.
         """
-        self._settle()
         values = in_batches(self._run, latents or {}, number, batch_size)
         data = {name: values.pop(site) for name, site in self.sites.items()}
         return Simulations(values, data)
@@ -217,32 +216,31 @@ class Simulator:
         names = [name for name, _ in self.model.single.iter_stochastic_nodes()]
         return (model or self.model).sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
-    def _settle(self) -> None:
-        """Choose the engine for many simulations, once."""
-        if self.model.is_settled:
-            return
-        settle(self.model, self._run({}, 1, self.model.with_(engine="loop")), self.vectorize, "model", self._fault)
-        if self.model.engine == "loop" and self.vectorize == "auto":
-            warn_user(f"{self.caller}: {why_alone('model', self.model)}")
+    def _choose(self, model: Runner) -> Choice:
+        """Choose the engine for many simulations."""
+        choice = choose(model, self._run({}, 1, model.by("loop")), self.vectorize, "model", self._fault)
+        if choice.engine == "loop" and self.vectorize == "auto":
+            warn_user(f"{self.caller}: {why_alone('model', choice)}")
+        return choice
 
-    def _fault(self) -> str:
+    def _fault(self, model: Runner) -> str:
         """Return a fault of data without a density that could show it, in words, or an empty string.
 
         Such data are compared with single runs at the same latents.  If they are noisy, the noise must differ.
         """
-        latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
+        latents = {name: value for name, value in self._run({}, 2, model).items() if name not in self.sites.values()}
         twice = {name: value[:1].expand(2, *value.shape[1:]) for name, value in latents.items()}
-        nodes, alone = self.model.single.nodes, self.model.with_(engine="loop")
+        nodes, alone = self.model.single.nodes, model.by("loop")
         for name in self.sites.values():
             if not isinstance(innermost(nodes[name]["fn"]), dist.Delta):
                 continue
-            many, one, again = (self._run(latents, 2, model)[name] for model in (self.model, alone, alone))
+            many, one, again = (self._run(latents, 2, way)[name] for way in (model, alone, alone))
             is_noisy = not torch.equal(one, again)
             if not is_noisy and not torch.allclose(many, one, rtol=1e-4, atol=1e-6):
                 return (
                     f" makes site {name!r} another function of the latents when it runs vectorised over simulations: "
                     "one of them sees the others"
                 )
-            if is_noisy and torch.equal(*self._run(twice, 2)[name]):
+            if is_noisy and torch.equal(*self._run(twice, 2, model)[name]):
                 return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
         return ""
