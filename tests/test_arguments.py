@@ -78,7 +78,7 @@ SIZES = {
 OBJECTS = {
     "Coupling: bijector": lambda v: transforms.Coupling(v, conditioners.MLP(2, 1, 2), [True, True, False]),
     "Elementwise: conditioner": lambda v: transforms.Elementwise(bijectors.Affine(), 3, v or ()),
-    "PerPixel: inner": lambda v: transforms.PerPixel(v, (2, 2)),
+    "Recomputed: inner": transforms.Recomputed,
     "Inverse: transform": transforms.Inverse,
     "FixedBase: distribution": distributions.FixedBase,
     "Flow: transforms": flows.Flow,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class Bijector(ABC):
             ``(x, log|dx/dy|)``, of the shapes of ``forward_and_log_det``.  The log-determinant is in nats, with the
             opposite sign of the forward direction.
         """
+
+    def verb(self, inverse: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return one of the two directions."""
+        return self.inverse_and_log_det if inverse else self.forward_and_log_det
 
 
 def bounded(raw: Tensor, limit: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Size, Tensor
 
 from ..arguments import check_integers
-from ..transforms.recompute import recomputed
+from ..transforms.wrapped import recomputed
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 

@@ -6,7 +6,6 @@ from .base import Inverse as Inverse
 from .base import View as View
 from .block_autoregressive import BlockAutoregressive as BlockAutoregressive
 from .compose import Compose as Compose
-from .compose import Conditioned as Conditioned
 from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
@@ -23,7 +22,6 @@ from .orthogonal import Householder as Householder
 from .orthogonal import Orthogonal as Orthogonal
 from .orthogonal import Permute as Permute
 from .quantile_map import QuantileMap as QuantileMap
-from .recompute import Recomputed as Recomputed
 from .recurrence import Recurrence as Recurrence
 from .reshape import Patched as Patched
 from .reshape import PerPixel as PerPixel
@@ -32,3 +30,5 @@ from .reshape import Split as Split
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
 from .triangular import TriangularAffine as TriangularAffine
+from .wrapped import Conditioned as Conditioned
+from .wrapped import Recomputed as Recomputed

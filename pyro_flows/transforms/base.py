@@ -107,6 +107,10 @@ class FlowTransform(TransformModule):
             log_density = (score * back).sum() + back_log_det.sum()
             return y, log_det, torch.autograd.grad(log_density, leaf)[0]
 
+    def verb(self, inverse: bool) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """Return one of the two verbs."""
+        return self.inverse_and_log_det if inverse else self.forward_and_log_det
+
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the parameters from data ``(*batch, *event_shape)`` that this transform shall produce.
 
@@ -175,6 +179,20 @@ class FlowTransform(TransformModule):
 ConditionalTransform.register(FlowTransform)
 
 
+class TwoWay(FlowTransform):
+    """A transform whose verbs are alike, but for the verbs of its parts that they call."""
+
+    @abstractmethod
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map x to y, or y to x if ``inverse``; return also the log-determinant."""
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(x, context, False)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(y, context, True)
+
+
 class VectorTransform(FlowTransform):
     """A transform of vectors ``(*batch, input_dim)``.
 
@@ -189,7 +207,7 @@ class VectorTransform(FlowTransform):
         self.input_dim = input_dim
 
 
-class Inverse(FlowTransform):
+class Inverse(TwoWay):
     """The opposite direction of a transform, as ``transform.inv`` returns it.
 
     It owns the transform, which keeps no reference back.
@@ -211,11 +229,8 @@ class Inverse(FlowTransform):
         self.domain, self.codomain = transform.codomain, transform.domain
         self.transform = transform
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_log_det(x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.forward_and_log_det(y, context)
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.transform.verb(not inverse)(value, context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         return -self.transform.log_abs_det_jacobian(y, x, context)

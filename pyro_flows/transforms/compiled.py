@@ -20,6 +20,7 @@ from ..compiler_state import COMPILE_SETTINGS, is_traced
 from .autoregressive import Autoregressive
 from .base import FlowTransform, Inverse
 from .compose import Compose
+from .wrapped import Wrapped
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
@@ -77,7 +78,7 @@ def _any_size(batch: Tensor) -> Tensor:
     return copy
 
 
-class Compiled(FlowTransform):
+class Compiled(Wrapped):
     """A transform whose verbs are compiled, if they compile to one graph.
 
     Args:
@@ -94,26 +95,18 @@ class Compiled(FlowTransform):
     """
 
     def __init__(self, inner: FlowTransform, **settings: Any) -> None:
-        super().__init__(inner.event_shape, inner.context_dim)
-        self.inner = inner
-        self.domain, self.codomain = inner.domain, inner.codomain
-        forward, inverse = inner.forward_and_log_det, inner.inverse_and_log_det
-        self._to_y = CompiledVerb(forward, settings) if inner.compiles(inverse=False) else forward
-        self._to_x = CompiledVerb(inverse, settings) if inner.compiles(inverse=True) else inverse
+        super().__init__(inner)
+        verbs = [(inner.verb(inverse), inner.compiles(inverse)) for inverse in (False, True)]
+        self._verbs = [CompiledVerb(verb, settings) if compiles else verb for verb, compiles in verbs]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(self._to_y, x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(self._to_x, y, context)
-
-    def _run(self, verb: Verb, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        verb = self._verbs[inverse]
         if not isinstance(verb, CompiledVerb) or is_traced():
-            return verb(x, context)
+            return verb(value, context)
         # Batches of any shape share one graph.
-        batch, x, context = self._rows_of(x, context)
-        value, log_det = (verb if batch.numel() else verb.plain)(x, context)
-        return value.reshape(batch + self.event_shape), log_det.reshape(batch)
+        batch, value, context = self._rows_of(value, context)
+        image, log_det = (verb if batch.numel() else verb.plain)(value, context)
+        return image.reshape(batch + self.event_shape), log_det.reshape(batch)
 
 
 class CompiledMap(Bijector):

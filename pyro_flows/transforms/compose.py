@@ -1,4 +1,4 @@
-"""Chains of transforms, and a transform at a context that is kept."""
+"""Chains of transforms."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..arguments import TRANSFORM, check_kind, quoted
+from ..arguments import check_kind, quoted
 from ..vjp import keeps
-from .base import FlowTransform, Scored
+from .base import FlowTransform, Scored, TwoWay
 
 
-class Compose(FlowTransform):
+class Compose(TwoWay):
     """A chain of transforms, y = t_n(… t_1(x)), whose log-determinants add up; each network is run once.
 
     A context reaches the transforms that take one.
@@ -42,11 +42,8 @@ class Compose(FlowTransform):
         self.domain, self.codomain = transforms[0].domain, transforms[-1].codomain
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return chained(self.transforms, x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return chained(self.transforms, y, context, inverse=True)
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return chained(self.transforms, value, context, inverse=inverse)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not keeps(self, Compose, "forward_and_log_det"):
@@ -66,58 +63,13 @@ class Compose(FlowTransform):
             y, _ = transform.inverse_and_log_det(y, own)
 
 
-class Conditioned(FlowTransform):
-    """A transform at one context, to keep: the context is a parameter like any other.
-
-    ``transform.condition(context)`` is the same for one use.
-
-    Args:
-        transform: A transform that takes contexts.
-        context: One context, ``(context_dim,)``; its values are copied, but a ``torch.nn.Parameter`` is kept itself,
-            and may be shared.
-
-    Raises:
-        ValueError: If the context is not one vector of the transform's width.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_flows import flows
-        >>> layer = flows.nsf(2, context_dim=3).transforms[0]
-        >>> held = Conditioned(layer, torch.zeros(3))
-        >>> held.context_dim, held(torch.ones(5, 2)).shape, held.context.requires_grad
-        (0, torch.Size([5, 2]), True)
-    """
-
-    def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:
-        check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
-        check_kind("Conditioned", Tensor, "a tensor", context=context)
-        super().__init__(transform.event_shape)
-        self.domain, self.codomain = transform.domain, transform.codomain
-        wanted, got = (transform.context_dim,), tuple(context.shape)
-        if got != wanted:
-            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
-        self.transform = transform
-        self.context = context if isinstance(context, nn.Parameter) else nn.Parameter(context.detach().clone())
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.forward_and_log_det(x, self.context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_log_det(y, self.context)
-
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        return self.transform.forward_and_score(x, score, self.context)
-
-
 def chained(
     transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Map a value by transforms, at least one, in their order or back; return it and the total log-determinant."""
     log_dets = []
     for transform in reversed(transforms) if inverse else transforms:
-        verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
-        value, log_det = verb(value, context if transform.context_dim else None)
+        value, log_det = transform.verb(inverse)(value, context if transform.context_dim else None)
         log_dets.append(log_det)
     return value, sum(log_dets[1:], log_dets[0])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_flags, check_integers, check_kind, check_numbers
 from ..conditioners import VectorField
-from .base import FlowTransform
+from .base import TwoWay
 
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"
@@ -66,7 +66,7 @@ class Solution(NamedTuple):
     evaluations: int
 
 
-class Continuous(FlowTransform):
+class Continuous(TwoWay):
     """A continuous transform of a vector ``(*batch, D)``, y = x(1), which follows a vector field from x(0) = x::
 
         dx/dt = v(t, x, c),    log|det dy/dx| = ∫₀¹ tr J(t, x(t)) dt,    J = ∂v/∂x
@@ -153,11 +153,8 @@ class Continuous(FlowTransform):
         """True if log-determinants are exact up to the tolerances."""
         return (self.field.cheap_trace or self.field.input_dim <= FEW) if self.exact is None else self.exact
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.solve(x, context)[:2]
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.solve(y, context, inverse=True)[:2]
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.solve(value, context, inverse=inverse)[:2]
 
     def compiles(self, inverse: bool) -> bool:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
-from .base import FlowTransform, Scored
+from .base import Scored, TwoWay
 from .conditional import check_params
 
 
-class Coupling(FlowTransform):
+class Coupling(TwoWay):
     """A coupling layer over the features of a vector ``(D,)``, or over the channels of an image ``(C, H, W)``::
 
         y_A = x_A,    y_B = f(x_B; θ(x_A, c)),    log|det dy/dx| = Σ_B log f'(x_B; θ)
@@ -81,11 +81,10 @@ class Coupling(FlowTransform):
         in_runs = (self.mask[1:] != self.mask[:-1]).sum() == 1
         self._runs = (sizes if self._kept_first else sizes[::-1]) if in_runs else None
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_verb(self.bijector.forward_and_log_det, x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        kept, mapped = self.part(value)
+        mapped, log_det = self.bijector.verb(inverse)(mapped, self.conditioner(kept, context))
+        return self.join(kept, mapped), self.sum_event(log_det)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not keeps(self, Coupling, "forward_and_log_det"):
@@ -114,13 +113,6 @@ class Coupling(FlowTransform):
         if self._runs is None:
             return _taken(torch.cat((kept, mapped), dim), dim, self.restore)
         return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
-
-    def _apply_verb(
-        self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        kept, mapped = self.part(x)
-        mapped, log_det = verb(mapped, self.conditioner(kept, context))
-        return self.join(kept, mapped), self.sum_event(log_det)
 
 
 def _taken(x: Tensor, dim: int, places: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from ..arguments import BIJECTOR, as_shape, check_kind, check_numbers
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..conditioners.pace import Paced
-from .base import FlowTransform
+from .base import FlowTransform, TwoWay
 from .conditional import Conditional, check_params
 
 
-class Elementwise(Paced, Conditional):
+class Elementwise(Paced, TwoWay, Conditional):
     """Independent maps of the features of a vector ``(*batch, D)``, with parameters that are learned, or computed::
 
         y_i = f(x_i; θ_i(c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
@@ -53,13 +53,9 @@ class Elementwise(Paced, Conditional):
         else:
             check_params("Elementwise", bijector, conditioner, input_dim)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.bijector.forward_and_log_det(x, self._params(context))
-        return y, log_det.sum(-1)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.bijector.inverse_and_log_det(y, self._params(context))
-        return x, log_det.sum(-1)
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        image, log_det = self.bijector.verb(inverse)(value, self._params(context))
+        return image, log_det.sum(-1)
 
     def _params(self, context: Tensor | None) -> Tensor:
         if self.conditioner is not None:

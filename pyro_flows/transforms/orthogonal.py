@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import as_order, check_integers
-from .base import Scored, VectorTransform
+from .base import Scored, TwoWay, VectorTransform
 
 
-class Isometry(VectorTransform):
+class Isometry(TwoWay, VectorTransform):
     """A map of vectors ``(*batch, D)`` by an orthogonal matrix Q, which maps values and scores alike."""
 
     @abstractmethod
-    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
-        """Return the map x -> Q x, or the map y -> Qᵀ y."""
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
+        """Return Q x, or Qᵀ x if ``back``."""
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._turn(back=False)(x), x.new_zeros(x.shape[:-1])
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._turn(back=True)(y), y.new_zeros(y.shape[:-1])
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self._turn(value, inverse), value.new_zeros(value.shape[:-1])
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        turn = self._turn(back=False)
-        return turn(x), x.new_zeros(x.shape[:-1]), turn(score).detach()
+        return *self.forward_and_log_det(x), self._turn(score, False).detach()
 
 
 class Permute(Isometry):
@@ -55,9 +51,9 @@ class Permute(Isometry):
         super().__init__(len(order))
         self.register_buffer("permutation", torch.tensor(order, device=getattr(permutation, "device", None)))
 
-    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
         places = torch.argsort(self.permutation) if back else self.permutation
-        return lambda x: x.index_select(-1, places)
+        return x.index_select(-1, places)
 
 
 class Householder(Isometry):
@@ -96,16 +92,12 @@ class Householder(Isometry):
         self.reflections = reflections
         self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
 
-    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
         units = unit(self.vectors)
         pairs = (units.flip(0) if back else units).unflatten(0, (-1, 2)).unbind(0)
-
-        def turn(x: Tensor) -> Tensor:
-            for first, second in pairs:
-                x = _turn_plane(x, first, second)
-            return x
-
-        return turn
+        for first, second in pairs:
+            x = _turn_plane(x, first, second)
+        return x
 
 
 class Orthogonal(Isometry):
@@ -138,11 +130,11 @@ class Orthogonal(Isometry):
         super().__init__(input_dim)
         self.params = nn.Parameter(torch.zeros(input_dim * (input_dim - 1) // 2))
 
-    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
         rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.params.device)
         lower = self.params.new_zeros(self.input_dim, self.input_dim).index_put((rows, columns), self.params)
         matrix = torch.linalg.matrix_exp(lower - lower.T)
-        return lambda x: x @ (matrix if back else matrix.T)
+        return x @ (matrix if back else matrix.T)
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from ..arguments import check_integers
 from ..bijectors.spline import rational_quadratic
-from .base import VectorTransform
+from .base import TwoWay, VectorTransform
 
 EACH = 50  # draws for each bin
 BEYOND = 3  # draws beyond the outer knots
 LEAST = 1e-3  # of the slope across the quartiles, or of all bins if these are equal: the least slope of a bin
 
 
-class QuantileMap(VectorTransform):
+class QuantileMap(TwoWay, VectorTransform):
     """The fixed map of the features of a vector ``(*batch, D)`` from N(0, 1) to the distribution of some draws::
 
         y_i = Q_i(x_i),    log|det dy/dx| = Σ_i log Q_i'(x_i)
@@ -71,17 +71,11 @@ class QuantileMap(VectorTransform):
         table = _through(draws.double(), min(self.bins, len(draws) // EACH), self.bins).to(self.table)
         self.table.copy_(table if fixed is None else torch.where(fixed, identity, table))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._image(x, 0)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._image(y, 1)
-
-    def _image(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         table = self.table.detach()
-        knots, images, slopes = table[axis], table[1 - axis], table[2] if axis == 0 else 1 / table[2]
+        knots, images, slopes = table[int(inverse)], table[int(not inverse)], 1 / table[2] if inverse else table[2]
         inside = value.clamp(knots[0], knots[-1])
-        image, log_det = rational_quadratic(inside, table, axis)
+        image, log_det = rational_quadratic(inside, table, int(inverse))
         above = value > knots[-1]
         slope = torch.where(above, slopes[-1], slopes[0])
         line = torch.addcmul(torch.where(above, images[-1], images[0]), slope, value - inside)

@@ -6,62 +6,17 @@ Only places change, so the log-determinant is that of the inner transform.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind
-from .base import FlowTransform, Scored
+from ..arguments import as_image, as_shape, check_integers
+from .base import FlowTransform
+from .wrapped import Wrapped
 
 
-class Rearranged(FlowTransform):
-    """A transform of events whose numbers an inner transform sees in another arrangement."""
-
-    def __init__(self, inner: FlowTransform, event_shape: Sequence[int]) -> None:
-        super().__init__(tuple(event_shape), inner.context_dim)
-        self.inner = inner
-
-    @abstractmethod
-    def arrange(self, x: Tensor) -> Tensor:
-        """Return events ``(*batch, *event_shape)`` as the inner transform takes them."""
-
-    @abstractmethod
-    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
-        """Return events with the results of the inner transform in the places of its inputs.
-
-        Args:
-            inside: The results, arranged.
-            whole: The whole events; a :class:`Split` keeps a part of them.
-        """
-
-    def inner_context(self, context: Tensor | None) -> Tensor | None:
-        """Return the context as the inner transform takes it."""
-        return context
-
-    def total(self, log_det: Tensor) -> Tensor:
-        """Return the log-determinants ``(*batch)`` from those of the inner transform."""
-        return log_det
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.inner.forward_and_log_det(self.arrange(x), self.inner_context(context))
-        return self.put_back(y, x), self.total(log_det)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.inner.inverse_and_log_det(self.arrange(y), self.inner_context(context))
-        return self.put_back(x, y), self.total(log_det)
-
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        context = self.inner_context(context)
-        y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
-        return self.put_back(y, x), self.total(log_det), self.put_back(inner_score, score)
-
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(self.arrange(y), self.inner_context(context))
-
-
-class Squeezed(Rearranged):
+class Squeezed(Wrapped):
     """An inner transform of images at a lower resolution: each block of ``factor`` × ``factor`` pixels becomes one.
 
     Channel c of pixel (i, j) of a block becomes channel ``(c * factor + i) * factor + j``, so that a checkerboard over
@@ -87,7 +42,6 @@ class Squeezed(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, factor: int = 2) -> None:
-        check_kind("Squeezed", FlowTransform, TRANSFORM, inner=inner)
         check_integers("Squeezed", 2, factor=factor)
         if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
             raise ValueError(
@@ -107,7 +61,7 @@ class Squeezed(Rearranged):
         return from_blocks(inside.movedim(-3, -1).unflatten(-1, blocks))
 
 
-class Patched(Rearranged):
+class Patched(Wrapped):
     """An inner transform of the patches of an image, read row by row: a sequence of vectors.
 
     Args:
@@ -130,7 +84,6 @@ class Patched(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, image_shape: Sequence[int]) -> None:
-        check_kind("Patched", FlowTransform, TRANSFORM, inner=inner)
         image_shape = channels, height, width = as_image("Patched", "image_shape", image_shape)
         side = math.isqrt(inner.event_shape[-1] // channels) or 1
         if height % side or width % side or inner.event_shape != (height * width // side**2, channels * side**2):
@@ -166,7 +119,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
     return x.flatten(-2).flatten(-3, -2)
 
 
-class Reshaped(Rearranged):
+class Reshaped(Wrapped):
     """An inner transform that takes the numbers of an event, in their order, in another shape.
 
     Args:
@@ -185,7 +138,6 @@ class Reshaped(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, shape: Sequence[int]) -> None:
-        check_kind("Reshaped", FlowTransform, TRANSFORM, inner=inner)
         shape = as_shape("Reshaped", "shape", shape)
         if math.prod(inner.event_shape) != math.prod(shape):
             inside = tuple(inner.event_shape)
@@ -200,7 +152,7 @@ class Reshaped(Rearranged):
         return inside.reshape(*inside.shape[: inside.dim() - len(self.inner.event_shape)], *self.shape)
 
 
-class PerPixel(Rearranged):
+class PerPixel(Wrapped):
     """A transform t of vectors, applied to the channels of each pixel of an image ``(*batch, C, H, W)``::
 
         y[:, i, j] = t(x[:, i, j] | c)
@@ -226,7 +178,6 @@ class PerPixel(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
-        check_kind("PerPixel", FlowTransform, TRANSFORM, inner=inner)
         if len(inner.event_shape) != 1:
             raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
         size = as_shape("PerPixel", "size", size, length=2, words="height and width")
@@ -246,7 +197,7 @@ class PerPixel(Rearranged):
         return log_det.sum((-2, -1))
 
 
-class Split(Rearranged):
+class Split(Wrapped):
     """A transform t of the first channels of an image, or of the first features of a vector; the others stay::
 
         (y_A, y_B) = (t(x_A | c), x_B)
@@ -275,7 +226,6 @@ class Split(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, input_dim: int | None = None) -> None:
-        check_kind("Split", FlowTransform, TRANSFORM, inner=inner)
         check_integers("Split", optional=True, input_dim=input_dim)
         first, *size = inner.event_shape
         total = 2 * first if input_dim is None else input_dim
