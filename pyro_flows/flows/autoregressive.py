@@ -30,7 +30,6 @@ def iaf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
-    slope: float = 0.25,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
     fixed_point: bool = False,
@@ -50,7 +49,6 @@ def iaf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero; in custom training loops on given data 1 trains faster.
         adjacency: A directed graph without cycles, ``(D, D)``: ``adjacency[i, j]`` is True if feature i may depend on
             feature j.  An example is :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
             order, parents first.  In flows with fast densities one layer has exactly this graph, and each further
@@ -76,7 +74,7 @@ def iaf(
     """
     sizes = checked_sizes("iaf", input_dim, context_dim, num_transforms, hidden_dims)
     graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
-    layers = masked_layers(Affine(max_log_scale, slope), sizes, graph, activation, fixed_point)
+    layers = masked_layers(Affine(max_log_scale), sizes, graph, activation, fixed_point)
     return Flow([layer.inv for layer in layers])
 
 
@@ -88,7 +86,6 @@ def maf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
-    slope: float = 1.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
     fixed_point: bool = False,
@@ -107,7 +104,6 @@ def maf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero.
         adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         fixed_point: True to find samples by passes over all features at once, as for :func:`iaf`.
@@ -127,7 +123,7 @@ def maf(
         torch.Size([5])
     """
     sizes = checked_sizes("maf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Affine(max_log_scale, slope), sizes, adjacency, activation, fixed_point))
+    return Flow(masked_layers(Affine(max_log_scale, slope=1.0), sizes, adjacency, activation, fixed_point))
 
 
 @suggests_keywords
@@ -192,7 +188,6 @@ def naf(
     hidden_dims: Sequence[int] = (64, 64),
     components: int = 8,
     layers: int = 1,
-    bound: float = 10.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
@@ -211,7 +206,6 @@ def naf(
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of sigmoids of each layer of a map, at least 2.
         layers: The number of layers of a map, each an f.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
         adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
@@ -229,7 +223,7 @@ def naf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("naf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Sigmoidal(components, layers, bound), sizes, adjacency, activation))
+    return Flow(masked_layers(Sigmoidal(components, layers), sizes, adjacency, activation))
 
 
 @suggests_keywords
@@ -240,7 +234,6 @@ def umnn(
     num_transforms: int = 3,
     hidden_dims: Sequence[int] = (64, 64),
     hidden: int = 8,
-    bound: float = 5.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
@@ -259,7 +252,6 @@ def umnn(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each masked network.
         hidden: The number of hidden units of g, at least 2.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
         adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
 
@@ -277,7 +269,7 @@ def umnn(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("umnn", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Integral(hidden, bound=bound), sizes, adjacency, activation))
+    return Flow(masked_layers(Integral(hidden), sizes, adjacency, activation))
 
 
 @suggests_keywords
@@ -288,8 +280,6 @@ def sospf(
     num_transforms: int = 3,
     hidden_dims: Sequence[int] = (64, 64),
     degree: int = 6,
-    polynomials: int = 2,
-    bound: float = 5.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
@@ -307,8 +297,6 @@ def sospf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree of the polynomials whose squares are integrated, at least 1.
-        polynomials: The number of squares; two can represent any positive polynomial.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
         adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
@@ -326,7 +314,7 @@ def sospf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("sospf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(SumOfSquares(degree, polynomials, bound=bound), sizes, adjacency, activation))
+    return Flow(masked_layers(SumOfSquares(degree), sizes, adjacency, activation))
 
 
 @suggests_keywords
@@ -337,13 +325,12 @@ def bpf(
     num_transforms: int = 3,
     hidden_dims: Sequence[int] = (64, 64),
     degree: int = 32,
-    bound: float = 5.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Bernstein polynomial flow (Sick, Hothorn, Dürr 2020, arXiv:2004.00464): fast densities.
 
-    Each layer maps y, on the data's side, to x, on the base's side, by polynomials of degree n on [-B, B]::
+    Each layer maps y, on the data's side, to x, on the base's side, by polynomials of degree n on [-B, B] with B = 5::
 
         x_i = Σ_j β_ij C(n, j) uʲ (1 - u)ⁿ⁻ʲ,    u = (y_i + B) / 2B,    β_i = net_i(y_1 … y_{i-1}, context)
 
@@ -356,7 +343,6 @@ def bpf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree n of the polynomials, at least 2.
-        bound: The half-width B of the interval that the maps bend; outside they are straight.
         adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
@@ -374,7 +360,7 @@ def bpf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("bpf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Bernstein(degree, bound=bound), sizes, adjacency, activation))
+    return Flow(masked_layers(Bernstein(degree), sizes, adjacency, activation))
 
 
 @suggests_keywords
@@ -384,7 +370,6 @@ def bnaf(
     *,
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (8, 8),
-    max_log_slope: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Block neural autoregressive flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676): fast densities.
@@ -402,14 +387,13 @@ def bnaf(
         num_transforms: The number of layers; each reverses the order of the features of the one before.
         hidden_dims: The numbers of units *per feature*: the hidden layers are D times as wide, and so are those of the
             networks of the context.
-        max_log_slope: The bound on each of two log-factors of one layer, which bend and scale a feature, in nats.
         activation: The class of the nonlinearity of the networks of the context.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size or ``max_log_slope`` is out of its range.
+        ValueError: If a size is out of its range.
 
     Example::
 
@@ -423,7 +407,7 @@ def bnaf(
     layers: list[FlowTransform] = []
     for number in range(num_transforms):
         net = context_network(sizes_of_net, input_dim, sum(hidden_dims) + 2, activation)
-        layers.append(BlockAutoregressive(input_dim, hidden_dims, net, max_log_slope).inv)
+        layers.append(BlockAutoregressive(input_dim, hidden_dims, net).inv)
         if number + 1 < num_transforms and input_dim > 1:
             layers.append(Permute(range(input_dim - 1, -1, -1)))
     return Flow(layers)

@@ -58,7 +58,6 @@ def cnf(
     *,
     num_transforms: int = 1,
     hidden_dims: Sequence[int] = (64, 64),
-    frequencies: int = 3,
     activation: type[nn.Module] = nn.SiLU,
     solver: str = "dopri5",
     rtol: float = 1e-6,
@@ -82,7 +81,6 @@ def cnf(
         context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of fields, one after the other.
         hidden_dims: The widths of the hidden layers of each field.
-        frequencies: The number of Fourier modes of time that enter a field.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
             ``"heun3"``, ``"midpoint"`` or ``"euler"``.
@@ -107,7 +105,7 @@ def cnf(
         -3.676
     """
     checked_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
-    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
     steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
     layers = (Continuous(field(), exact=True, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
     return Flow(layers)
@@ -120,11 +118,9 @@ def ffjord(
     *,
     num_transforms: int = 1,
     hidden_dims: Sequence[int] = (64, 64, 64),
-    frequencies: int = 3,
     activation: type[nn.Module] = nn.SiLU,
     exact: bool = False,
     num_probes: int = 1,
-    noise: str = "rademacher",
     solver: str = "dopri5",
     rtol: float = 1e-6,
     atol: float = 1e-6,
@@ -145,11 +141,9 @@ def ffjord(
         context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of fields, one after the other.
         hidden_dims: The widths of the hidden layers of each field.
-        frequencies: The number of Fourier modes of time that enter a field.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         exact: True for exact divergences; in a trained flow, set ``exact`` of its transforms.
         num_probes: The number of random vectors ε of an estimate.
-        noise: The distribution of ε, ``"rademacher"`` or ``"gaussian"``.
         solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
             ``"heun3"``, ``"midpoint"`` or ``"euler"``.
         rtol: The relative tolerance of a step of an adaptive solver.
@@ -173,8 +167,8 @@ def ffjord(
         torch.Size([3])
     """
     checked_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
-    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
-    trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes, "noise": noise}
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
+    trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes}
     steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
     layers = (Continuous(field(), **trace, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
     return Flow(layers)

@@ -24,7 +24,6 @@ def nice(
     num_transforms: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.ReLU,
-    residual: bool = False,
 ) -> Flow:
     """NICE: additive couplings and one scale per feature (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
 
@@ -41,7 +40,6 @@ def nice(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -58,7 +56,7 @@ def nice(
         (torch.Size([3, 4]), True)
     """
     sizes = checked_sizes("nice", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow([*coupling_layers(Shift(), sizes, activation, residual), ActNorm(input_dim)])
+    return Flow([*coupling_layers(Shift(), sizes, activation), ActNorm(input_dim)])
 
 
 @suggests_keywords
@@ -69,9 +67,7 @@ def realnvp(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
-    slope: float = 1.0,
     activation: type[nn.Module] = nn.ReLU,
-    residual: bool = False,
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
@@ -88,15 +84,13 @@ def realnvp(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size or ``max_log_scale`` or ``slope`` is out of its range.
+        ValueError: If a size or ``max_log_scale`` is out of its range.
 
     Example::
 
@@ -108,7 +102,7 @@ def realnvp(
     # With y_B = x_B exp(s) + t errors of the shift t, in units of the base, would grow by exp(-s) where data are
     # narrow, and the log-density would not converge at a constant step size.
     sizes = checked_sizes("realnvp", input_dim, context_dim, num_transforms, hidden_dims)
-    layers = coupling_layers(Affine(max_log_scale, slope), sizes, activation, residual)
+    layers = coupling_layers(Affine(max_log_scale, slope=1.0), sizes, activation)
     return Flow([layer.inv for layer in layers])
 
 
@@ -122,7 +116,6 @@ def nsf(
     bins: int = 8,
     bound: float = 5.0,
     activation: type[nn.Module] = nn.ReLU,
-    residual: bool = False,
     linear: bool = False,
 ) -> Flow:
     """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
@@ -143,7 +136,6 @@ def nsf(
         bins: The number of bins of each spline, from 2 to 99.
         bound: The half-width of the interval that the splines bend, in the base's standard deviations.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: True to add its input to each hidden layer that keeps the width.
         linear: True to put a trainable dense linear map after each coupling, as in the paper's fits of tables.  It
             gains a tenth of a nat on some tables, for D² parameters each.
 
@@ -161,7 +153,7 @@ def nsf(
     """
     sizes = checked_sizes("nsf", input_dim, context_dim, num_transforms, hidden_dims)
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = coupling_layers(bijector, sizes, activation, residual)
+    layers = coupling_layers(bijector, sizes, activation)
     check_flags("nsf", linear=linear)
     if linear:
         layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
@@ -176,9 +168,7 @@ def flowpp(
     num_transforms: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
     components: int = 8,
-    bound: float = 10.0,
     activation: type[nn.Module] = nn.ReLU,
-    residual: bool = True,
 ) -> Flow:
     """Flow++ for vectors: couplings by distribution functions of logistic mixtures (Ho et al. 2019, arXiv:1902.00275).
 
@@ -195,15 +185,13 @@ def flowpp(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of logistic components of each map, at least 2.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size, ``components`` or ``bound`` is out of its range.
+        ValueError: If a size or ``components`` is out of its range.
 
     Example::
 
@@ -214,7 +202,7 @@ def flowpp(
         (torch.Size([3, 4]), tensor(True))
     """
     sizes = checked_sizes("flowpp", input_dim, context_dim, num_transforms, hidden_dims)
-    layers = coupling_layers(LogisticMixture(components, bound=bound), sizes, activation, residual)
+    layers = coupling_layers(LogisticMixture(components), sizes, activation, residual=True)
     return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
 
 
@@ -227,7 +215,6 @@ def circular_coupling(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] = (64, 64),
     bins: int = 8,
-    max_log_scale: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Couplings by circular splines for angles and affine maps for others (Rezende et al. 2020, arXiv:2002.02428).
@@ -249,7 +236,6 @@ def circular_coupling(
             be mapped.
         hidden_dims: The widths of the hidden layers of each network.
         bins: The number of bins of each circular spline, from 2 to 99.
-        max_log_scale: The bound on the log-scale s of one affine layer, in nats.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
@@ -257,7 +243,7 @@ def circular_coupling(
         standard normal.
 
     Raises:
-        ValueError: If a size, ``bins`` or ``max_log_scale`` is out of its range, or ``circular`` does not hold one bool
+        ValueError: If a size or ``bins`` is out of its range, or ``circular`` does not hold one bool
             for each feature.
 
     Example::
@@ -269,7 +255,7 @@ def circular_coupling(
     """
     sizes = checked_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
     angles = as_flags("circular_coupling", "circular", circular, input_dim)
-    kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
+    kinds: list[tuple[Bijector, Tensor]] = [(Affine(), ~angles), (CircularSpline(bins), angles)]
     layers: list[FlowTransform] = []
     for mask in coupling_masks(input_dim, num_transforms):
         for bijector, kind in kinds:
@@ -292,7 +278,6 @@ def gaussianization(
     num_transforms: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
     components: int = 8,
-    bound: float = 10.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Gaussianization flow: maps of single features by mixtures, alternating with rotations (Meng, Song, Song, Ermon
@@ -312,14 +297,13 @@ def gaussianization(
         num_transforms: The number n of layers.
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of logistic components of each map, at least 2.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size, ``components`` or ``bound`` is out of its range.
+        ValueError: If a size or ``components`` is out of its range.
 
     Example::
 
@@ -328,7 +312,7 @@ def gaussianization(
         torch.Size([3])
     """
     sizes = checked_sizes("gaussianization", input_dim, context_dim, num_transforms, hidden_dims)
-    bijector = LogisticMixture(components, bound=bound)
+    bijector = LogisticMixture(components)
     layers: list[FlowTransform] = []
     for layer in range(num_transforms):
         mixture = elementwise(bijector, input_dim, sizes, activation).inv
@@ -357,7 +341,7 @@ def context_network(
 
 
 def coupling_layers(
-    bijector: Bijector, sizes: Sizes, activation: type[nn.Module], residual: bool, centered: bool = False
+    bijector: Bijector, sizes: Sizes, activation: type[nn.Module], *, residual: bool = False, centered: bool = False
 ) -> list[FlowTransform]:
     """Build coupling layers; a single feature has no other to depend on, and is mapped alone."""
     layers: list[FlowTransform] = []

@@ -22,7 +22,7 @@ from torch.distributions import constraints
 
 from ..arguments import check_integers, check_kind, check_numbers
 from ..distributions.normal import log_prob_of
-from ..transforms import Sigmoid, View
+from ..transforms import Sigmoid
 from .arguments import check_event, check_tensor
 from .chunks import in_chunks
 from .distribution import FlowDistribution
@@ -93,9 +93,7 @@ class Dequantized(nn.Module):
     condition = forward  # Pyro's protocol of conditional distributions
 
     def _of(self, density: FlowDistribution, num_samples: int | None) -> DequantizedDistribution:
-        parts = [*density.transforms, View(self.pixels)], [*density.runs, self.pixels], density.context
-        # The integers are checked, so the density of real numbers need not be.
-        density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
+        density = density.followed_by(self.pixels).unchecked()  # the integers are checked
         number = self.num_samples if num_samples is None else num_samples
         check_integers("Dequantized", num_samples=number)
         # Pyro's setting, since torch's own default turns off once anything was compiled.

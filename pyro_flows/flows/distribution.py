@@ -24,7 +24,7 @@ from .columns import Columns
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    """A transformed distribution over a flat list of views, the result of ``flow(context)``.
+    """A transformed distribution over a flat list of layers, the result of ``flow(context)``.
 
     Base and transforms are those of the flow and keep its parameters; the context and its encoding are fixed.  Values
     are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
@@ -35,11 +35,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     Args:
         base: A module that builds the base distribution.
-        views: The transforms at the context, at least one.
+        layers: The transforms, at least one.
         runs: The same transforms as they run, perhaps compiled into fewer and larger parts.
         context: The encoded context, or None.
-        batch_shape: The batch shape, to which the base is expanded.
-        validate_args: As for all of Pyro's distributions.
         columns: The columns of the table that the flow was trained on, or None.
     """
 
@@ -50,18 +48,26 @@ class FlowDistribution(dist.TransformedDistribution):
     def __init__(
         self,
         base: nn.Module,
-        views: list[View],
-        runs: Sequence[FlowTransform],
+        layers: list[FlowTransform],
+        runs: list[FlowTransform],
         context: Tensor | None,
-        *,
-        batch_shape: torch.Size,
-        validate_args: bool | None = None,
         columns: Columns | None = None,
     ) -> None:
-        self.base, self.transforms, self.runs, self.context, self.columns = base, views, runs, context, columns
+        self.base, self.layers, self.runs, self.context, self.columns = base, layers, runs, context, columns
         self._last: _Draw | None = None
-        # The views share one event shape, so the general class need not infer shapes.
-        Distribution.__init__(self, batch_shape, views[0].transform.event_shape, validate_args=validate_args)
+        batch = base().batch_shape
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        # The layers share one event shape, so the general class need not infer shapes.
+        Distribution.__init__(self, batch, layers[0].event_shape)
+
+    @property
+    def transforms(self) -> list[View]:
+        """The transforms at the context, as torch's own classes take them."""
+        return [View(layer, self._context_of(layer)) for layer in self.layers]
+
+    def _context_of(self, layer: FlowTransform) -> Tensor | None:
+        return self.context if layer.context_dim else None
 
     @property
     def base_dist(self) -> Distribution:
@@ -77,16 +83,18 @@ class FlowDistribution(dist.TransformedDistribution):
 
         Tensors of the transform may have a batch, which is that of the context.
         """
-        parts = {"transforms": [*self.transforms, View(transform)], "runs": [*self.runs, transform]}
-        return self._with(**parts, columns=None)
+        return self._with(layers=[*self.layers, transform], runs=[*self.runs, transform], columns=None)
 
     def widened(self, by: float) -> FlowDistribution:
         """Return the distribution of vectors whose base is scaled by a number; it scores any value without a check."""
         like = self.noise()
         scale = FixedAffine(len(like), dense=False).to(like)
         scale.set(torch.zeros_like(like), torch.full_like(like, by))
-        first = {"transforms": [View(scale), *self.transforms], "runs": [scale, *self.runs]}
-        return self._with(**first, _validate_args=False)
+        return self._with(layers=[scale, *self.layers], runs=[scale, *self.runs]).unchecked()
+
+    def unchecked(self) -> FlowDistribution:
+        """Return the same distribution, which scores values without a check."""
+        return self._with(_validate_args=False)
 
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
@@ -133,9 +141,9 @@ class FlowDistribution(dist.TransformedDistribution):
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
         value, score = self._drawn(sample_shape)
         if can_be_kept():
-            modules: list[nn.Module] = [*(view.transform for view in self.transforms), self.base]
             others = [value] if self.context is None else [value, self.context]
-            self._last = _Draw(value, score, unchanged_from_now(modules, others, by_counts=self.one_step))
+            unchanged = unchanged_from_now([*self.layers, self.base], others, by_counts=self.one_step)
+            self._last = _Draw(value, score, unchanged)
         return value
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -164,13 +172,12 @@ class FlowDistribution(dist.TransformedDistribution):
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
         y = x if x.requires_grad else x.requires_grad_()  # a frozen flow too has a gradient at the draws
-        layers = [view.transform for view in self.transforms]
-        if all(view.context is None for view in self.transforms) and can_be_carried(layers):
-            y, total, score = carry_draws(layers, y, score)
+        if not any(layer.context_dim for layer in self.layers) and can_be_carried(self.layers):
+            y, total, score = carry_draws(self.layers, y, score)
             log_prob = log_prob - total
         else:
-            for view in self.transforms:
-                y, log_det, score = view.transform.forward_and_score(y, score, view.context)
+            for layer in self.layers:
+                y, log_det, score = layer.forward_and_score(y, score, self._context_of(layer))
                 log_prob = log_prob - log_det.detach()
         path = (score * (y - y.detach())).flatten(-len(self.event_shape)).sum(-1)
         return y, log_prob + path
@@ -192,7 +199,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        check_value(value, self.event_shape, parameter_of(view.transform for view in self.transforms))
+        check_value(value, self.event_shape, parameter_of(self.layers))
         if not (value.is_meta or value.isfinite().all()):
             bad, shape = int((~value.isfinite()).sum()), tuple(value.shape)
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")

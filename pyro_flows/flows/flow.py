@@ -19,7 +19,7 @@ from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
 from ..distributions.normal import log_prob_of
 from ..encoders import Standardize
-from ..transforms import Compose, FlowTransform, View
+from ..transforms import Compose, FlowTransform
 from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import chained, checked_chain
 from .arguments import as_size, check_context, check_like, check_precision, check_tensor, check_value, parameter_of
@@ -204,9 +204,7 @@ class Flow(nn.Module):
 
     def at(self, context: Tensor | None) -> FlowDistribution:
         """Return the distribution at an encoded context, the result of ``encode``, or None."""
-        views = [View(transform, context if transform.context_dim else None) for transform in self.transforms]
-        batch = self._base(context).batch_shape
-        return FlowDistribution(self.base, views, self.runs, context, batch_shape=batch, columns=self.columns)
+        return FlowDistribution(self.base, list(self.transforms), self.runs, context, self.columns)
 
     condition = forward  # Pyro's protocol of conditional distributions
 

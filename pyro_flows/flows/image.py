@@ -52,8 +52,6 @@ def realnvp_image(
     num_steps: int = 3,
     hidden_dim: int = 32,
     num_blocks: int = 2,
-    max_log_scale: float = 3.0,
-    activation: type[nn.Module] = nn.ReLU,
     recompute: bool = False,
 ) -> Flow:
     """Real NVP for images: affine couplings by checkerboards and by channels (Dinh, Sohl-Dickstein, Bengio 2016,
@@ -73,8 +71,6 @@ def realnvp_image(
         num_steps: The number of steps at each scale.
         hidden_dim: The number of hidden channels of the networks.
         num_blocks: The number of gated residual blocks of the networks.
-        max_log_scale: The bound on the log-scale of one coupling, in nats.
-        activation: The class of the networks' nonlinearity.
         recompute: True to compute the activations inside of steps again for the gradient, and not to keep them: far
             less memory for about a third more time.
 
@@ -90,7 +86,7 @@ def realnvp_image(
         torch.Size([5, 1, 8, 8])
     """
     images = _Images("realnvp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = partial(images.couple, Affine(max_log_scale, slope=1.0), activation)
+    couple = partial(images.couple, Affine(slope=1.0))
 
     def steps(shape: Shape, masks: Sequence[Sequence[bool]]) -> Layers:
         return _joined([[couple(shape, m), PerPixel(ActNorm(shape[0]), shape[1:])] for m in masks], recompute)
@@ -113,8 +109,6 @@ def glow(
     num_steps: int = 8,
     hidden_dim: int = 64,
     num_blocks: int = 0,
-    max_log_scale: float = 3.0,
-    activation: type[nn.Module] = nn.ReLU,
     recompute: bool = False,
 ) -> Flow:
     """Glow: steps of ActNorm, an invertible 1 × 1 convolution and an affine coupling (Kingma, Dhariwal 2018,
@@ -132,8 +126,6 @@ def glow(
         num_steps: The number of steps at each scale.
         hidden_dim: The number of hidden channels of the networks.
         num_blocks: The number of gated residual blocks of the networks.
-        max_log_scale: The bound on the log-scale of one coupling, in nats.
-        activation: The class of the networks' nonlinearity.
         recompute: True to compute the activations inside of steps again for the gradient, and not to keep them.
 
     Returns:
@@ -150,7 +142,7 @@ def glow(
         torch.Size([2])
     """
     images = _Images("glow", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = partial(images.couple, Affine(max_log_scale, slope=1.0), activation)
+    couple = partial(images.couple, Affine(slope=1.0))
     return _glow(images, couple, num_scales, num_steps, recompute, rotated=True)
 
 
@@ -165,8 +157,6 @@ def flowpp_image(
     hidden_dim: int = 32,
     num_blocks: int = 2,
     components: int = 8,
-    bound: float = 10.0,
-    activation: type[nn.Module] = nn.ReLU,
     recompute: bool = False,
 ) -> Flow:
     """Flow++ for images: Glow's steps, with couplings by distribution functions of logistic mixtures (Ho, Chen,
@@ -178,7 +168,6 @@ def flowpp_image(
 
     Args:
         components: The number of logistic components of each map, at least 2.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
 
     The other arguments, the result and the errors are those of :func:`realnvp_image`.
 
@@ -188,7 +177,7 @@ def flowpp_image(
         torch.Size([5, 1, 4, 4])
     """
     images = _Images("flowpp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = partial(images.couple, LogisticMixture(components, bound=bound), activation)
+    couple = partial(images.couple, LogisticMixture(components))
     return _glow(images, lambda *of: couple(*of).inv, num_scales, num_steps, recompute, rotated=False)
 
 
@@ -203,7 +192,6 @@ def tarflow(
     num_layers: int = 1,
     hidden_dim: int = 64,
     num_heads: int = 4,
-    max_log_scale: float = 3.0,
     recompute: bool = False,
 ) -> Flow:
     """TarFlow: autoregressive affine maps of patches by causal transformers, in alternating directions (Zhai et al.
@@ -228,7 +216,6 @@ def tarflow(
         num_layers: The number of layers of each transformer.
         hidden_dim: The width of each transformer, a multiple of ``num_heads``.
         num_heads: The number of heads of attention.
-        max_log_scale: The bound on the log-scale s of one layer, in nats.
         recompute: True to compute the activations inside of layers again for the gradient, and not to keep them: far
             less memory for about a third more time.
 
@@ -248,7 +235,7 @@ def tarflow(
     check_integers("tarflow", num_transforms=num_transforms, num_layers=num_layers)
     check_flags("tarflow", recompute=recompute)
     images = _Images("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
-    bijector, side = Affine(max_log_scale), images.side(patch_size)
+    bijector, side = Affine(), images.side(patch_size)
     channels, height, width = images.shape
     length, size = height * width // side**2, channels * side**2
     layers: Layers = []
@@ -319,13 +306,11 @@ class _Images:
             raise ValueError(f"{self.name}: {must}, got {asked!r}; it may be one of {list(counts)}.")
         return side
 
-    def couple(
-        self, bijector: Bijector, activation: type[nn.Module], shape: Shape, mask: Sequence[bool]
-    ) -> FlowTransform:
+    def couple(self, bijector: Bijector, shape: Shape, mask: Sequence[bool]) -> FlowTransform:
         """Build a coupling of images of a shape, by a mask of their channels."""
         kept, (channels, *size) = sum(mask), shape
         sizes = kept, channels - kept, bijector.num_params, size, self.hidden_dim, self.num_blocks, self.context_dim
-        net = ConvNet(*sizes, context_shape=self.context_shape, activation=activation)
+        net = ConvNet(*sizes, context_shape=self.context_shape)
         return Coupling(bijector, net, mask)
 
     def flow(

@@ -86,7 +86,7 @@ def affine_couplings(
         2
     """
     sizes = checked_sizes("affine_couplings", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(coupling_layers(Affine(max_log_scale), sizes, activation, False, context_dim == 0))
+    return Flow(coupling_layers(Affine(max_log_scale), sizes, activation, centered=context_dim == 0))
 
 
 def default_flow(input_dim: int) -> Flow:

@@ -30,6 +30,7 @@ FIRST_STEP = 0.1  # of an adaptive method, as a share of the way
 LEAST_STEP = 1e-7  # about the least that float32 resolves
 ENDS = "(the data are at 1, the base at 0)"
 PENALTY = "objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
+SMALLER = f"Train with a smaller lr, or with a penalty, {PENALTY}"
 Rates = Callable[[Tensor, Tensor], Tensor]  # (t, state) -> the derivative of the state
 REGULARISE = f"train with a penalty that keeps the field smooth, {PENALTY}"
 
@@ -90,7 +91,6 @@ class Continuous(TwoWay):
             default it is exact for an ``MLPField`` of at most two hidden layers, where that costs little, and for other
             fields up to 16 features.
         num_probes: How many vectors ε an estimate takes; with several, :meth:`solve` returns its standard error.
-        noise: The distribution of ε: ``"rademacher"``, which has the least variance, or ``"gaussian"``.
         solver: An adaptive Runge-Kutta method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or one
             of fixed steps: ``"rk4"``, ``"heun3"``, ``"midpoint"`` or ``"euler"``.
         rtol: The relative tolerance of each step of an adaptive method, raised to at least ten times the dtype's
@@ -127,7 +127,6 @@ class Continuous(TwoWay):
         *,
         exact: bool | None = None,
         num_probes: int = 1,
-        noise: str = "rademacher",
         solver: str = "dopri5",
         rtol: float = 1e-6,
         atol: float = 1e-6,
@@ -138,14 +137,13 @@ class Continuous(TwoWay):
         check_kind("Continuous", VectorField, "a VectorField such as conditioners.MLPField(input_dim)", field=field)
         super().__init__((field.input_dim,), field.context_dim)
         self.field, self.exact = field, exact
-        self.num_probes, self.noise = num_probes, noise
+        self.num_probes = num_probes
         self.solver, self.rtol, self.atol = solver, rtol, atol
         self.num_steps, self.adjoint, self.max_num_steps = num_steps, adjoint, max_num_steps
         check_integers("Continuous", num_probes=num_probes, num_steps=num_steps, max_num_steps=max_num_steps)
         check_numbers("Continuous", above=0, rtol=rtol, atol=atol)
         check_flags("Continuous", optional=True, exact=exact)
         check_flags("Continuous", adjoint=adjoint)
-        check_choice("Continuous", ("rademacher", "gaussian"), noise=noise)
         check_choice("Continuous", ADAPTIVE + FIXED, solver=solver)
 
     @property
@@ -187,7 +185,7 @@ class Continuous(TwoWay):
         value = value.expand(*batch, -1)
         broken = ~value.isfinite().all(-1, keepdim=True)
         value = value.masked_fill(broken, 0.0)
-        probes = None if exact and not costs else self._probes(value, num_probes or self.num_probes)
+        probes = None if exact and not costs else _signs(value, num_probes or self.num_probes)
         columns = 1 if exact or probes is None else len(probes)
         rates = self.field.at(context)
 
@@ -215,7 +213,7 @@ class Continuous(TwoWay):
 
     def extra_repr(self) -> str:
         steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
-        divergence = "exact" if self.is_exact else f"{self.num_probes} {self.noise} probes"
+        divergence = "exact" if self.is_exact else f"{self.num_probes} probes"
         return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
 
     def _integrate(
@@ -269,13 +267,6 @@ class Continuous(TwoWay):
         # Without the goal, the last step would lead beyond it.
         return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
 
-    def _probes(self, like: Tensor, number: int) -> Tensor:
-        """Draw vectors of mean zero and unit covariance, ``(number, *batch, D)``."""
-        shape = number, *like.shape
-        if self.noise == "gaussian":
-            return torch.randn(shape, dtype=like.dtype, device=like.device)
-        return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device) * 2 - 1
-
 
 class Watched:
     """The right-hand side that torchdiffeq calls; it counts the evaluations and checks every step.
@@ -305,18 +296,13 @@ class Watched:
         first = float(t) == self.goal and float(dt) == FIRST_STEP
         self.steps_back = 1 if first else self.steps_back + 1
         if not all(part.isfinite().all() for part in state):
-            raise FloatingPointError(
-                f"Continuous: gradients of the adjoint equation are not finite near time {abs(float(t)):.6g} {ENDS}: "
-                "the field has no finite derivative there."
-            )
+            time = f"near time {abs(float(t)):.6g} {ENDS}"
+            raise FloatingPointError(f"Continuous: gradients of the adjoint equation are not finite {time}. {SMALLER}.")
         self._check_step(self.steps_back, t, state[1], float(dt))
 
     def check_state(self, t: float, state: Tensor) -> None:
         if not state.isfinite().all():
-            raise FloatingPointError(
-                f"Continuous: the field is not finite near time {t:.6g} {ENDS}: its parameters have grown too large. "
-                f"Train with a smaller lr, or with a penalty, {PENALTY}."
-            )
+            raise FloatingPointError(f"Continuous: the field is not finite near time {t:.6g} {ENDS}. {SMALLER}.")
 
     def _check_step(self, number: int, t: Tensor, state: Tensor, dt: float) -> None:
         layer, method = self.layer, self.layer.solver
@@ -325,22 +311,19 @@ class Watched:
         time, tolerances = f"time {abs(float(t)):.6g} {ENDS}", f"rtol={layer.rtol:g} and atol={layer.atol:g}"
         if dt == 0:  # torchdiffeq's step after an error that is NaN
             self.check_state(abs(float(t)), self.rates(t.to(state).abs(), state))
-            why = (
-                f"from {time}, a step of {method} reached points where the field is not finite: it is too steep, or "
-                f"undefined there. Train with a smaller lr, or with a penalty, {PENALTY}."
-            )
+            why = f"from {time}, a step of {method} reached points where the field is not finite. {SMALLER}"
         elif dt < LEAST_STEP:
             finer = "" if state.dtype == torch.float64 else "go to float64, "
-            why = (
-                f"the step of {method} fell to {dt:.1e} at {time}: {tolerances} ask for more than {state.dtype} "
-                f"resolves there, or the field jumps. Loosen them, {finer}or {REGULARISE}."
-            )
+            why = f"the step of {method} fell to {dt:.1e} at {time}. Loosen {tolerances}, {finer}or {REGULARISE}"
         else:
-            why = (
-                f"{method} has taken max_num_steps={layer.max_num_steps} steps and is at {time}: the field is stiff. "
-                f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}."
-            )
-        raise FloatingPointError(f"Continuous: {why}")
+            why = f"{method} has taken max_num_steps={layer.max_num_steps} steps and is at {time}: the field is stiff. "
+            why += f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}"
+        raise FloatingPointError(f"Continuous: {why}.")
+
+
+def _signs(like: Tensor, number: int) -> Tensor:
+    """Draw vectors of random signs, ``(number, *batch, D)``; they have the least variance (Hutchinson 1990)."""
+    return torch.randint(0, 2, (number, *like.shape), dtype=like.dtype, device=like.device) * 2 - 1
 
 
 def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
