@@ -35,7 +35,6 @@ from pyro_flows.conditioners import (
     Conditioner,
     ConvNet,
     Given,
-    GivenLinear,
     LipschitzMLP,
     MLPField,
     Periodic,
@@ -455,7 +454,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * size)
 
     for part in module.modules():
-        if isinstance(part, Conditioner) and not isinstance(part, Periodic | Given | GivenLinear):
+        if isinstance(part, Conditioner) and not isinstance(part, Periodic | Given):
             draw(part.output.weight, scale)
             draw(part.output.bias, scale)
             if isinstance(part, StepNet):

@@ -40,7 +40,7 @@ NAMES = {
     bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),
-    conditioners: "CausalTransformer Conditioner ConvNet Given GivenLinear LipschitzMLP MADE MLP MLPField Periodic "
+    conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
     encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
     "SetEncoder Standardize TransformerEncoder",

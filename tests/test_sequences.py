@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_flows.bijectors import Affine
-from pyro_flows.conditioners import GivenLinear, StepNet
+from pyro_flows.conditioners import Given, StepNet
 from pyro_flows.transforms import Elementwise, Recurrence
 from pyro_flows.transforms.recurrence import Process, recur
 
@@ -51,7 +51,7 @@ def test_steps_depend_on_neighbours_alone() -> None:
 
 
 def test_coefficients_are_linear_in_the_last_inputs() -> None:
-    net = GivenLinear(2 * 2 * 3 + 1 + 2, 2, 2, num_factors=2)
+    net = Given(2 * 2 * 3 + 1 + 2, 2, 2, num_factors=2)
     x = laws.normal(4, net.input_dim)
     constant, first, second = x[:, :12].unflatten(1, (3, 4)).unbind(1)
     wanted = constant + first * x[:, -2:-1] + second * x[:, -1:]
@@ -68,8 +68,7 @@ def test_coefficients_are_linear_in_the_last_inputs() -> None:
         (lambda: StepNet([False] * 5, 2, 1), r"StepNet: mask must hold 2 steps and a False, got 5 flags"),
         (lambda: StepNet([True] * 4, 2, 1), r"StepNet: mask must hold 2 steps and a False, got 4 flags"),
         (lambda: StepNet([False] * 4, 2, 1, (4, 8)), r"StepNet: hidden_dims must be alike, got \(4, 8\)"),
-        (lambda: GivenLinear(4, 1, 2, 1), r"GivenLinear: input_dim must be at least 5 for these sizes, got 4"),
-        (lambda: GivenLinear(9, 1, 2, 0), r"GivenLinear: num_factors must be an integer of at least 1, got 0"),
+        (lambda: Given(4, 1, 2, 1), r"Given: input_dim must be at least 5 for these sizes, got 4"),
     ],
 )
 def test_errors_name_argument_and_value(build, words) -> None:

@@ -8,7 +8,6 @@ from .lipschitz import LipschitzMLP as LipschitzMLP
 from .made import MADE as MADE
 from .mlp import MLP as MLP
 from .pass_through import Given as Given
-from .pass_through import GivenLinear as GivenLinear
 from .periodic import Periodic as Periodic
 from .steps import StepNet as StepNet
 from .transformer import CausalTransformer as CausalTransformer

@@ -364,14 +364,7 @@ def bpf(
 
 
 @suggests_keywords
-def bnaf(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 5,
-    hidden_dims: Sequence[int] = (8, 8),
-    activation: type[nn.Module] = nn.ReLU,
-) -> Flow:
+def bnaf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 5, hidden_dims: Sequence[int] = (8, 8)) -> Flow:
     """Block neural autoregressive flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676): fast densities.
 
     Each layer maps y, on the data's side, to x, on the base's side, by a single masked network of few parameters::
@@ -387,7 +380,6 @@ def bnaf(
         num_transforms: The number of layers; each reverses the order of the features of the one before.
         hidden_dims: The numbers of units *per feature*: the hidden layers are D times as wide, and so are those of the
             networks of the context.
-        activation: The class of the nonlinearity of the networks of the context.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -406,7 +398,7 @@ def bnaf(
     sizes_of_net = sizes._replace(hidden_dims=[input_dim * width for width in hidden_dims])
     layers: list[FlowTransform] = []
     for number in range(num_transforms):
-        net = context_network(sizes_of_net, input_dim, sum(hidden_dims) + 2, activation)
+        net = context_network(sizes_of_net, input_dim, sum(hidden_dims) + 2)
         layers.append(BlockAutoregressive(input_dim, hidden_dims, net).inv)
         if number + 1 < num_transforms and input_dim > 1:
             layers.append(Permute(range(input_dim - 1, -1, -1)))

@@ -278,7 +278,6 @@ def gaussianization(
     num_transforms: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
     components: int = 8,
-    activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Gaussianization flow: maps of single features by mixtures, alternating with rotations (Meng, Song, Song, Ermon
     2020, arXiv:2003.01941).
@@ -297,7 +296,6 @@ def gaussianization(
         num_transforms: The number n of layers.
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of logistic components of each map, at least 2.
-        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -315,7 +313,7 @@ def gaussianization(
     bijector = LogisticMixture(components)
     layers: list[FlowTransform] = []
     for layer in range(num_transforms):
-        mixture = elementwise(bijector, input_dim, sizes, activation).inv
+        mixture = elementwise(bijector, input_dim, sizes).inv
         layers += [Orthogonal(input_dim), mixture] if layer and input_dim > 1 else [mixture]
     return Flow(layers)
 
@@ -326,14 +324,14 @@ def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
 
 
 def elementwise(
-    bijector: Bijector, count: int, sizes: Sizes, activation: type[nn.Module], residual: bool = False
+    bijector: Bijector, count: int, sizes: Sizes, activation: type[nn.Module] = nn.ReLU, residual: bool = False
 ) -> Elementwise:
     """Build a map of each of ``count`` features alone; its parameters depend on the context, if there is one."""
     return Elementwise(bijector, count, context_network(sizes, count, bijector.num_params, activation, residual))
 
 
 def context_network(
-    sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module], residual: bool = False
+    sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module] = nn.ReLU, residual: bool = False
 ) -> MLP | None:
     """Build a network from contexts to parameters, or None without a context: parameters are trained directly."""
     shape = sizes.context_dim, output_dim, num_params, sizes.hidden_dims

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..arguments import check_integers, check_kind, check_sizes
+from ..conditioners.pace import zero_
 from ..encoders import Standardize
 from ..encoders.mlp import hidden_layers
 from .arguments import as_size, check_context, check_event, check_tensor
@@ -99,8 +100,7 @@ class Mixed(nn.Module):
             )
         width = context_dim + sum(self.categories)
         wanted = ((len(self._real),), width) if self._real else None
-        got = None if flow is None else (tuple(flow.event_shape), flow.context_dim)
-        if got != wanted:
+        if (None if flow is None else (tuple(flow.event_shape), flow.context_dim)) != wanted:
             must = f"a flow over {len(self._real)} entries with contexts of width {width}" if self._real else "None"
             raise ValueError(f"Mixed: flow must be {must}, got {flow!r:.80}.")
         entries = [
@@ -109,19 +109,12 @@ class Mixed(nn.Module):
         ]
         self.support = constraints.independent(constraints.cat(entries, -1), 1)
         self.standardize = Standardize((context_dim,)) if context_dim else None
-        self.classifiers = nn.ModuleList(self._classifiers())
-
-    def _classifiers(self) -> Iterator[nn.Module]:
-        """Build a network from the context and the earlier categories to the logits of each category."""
-        width = self.context_dim
+        self.classifiers = nn.ModuleList()  # from the context and the earlier categories to the logits of each category
+        width = context_dim
         for place in self._discrete:
-            number = self.categories[place]
             layers = hidden_layers("Mixed", max(1, width), *self.hidden_dims, activation=nn.SiLU)
-            last = nn.Linear(self.hidden_dims[-1], number)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            yield layers.append(last)
-            width += number
+            self.classifiers.append(layers.append(zero_(nn.Linear(self.hidden_dims[-1], self.categories[place]))))
+            width += self.categories[place]
 
     def forward(self, context: Tensor | None = None) -> MixedDistribution:
         """Return the distribution at a context ``(*batch, context_dim)``, of batch shape ``batch``; None without one.
@@ -161,33 +154,29 @@ class Mixed(nn.Module):
             columns.append(column)
         return torch.stack(columns, -1) if columns else value[..., :0], log_det, inside
 
-    def inputs(self, value: Tensor, context: Tensor | None, before: int | None = None) -> Tensor:
-        """Return the contexts of the flow: the standardised context, and one-hot vectors of all categories.
-
-        With ``before``, return those of the classifier of this entry, which sees the categories of the earlier entries.
-        """
+    def inputs(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Return the contexts of the flow: the standardised context, and one-hot vectors of all categories."""
         seen = value.new_zeros(0) if context is None else context
-        for place in (place for place in self._discrete if before is None or place < before):
-            number = self.categories[place]
-            index = value[..., place].long().clamp(0, number - 1)
-            seen = _joined(seen, nn.functional.one_hot(index, number).to(seen.dtype))
+        for place in self._discrete:
+            seen = self._joined(seen, place, self._index(value, place))
         return seen
 
     def log_prob_at(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Return the log-density of vectors at a standardised context, both checked."""
         y, total, inside = self.real(value)
+        seen = value.new_zeros(0) if context is None else context
         for place, network in zip(self._discrete, self.classifiers, strict=True):
-            number, column = self.categories[place], value[..., place]
-            index = column.long().clamp(0, number - 1)
-            inside = inside & (column == index)
-            log_p = network(self._wide(self.inputs(value, context, before=place))).log_softmax(-1)
+            index = self._index(value, place)
+            inside = inside & (value[..., place] == index)
+            log_p = network(_wide(seen)).log_softmax(-1)
             batch = torch.broadcast_shapes(log_p.shape[:-1], index.shape)
-            total = total + log_p.expand(*batch, number).gather(-1, index.expand(batch)[..., None]).squeeze(-1)
+            total = total + log_p.expand(*batch, -1).gather(-1, index.expand(batch)[..., None]).squeeze(-1)
+            seen = self._joined(seen, place, index)
         if self.flow is not None:
-            total = total + self._log_density(self.flow, y, value, context)
+            total = total + self._log_density(self.flow, y, value, seen, context)
         return total.where(inside, -torch.inf)
 
-    def _log_density(self, flow: Flow, y: Tensor, value: Tensor, context: Tensor | None) -> Tensor:
+    def _log_density(self, flow: Flow, y: Tensor, value: Tensor, seen: Tensor, context: Tensor | None) -> Tensor:
         """Return the flow's log-density of the real entries, given the categories.
 
         If many vectors share a context, the networks see it once for each combination of categories.
@@ -195,28 +184,24 @@ class Mixed(nn.Module):
         combinations = math.prod(self.categories[place] for place in self._discrete)
         pairs = 0 if context is None else math.prod(torch.broadcast_shapes(context.shape[:-1], value.shape[:-1]))
         if context is None or not self._discrete or combinations * context[..., 0].numel() >= pairs:
-            seen = self.inputs(value, context)
             return flow.log_prob(y, seen if seen.shape[-1] else None)
         found = value.new_zeros(())
         for chosen in itertools.product(*(range(self.categories[place]) for place in self._discrete)):
-            row = value.new_tensor(chosen)
-            one_hots = [
-                nn.functional.one_hot(k, self.categories[p]) for k, p in zip(row.long(), self._discrete, strict=True)
-            ]
-            log_p = flow.log_prob(y, _joined(context, torch.cat(one_hots).to(context.dtype)))
-            found = torch.where((value[..., self._discrete] == row).all(-1), log_p, found)
+            row = value.new_zeros(len(self.categories))
+            row[self._discrete] = row.new_tensor(chosen)
+            log_p = flow.log_prob(y, self.inputs(row, context))
+            found = torch.where((value == row)[..., self._discrete].all(-1), log_p, found)
         return found
 
     def draw_at(self, context: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
         """Draw vectors ``(*shape, D)`` at a standardised context that broadcasts with ``shape``."""
         seen, found = like.new_zeros(0) if context is None else context, dict[int, Tensor]()
         for place, network in zip(self._discrete, self.classifiers, strict=True):
-            logits = network(self._wide(seen))
-            logits = logits.expand(*shape, -1)
+            logits = network(_wide(seen)).expand(*shape, -1)
             some = logits.numel() > 0  # torch cannot check a batch without rows
             index = dist.Categorical(logits=logits, validate_args=None if some else False).sample()
             found[place] = index.to(like.dtype)
-            seen = _joined(seen, nn.functional.one_hot(index, self.categories[place]).to(like.dtype))
+            seen = self._joined(seen, place, index)
         if self.flow is not None:
             q = self.flow(seen.expand(*shape, -1)) if seen.shape[-1] else self.flow()
             y = q.sample(shape[: len(shape) - len(q.batch_shape)])
@@ -224,9 +209,15 @@ class Mixed(nn.Module):
                 found[place] = column.exp() if place in self.positive else column
         return torch.stack([found[place] for place in range(len(self.categories))], -1)
 
-    def _wide(self, seen: Tensor) -> Tensor:
-        """Return the inputs of a classifier, or a constant if it depends on nothing."""
-        return seen if seen.shape[-1] else seen.new_zeros(*seen.shape[:-1], 1)
+    def _index(self, value: Tensor, place: int) -> Tensor:
+        """Return the category of an entry, moved into its range."""
+        return value[..., place].long().clamp(0, self.categories[place] - 1)
+
+    def _joined(self, seen: Tensor, place: int, index: Tensor) -> Tensor:
+        """Return inputs of networks followed by the one-hot vector of a category."""
+        more = nn.functional.one_hot(index, self.categories[place]).to(seen.dtype)
+        batch = torch.broadcast_shapes(seen.shape[:-1], more.shape[:-1])
+        return torch.cat((seen.expand(*batch, -1), more.expand(*batch, -1)), -1)
 
     def _checked(self, context: Tensor | None) -> Tensor | None:
         """Return the standardised context."""
@@ -275,9 +266,9 @@ class MixedDistribution(dist.TorchDistribution):
         return self.mixed.log_prob_at(value, self.context).expand(batch)
 
 
-def _joined(seen: Tensor, more: Tensor) -> Tensor:
-    batch = torch.broadcast_shapes(seen.shape[:-1], more.shape[:-1])
-    return torch.cat((seen.expand(*batch, -1), more.expand(*batch, -1)), -1)
+def _wide(seen: Tensor) -> Tensor:
+    """Return the inputs of a classifier, or a constant if it depends on nothing."""
+    return seen if seen.shape[-1] else seen.new_zeros(*seen.shape[:-1], 1)
 
 
 ConditionalDistribution.register(Mixed)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ..arguments import suggests_keywords
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
@@ -22,12 +20,7 @@ from .flow import Flow
 
 @suggests_keywords
 def planar_flow(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 10,
-    hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Sequence[int] = (64, 64)
 ) -> Flow:
     """Planar flow: each layer bends space along one direction (Rezende, Mohamed 2015, arXiv:1505.05770).
 
@@ -44,7 +37,6 @@ def planar_flow(
             its parameters are trained directly.
         num_transforms: The number of layers.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -60,17 +52,12 @@ def planar_flow(
     """
     sizes = checked_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
     num_params = 2 * input_dim + 1
-    return Flow(Planar(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
+    return Flow(Planar(input_dim, context_network(sizes, 1, num_params)) for _ in range(num_transforms))
 
 
 @suggests_keywords
 def radial_flow(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 10,
-    hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Sequence[int] = (64, 64)
 ) -> Flow:
     """Radial flow: each layer stretches space around one point (Rezende, Mohamed 2015, as for :func:`planar_flow`).
 
@@ -86,7 +73,6 @@ def radial_flow(
             its parameters are trained directly.
         num_transforms: The number of layers.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -103,7 +89,7 @@ def radial_flow(
     """
     sizes = checked_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
     num_params = input_dim + 2
-    return Flow(Radial(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
+    return Flow(Radial(input_dim, context_network(sizes, 1, num_params)) for _ in range(num_transforms))
 
 
 @suggests_keywords
@@ -115,7 +101,6 @@ def sylvester_flow(
     rank: int | None = None,
     reflections: int | None = None,
     hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Sylvester flow: each layer bends space along ``rank`` directions (van den Berg et al. 2018, arXiv:1803.05649).
 
@@ -136,7 +121,6 @@ def sylvester_flow(
         reflections: The number H of Householder reflections that build the directions; by default M, but less than D.
             A layer has M² + 2 M + H D parameters; with a context they are the outputs of its network.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -157,7 +141,7 @@ def sylvester_flow(
     for layer in range(num_transforms):
         if layer > 0 and reflections == 0:
             layers.append(Permute(range(input_dim - 1, -1, -1)))
-        net = context_network(sizes, 1, num_params, activation)
+        net = context_network(sizes, 1, num_params)
         layers.append(Sylvester(input_dim, rank, reflections, net))
     return Flow(layers)
 

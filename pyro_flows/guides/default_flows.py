@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import flows
 from ..bijectors import Affine, RationalQuadraticSpline
-from ..conditioners import MLP, Conditioner, Given, GivenLinear, StepNet
+from ..conditioners import MLP, Given, StepNet
 from ..conditioners.pace import networks_of, set_pace
 from ..distributions import ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
@@ -151,10 +151,7 @@ def rows_flow(input_dim: int, context_dim: int, num_given: int) -> Flow:
     Each row has its own coefficients m, M, s and S, at the start of its context; p are the parents' latents.  All rows
     have the same spline T.  So a step costs little more than one of a Gaussian guide, and rows learn independently.
     """
-    if num_given:
-        net: Conditioner = GivenLinear(context_dim, input_dim, Affine().num_params, num_given)
-    else:
-        net = Given(context_dim, input_dim, Affine().num_params)
+    net = Given(context_dim, input_dim, Affine().num_params, num_given)
     return Flow([Elementwise(RationalQuadraticSpline(), input_dim), Elementwise(Affine(), input_dim, net)])
 
 

@@ -31,7 +31,7 @@ from ..bijectors.base import bounded
 from ..bijectors.numerical_inverse import bracketed_root, implicit_root
 from ..conditioners import Conditioner
 from ..conditioners.pace import MaskedLinear, Network
-from .conditional import Conditional, check_outputs
+from .conditional import Conditional
 
 STEPS = 11  # of the search to the last bits, and one more for each nat of max_log_slope in each layer
 
@@ -81,14 +81,11 @@ class BlockAutoregressive(Network, Conditional):
         conditioner: Conditioner | None = None,
         max_log_slope: float = 3.0,
     ) -> None:
-        super().__init__(input_dim, conditioner)
         check_sizes("BlockAutoregressive", hidden_dims=hidden_dims)
+        super().__init__(input_dim, conditioner, (input_dim, sum(hidden_dims) + 2))
         check_numbers("BlockAutoregressive", above=0, max_log_slope=max_log_slope)
         self.hidden_dims = widths = tuple(hidden_dims)
         self.max_log_slope = max_log_slope
-        if conditioner is not None:
-            words = f"{input_dim} features with {widths} units each"
-            check_outputs("BlockAutoregressive", conditioner, (input_dim, sum(widths) + 2), words)
         cross = [_cross(input_dim, *sizes) for sizes in pairwise((1, *widths))]
         for layer in cross:  # the bends are spread over the range of a standard normal
             nn.init.uniform_(layer.bias, -3, 3)
@@ -133,7 +130,7 @@ class BlockAutoregressive(Network, Conditional):
 
     def _read(self, value: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, _Net]:
         """Return the batch of N events, the features as rows ``(D, 1, N)``, and the network of this call."""
-        params = None if self.conditioner is None else self._conditioned(self.conditioner, context).flatten(-2)
+        params = None if self.conditioner is None else self._params(context).flatten(-2)
         batch, rows, params = self._rows_of(value, params)
         weights = [layer.matrix() for layer in self.cross]
         biases = [layer.shift() for layer in self.cross]

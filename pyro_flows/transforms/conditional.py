@@ -13,42 +13,39 @@ from .base import VectorTransform
 class Conditional(VectorTransform):
     """A transform of vectors whose parameters are learned or, with a conditioner, depend on a context.
 
+    A conditioner replaces the table of parameters, or adds to it: θ(c) = table + network(c).  Conditioners start at
+    zero, and a table can start with random parts, which a network alone cannot give.
+
     Args:
         input_dim: The number D of features.
         conditioner: A network from contexts to parameters, or None.
+        outputs: The numbers ``(output_dim, num_params)`` that the conditioner must have.
+
+    Attributes:
+        params: The table, which a subclass may set: of the shape of ``outputs``, or ``(num_params)`` if it stays with a
+            conditioner.
     """
 
-    def __init__(self, input_dim: int, conditioner: Conditioner | None) -> None:
+    params: nn.Parameter
+
+    def __init__(self, input_dim: int, conditioner: Conditioner | None, outputs: tuple[int, int]) -> None:
+        owner = type(self).__name__
         if conditioner is not None:
-            check_kind(type(self).__name__, Conditioner, CONDITIONER, conditioner=conditioner)
+            check_kind(owner, Conditioner, CONDITIONER, conditioner=conditioner)
         super().__init__(input_dim, 0 if conditioner is None else conditioner.input_dim)
         self.conditioner = conditioner
-
-    def _conditioned(self, conditioner: Conditioner, context: Tensor | None) -> Tensor:
-        """Return the conditioner's parameters at a context, ``(*batch, output_dim, num_params)``."""
-        if context is None:
-            raise ValueError(f"{type(self).__name__}: context is missing; its width is {self.context_dim}.")
-        return conditioner(context)
-
-
-class Tabled(Conditional):
-    """A transform with a table of parameters, to which a conditioner adds: θ(c) = table + network(c).
-
-    Conditioners start at zero, so a layer starts as its table does.  A table can start with random parts, which a
-    network alone cannot give.
-    """
-
-    def _set_table(self, start: Tensor) -> None:
-        """Set the start of the table ``(P)``, and check that the conditioner yields as many numbers."""
-        if self.conditioner is not None:
-            check_outputs(type(self).__name__, self.conditioner, (1, len(start)), f"{self.input_dim} features")
-        self.params = nn.Parameter(start)
+        self.register_parameter("params", None)
+        if conditioner is not None:
+            check_outputs(owner, conditioner, outputs, f"{input_dim} features")
 
     def _params(self, context: Tensor | None) -> Tensor:
-        """Return the parameters at a context, ``(P)`` without a conditioner and ``(*batch, P)`` with one."""
+        """Return the parameters at a context: the table, ``(*batch, *outputs)``, or ``(*batch, num_params)``."""
         if self.conditioner is None:
             return self.params
-        return self.params + self._conditioned(self.conditioner, context).squeeze(-2)
+        if context is None:
+            raise ValueError(f"{type(self).__name__}: context is missing; its width is {self.context_dim}.")
+        found: Tensor = self.conditioner(context)
+        return found if self.params is None else self.params + found.squeeze(-2)
 
 
 def check_outputs(owner: str, conditioner: Conditioner, wanted: tuple[int, int], words: str) -> None:

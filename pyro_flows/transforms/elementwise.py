@@ -15,7 +15,7 @@ from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..conditioners.pace import Paced
 from .base import FlowTransform, TwoWay
-from .conditional import Conditional, check_params
+from .conditional import Conditional
 
 
 class Elementwise(Paced, TwoWay, Conditional):
@@ -44,23 +44,19 @@ class Elementwise(Paced, TwoWay, Conditional):
     """
 
     def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        super().__init__(input_dim, conditioner)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
+        super().__init__(input_dim, conditioner, (input_dim, bijector.num_params))
         self.bijector = bijector
         if conditioner is None:
             self.params = nn.Parameter(torch.zeros(input_dim, bijector.num_params))
             self.stored = ("params",)
-        else:
-            check_params("Elementwise", bijector, conditioner, input_dim)
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         image, log_det = self.bijector.verb(inverse)(value, self._params(context))
         return image, log_det.sum(-1)
 
     def _params(self, context: Tensor | None) -> Tensor:
-        if self.conditioner is not None:
-            return self._conditioned(self.conditioner, context)
-        return self.paced(self.params)
+        return self.paced(super()._params(context))
 
 
 class Sigmoid(FlowTransform):

@@ -13,7 +13,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import check_integers, is_integer
@@ -21,7 +21,7 @@ from ..bijectors.base import bounded
 from ..compiler_state import NEW_COMPILER
 from ..conditioners import Conditioner
 from .base import Scored
-from .conditional import Tabled
+from .conditional import Conditional
 from .orthogonal import reflect, unit
 
 MAX_LOG_SLOPE = 4.0  # B
@@ -29,7 +29,7 @@ MAX_LOG_SCALE = 2.0  # bound on log R̃_ii of a Sylvester transform: ridges are 
 STEPS = 6  # With the two differentiable ones that follow, one more than any slope within the bound needs in float64.
 
 
-class Planar(Tabled):
+class Planar(Conditional):
     """A planar transform of a vector ``(*batch, D)``, which bends space along one ridge, the identity at the start::
 
         y = x + û tanh(z),    z = w·x + b,    log|det dy/dx| = log(1 + s (1 - tanh² z)),    s = w·û
@@ -64,9 +64,11 @@ class Planar(Tabled):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        super().__init__(input_dim, conditioner)
+        check_integers("Planar", input_dim=input_dim)
         w = torch.randn(input_dim) / input_dim**0.5  # w·x is of order one
-        self._set_table(torch.cat((torch.zeros(input_dim), w, torch.randn(1))))
+        start = torch.cat((torch.zeros(input_dim), w, torch.randn(1)))
+        super().__init__(input_dim, conditioner, (1, len(start)))
+        self.params = nn.Parameter(start)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, s = self._ridge(context)
@@ -98,7 +100,7 @@ class Planar(Tabled):
         return u + (s - dot) / norm * w, w, b.squeeze(-1), s.squeeze(-1)
 
 
-class Radial(Tabled):
+class Radial(Conditional):
     """A radial transform of a vector ``(*batch, D)``, which stretches space around x₀, the identity at the start::
 
         y = x + β (x - x₀) / (α + r),    r = |x - x₀|
@@ -134,8 +136,10 @@ class Radial(Tabled):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        super().__init__(input_dim, conditioner)
-        self._set_table(torch.cat((torch.randn(input_dim + 1), torch.zeros(1))))
+        check_integers("Radial", input_dim=input_dim)
+        start = torch.cat((torch.randn(input_dim + 1), torch.zeros(1)))
+        super().__init__(input_dim, conditioner, (1, len(start)))
+        self.params = nn.Parameter(start)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, s = self._ball(context)
@@ -174,7 +178,7 @@ class Radial(Tabled):
         return centre, self.input_dim**0.5 * bounded(size, MAX_LOG_SLOPE).exp(), bounded_slope(raw)
 
 
-class Sylvester(Tabled):
+class Sylvester(Conditional):
     """A Sylvester transform of a vector ``(*batch, D)``, which bends space along M ridges, the identity at the start::
 
         y = x + Q R t,    t = tanh(R̃ Qᵀ x + b),    log|det dy/dx| = Σ_i log(1 + s_i (1 - t_i²)),    s_i = R_ii R̃_ii
@@ -227,10 +231,11 @@ class Sylvester(Tabled):
         conditioner: Conditioner | None = None,
     ) -> None:
         rank, reflections = check_ridges("Sylvester", input_dim, rank, reflections)
-        super().__init__(input_dim, conditioner)
-        self.rank, self.reflections = rank, reflections
         square = torch.randn(rank, rank).tril(-1)
-        self._set_table(torch.cat((square.flatten(), torch.randn(sum(self._sizes()[1:])))))
+        start = torch.cat((square.flatten(), torch.randn(2 * rank + reflections * input_dim)))
+        super().__init__(input_dim, conditioner, (1, len(start)))
+        self.params = nn.Parameter(start)
+        self.rank, self.reflections = rank, reflections
 
     @staticmethod
     def count_params(input_dim: int, rank: int | None = None, reflections: int | None = None) -> int:
@@ -290,13 +295,10 @@ class Sylvester(Tabled):
             solved = torch.linalg.solve_triangular(system, target, upper=False).squeeze(-1)
             return y, log_det, score + ridges.back(_times(ridges.inner.mT, pull - bend * solved))
 
-    def _sizes(self) -> tuple[int, int, int, int]:
-        """Return the numbers of parameters of R, R̃ and s, of the diagonal of R̃, of b, and of the reflections."""
-        return self.rank**2, self.rank, self.rank, self.reflections * self.input_dim
-
     def _ridges(self, context: Tensor | None) -> _Ridges:
         # One square holds R above its diagonal, R̃ transposed below it, and the free numbers of s on it.
-        square, scales, shift, vectors = self._params(context).split(self._sizes(), -1)
+        sizes = self.rank**2, self.rank, self.rank, self.reflections * self.input_dim
+        square, scales, shift, vectors = self._params(context).split(sizes, -1)
         square = square.unflatten(-1, (self.rank, self.rank))
         s, scale = bounded_slope(square.diagonal(dim1=-2, dim2=-1)), bounded(scales, MAX_LOG_SCALE).exp()
         # The factor keeps sums over ridges of order one for any number of ridges.

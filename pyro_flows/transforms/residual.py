@@ -24,7 +24,7 @@ from ..arguments import check_flags, check_kind
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
-from .base import FlowTransform, Scored
+from .base import FlowTransform
 
 # Exact log-determinants take the time of estimates at a width of 16, and six times as much at 64.  But there one
 # estimate has a noise of 0.3 nats, which only dozens of estimates would remove.
@@ -99,16 +99,6 @@ class Residual(FlowTransform):
             change, jacobian = layers.linearise(x)
             x = x - _neumann(jacobian, x + change - y, steps)
         return x, -self._log_det(layers.linearise(x)[1])
-
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        if not self.is_exact:
-            return super().forward_and_score(x, score, context)
-        x = x.expand(*self._batch_of(x, context), -1)
-        with torch.enable_grad():
-            change, jacobian = self.net.at(context).linearise(x)
-            log_det = jacobian.log_det()
-            (slope,) = torch.autograd.grad(log_det.sum(), x, retain_graph=True)
-        return x + change, log_det, jacobian.transposed().solve(score - slope).detach()
 
     def compiles(self, inverse: bool) -> bool:
         return self.is_exact and not inverse

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import check_integers
 from ..bijectors.base import bounded
 from ..conditioners import Conditioner
-from .conditional import Tabled
+from .conditional import Conditional
 
 MAX_LOG_SCALE = 8.0  # bound on each log-scale, in nats
 
 
-class TriangularAffine(Tabled):
+class TriangularAffine(Conditional):
     """An affine map of a vector ``(*batch, D)`` by a triangular matrix, the identity at the start::
 
         y = exp(s) * (x + N x / √D) + t,    log|det dy/dx| = Σ_i s_i
@@ -51,8 +51,9 @@ class TriangularAffine(Tabled):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        super().__init__(input_dim, conditioner)
-        self._set_table(torch.zeros(self.count_params(input_dim)))
+        start = torch.zeros(self.count_params(input_dim))
+        super().__init__(input_dim, conditioner, (1, len(start)))
+        self.params = nn.Parameter(start)
 
     @staticmethod
     def count_params(input_dim: int) -> int:

@@ -124,6 +124,9 @@ class Recomputed(Wrapped):
         True
     """
 
+    def __init__(self, inner: FlowTransform) -> None:
+        super().__init__(inner)
+
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         return recomputed(self.inner.verb(inverse), value, context)
 
