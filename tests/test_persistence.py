@@ -241,7 +241,7 @@ def test_what_was_shared_is_shared_again(tmp_path: Path) -> None:
     first, chain, third, fourth, fifth = again.transforms
     assert first is third
     assert first is chain.transforms[1].transform
-    assert fourth.transform is fifth.transform
+    assert fourth.inner is fifth.inner
     assert fourth.context is fifth.context
     same_flow(flow, again)
 
