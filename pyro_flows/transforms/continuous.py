@@ -314,7 +314,8 @@ class Watched:
             why = f"from {time}, a step of {method} reached points where the field is not finite. {SMALLER}"
         elif dt < LEAST_STEP:
             finer = "" if state.dtype == torch.float64 else "go to float64, "
-            why = f"the step of {method} fell to {dt:.1e} at {time}. Loosen {tolerances}, {finer}or {REGULARISE}"
+            why = f"the step of {method} fell to {dt:.1e} at {time}, which {state.dtype} does not resolve. "
+            why += f"Loosen {tolerances}, {finer}or {REGULARISE}"
         else:
             why = f"{method} has taken max_num_steps={layer.max_num_steps} steps and is at {time}: the field is stiff. "
             why += f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}"
