@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows import AutoFlow, anneal, check
+from pyro_flows.diagnostics.guide_space import prior_of, target_of
 from pyro_flows.fitting import Annealed, mode_covering
 from pyro_flows.guides.default_training import Schedule
 from pyro_flows.programs import Program
@@ -454,7 +455,7 @@ def test_a_mode_without_particles_joins_each_island() -> None:
     z = torch.randn(1600, 1)
     weights = torch.full((1600,), -math.log(1600))
     population = Population(z, weights, space.log_p(z), torch.full((16,), math.log(0.6)).double(), [0.0, 1.0])
-    tops = ModeMixture(space, population, torch.tensor([[28.0], [31.0]]))
+    tops = ModeMixture(space.log_p, space.wrapped, population, torch.tensor([[28.0], [31.0]]))
     found = tops.population
     assert tops.places.squeeze(-1).tolist() == pytest.approx([0, 30], abs=0.1)
     assert found.log_evidence == pytest.approx(0, abs=0.03)
@@ -521,7 +522,7 @@ def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
     guide = AutoFlow(model).setup()
     guide.start_at(torch.zeros(2), 0.5 * torch.eye(2))
     population = drawn_from(normal(torch.zeros(2), 0.5), 1024)
-    moved = moved_on(sound_space(Task(model, guide, (), {})), population)
+    moved = moved_on(target_of(sound_space(Task(model, guide, (), {}))), population)
     assert moved.z.std().item() == pytest.approx(1, abs=0.08)
     torch.testing.assert_close(moved.log_p, normal(torch.zeros(2), 1.0).log_prob(moved.z))
 
@@ -660,7 +661,7 @@ def bounded() -> None:
 def test_the_start_is_normalised_and_drawn_as_it_is_scored(model: Callable[[], None]) -> None:
     space, loc = space_of(model)
     with pyro.validation_enabled(False), torch.no_grad():
-        reference = Reference(space, loc)
+        reference = Reference(prior_of(space), loc)
         z = torch.linspace(-60, 60, 60_001).unsqueeze(-1)
         log_r, log_p = reference.log_r_and_p(z)
         draws = reference.draw(4000)
@@ -680,7 +681,7 @@ def test_bridges_lead_from_the_start_to_the_posterior() -> None:
     space, loc = space_of(proper)
     z = torch.randn(5, 1)
     with pyro.validation_enabled(False), torch.no_grad():
-        reference = Reference(space, loc)
+        reference = Reference(prior_of(space), loc)
         log_r, log_p = reference.log_r_and_p(z)
         torch.testing.assert_close(reference.bridge(0.3)(z), 0.7 * log_r + 0.3 * log_p)
         torch.testing.assert_close(reference.bridge(1)(z), space.log_p(z))
@@ -689,7 +690,7 @@ def test_bridges_lead_from_the_start_to_the_posterior() -> None:
 def test_an_effort_that_is_spent_ends_the_annealing() -> None:
     space, loc = space_of(hierarchical)
     with pyro.validation_enabled(False):
-        reference = Reference(space, loc)
+        reference = Reference(prior_of(space), loc)
         early = anneal_population(reference, 64, Effort(gradients=10))
         whole = anneal_population(reference, 64, Effort())
     assert not early.has_arrived

@@ -15,11 +15,11 @@ LAYERS = [
     {"arguments", "allocator", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
     {"transforms"},
-    {"distributions"},
+    {"distributions", "sampling"},
     {"flows"},
     {"programs"},
     {"plots"},
-    {"objectives", "guides", "training", "sampling"},
+    {"objectives", "guides", "training"},
     {"data", "diagnostics"},
     {"fitting", "persistence"},
     {"answers"},
@@ -81,6 +81,13 @@ def test_maps_and_networks_know_neither_pyro_nor_each_other(package: str) -> Non
     for path in (ROOT / package).rglob("*.py"):
         assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
         assert parts_imported_by(path) <= {package, *LAYERS[0]} - {"allocator", "threads"}, path
+
+
+def test_samplers_know_neither_pyro_nor_programs() -> None:
+    """They take functions of vectors, so that any density can be sampled."""
+    for path in (ROOT / "sampling").rglob("*.py"):
+        assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
+        assert parts_imported_by(path) <= {"sampling", "transforms", *LAYERS[0]}, path
 
 
 @every_file

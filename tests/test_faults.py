@@ -29,6 +29,7 @@ from pyro_flows import (
     resample,
     to_arviz,
 )
+from pyro_flows.diagnostics.guide_space import prior_of
 from pyro_flows.fitting.propriety import check_bounded
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task
@@ -420,4 +421,4 @@ def test_wide_and_heavy_tails_have_an_end(model):
     guide = AutoFlow(model).setup()
     space = LatentSpace(Task(model, guide, (), {}))
     with pyro.validation_enabled(False):
-        check_bounded("anneal", guide, space, Reference(space, guide.start[0]).draw(100))
+        check_bounded("anneal", guide, space, Reference(prior_of(space), guide.start[0]).draw(100))

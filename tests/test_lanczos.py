@@ -9,9 +9,10 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 import pyro_flows as pf
+from pyro_flows.diagnostics.guide_space import guide_coordinates, guide_density
 from pyro_flows.programs.latent_space import sound_space
 from pyro_flows.programs.model_and_guide import Task
-from pyro_flows.sampling.coordinates import Base, Stretched, White, guide_coordinates, guide_density
+from pyro_flows.sampling.coordinates import Mapped, Stretched, White
 from pyro_flows.sampling.lanczos import lanczos
 
 DIM = 200
@@ -102,7 +103,7 @@ def test_the_density_of_a_guide_over_its_coordinates(kind, is_stretched):
         param.data += 0.1 * torch.rand_like(param)
     space = sound_space(Task(hierarchy, guide, (), {}))
     chart, *_ = guide_coordinates(space, space.draw(500).z)[0]
-    assert isinstance(chart, White if kind in GUIDES[:1] + GUIDES[3:4] else Base)  # which have no transform
+    assert isinstance(chart, White if kind in GUIDES[:1] + GUIDES[3:4] else Mapped)  # which have no transform
     if is_stretched:
         directions, _ = torch.linalg.qr(torch.randn(6, 2))
         chart = Stretched(chart, directions, torch.tensor([0.5, 3.0]))

@@ -15,12 +15,13 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.programs.latent_space import Scored, sound_space
+from pyro_flows.diagnostics.guide_space import base_of, chain_coordinates
+from pyro_flows.programs.latent_space import sound_space
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.converged_chains import Goal, Record
 from pyro_flows.sampling.convergence import convergence
-from pyro_flows.sampling.coordinates import Base, NonCentred, White
+from pyro_flows.sampling.coordinates import White
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -157,13 +158,13 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
         prior = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(0.0, (z[:, 0] / 2).exp()).log_prob(z[:, 1])
         return prior + dist.Normal(z[:, 1], 0.5).log_prob(y.repeat(len(z) // number))
 
-    def draw(size: int) -> Scored:
+    def draw(size: int) -> tuple[torch.Tensor, ...]:
         found = space.draw(size, 10_000)
-        return Scored(found.z, density(found.z), found.log_q, found.quantities)
+        return found.z, density(found.z), found.log_q
 
     z = torch.stack((v, x), -1)
-    units = NonCentred.of(space, z[:1000])
-    charts = {"white": [White(z)], "base": [Base(space)], "units": [units]}.get(kind, [Base(space), units, White(z)])
+    base, (units, _) = base_of(space, z[:1000]), chain_coordinates(space, z[:1000])
+    charts = {"white": [White(z)], "base": [base], "units": [units]}.get(kind, [base, units, White(z)])
     chains = Chains(density, charts, z)
     for _ in range(2):
         if kind == "proposals":
@@ -270,7 +271,7 @@ def flat():
 def test_chains_enter_the_neck_of_a_hierarchy():
     space = sound_space(Task(neck, flat, (), {}))
     z = space.draw(500).z
-    chains, places = Chains(space.log_p, [NonCentred.of(space, z)], z), []
+    chains, places = Chains(space.log_p, chain_coordinates(space, z)[:1], z), []
     for sweep in range(30):
         chains.sweep(adapt=sweep < 10)
         places.append(chains.z[:, 0])
@@ -369,7 +370,7 @@ def test_more_draws_come_from_the_guide():
 
 def test_the_record_is_bounded():
     space = sound_space(Task(conjugate, wrong, (), {}))
-    record, times = Record(space, 20), 0
+    record, times = Record(space.quantities, 20), 0
     for number in range(1, 101):
         times += record.keep(torch.full((4, 1), float(number)))
         assert len(record) <= 20

@@ -15,7 +15,8 @@ from ..programs.engines import Values
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
-from ..sampling.annealed_population import ISLANDS, Population, bridge, systematic
+from ..sampling.annealed_population import ISLANDS, Population, bridge
+from ..sampling.resampling import systematic
 from ..vjp import LogDensity
 from .record import Posterior
 from .stages import Judged, Stages

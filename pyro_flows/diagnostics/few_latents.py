@@ -14,9 +14,10 @@ from torch import Tensor
 from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
-from ..sampling.coordinates import Coordinates, White, guide_coordinates
+from ..sampling.coordinates import Coordinates, White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, weighted_drift, weighted_shape
 from .evidence import Evidence, certainty, weighed
+from .guide_space import guide_coordinates
 from .importance import WEIGHING, Psis
 from .missing_modes import search
 from .short_chains import RUN, adapted

@@ -28,7 +28,7 @@ from ..programs.engines import Values, View
 from ..programs.latents import check_likelihood, flat_by_mask
 from ..programs.model_and_guide import Draws, Task
 from ..programs.plate_nesting import runs_programs
-from ..sampling.annealed_population import systematic
+from ..sampling.resampling import systematic
 from ..user_code import warn_user
 from .unreached import check_reach
 

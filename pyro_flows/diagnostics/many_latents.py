@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
-from ..sampling.coordinates import White, guide_density
+from ..sampling.coordinates import White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads, weighted_drift, weighted_shape
 from .evidence import Evidence, certainty, weighed
 from .few_latents import LOOK as FEW
+from .guide_space import guide_density
 from .importance import WEIGHING
 from .row_weights import row_weights
 from .short_chains import RUN, adapted

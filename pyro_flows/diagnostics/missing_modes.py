@@ -27,6 +27,7 @@ from ..sampling.gaussian import match_top
 from ..sampling.start_distribution import Reference
 from ..vjp import LogDensity
 from .drift import Drift
+from .guide_space import prior_of
 from .narrow_modes import narrowest, peaks
 from .unreached import EFFORT, Missing, unreached
 
@@ -83,7 +84,7 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
     """
     if (beyond := unreached(space.task)).outside:
         return beyond
-    reference = Reference(space, white.loc, white.scale_tril)
+    reference = Reference(prior_of(space), white.loc, white.scale_tril)
     density = reference.log_p
     lacking, is_blind = _lacking(space, white, reference, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []

@@ -15,10 +15,10 @@ from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.coordinates import guide_coordinates
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter
 from .findings import worst_moment
+from .guide_space import guide_coordinates
 from .unreached import check_reach
 
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
-from ..sampling.coordinates import Coordinates, Stretched, guide_coordinates, guide_density
+from ..sampling.coordinates import Coordinates, Stretched
 from ..sampling.lanczos import lanczos
 from ..vjp import LogDensity, score_of
+from .guide_space import guide_coordinates, guide_density
 
 
 @dataclass(frozen=True)

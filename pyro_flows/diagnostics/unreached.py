@@ -26,6 +26,7 @@ from ..sampling.annealed_population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from ..user_code import warn_user
 from .drift import Drift
+from .guide_space import prior_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def unreached(task: Task) -> Missing:
         return unknown
     space = LatentSpace(task.of(guide))
     number = REACH.few if task.runs_one_by_one else REACH.particles
-    population = anneal(Reference(space, guide.start[0]), number, EFFORT)
+    population = anneal(Reference(prior_of(space), guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:
         return unknown
     outside = _outside(narrow, space.latents(population.z))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..diagnostics import Psis
+from ..diagnostics.guide_space import prior_of, target_of
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
@@ -163,7 +164,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
         space, at = sound_space(task), guide.start[0]
-        reference, number = Reference(space, at), -(-number // ISLANDS) * ISLANDS
+        reference, number = Reference(prior_of(space), at), -(-number // ISLANDS) * ISLANDS
 
         def particles() -> tuple[Population | None, Tensor]:
             with torch.random.fork_rng([at.device] if at.is_cuda else []):  # the particles do not depend on the check
@@ -174,7 +175,8 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         distributed.sync()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
-        modes = ModeMixture(space, population, others if starts is None else torch.cat((others, starts)))
+        starts = others if starts is None else torch.cat((others, starts))
+        modes = ModeMixture(or_nan(space.log_p), space.wrapped, population, starts)
     weighted = _fitted(space.task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
         weighted = _weighted(weighted.guide, space.task, weighted.fit)
@@ -341,7 +343,7 @@ def _bridged(task: Task, weighted: _Weighted, population: Population) -> tuple[P
     Only particles estimate the mass where the guide rarely draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = distributed.broadcast(lambda: moved_on(space_of(weighted.guide, task), population))
+    population = distributed.broadcast(lambda: moved_on(target_of(space_of(weighted.guide, task)), population))
     distributed.sync()
     of_p = population.log_p - weighted.guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighted.psis.log_weights)

@@ -34,17 +34,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..programs.latent_space import LatentSpace
-from ..programs.log_density import or_nan
-from .chains import HMC, Chains
-from .coordinates import White, chain_coordinates
+from .chains import HMC, Chains, Target
+from .coordinates import White
+from .resampling import systematic
 from .start_distribution import BATCH, Reference
 
 ISLANDS = 16
 HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
-TRIES, LEAST = 64, 32  # draws of r per particle, if few have a density, and the least number of draws that have one
 SWEEPS, PROPOSED = 20, 8  # sweeps that move particles on, and draws of the guide proposed after each
-ROUNDS, CLOSE = 200, 1e-4  # largest number of fixed-point iterations; the step, in nats, that ends them
 
 
 class Effort(NamedTuple):
@@ -166,13 +163,13 @@ def _start(reference: Reference, number: int) -> tuple[Tensor, float, float] | N
     """
     parts: list[Tensor] = []
     count = 0
-    while sum(map(len, parts)) < number and count < TRIES * number:
+    while sum(map(len, parts)) < number and count < 64 * number:  # few draws of r may have a density
         z = reference.draw(number)
         log_r, log_p = reference.log_r_and_p(z)
         parts.append(z[(log_r + log_p).isfinite()])
         count += number
     z = torch.cat(parts)
-    if len(z) < LEAST:
+    if len(z) < 32:
         return None
     share = len(z) / count
     z = z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))]
@@ -198,17 +195,6 @@ def _step(log_ratio: Tensor, most: float, least: float) -> float:
     return low or high
 
 
-def systematic(weights: Tensor, number: int) -> Tensor:
-    """Resample systematically by weights ``(*batch, S)``; return indices in increasing order, ``(*batch, number)``."""
-    edges = weights.double().cumsum(-1)
-    end = edges[..., -1:]
-    offset, steps = torch.rand_like(end), torch.arange(number, device=end.device)
-    # A point that is rounded up to the very end would lie beyond the last draw of positive weight.
-    points = ((steps + offset) / number * end).minimum(end.nextafter(torch.zeros_like(end)))
-    # Without any weight the edges are NaN, and no index is right.
-    return torch.searchsorted(edges, points, right=True).clamp_max(weights.shape[-1] - 1)
-
-
 def _moved(kernel: HMC, z: Tensor, effort: Effort) -> Tensor:
     """Move particles until they have forgotten their places and their distances from the centre."""
     start, (least, most) = _features(kernel, z), effort.moves
@@ -227,13 +213,12 @@ def _features(kernel: HMC, z: Tensor) -> Tensor:
     return found / found.norm(dim=0).clamp_min(1e-12)
 
 
-def moved_on(space: LatentSpace, population: Population) -> Population:
-    """Move the particles of a population as chains in a guide's space, in its coordinates and by its draws."""
-    log_q, coordinates = or_nan(space.log_q), chain_coordinates(space, population.z)
-    chains = Chains(or_nan(space.log_p), coordinates, population.z, max_steps=16)
+def moved_on(target: Target, population: Population) -> Population:
+    """Move the particles of a population as chains, in the coordinates of a guide and by its draws."""
+    chains = Chains(target.log_p, target.coordinates(population.z), population.z, max_steps=16)
     for _ in range(SWEEPS):
         chains.sweep(adapt=True)
-        chains.propose(lambda number: space.draw(number, batch_size=2 * BATCH), log_q, PROPOSED)
+        chains.propose(target.draw, target.log_q, PROPOSED)
     return population._replace(z=chains.z, log_p=chains.log_p)
 
 
@@ -249,14 +234,14 @@ def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, f
     log_weights = population.log_weights.double()
     number = 1 / float(log_weights.exp().square().sum())
     odds, log_r = math.log(number / len(of_q)), float(of_q.logsumexp(0)) - math.log(len(of_q))
-    for _ in range(ROUNDS):
+    for _ in range(200):
         above = logsigmoid(of_q + odds - log_r)  # at draws of q, the logarithm of p's share of the two densities
         below = logsigmoid(log_r - of_p - odds)  # at draws of p, the logarithm of q's share
         mean_above = float(above.logsumexp(0)) - math.log(len(of_q))
         mean_below = float((log_weights + below).logsumexp(0))
         change = mean_above - mean_below - odds
         log_r += change / 2  # whole steps may oscillate
-        if abs(change) < CLOSE:
+        if abs(change) < 1e-4:  # nats
             break
     else:
         return log_r, math.inf

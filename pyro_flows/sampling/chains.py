@@ -19,20 +19,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..programs.latent_space import Scored
 from ..vjp import LogDensity
 from .coordinates import Coordinates, GuideDensity
 
+Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # draws z, (N, D), and log p and log q there, (N,)
 FROZEN = 0.2  # mean acceptance below which chains hardly move
 TARGET = 0.8  # the mean acceptance that adaptation aims at
 LEAST, MOST = 0.4, 1.2  # range of a chain's step size, in units of the common one
 QUARTER = math.pi / 2 / 0.8  # the first travel time: on average a quarter of the period of a standard normal
 DIVERGED = 1000.0  # energy error, in nats, of a divergent trajectory
+
+
+@dataclass(frozen=True)
+class Target:
+    """A posterior p and a guide q that proposes draws, as functions of vectors, ``(N, D)``.
+
+    Attributes:
+        dim: The number D of dimensions.
+        log_p: The log-density of p, NaN where the model breaks down.
+        log_q: That of q.
+        draw: Samples q.
+        coordinates: Returns coordinates for chains, given draws of q.
+        quantities: Returns the K quantities that must converge, ``(N, K)``.
+        is_slow: True if the model runs one draw at a time.
+    """
+
+    dim: int
+    log_p: LogDensity
+    log_q: LogDensity
+    draw: Draw
+    coordinates: Callable[[Tensor], list[Coordinates]]
+    quantities: Callable[[Tensor], Tensor]
+    is_slow: bool = False
 
 
 class HMC:
@@ -212,22 +236,22 @@ class Chains:
             yield self.z
 
     @torch.no_grad()
-    def propose(self, draw: Callable[[int], Scored], log_q: LogDensity, times: int) -> tuple[list[Tensor], float]:
+    def propose(self, draw: Draw, log_q: LogDensity, times: int) -> tuple[list[Tensor], float]:
         """Propose a number of draws of a guide to each chain.
 
         Args:
-            draw: Returns draws of the guide.
+            draw: Returns draws z of the guide, and the log-densities log p and log q there.
             log_q: The guide's log-density, ``(N, D) -> (N,)``.
             times: The number of proposals per chain.
 
         Returns:
             The chains' places after each proposal, and the mean acceptance probability.
         """
-        proposals, number = draw(times * len(self.z)), len(self.z)
-        log_weights = (proposals.log_p - proposals.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
+        proposed, of_p, of_q = draw(times * len(self.z))
+        log_weights = (of_p - of_q).nan_to_num(-math.inf, -math.inf, -math.inf)
         own = self.log_p - log_q(self.z).nan_to_num(-math.inf, math.inf, -math.inf)
         places, chances = [], []
-        columns = (column.split(number) for column in (proposals.z, proposals.log_p, log_weights))
+        columns = (column.split(len(self.z)) for column in (proposed, of_p, log_weights))
         for z, log_p, log_weight in zip(*columns, strict=True):
             chance = (log_weight - own).clamp_max(0).exp()
             taken = torch.rand_like(chance) < chance

@@ -11,39 +11,67 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..programs.latent_space import LatentSpace
-from ..programs.latents import check_likelihood
-from ..programs.log_density import or_nan
-from .annealed_population import systematic
-from .chains import Chains
+from .chains import Chains, Target
 from .convergence import FEWEST, Convergence, convergence
-from .coordinates import White, chain_coordinates
-from .samples import Samples
+from .coordinates import White
+from .resampling import systematic
 
-RHAT = 1.01  # of converged chains
-SHORT, LONG = 16, 60  # sweeps of the warm-up, with a good guide and with any other
-GOOD, FAIR = 0.5, 0.01  # mean acceptance of draws of a good guide, and of a fair one
-FEW, MANY = 8, 32  # proposed draws of the guide per chain and cycle
-LEAST = 160  # recorded draws per chain with a good guide
-SWEEPS = 20  # least number of cycles with a good guide
-STARTS = 20  # draws of the guide per chain, for its start
-SPREAD = 0.1  # effective share of these from which they are resampled by their weights
-HEAVY = 0.01  # share of the posterior at weights so large that proposals alone may not visit it
-VISITS = 20.0  # departures from such places, per chain that is always there, from which their mass is known
-AGAIN = 10  # sweeps that adapt again after a drift
-KEPT = 400  # largest number of recorded draws per chain, unless more are asked for
-KNOWN = 5000  # normal draws that estimate a standard deviation to 1 %
-MANY_CHAINS = 64  # chains from which their scatter estimates the error of a standard deviation
-WORST = 16  # quantities that are tested first: those furthest from convergence so far
-BATCH = 4096  # draws per run of the model
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules of a run.
+
+    Attributes:
+        rhat: R-hat of converged chains.
+        short: Sweeps of the warm-up with a good guide.
+        long: Those with any other.
+        good: The mean acceptance of draws of a good guide.
+        fair: That of a fair one, below which no draws are proposed.
+        few: Proposed draws of the guide per chain and cycle; also the sweeps before a guide counts as good.
+        many: The most of them, since large batches are fastest if many draws are asked for.
+        least: Recorded draws per chain with a good guide.
+        sweeps: The least number of cycles with a good guide.
+        starts: Draws of the guide per chain, for its start.
+        spread: The effective share of these from which they are resampled by their weights.
+        heavy: The share of the posterior at weights so large that proposals alone may not visit it.
+        visits: Departures from such places, per chain that is always there, from which their mass is known.
+        again: Sweeps that adapt again after a drift.
+        kept: The largest number of recorded draws per chain, unless more are asked for.
+        known: Normal draws that estimate a standard deviation to 1 %.
+        many_chains: Chains from which their scatter estimates the error of a standard deviation.
+        worst: Quantities that are tested first: those furthest from convergence so far.
+        batch: Draws whose quantities are computed together.
+    """
+
+    rhat: float = 1.01
+    short: int = 16
+    long: int = 60
+    good: float = 0.5
+    fair: float = 0.01
+    few: int = 8
+    many: int = 32
+    least: int = 160
+    sweeps: int = 20
+    starts: int = 20
+    spread: float = 0.1
+    heavy: float = 0.01
+    visits: float = 20.0
+    again: int = 10
+    kept: int = 400
+    known: int = 5000
+    many_chains: int = 64
+    worst: int = 16
+    batch: int = 4096
+
+
+RULES = Rules()
 
 
 class Goal(NamedTuple):
@@ -61,31 +89,43 @@ class Goal(NamedTuple):
     longest: float = 10.0
 
 
+class NoDensity(ValueError):
+    """The model has no finite density at any draw of the guide."""
+
+
 class Run:
-    """A run of chains of a guide's space.
+    """A run of chains of a posterior.
 
     Args:
-        space: The space.
+        target: The posterior, and the guide that the chains start from.
         num_chains: The number C of chains.
         goal: The goal.
         watch: Called after each sweep with the state of the chains in words; True ends the run early.
         others: Starts of a quarter of the chains, ``(n, D)``, to see whether these mix with the others; None to start
             all chains from draws of the guide.
+
+    Attributes:
+        chains: The chains.
+        record: Their draws.
+        converged: True if the goal is reached.
+        divergences: The number of divergent trajectories after the warm-up.
+        acceptance: The mean acceptance of the chains' transitions, per set of coordinates.
+        chance: The mean acceptance of draws of the guide.
     """
 
     def __init__(
-        self, space: LatentSpace, num_chains: int, goal: Goal, watch: Callable[[str], bool], others: Tensor | None
+        self, target: Target, num_chains: int, goal: Goal, watch: Callable[[str], bool], others: Tensor | None
     ) -> None:
-        self.space, self.goal, self._watch, self._is_stopped = space, goal, watch, False
-        self._draw, self._began = partial(space.draw, batch_size=BATCH), time.perf_counter()
+        self.target, self.goal, self._watch, self._is_stopped = target, goal, watch, False
         z, start = self._starts(num_chains)
         if others is not None:
             quarter = start[: num_chains // 4]
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
-        self.chains = Chains(or_nan(space.log_p), chain_coordinates(space, z), start, max_steps=16)
-        self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
-        self.chance, self._times, self._words = math.nan, 0, "warm-up"
-        self._records_all, self._proposed = False, 0
+        self.chains = Chains(target.log_p, target.coordinates(z), start, max_steps=16)
+        self.record = Record(target.quantities, max(RULES.kept, math.ceil(2 * goal.num_draws / num_chains)))
+        self.chance, self.converged, self.divergences, self._words = math.nan, False, 0, "warm-up"
+        self._times = self._proposed = 0
+        self._records_all = False
         self._accepted: list[list[float]] = []
         self._heavy: list[Tensor] = []  # per cycle, True for chains at places of large weight, (C,)
 
@@ -94,31 +134,38 @@ class Run:
 
         Weights are truncated (Ionides 2008), so that no draw starts many chains.
         """
-        per_chain = 4 if self.space.task.runs_one_by_one else STARTS
-        guide = self._draw(max(num_chains * per_chain, 10 * self.space.dim))
-        sound = guide.log_p.isfinite() & guide.log_q.isfinite() & guide.z.isfinite().all(-1)
+        per_chain = 4 if self.target.is_slow else RULES.starts
+        z, log_p, log_q = self.target.draw(max(num_chains * per_chain, 10 * self.target.dim))
+        sound = log_p.isfinite() & log_q.isfinite() & z.isfinite().all(-1)
         if not sound.any():
-            check_likelihood("sample", self.space.task.traces[0])
-            raise ValueError("the model has no finite density at any draw of the guide; train the guide first.")
-        z, log_weights = guide.z[sound], (guide.log_p - guide.log_q)[sound].double()
+            raise NoDensity("the model has no finite density at any draw of the guide; train the guide first.")
+        z, log_weights = z[sound], (log_p - log_q)[sound].double()
         weights = (log_weights - log_weights.max()).exp()
         weights = weights.clamp_max(float(weights.mean()) * math.sqrt(len(z)))
-        if float(weights.sum().square() / weights.square().sum()) < SPREAD * len(z):
+        if float(weights.sum().square() / weights.square().sum()) < RULES.spread * len(z):
             return z, z[torch.arange(num_chains) % len(z)]
         places = systematic(weights, num_chains)
         return z, z[places[torch.randperm(num_chains, device=z.device)]]
 
-    def run(self) -> Samples:
-        """Warm up, and run until the chains have converged, ``watch`` returns True, or the sweeps are used up."""
+    @property
+    def acceptance(self) -> list[float]:
+        """The mean acceptance of the chains' transitions, per set of coordinates."""
+        return [statistics.fmean(values) for values in zip(*self._accepted, strict=True)]
+
+    def run(self) -> Convergence:
+        """Warm up, and run until the chains have converged, ``watch`` returns True, or the sweeps are used up.
+
+        Returns:
+            The convergence of all quantities.
+        """
         self._warm_up()
-        before, converged_at = self.chains.divergences, 0
-        wanted = self._least
+        before, converged_at, wanted = self.chains.divergences, 0, self._least
         while True:
             self._extend(wanted)
-            found, converged, growth = self.record.judge(self.goal)
-            if converged and self._is_short():
-                converged, growth = False, 2.0
-            if converged:
+            found, self.converged, growth = self.record.judge(self.goal)
+            if self.converged and self._is_short():
+                self.converged, growth = False, 2.0
+            if self.converged:
                 converged_at, growth = converged_at or self.chains.count, 1.5
                 if self._knows_sds(found) or self.chains.count >= self.goal.longest * converged_at:
                     break
@@ -126,38 +173,30 @@ class Run:
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
             if found.drifts:
-                self.record.drop_half()
-                self._whiten(self.record.z().flatten(0, 1))
-                for _ in range(AGAIN):
-                    if not self._is_over():
-                        self._sweep(adapt=True)
+                self._start_again()
             wanted = math.ceil(len(self.record) * growth)
-        z, names = self.record.z(), self.space.read.names
-        rhat, ess_bulk, ess_tail, *_ = found if len(found.rhat) == len(names) else self.record.convergence()
-        return Samples(
-            draws={k: v.unflatten(0, z.shape[:2]) for k, v in self.space.drawn_back(z.flatten(0, 1), BATCH).items()},
-            names=names,
-            rhat=rhat,
-            ess_bulk=ess_bulk,
-            ess_tail=ess_tail,
-            converged=converged,
-            divergences=self.chains.divergences - before,
-            acceptance=[statistics.fmean(values) for values in zip(*self._accepted, strict=True)],
-            chance=self.chance,
-            sweeps=self.chains.count,
-            seconds=time.perf_counter() - self._began,
-            guide=self.space.task.guide.call,
-        )
+        self.divergences = self.chains.divergences - before
+        return found if len(found.rhat) == self.record.width else self.record.convergence()
+
+    def _start_again(self) -> None:
+        """Drop the first half of the draws, and adapt again, since the chains drifted."""
+        self.record.drop_half()
+        self._whiten(self.record.z().flatten(0, 1))
+        for _ in range(RULES.again):
+            if not self._is_over():
+                self._sweep(adapt=True)
 
     @property
     def _least(self) -> int:
         """The least number of recorded draws per chain."""
-        least = LEAST if self._records_all else 2 * FEWEST
+        least = RULES.least if self._records_all else 2 * FEWEST
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
     def _knows_sds(self, found: Convergence) -> bool:
         """True if each standard deviation is as well known as asked for, or there are too few chains to tell."""
-        return len(self.chains.z) < MANY_CHAINS or bool((found.ess_sd >= min(self.goal.num_draws, KNOWN)).all())
+        return len(self.chains.z) < RULES.many_chains or bool(
+            (found.ess_sd >= min(self.goal.num_draws, RULES.known)).all()
+        )
 
     def _is_short(self) -> bool:
         """True if much of the posterior lies at weights above the number of proposals, and chains rarely enter there.
@@ -168,7 +207,7 @@ class Run:
             return False
         heavy = torch.stack(self._heavy)  # (cycles, C)
         departures, visits = int((heavy[:-1] & ~heavy[1:]).sum()), int(heavy[:-1].sum())
-        return bool(heavy.double().mean() > HEAVY) and departures * len(heavy) < VISITS * visits
+        return bool(heavy.double().mean() > RULES.heavy) and departures * len(heavy) < RULES.visits * visits
 
     def _is_over(self) -> bool:
         return self.chains.count >= self.goal.max_sweeps or self._is_stopped
@@ -178,7 +217,7 @@ class Run:
         self._is_stopped = self._watch(self._words)
 
     def _propose(self, times: int) -> list[Tensor]:
-        places, self.chance = self.chains.propose(self._draw, or_nan(self.space.log_q), times)
+        places, self.chance = self.chains.propose(self.target.draw, self.target.log_q, times)
         self._proposed += times
         self._heavy.append(self.chains.excess > math.log(self._proposed))
         return places
@@ -187,25 +226,29 @@ class Run:
         """Adapt step sizes and coordinates, and choose how often draws of the guide are proposed."""
         chances: list[float] = []
         visited: list[Tensor] = []
-        for sweep in range(1, LONG + 1):
+        for sweep in range(1, RULES.long + 1):
             self._sweep(adapt=True)
-            self._propose(FEW if self.chance > FAIR else 1)  # many proposals reach places where the guide rarely draws
+            self._propose(
+                RULES.few if self.chance > RULES.fair else 1
+            )  # many proposals reach places where the guide rarely draws
             chances.append(self.chance)
             visited.append(self.chains.z)
             self.chance = statistics.fmean(chances[-5:])
             kernels = self.chains.kernels
-            if self.chance > GOOD and sweep >= FEW:  # steps in the base are longer than in whitened coordinates
+            if (
+                self.chance > RULES.good and sweep >= RULES.few
+            ):  # steps in the base are longer than in whitened coordinates
                 others = [kernel for kernel in kernels if not isinstance(kernel.coordinates, White)]
                 self.chains.kernels = others or kernels
             is_last = self.chains.count >= self.goal.max_sweeps - FEWEST  # the recorded draws take sweeps too
-            if is_last or self._is_stopped or (sweep >= SHORT and self.chance > GOOD):
+            if is_last or self._is_stopped or (sweep >= RULES.short and self.chance > RULES.good):
                 break
-            if sweep in (LONG // 6, LONG // 3, LONG // 2):
+            if sweep in (RULES.long // 6, RULES.long // 3, RULES.long // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
         # With a good guide each proposal is recorded; large batches are fastest if many draws are asked for.
-        self._records_all, self._heavy = self.chance > GOOD, []
-        many = min(MANY, max(FEW, self._least // SWEEPS)) if self._records_all else FEW
-        self._times = many if self.chance > FAIR else 0
+        self._records_all, self._heavy = self.chance > RULES.good, []
+        many = max(RULES.few, self._least // RULES.sweeps) if self._records_all else RULES.few
+        self._times = min(RULES.many, many) if self.chance > RULES.fair else 0
 
     def _whiten(self, z: Tensor) -> None:
         for kernel in self.chains.kernels:
@@ -226,18 +269,23 @@ class Record:
     """The draws of chains at a bounded number of times.
 
     Args:
-        space: The space of the draws.
+        quantities: Returns the K quantities to test, ``(N, K)``, given vectors, ``(N, D)``.
         most: The largest number of draws per chain; beyond it every second draw is dropped.
     """
 
-    def __init__(self, space: LatentSpace, most: int) -> None:
-        self._space, self._most, self._every, self._since = space, most, 1, 0
+    def __init__(self, quantities: Callable[[Tensor], Tensor], most: int) -> None:
+        self._of, self._most, self._every, self._since = quantities, most, 1, 0
         self._z: list[Tensor] = []  # (C, D) each
         self._quantities: list[Tensor] = []  # (C, K) each, of the first of these draws
         self._worst = torch.arange(0)  # the quantities furthest from convergence
 
     def __len__(self) -> int:
         return len(self._z)
+
+    @property
+    def width(self) -> int:
+        """The number K of quantities."""
+        return self._quantities[0].shape[-1]
 
     def keep(self, z: Tensor) -> bool:
         """Record the places of the chains; return True if every second draw was dropped."""
@@ -279,7 +327,7 @@ class Record:
             if is_reached:
                 self._thin(step)
                 return found, True, 1.0
-            excess = (float(found.rhat.max()) ** 2 - 1) / (RHAT**2 - 1)
+            excess = (float(found.rhat.max()) ** 2 - 1) / (RULES.rhat**2 - 1)
             growth = min(growth, 1.1 * max(excess, goal.num_draws / max(1.0, float(found.ess.min()))))
             step *= 2
         assert first is not None
@@ -293,21 +341,21 @@ class Record:
         """Test the worst quantities first, and the others if these have converged."""
 
         def is_reached(found: Convergence) -> bool:
-            return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
+            return bool((found.rhat <= RULES.rhat).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
 
         if len(self._worst):
             found = convergence(quantities[..., self._worst])
             if not is_reached(found):
                 return found, False
         found = convergence(quantities)
-        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), goal.num_draws / found.ess.clamp_min(1))
-        self._worst = lacks.topk(WORST).indices if len(lacks) > WORST else torch.arange(0)
+        lacks = torch.maximum((found.rhat - 1) / (RULES.rhat - 1), goal.num_draws / found.ess.clamp_min(1))
+        self._worst = lacks.topk(RULES.worst).indices if len(lacks) > RULES.worst else torch.arange(0)
         return found, is_reached(found)
 
     def _all_quantities(self) -> Tensor:
         """Return the quantities, ``(C, n, K)``; only those of new draws are computed."""
         chains = len(self._z[0])
         while len(self._quantities) < len(self._z):
-            part = self._z[len(self._quantities) :][: max(1, BATCH // chains)]
-            self._quantities += self._space.quantities(torch.cat(part)).split(chains)
+            part = self._z[len(self._quantities) :][: max(1, RULES.batch // chains)]
+            self._quantities += self._of(torch.cat(part)).split(chains)
         return torch.stack(self._quantities, 1)

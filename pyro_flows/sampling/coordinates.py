@@ -15,20 +15,14 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Cauchy, Laplace, Normal, Transform
-from torch.distributions.utils import _sum_rightmost
 
-from ..programs.engines import Site
-from ..programs.latent_space import LatentSpace
-from ..programs.latents import innermost
-from ..programs.log_density import or_nan
 from ..transforms.linear import stretched
 
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
-FIRST = 4096  # draws by which a hierarchy is recognised
 ROUND_OFF = 1e-4  # largest relative error of a round trip
 
 
@@ -74,39 +68,20 @@ class White:
         return White(z)
 
 
-class Base:
-    """Coordinates of the base distribution of a guide with a method ``get_transform``, as each ``AutoContinuous``."""
+@dataclass(frozen=True)
+class Mapped:
+    """Coordinates given by a pair of functions, such as the base coordinates of a guide.
 
-    def __init__(self, space: LatentSpace) -> None:
-        self._space = space
+    Attributes:
+        forward: Returns z, ``(N, D)``, and the log-determinant of dz/dx, ``(N,)``, given x.
+        inverse: Returns x, given z.
+    """
 
-    @classmethod
-    def of(cls, space: LatentSpace, z: Tensor) -> Base | None:
-        """Return a guide's base coordinates; None if it has no base, or its transform is not invertible at draws z."""
-        if not hasattr(space.task.guide.call, "get_transform"):
-            return None
-        found = cls(space)
-        try:
-            again, _ = found.forward(found.inverse(z))
-        except (NotImplementedError, KeyError):  # no transform, or no inverse
-            return None
-        return found if bool(((again - z).abs() <= 1e-3 * z.std(0)).all()) else None
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    inverse: Callable[[Tensor], Tensor]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        transform = self._transform()
-        z = transform(x)
-        log_det = transform.log_abs_det_jacobian(x, z)
-        return z, _sum_rightmost(log_det, log_det.dim() - 1).expand(len(x))
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return self._transform().inv(z)
-
-    def whitened(self, z: Tensor) -> Base:
+    def whitened(self, z: Tensor) -> Mapped:
         return self
-
-    def _transform(self) -> Transform:
-        guide = self._space.task.guide
-        return guide.call.get_transform(*guide.args, **guide.kwargs)  # type: ignore[attr-defined]
 
 
 class Stretched:
@@ -141,37 +116,38 @@ class Stretched:
         return self
 
 
-class NonCentred:
-    """Whitened coordinates of z after z = loc + scale x for each real latent whose prior has these parameters.
+@dataclass(frozen=True)
+class Hierarchy:
+    """Coordinates of a density whose priors have locations and scales that depend on other coordinates.
 
-    The parameters depend on other latents.
+    Attributes:
+        columns: The L coordinates with such a prior.
+        parameters: Returns the locations and the scales, each ``(N, L)``, given z.
+    """
+
+    columns: Tensor
+    parameters: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class NonCentred:
+    """Whitened coordinates of z after z = loc + scale x for each coordinate of a hierarchy.
 
     Args:
-        space: The space.
-        names: The latents.
-        levels: The depth of the hierarchy.
+        hierarchy: The hierarchy.
+        levels: Its depth.
         z: Draws, ``(N, D)``, that whiten the coordinates.
     """
 
-    def __init__(self, space: LatentSpace, names: list[str], levels: int, z: Tensor) -> None:
-        self._space, self._names, self._levels = space, names, levels
-        self._columns = _columns(space, names).to(z.device)
+    def __init__(self, hierarchy: Hierarchy, levels: int, z: Tensor) -> None:
+        self._hierarchy, self._levels = hierarchy, levels
         self._white = White(self._units(z))
 
     @classmethod
     @torch.no_grad()
-    def of(cls, space: LatentSpace, z: Tensor) -> NonCentred | None:
-        """Return a model's non-centred coordinates, given draws z; None if no prior's scale depends on latents."""
-        model = space.task.model
-        names = [name for name in space.task.latents if _has_loc_and_scale(model.single.nodes[name])]
-        if not names or model.enumerated or space.task.runs_one_by_one:
-            return None
-        latents, columns = space.latents(z), _columns(space, names).to(z.device)
-        values = torch.cat([latents[name].reshape(len(z), -1) for name in names], -1)
-        if values.shape[1] != len(columns) or not torch.allclose(z[:, columns], values):
-            return None
+    def of(cls, hierarchy: Hierarchy, z: Tensor) -> NonCentred | None:
+        """Return the non-centred coordinates of a hierarchy, given draws z; None if no scale depends on coordinates."""
         for levels in range(2, LEVELS + 1):
-            found = cls(space, names, levels, z)
+            found = cls(hierarchy, levels, z)
             again, log_det = found.forward(found.inverse(z))
             if bool(((again - z).abs() <= ROUND_OFF * (z.abs() + z.std(0))).all()):
                 return found if bool(log_det.std() > ROUND_OFF) else None
@@ -179,82 +155,22 @@ class NonCentred:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         units, log_det = self._white.forward(x)
-        found = or_nan(self._centred, x.shape[1] + 1)(units)
-        return found[:, :-1], log_det + found[:, -1]
+        columns, z = self._hierarchy.columns, units
+        for _ in range(self._levels):  # each level needs the values of those above
+            loc, scale = self._hierarchy.parameters(z)
+            z = units.index_copy(1, columns, loc + scale * units[:, columns])
+        return z, log_det + scale.log().sum(-1)
 
     def inverse(self, z: Tensor) -> Tensor:
         return self._white.inverse(self._units(z))
 
     def whitened(self, z: Tensor) -> NonCentred:
-        return NonCentred(self._space, self._names, self._levels, z)
-
-    def _centred(self, units: Tensor) -> Tensor:
-        """Return z, and the log-determinant of dz/du as a last column, given units u, ``(N, D) -> (N, D + 1)``."""
-        z = units
-        for _ in range(self._levels):  # each level needs the values of those above
-            loc, scale = self._parameters(z)
-            z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
-        return torch.cat((z, scale.log().sum(-1, keepdim=True)), -1)
+        return NonCentred(self._hierarchy, self._levels, z)
 
     def _units(self, z: Tensor) -> Tensor:
-        loc, scale = self._parameters(z)
-        return z.index_copy(1, self._columns, (z[:, self._columns] - loc) / scale)
-
-    def _parameters(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Return the locations and the scales of the priors, given all latents, each ``(N, L)``."""
-        model, latents = self._space.task.model, self._space.latents(z)
-        found = model.run(lambda view: {name: view.read(name, _loc_and_scale) for name in self._names}, latents, len(z))
-        return torch.cat([found[name].reshape(len(z), -1, 2) for name in self._names], 1).to(z).unbind(-1)
+        (loc, scale), columns = self._hierarchy.parameters(z), self._hierarchy.columns
+        return z.index_copy(1, columns, (z[:, columns] - loc) / scale)
 
 
-Coordinates = White | Base | Stretched | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
+Coordinates = White | Mapped | Stretched | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
 GuideDensity = Callable[[Tensor, Tensor, Tensor], Tensor]  # the log-density of x, (N,), given x, z and log|dz/dx|
-
-
-def _columns(space: LatentSpace, names: list[str]) -> Tensor:
-    """Return the dimensions of some latents among the coordinates of a space."""
-    places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
-    return torch.tensor(places, dtype=torch.long)
-
-
-def _loc_and_scale(site: Site) -> Tensor:
-    """Return the location and the scale of each value of a site, ``(*shape, 2)``."""
-    fn = innermost(site["fn"])
-    return torch.stack((fn.loc, fn.scale), -1)
-
-
-def _has_loc_and_scale(site: Site) -> bool:
-    """True if each value of a site has its own location and scale: it is loc + scale times a standardised variable."""
-    fn = innermost(site["fn"])
-    return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
-
-
-def guide_density(space: LatentSpace, coordinates: Coordinates) -> GuideDensity | None:
-    """Return the guide's log-density over coordinates; None if it is unknown at vectors that the guide did not draw.
-
-    In base coordinates it needs no inverse, which some flows find one dimension after another.
-    """
-    inner = coordinates.chart if isinstance(coordinates, Stretched) else coordinates
-    guide = space.task.guide
-    if isinstance(inner, Base) and hasattr(guide.call, "get_base_dist"):
-
-        def of_base(x: Tensor, z: Tensor, log_det: Tensor) -> Tensor:
-            own, change = coordinates.inwards(x) if isinstance(coordinates, Stretched) else (x, 0.0)
-            log_prob = guide.call.get_base_dist().log_prob(own)  # type: ignore[attr-defined]
-            return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
-
-        return of_base
-    log_q = or_nan(space.log_q)
-    return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
-
-
-def guide_coordinates(space: LatentSpace, z: Tensor) -> tuple[list[Coordinates], White]:
-    """Return base coordinates, if any, and whitened ones, given draws z, ``(N, D)``; also the latter alone."""
-    white, base = White(z), Base.of(space, z[:100])
-    return [base, white] if base else [white], white
-
-
-def chain_coordinates(space: LatentSpace, z: Tensor) -> list[Coordinates]:
-    """Return the coordinates for chains, given draws z, ``(N, D)``: non-centred ones first if the model has them."""
-    found, (others, _) = NonCentred.of(space, z[:FIRST]), guide_coordinates(space, z)
-    return [found, others[0]] if found else others

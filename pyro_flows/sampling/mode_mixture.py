@@ -9,20 +9,20 @@ Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster, Laird, R
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..programs.latent_space import LatentSpace
-from ..programs.log_density import or_nan
 from ..vjp import LogDensity
 from .annealed_population import Population
 from .climbs import NARROW, ascend, climb, components, highest_of_each
 from .coordinates import White
 from .gaussian import Gaussian, match_top
 
+Wrapped = Callable[[Tensor, Tensor], Tensor]
 FITTED = 20  # effective draws per dimension from which a component's mean and covariance are estimated
 ROUNDS = 50  # of expectation maximisation
 ENOUGH = 5  # particles per dimension from which a mode has its own covariance
@@ -85,7 +85,8 @@ class ModeMixture:
     """The modes that a population has found, and others without particles, with a Gaussian around each.
 
     Args:
-        space: The space of a guide that draws packed, unconstrained latents.
+        density: The posterior's log-density, NaN where the model breaks down.
+        wrapped: Turns the angles in vectors, ``(N, D)``, to within half a turn of a centre, ``(D,)``.
         population: The population.
         starts: Starts of climbs to other modes, ``(n, D)``.
 
@@ -98,19 +99,19 @@ class ModeMixture:
         gaussians: A Gaussian around each mode; the weights are estimates relative to the population.
     """
 
-    def __init__(self, space: LatentSpace, population: Population, starts: Tensor) -> None:
-        centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
-        self._space, self._centre = space, centre
-        z = space.wrapped(population.z, centre)
+    def __init__(self, density: LogDensity, wrapped: Wrapped, population: Population, starts: Tensor) -> None:
+        centre = _opposite_the_gap(wrapped, population.z)
+        self._wrapped = lambda z: wrapped(z, centre)
+        z = self._wrapped(population.z)
         self.population = population._replace(z=z)
         self.white = white = White(z, population.log_weights.exp())
-        ends = space.wrapped(torch.cat([ascend(density, white, part) for part in z.split(1024)]), centre)
+        ends = self._wrapped(torch.cat([ascend(density, white, part) for part in z.split(1024)]))
         self.labels = _merged(components(density, white, ends), white.inverse(ends))
         with torch.no_grad():
             tops = ends[highest_of_each(self.labels, density(ends).nan_to_num(-math.inf, math.inf, -math.inf))]
         weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
         modes = list(zip(tops, *self._gaussians(len(tops)), weights, strict=True))
-        more = space.wrapped(climb(density, white, starts, NARROW), centre)
+        more = self._wrapped(climb(density, white, starts, NARROW))
         for top in _others(density, white, tops, torch.cat((more, tops))):
             found = match_top(density, top, white.scale_tril)
             if found is not None and self._lacks(found):
@@ -188,7 +189,7 @@ class ModeMixture:
 
     def label(self, z: Tensor) -> Tensor:
         """Return the most likely mode of each vector, ``(N,)``."""
-        return self.gaussians.log_joint(self._space.wrapped(z, self._centre)).argmax(-1)
+        return self.gaussians.log_joint(self._wrapped(z)).argmax(-1)
 
 
 def _merged(labels: Tensor, x: Tensor) -> Tensor:
@@ -201,9 +202,9 @@ def _merged(labels: Tensor, x: Tensor) -> Tensor:
     return labels.unique(return_inverse=True)[1]
 
 
-def _opposite_the_gap(space: LatentSpace, z: Tensor) -> Tensor:
+def _opposite_the_gap(wrapped: Wrapped, z: Tensor) -> Tensor:
     """Return, per coordinate, the angle opposite to the middle of the largest gap between places, ``(D,)``."""
-    ordered = space.wrapped(z, torch.zeros_like(z[0])).sort(0).values
+    ordered = wrapped(z, torch.zeros_like(z[0])).sort(0).values
     gaps = torch.cat((ordered[1:], ordered[:1] + 2 * math.pi)) - ordered
     largest = gaps.argmax(0, keepdim=True)
     return (ordered.gather(0, largest) + gaps.gather(0, largest) / 2).squeeze(0) + math.pi
