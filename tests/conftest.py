@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import signal
 import zlib
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pyro_flows import atomic_files
+from pyro_flows.training import loop
 
 TURNS = 20
 
@@ -44,6 +46,13 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each call of the clock advance it by a minute, so that every step ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 @pytest.fixture

@@ -7,10 +7,7 @@ resume, and improve in truncated rounds.  Errors name the argument or the site.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import signal
-import sys
 import warnings
 from typing import Any
 
@@ -47,7 +44,6 @@ from pyro_flows.encoders import Arguments, GRUEncoder, MLPEncoder, SetEncoder
 from pyro_flows.fitting import truncated
 from pyro_flows.programs import Program, Simulations
 from pyro_flows.programs.simulator import Simulator
-from pyro_flows.training import Training, loop
 from pyro_flows.transforms import Elementwise, QuantileMap
 
 small = functools.partial(flows.nsf_ar, num_transforms=2, hidden_dims=(16,))
@@ -500,108 +496,6 @@ def test_bind_asks_for_one_data_set(trained):
 # Stopping and resuming.
 
 
-def test_early_stopping_restores_the_best_averaged_state(tmp_path):
-    """A large network overfits few simulations soon."""
-
-    class Watched(MLPEncoder):
-        held = None
-
-        def forward(self, x):
-            self.held = x if not self.training and len(x) == 30 else self.held
-            return super().forward(x)
-
-    guide = AutoFlow(linear, small, encoder=Watched(3, 8, (64,)))
-    file = tmp_path / "run"
-    fit = fit_amortized(
-        linear, guide, num_simulations=100, max_epochs=300, batch_size=20, lr=0.02, checkpoint=file, progress=False,
-        training=Training(validation=0.3, patience=4),
-    )  # fmt: skip
-    assert fit.stopped == "held-out"
-    per_epoch = 70 // 20
-    assert fit.steps == per_epoch * len(fit.held_out) < 300 * per_epoch
-    best = int(fit.held_out.argmin())
-    assert len(fit.held_out) == best + 1 + 4
-    assert (fit.best_step, fit.best_loss) == ((best + 1) * per_epoch, fit.held_out[best].item())
-    kept = torch.load(tmp_path / "run.simulations", weights_only=True)
-    held = guide.encoder.held
-    rows = (kept["data"]["x"][:, None] == held).all(-1).float().argmax(0)
-    assert torch.equal(kept["data"]["x"][rows], held)
-    scores = guide.log_prob({"theta": kept["latents"]["theta"][rows]}, held)
-    assert -scores.mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Let each call of the clock advance it by a minute, so that every epoch ends with a checkpoint."""
-    clock = itertools.count(step=60)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
-
-
-class Mortal(MLPEncoder):
-    """Encoder with a callback at its n-th call."""
-
-    last, what = math.inf, None
-
-    def forward(self, x):
-        self.calls = getattr(self, "calls", 0) + 1
-        if self.calls == self.last:
-            self.what()
-        return super().forward(x)
-
-
-def checkpointed(file, last=math.inf, what=None, **settings):
-    """Fit a new guide from a fixed seed, and return the losses and the final parameters."""
-    pyro.set_rng_seed(1)
-    encoder = Mortal(3, 4, (8,))
-    encoder.last, encoder.what = last, what
-    guide = AutoFlow(linear, small, encoder=encoder)
-    fit = quick(linear, guide, max_epochs=8, checkpoint=file, **settings)
-    return fit, [fit.losses, fit.held_out, *(parameter.detach().clone() for parameter in guide.parameters())]
-
-
-def assert_same_run(left: list[Tensor], right: list[Tensor]) -> None:
-    assert all(torch.equal(*pair) for pair in zip(left, right, strict=True))
-
-
-@pytest.mark.usefixtures("hasty")
-def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
-    whole = checkpointed(tmp_path / "whole")[1]
-    with pytest.raises(SystemExit):
-        checkpointed(tmp_path / "run", 13, sys.exit)
-    assert 0 < len(torch.load(tmp_path / "run", weights_only=True)["losses"]) < 8
-    assert_same_run(checkpointed(tmp_path / "run")[1], whole)
-    assert_same_run(checkpointed(tmp_path / "run")[1], whole)
-    with pytest.raises(ValueError, match="of another run"):
-        checkpointed(tmp_path / "run", lr=0.5)
-
-
-@pytest.mark.usefixtures("hasty")
-def test_a_run_that_has_stopped_early_is_not_taken_up_again(tmp_path):
-    runs = []
-    for _ in range(2):
-        pyro.set_rng_seed(0)
-        guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (32,)))
-        settings = {"max_epochs": 200, "batch_size": 20, "lr": 0.02, "training": Training(validation=0.3, patience=2)}
-        fit = fit_amortized(
-            linear, guide, num_simulations=60, checkpoint=tmp_path / "run", progress=False, **settings
-        )  # fmt: skip
-        assert fit.stopped == "held-out"
-        runs.append([fit.losses, *(parameter.detach().clone() for parameter in guide.parameters())])
-    assert len(runs[0][0]) == len(runs[1][0])
-    assert_same_run(*runs)
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_waits_for_the_step_and_the_run_goes_on(tmp_path, capsys):
-    whole = checkpointed(None)[1]
-    fit = checkpointed(tmp_path / "run", 12, lambda: signal.raise_signal(signal.SIGINT))[0]
-    assert fit.stopped == "interrupted"
-    assert 0 < fit.steps < 16
-    assert "Interrupted after" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert_same_run(checkpointed(tmp_path / "run")[1], whole)
-
-
 def test_a_second_fit_goes_on():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
     before = quick(linear, guide, num_simulations=500, max_epochs=10, lr=0.01).losses[:7].mean()
@@ -922,21 +816,6 @@ def test_a_latent_that_the_model_does_not_draw_is_refused():
 
     guide = AutoFlow(other, small, encoder=lambda x: x)
     refused(linear, "latent site 'omega' of the guide is not drawn by the model", guide=guide)
-
-
-def test_steps_that_are_not_finite_are_skipped_or_end_the_run():
-    class Broken(MLPEncoder):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return super().forward(x) * (math.nan if self.training and self.calls % 3 == 0 else 1)
-
-    fit = quick(linear, AutoFlow(linear, small, encoder=Broken(3, 2, (4,))), max_epochs=6)
-    assert 0 < fit.skipped < fit.steps
-    assert math.isfinite(fit.best_loss)
-    with pytest.raises(FloatingPointError, match="the guide's density of simulated latents"):
-        quick(linear, AutoFlow(linear, small, encoder=Broken(3, 2, (4,))), max_epochs=6, on_nonfinite="raise")
 
 
 @pytest.mark.parametrize("kind", [DataLoader, tuple, dict])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import warnings
 from collections.abc import Callable
@@ -21,13 +20,6 @@ from pyro_flows.objectives import Likelihood
 from pyro_flows.training import Training, loop
 
 X = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each call of the clock advance it by a minute, so that every step ends with a checkpoint."""
-    clock = itertools.count(step=60)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 class At(nn.Module):

@@ -12,8 +12,6 @@ import functools
 import itertools
 import math
 import pickle
-import signal
-import sys
 import warnings
 from typing import Any
 
@@ -445,91 +443,6 @@ def test_early_stopping_restores_the_best_averaged_state() -> None:
     assert (fit.best_step, fit.best_loss) == (2 * (best + 1), fit.held_out[best].item())
     held = x[torch.randperm(100, generator=torch.Generator().manual_seed(0))[70:]]
     assert -flow.log_prob(held).mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
-
-
-@pytest.fixture
-def hasty(monkeypatch: Any) -> None:
-    """Let each call of the clock advance it by a minute, so that every epoch ends with a checkpoint."""
-    clock = itertools.count(step=60)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
-
-
-class Mortal(Flow):
-    """Flow with a callback at its n-th score in training."""
-
-    calls, last, what = 0, math.inf, None
-
-    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        self.calls += self.training
-        if self.calls == self.last and self.training:
-            self.what()
-        return super().log_prob(value, context)
-
-
-TABLE, CONTEXT = (50 * normal(100, 2)).round(), normal(100, 1, seed=1)
-
-
-def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Collate function that augments rows with random numbers."""
-    x, context = (torch.stack(part) for part in zip(*rows, strict=True))
-    return x, context + 0.1 * torch.randn(context.shape)
-
-
-def loader(**options: Any) -> DataLoader:
-    return DataLoader(TensorDataset(TABLE, CONTEXT), batch_size=30, collate_fn=noisy, **options)
-
-
-KINDS = {
-    "table": lambda: ((TABLE, CONTEXT), {"batch_size": 30}),
-    "loader": lambda: ((loader(),), {}),
-    "loader with random numbers of its own": lambda: (
-        (loader(shuffle=True, generator=torch.Generator().manual_seed(5)),), {"validation": (TABLE[:20], CONTEXT[:20])}
-    ),
-    "loader with a sampler": lambda: (
-        (loader(sampler=WeightedRandomSampler(torch.rand(100), 85)),), {"validation": (TABLE[:20], CONTEXT[:20])}
-    ),
-    "batches": lambda: (
-        (list(zip(TABLE.split(40), CONTEXT.split(40), strict=True)),), {"validation": (TABLE, CONTEXT)}
-    ),
-}  # fmt: skip
-
-
-def checkpointed(kind: str, file: Any, last: float = math.inf, what: Any = None, **settings: Any) -> tuple:
-    """Fit a new flow from a fixed seed, and return the record, the losses and the final parameters."""
-    pyro.set_rng_seed(1)
-    args, options = KINDS[kind]()
-    flow = Mortal(flows.nsf(2, 1, num_transforms=2, hidden_dims=(8,)).transforms)
-    flow.last, flow.what = last, what
-    fit = quick(flow, *args, discrete=[0, 1], checkpoint=file, **{"max_epochs": 5, **options, **settings})
-    return fit, [fit.losses, fit.held_out, *(parameter.detach().clone() for parameter in flow.parameters())]
-
-
-def assert_same_run(left: list[Tensor], right: list[Tensor]) -> None:
-    assert all(torch.equal(*pair) for pair in zip(left, right, strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("hasty")
-def test_a_killed_run_goes_on_to_the_same_end(kind: str, tmp_path: Any) -> None:
-    whole = checkpointed(kind, tmp_path / "whole")[1]
-    with pytest.raises(SystemExit):
-        checkpointed(kind, tmp_path / "run", 8, sys.exit)
-    assert 3 <= len(torch.load(tmp_path / "run", weights_only=True)["losses"]) < 8
-    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
-    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
-    with pytest.raises(ValueError, match=r"fit_density: checkpoint=.*of another run"):
-        checkpointed(kind, tmp_path / "run", lr=0.5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_amid_an_epoch_and_the_run_goes_on(kind: str, tmp_path: Any, capsys: Any) -> None:
-    whole = checkpointed(kind, None)[1]
-    fit = checkpointed(kind, tmp_path / "run", 8, lambda: signal.raise_signal(signal.SIGINT))[0]
-    assert (fit.stopped, fit.steps) == ("interrupted", 8)
-    assert "Interrupted after 8 steps" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Any) -> None:

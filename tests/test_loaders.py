@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 
@@ -93,30 +90,6 @@ def test_each_batch_comes_once_in_an_epoch_at_the_place_of_the_loader(loader: Da
     assert len(batches) == 3
     assert len(order) > 9
     assert order == [batches[place % 3] for place in range(len(order))]
-
-
-def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(tmp_path: Path, ctrl_c: None) -> None:
-    def run(file: Path | None, at: int) -> tuple[pf.Fit, int]:
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        calls = [0]
-
-        def model(i, y):
-            calls[0] += 1
-            if calls[0] == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            hierarchy(i, y)
-
-        settings = {"steps": 25, "num_particles": 1, "checkpoint": file, "progress": False}
-        return fit_svi(model, AutoStructuredFlow(model), rows(), **settings), calls[0]
-
-    whole, number = run(None, 0)
-    broken, _ = run(tmp_path / "run", number - 20)
-    assert (whole.stopped, broken.stopped) == ("steps", "interrupted")
-    resumed, _ = run(tmp_path / "run", 0)
-    assert torch.equal(whole.losses, resumed.losses)
-    for one, other in zip(whole.guide.parameters(), resumed.guide.parameters(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_run_resumes_on_batches_of_the_same_size_alone(tmp_path: Path) -> None:

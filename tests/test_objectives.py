@@ -583,18 +583,6 @@ def test_what_is_loaded_goes_on_as_what_was_saved(build, tmp_path):
         assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", [OBJECTIVES["forward"], OBJECTIVES["tempered"]], ids=["forward", "tempered"])
-def test_a_run_goes_on_from_its_checkpoint(build, tmp_path):
-    guide = AutoFlow(plain, small)
-    file = tmp_path / "run"
-    first = fit_svi(plain, guide, steps=30, objective=build(), checkpoint=file, progress=False)
-    objective = build()
-    again = fit_svi(plain, guide, steps=30, objective=objective, checkpoint=file, progress=False)
-    assert torch.equal(first.losses, again.losses)
-    assert objective.state_dict()
-
-
 # ------------------------------------------------------------ arguments
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +14,6 @@ from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.optimizers import SOAP, WIDEST, Muon, optimizers
 from pyro_flows.guides.default_flows import LIMITS
 from pyro_flows.guides.default_training import plan_of
-from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
@@ -163,34 +160,3 @@ def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
     fit = fit_svi(guide.model, guide, steps=600, num_particles=64, warm_start=False, progress=False)
     evidence = dist.Normal(0.0, (dim + 1) ** 0.5).log_prob(torch.tensor(5.0)).item()
     assert -fit.best_loss == pytest.approx(evidence, abs=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dim", "num_particles"), [(LIMITS.few + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
-def test_a_killed_run_goes_on_to_the_same_end(dim, num_particles, tmp_path, monkeypatch):
-    clock = itertools.count(step=60)  # each call adds a minute, so that every 50 steps end with a checkpoint
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
-
-    def run(file, model):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(1)
-        guide = guide_over(dim)
-        losses = fit_svi(
-            model, guide, steps=60, num_particles=num_particles, warm_start=False, progress=False, checkpoint=file
-        ).losses
-        return [losses, *(parameter.detach().clone() for parameter in guide.parameters())]
-
-    calls = []
-
-    def mortal():
-        calls.append(0)
-        if len(calls) > 40:
-            sys.exit()
-        chain(dim)
-
-    whole = run(tmp_path / "whole", functools.partial(chain, dim))
-    with pytest.raises(SystemExit):
-        run(tmp_path / "run", mortal)
-    assert 0 < len(torch.load(tmp_path / "run", weights_only=True)["losses"]) < 60
-    resumed = run(tmp_path / "run", functools.partial(chain, dim))
-    assert all(torch.equal(*pair) for pair in zip(whole, resumed, strict=True))
