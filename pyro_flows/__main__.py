@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import DENSITIES, RECIPES, Refused, density, eight_schools, fit
+from .commands import Refused, density, eight_schools, fit
 
-TRUSTED, NOT_TRUSTED, INTERRUPTED = 0, 3, 130  # argparse ends with 2
+TRUSTED, REFUSED, NOT_TRUSTED, INTERRUPTED = 0, 2, 3, 130  # argparse ends with 2 as well
 STATUS = (
     "The exit status is 0 if the answer can be used, 2 if nothing was fitted, 3 if it cannot be trusted, and 130 after "
-    "Ctrl-C, when what was fitted so far is written beside the files that a whole run writes."
+    "Ctrl-C, when the best so far is written beside the files of a whole run, such as posterior.interrupted.nc."
 )
-FIT = (
-    "Fit a flow guide to your own Pyro model, print the posterior and how far to trust it, and write draws for ArviZ "
-    "and a picture of the check. If the guide's draws must be reweighted, the draws that are shown and written are "
-    "resampled by their weights."
+MAIN = (
+    "Find the posterior of the eight schools (centred model), print it and how far to trust it, and write "
+    "eight_schools.nc (ArviZ) and eight_schools.png. The commands do this for a model of your own, or fit a density."
 )
+FIT = "Find the posterior of your own Pyro model, print it and how far to trust it, and write draws and a picture."
 DATA = (
     "the model's arguments by name, as a JSON object or a NumPy .npz file. Numbers, booleans and strings keep their "
     "type; lists and arrays of numbers become tensors of torch's default dtype, of booleans boolean ones. A JSON list "
@@ -31,12 +29,8 @@ DATA = (
 DENSITY = (
     "Train a flow as the density of the rows of a table, print its mean log-density of rows to train on, to validate "
     "and to test (80, 10 and 10 of 100) beside that of a Gaussian with full covariance, and write the model and a "
-    "picture of the data and its samples."
-)
-DENSITY_STATUS = (
-    "The exit status is 3 if the flow's log-density of the test rows is below the Gaussian's by more than two standard "
-    "errors, 2 if nothing was fitted, 130 after Ctrl-C, and 0 otherwise. Interrupted, it writes what was trained so "
-    "far to other names, such as model.interrupted.pt."
+    "picture of the data and its samples. The flow cannot be trusted if the Gaussian is better by more than two "
+    "standard errors."
 )
 TABLE = (
     "numbers as text (separated by commas, semicolons, tabs or spaces, with names in the first line or without) or as "
@@ -48,61 +42,38 @@ TABLE = (
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the main job, with ``fit`` and ``density`` as commands."""
-    main_job = argparse.ArgumentParser(
-        prog="python -m pyro_flows",
-        description="Fit a flow guide to the eight-schools data (centred model), print the posterior and how far to "
-        "trust it, and write eight_schools.nc (ArviZ) and eight_schools.png.",
-        epilog=f"{STATUS} See `python -m pyro_flows fit --help` for a model of your own, and `python -m pyro_flows "
-        "density --help` for the density of a table.",
-    )
-    main_job.add_argument("--steps", type=_positive, default=400, help="optimisation steps (default: 400)")
-    main_job.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
-    _add_common(main_job, eight_schools.run, RECIPES)
+    main_job = argparse.ArgumentParser("python -m pyro_flows", description=MAIN, epilog=STATUS)
     commands = main_job.add_subparsers(title="commands", metavar="[COMMAND]", dest="command")
-
     model = commands.add_parser("fit", description=FIT, epilog=STATUS, help="fit a model of your own")
-    model.add_argument(
-        "model", metavar="FILE.py:NAME", help="a model (a function or another callable) in a Python file"
-    )
+    table = commands.add_parser("density", description=DENSITY, epilog=STATUS, help="fit a table's density")
+
+    words = "a model (a function or another callable) in a Python file"
+    model.add_argument("model", metavar="FILE.py:NAME", help=words)
     model.add_argument("--data", type=Path, metavar="FILE", help=DATA)
-    words = f"the file of {fit.DRAWS} draws, or of all draws of Markov chains"
-    _add_out(model, "posterior.nc", words, picture="_check.png")
-    model.add_argument("--steps", type=_positive, help="optimisation steps (default: depends on the model)")
-    model.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
-    _add_common(model, fit.run, RECIPES)
-
-    table = commands.add_parser("density", description=DENSITY, epilog=DENSITY_STATUS, help="fit a table's density")
     table.add_argument("table", type=Path, metavar="TABLE", help=TABLE)
-    names = 'the columns to use (default: all that can be); "A, B" in double quotes is one name'
-    table.add_argument("--columns", metavar="A,B,...", help=names)
-    _add_out(table, "model.pt", "the file of the model, for pyro_flows.load")
-    epochs = "the largest number of passes through the rows (default: %(default)s)"
-    table.add_argument("--epochs", type=_positive, default=100, help=epochs)
-    table.add_argument("--double", action="store_true", help="calculate in float64: slower, for values far from zero")
-    _add_common(table, density.run, DENSITIES, default="nsf")
+    words = 'the columns to use (default: all that can be); "A, B" in double quotes is one name'
+    table.add_argument("--columns", metavar="A,B,...", help=words)
+    recipes = sorted(density.DENSITIES)
+    words = f"the recipe of the flow (default: %(default)s): {', '.join(recipes)}"
+    table.add_argument("--flow", choices=recipes, default="nsf", metavar="FLOW", help=words)
+    words = "the largest number of passes through the rows (default: %(default)s)"
+    table.add_argument("--epochs", type=int, default=100, help=words)
+    for parser in (model, table):
+        parser.add_argument("--double", action="store_true", help="calculate in float64: slower and more exact")
+
+    jobs = ((main_job, eight_schools, "eight_schools.nc"), (model, fit, "posterior.nc"), (table, density, "model.pt"))
+    for parser, job, file in jobs:
+        # Without defaults, so that a command keeps what stands before its name.
+        common = parser.add_argument_group("common options", argument_default=argparse.SUPPRESS)
+        words = f"the file to write (default: {file}); the picture beside it ends with .png"
+        common.add_argument("--out", type=Path, metavar=f"FILE{Path(file).suffix}", help=words)
+        common.add_argument("--seed", type=_seed, help="seed of all random numbers (default: 0)")
+        common.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+        if job is not density:
+            words = "the time after which the best answer so far is given (default: no limit)"
+            common.add_argument("--seconds", type=float, help=words)
+        parser.set_defaults(run=job.run, parser=parser)
     return main_job
-
-
-def _add_out(parser: argparse.ArgumentParser, default: str, words: str, *, picture: str = ".png") -> None:
-    words += f" (default: %(default)s); the picture's name ends with {picture} instead"
-    parser.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
-
-
-def _add_common(
-    parser: argparse.ArgumentParser, run: Callable[..., bool], recipes: Iterable[str], default: str | None = None
-) -> None:
-    flow = f"the recipe of the flow (default: {default or 'chosen by AutoFlow'}): {', '.join(sorted(recipes))}"
-    parser.add_argument("--flow", choices=sorted(recipes), default=default, metavar="FLOW", help=flow)
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers (default: %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
-    parser.set_defaults(run=run, parser=parser)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _seed(text: str) -> int:
@@ -118,30 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After one line about what is wrong: with status 2, or with 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    wish, unknown = command_line().parse_known_args(words)
-    if wish.command and words[0] != wish.command:
-        unknown = words[: words.index(wish.command)]
+    wish = command_line().parse_args(argv, argparse.Namespace(out=None, seed=0, quiet=False, seconds=None))
     command: argparse.ArgumentParser = wish.parser
-    if unknown:
-        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if wish.command == "density" and wish.seconds is not None:
+        command.error("unrecognized arguments: --seconds; use --epochs")
     try:
         return TRUSTED if wish.run(wish) else NOT_TRUSTED
     except Refused as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
+        command.exit(REFUSED, f"{command.prog}: error: {error}\n")
     except KeyboardInterrupt as error:
         command.exit(INTERRUPTED, f"{command.prog}: {str(error) or 'interrupted'}\n")
 
 
-def _run() -> int:
-    """Run the command line; of several processes that torchrun has started, only the first prints."""
-    first = os.environ.get("RANK", "0") == "0"
+if __name__ == "__main__":
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere):
-            return main()
+        sys.exit(main())
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is already known
-
-
-if __name__ == "__main__":
-    sys.exit(_run())

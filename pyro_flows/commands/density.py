@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 import time
 import warnings
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from .. import plots
+from .. import flows, plots
 from ..data import Spike, dequantize, find_spikes
 from ..data.columns import tied_columns
 from ..data.table import listed, listed_names
@@ -26,14 +27,20 @@ from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
 from ..training import Fit, Training
-from . import DENSITIES, Refused
+from . import Refused
 from .outputs import Outputs
-from .report import report_density, two_errors
 from .table_file import MANY, read_table_file, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Densities may be slow to sample from, so that every recipe is here that requires only the number of features.
+DENSITIES = {
+    name: recipe
+    for name, recipe in inspect.getmembers(flows, inspect.isfunction)
+    if [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty] == ["input_dim"]
+}
+PARTS = "train", "validation", "test"
 FEWEST = 50  # rows
 SAMPLES = 5000  # for the picture
 PART = 10_000  # rows that are scored together
@@ -63,7 +70,7 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the wish cannot be granted; and if training fails.
         Interrupted: After Ctrl-C; what was trained is written.
     """
-    outputs = Outputs(wish.out, ".pt")
+    outputs = Outputs(wish.out, "model.pt")
     start = time.perf_counter()
     table, remarks = read_table_file(wish.table, None if wish.columns is None else split_names(wish.columns))
     spikes = find_spikes(table)
@@ -72,26 +79,29 @@ def run(wish: Namespace) -> bool:
     parts = _divided(table, double=wish.double)
     scored = [dequantize(torch.tensor(part.to_numpy()), integers) for part in parts]
     gaussian = gaussian_of(scored[0], list(table.columns))
-    outputs.check_writable()
     if not wish.quiet:
         print(*_beginning(wish.table, table, remarks, [len(part) for part in parts], spikes), sep="\n", flush=True)
     flow = DENSITIES[wish.flow](table.shape[1]).to(scored[0].dtype)
-    with outputs.hold_ctrl_c() as asked:
+    with outputs.hold_ctrl_c():
         fit = _trained(flow, parts, integers, wish)
-        outputs.settle(fit)
+        if fit.stopped == "interrupted":
+            if not fit.best_step:
+                raise KeyboardInterrupt
+            outputs.keep_old()
         outputs.write(partial(save, flow))
         nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
         samples = dequantize(flow.sample((SAMPLES,)), integers)
         gain = nats[2] - floor[2]
         usable = bool(gain.mean() >= -two_errors(gain))
-        assert fit.held_out is not None  # there are rows for validation
-        note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
-        note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-        said = report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note)
-        ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
+        if not wish.quiet:
+            note = f"time  {time.perf_counter() - start:.1f} s, {len(fit.held_out or ())} epochs"
+            note += f", {fit.skipped} steps skipped" if fit.skipped else ""
+            print(*report(nats, floor, wish.flow), note, sep="\n")
         titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
         draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-        outputs.finish(draw, said, "\n".join(ending), quiet=wish.quiet, interrupted=asked)
+        outputs.draw(draw)
+        if not wish.quiet:
+            print(*_ending(outputs, flow, scored[0].dtype, integers, usable=usable), sep="\n")
     return usable
 
 
@@ -193,6 +203,34 @@ def _ending(outputs: Outputs, flow: Flow, dtype: torch.dtype, integers: list[int
     noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
     code = f"flow = pyro_flows.load({str(outputs.paths[0])!r}); {noise}flow.log_prob(x); flow.sample((1000,))"
     return ["", *_wrapped(*said), f"    {code}"]
+
+
+def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str) -> list[str]:
+    """Return a table of mean log-densities, and the gain over the Gaussian, in lines.
+
+    The standard error of the gain is that of the differences by row, which vary far less than the log-densities.
+
+    Args:
+        flow: The flow's log-densities of the rows for training, for validation and for the test, ``(N_i,)`` each.
+        gaussian: The Gaussian's log-densities of the same rows.
+        name: The name of the flow.
+    """
+    table = [("", *PARTS)]
+    for label, (train, validation, test) in (("Gaussian", gaussian), (name, flow)):
+        table.append((label, f"{train.mean():.3f}", f"{validation.mean():.3f}", _with_error(test)))
+    first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    lines = [f"{row[0]:<{first + 2}}{'  '.join(map(str.rjust, row[1:], widths))}" for row in table]
+    gain = f"gain  {_with_error(flow[2] - gaussian[2])} nats per row over the Gaussian, on the test rows one by one"
+    return ["", *lines, "", gain]
+
+
+def _with_error(x: Tensor) -> str:
+    return f"{x.mean():.3f} ± {two_errors(x):.3f}"
+
+
+def two_errors(x: Tensor) -> float:
+    """Return two standard errors of a mean, 2 sd / √N."""
+    return 2 * float(x.std()) / len(x) ** 0.5
 
 
 def _wrapped(*said: str) -> list[str]:

@@ -5,9 +5,7 @@ Data: Rubin (1981), "Estimation in parallel randomized experiments", Journal of 
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,21 +14,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..atomic_files import write_atomically
-from ..diagnostics import check
-from ..fitting import fit_svi
-from ..guides import AutoFlow
+from ..answers import Posterior
 from ..plots.draws import density_of
 from ..plots.panels import panels
-from . import RECIPES
+from .answer import answer
 from .outputs import Outputs
-from .report import container_of, draws_of, report
 
 SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-ADVICE = "Try more steps or another flow."
-WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and the size of a batch
 
 
 def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
@@ -43,47 +35,29 @@ def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
 
 
 def run(wish: Namespace) -> bool:
-    """Fit the eight schools, print the posterior, and write the draws and a picture.
+    """Find the posterior of the eight schools, print it, and write the draws and a picture.
 
     Args:
         wish: The options of the command line.
 
     Returns:
-        True if the answer can be used.
-
-    Raises:
-        Refused: Before any training, if the files cannot be written.
-        Interrupted: After Ctrl-C; what was fitted is written.
+        True if the draws can be trusted.
     """
-    outputs = Outputs(wish.out / "eight_schools.nc", ".nc")
-    outputs.check_writable()
-    start = time.perf_counter()
+    outputs = Outputs(wish.out, "eight_schools.nc")
     pyro.set_rng_seed(wish.seed)
-    pyro.clear_param_store()
-    data = EFFECTS, STANDARD_ERRORS
-    guide = AutoFlow(eight_schools, RECIPES.get(wish.flow))
-    with outputs.hold_ctrl_c() as asked:
-        fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
-        outputs.settle(fit)
-        checked = check(eight_schools, guide, *data, num_samples=40_000)
-        drawn = partial(container_of, eight_schools, guide, *data, importance=checked.verdict == "reweight")
-        outputs.write(lambda path: write_atomically(path, drawn(num_samples=WRITTEN).to_netcdf))
-        draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
-        said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))
-        draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
-        outputs.finish(draw, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked)
-    return checked.verdict != "do not trust"
+    return answer(wish, outputs, eight_schools, EFFECTS, STANDARD_ERRORS, figure=plot_funnel, theta=list(SCHOOLS))
 
 
-def plot_funnel(draws: dict[str, np.ndarray]) -> Any:
+def plot_funnel(found: Posterior) -> Any:
     """Plot the marginals of the posterior, and the funnel of a school's deviation against the log scale.
 
     Args:
-        draws: ``mu`` and ``tau``, ``(N,)``, and ``theta``, ``(N, 8)``.
+        found: The posterior.
 
     Returns:
         A matplotlib figure.
     """
+    draws = {name: values.numpy(force=True) for name, values in found.draws.items()}
     picture, (left, right) = panels(10.5, 4.8, 2, 2, width_ratios=(1.15, 1))
     mean, scale, effects = draws["mu"], draws["tau"], draws["theta"].T
     names = ["mu", "tau", *(f"theta {school}" for school in SCHOOLS)]
