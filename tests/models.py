@@ -48,5 +48,5 @@ def prior_answer(model, *args, verdict="trust", said="", **_):
             draws[name] = trace.nodes[name]["fn"].sample((4000,))
     steps = (Step("fit", 1.5, "", "AutoFlow"), Step("check", 0.5, verdict, said))
     return Posterior(
-        draws, verdict, "For a test.", -31.3, 0.004, steps, 2.0, AutoFlow(model), None, Question(model, args, {})
+        draws, verdict, "For a test.", -31.3, 0.004, steps, 2.0, AutoFlow(model), None, Question(model, args, {}, model)
     )

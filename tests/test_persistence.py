@@ -951,7 +951,7 @@ def test_a_posterior_comes_back(own: bool, tmp_path: Path) -> None:
     guide = stirred(AutoFlow(nested, small).setup(Y)) if own else AutoNormal(nested)
     drawn = {"x": torch.randn(7, 2), "k": torch.arange(7), "on": torch.ones(7, dtype=torch.bool)}
     steps = (Step("fit", 1.5, "", "loss 3"), Step("check", 0.1, "trust", "good"))
-    found = pf.Posterior(drawn, "trust", "good", -2.5, math.nan, steps, 1.6, guide, None, (nested, (Y,), {}))
+    found = pf.Posterior(drawn, "trust", "good", -2.5, math.nan, steps, 1.6, guide, None, None)
     found.save(tmp_path / "answer")
     again = pf.load(tmp_path / "answer")
     assert all(bits(value, again.draws[name]) for name, value in drawn.items())

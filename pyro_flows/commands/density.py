@@ -94,7 +94,9 @@ def run(wish: Namespace) -> bool:
         gain = nats[2] - floor[2]
         usable = bool(gain.mean() >= -two_errors(gain))
         if not wish.quiet:
-            note = f"time  {time.perf_counter() - start:.1f} s, {len(fit.held_out or ())} epochs"
+            note = (
+                f"time  {time.perf_counter() - start:.1f} s, {0 if fit.held_out is None else len(fit.held_out)} epochs"
+            )
             note += f", {fit.skipped} steps skipped" if fit.skipped else ""
             print(*report(nats, floor, wish.flow), note, sep="\n")
         titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
