@@ -11,6 +11,7 @@ from pathlib import Path
 from .commands import Refused, density, eight_schools, fit
 
 TRUSTED, REFUSED, NOT_TRUSTED, INTERRUPTED = 0, 2, 3, 130  # argparse ends with 2 as well
+NOTHING = "interrupted before there was anything to keep; nothing was written"
 STATUS = (
     "The exit status is 0 if the answer can be used, 2 if nothing was fitted, 3 if it cannot be trusted, and 130 after "
     "Ctrl-C, when the best so far is written beside the files of a whole run, such as posterior.interrupted.nc."
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         command.exit(REFUSED, f"{command.prog}: error: {error}\n")
     except KeyboardInterrupt as error:
-        command.exit(INTERRUPTED, f"{command.prog}: {str(error) or 'interrupted'}\n")
+        command.exit(INTERRUPTED, f"{command.prog}: {str(error) or NOTHING}\n")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_realnvp_survives_its_first_steps():
 
 
 def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, said="interrupted"))
+    monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, last="Ctrl-C"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "eight_schools.nc").write_text("good draws")
     with pytest.raises(SystemExit) as exit_:

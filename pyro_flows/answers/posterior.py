@@ -20,7 +20,7 @@ from ..training import distributed
 from ..user_code import warn_user
 from .choice import choose
 from .draws import answered
-from .record import Posterior
+from .record import CTRL_C, Posterior, Step
 from .stages import Judged, Stages
 
 CALLER = "posterior"
@@ -91,6 +91,8 @@ def posterior(
             stages.judged.append(Judged(chosen))
         if not stages.judged:
             raise
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, TimeUp):
+            stages.steps.append(Step(CTRL_C, 0.0, "", "the best answer so far"))
         if not isinstance(error, KeyboardInterrupt):
             warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {error}")
     return answered(stages, began)

@@ -21,6 +21,7 @@ from .predictions import predicted
 from .table import table_of
 
 SHOWN = 12  # lines of the table in a notebook
+CTRL_C = "Ctrl-C"  # the name of the last step of an interrupted answer
 
 
 class Question(NamedTuple):
@@ -104,6 +105,11 @@ class Posterior:
     guide: Any = None
     chains: Samples | None = None
     question: Question | None = field(default=None)
+
+    @property
+    def interrupted(self) -> bool:
+        """True if Ctrl-C has ended it."""
+        return self.steps[-1].name == CTRL_C
 
     @property
     def trusted(self) -> bool:

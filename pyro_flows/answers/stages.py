@@ -139,7 +139,12 @@ class Stages:
                 if isinstance(guide, AutoFlow):
                     guide.setup(*self.question.args, **self.question.kwargs)
                     check_proper("posterior", LatentSpace(self.task(guide)), guide.start[0])
-                fit = self._fit(guide)
+                try:
+                    fit = self._fit(guide)
+                except KeyboardInterrupt:
+                    if not getattr(guide, "is_fresh", True):  # what was trained can be drawn from
+                        self.judged.append(Judged(guide))
+                    raise
                 said[1] = f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps"
         self.judged.append(Judged(guide))
 

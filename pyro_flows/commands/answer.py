@@ -43,7 +43,7 @@ def answer(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "posterior: ")  # the verdict says it
         found = posterior(model, *args, seconds=wish.seconds, progress=not wish.quiet)
-    if "interrupted" in found.steps[-1].said:
+    if found.interrupted:
         outputs.keep_old()
     with outputs.hold_ctrl_c():
         outputs.write(found.to_arviz(log_likelihood=log_likelihood).to_netcdf)

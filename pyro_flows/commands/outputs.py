@@ -78,13 +78,11 @@ class Outputs:
                 # Ctrl-C while a compiled module is imported, as by a first plot, becomes an ImportError.
                 if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
                     raise
-                raise self._interruption() from error
+                raise self._interruption() if self._written else KeyboardInterrupt from error
             if asked() or self.paths != self._whole:
                 raise self._interruption()
 
     def _interruption(self) -> Interrupted:
-        if not self._written:
-            return Interrupted("interrupted before there was anything to keep; nothing was written")
         wrote = f"wrote {' and '.join(map(str, self._written))}"
         if self.paths == self._whole:
             return Interrupted(f"interrupted after the training; {wrote}")
