@@ -585,8 +585,8 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     ("model", "words"),
     [
         ("improper", "the posterior is improper"),
-        ("no_latents", "no latent"),
-        ("discrete", "no latent"),
+        ("no_latents", "must have a continuous latent site"),
+        ("discrete", "must have a continuous latent site"),
         ("subsampled", "plate 'row', which is subsampled"),
     ],
 )

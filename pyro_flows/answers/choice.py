@@ -45,7 +45,7 @@ def _suited(program: Program, trace: Trace) -> Any:
         return AutoPlateFlow(program, rows.pop()) if len(rows) == 1 else AutoStructuredFlow(program)
     try:
         found = AutoFlow(program).setup()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if "no latent" not in str(error):
             raise
         fault = "the model must have a continuous latent site, got none"
