@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
 import math
-import pickle
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -561,20 +559,11 @@ def test_an_encoder_of_rows_takes_some_of_the_models_arguments():
 
 def test_rows_never_seen_need_an_encoder():
     guide = stir(plate_flow(hierarchy, "group").setup(data(6), 2))
-    words = r"knows the 6 rows of plate 'group' that it was built for, not 4"
-    with pytest.raises(ValueError, match=words):
-        guide(data(4))
-    with pytest.raises(ValueError, match=words):
-        guide(data(4), 2)
-
-
-def test_rows_never_seen_need_an_encoder_in_draws_and_densities_too():
-    guide = stir(plate_flow(hierarchy, "group").setup(data(6), 2))
-    draws = guide.sample(2, data(6))
-    with pytest.raises(ValueError, match="knows the 6 rows"):
-        guide.sample(2, data(4))
-    with pytest.raises(ValueError, match="knows the 6 rows"):
-        guide.log_prob({"mean": draws["mean"], "level": draws["level"][:, :4]}, data(4))
+    draws, new = guide.sample(2, data(6)), data(4)
+    values = {"mean": draws["mean"], "level": draws["level"][:, :4]}
+    for ask in (guide, lambda y: guide(y, 2), lambda y: guide.sample(2, y), lambda y: guide.log_prob(values, y)):
+        with pytest.raises(ValueError, match="knows the 6 rows of plate 'group' that it was built for, not 4"):
+            ask(new)
 
 
 def test_data_that_are_not_tied_to_the_rows_are_refused():
@@ -657,72 +646,6 @@ def test_member_of_a_list_of_guides(amortised, size):
     assert len(elbo.seen[-1]) == (size or 6)
 
 
-@both_stores
-@both_ways
-def test_deepcopy_is_independent(amortised, local):
-    y = data()
-    with pyro.settings.context(module_local_params=local):
-        guide = build(CASES["both"], amortised)
-        twin = copy.deepcopy(guide)
-        assert twin._pyro_name != guide._pyro_name
-        assert same(draws_of(twin, y), draws_of(guide, y))
-        kept = snapshot(guide)
-        svi = SVI(hierarchy, twin, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-        for _ in range(2):
-            svi.step(y)
-        assert same(snapshot(guide), kept)
-        assert not same(snapshot(twin), kept)
-        guide(y)
-        assert same(snapshot(guide), kept)
-
-
-@both_ways
-def test_pickle_and_state_dict(amortised):
-    y = data()
-    guide = build(CASES["both"], amortised)
-    svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-    svi.step(y, 2)
-    before = draws_of(guide, y)
-    other = pickle.loads(pickle.dumps(guide))
-    assert same(draws_of(other, y), before)
-    pyro.set_rng_seed(4)
-    found = psis(hierarchy, other, y, num_samples=50).log_weights  # it runs as a guide without its model
-    pyro.set_rng_seed(4)
-    torch.testing.assert_close(found, psis(hierarchy, guide, y, num_samples=50).log_weights)
-    assert same(draws_of(guide, y), before)
-    svi.step(y, 2)  # the original guide is unchanged and trains on
-    assert not same(draws_of(guide, y), before)
-    buffer = io.BytesIO()
-    torch.save(guide.state_dict(), buffer)
-    buffer.seek(0)
-    # With another init_scale: as for AutoFlow, the function depends on the state alone.
-    fresh = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y)
-    assert not same(draws_of(fresh, y), draws_of(guide, y))
-    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    assert same(draws_of(fresh, y), draws_of(guide, y))
-
-
-@both_ways
-def test_param_store_file_restores_the_function(amortised, tmp_path):
-    y = data()
-
-    def train(guide, steps=5):
-        svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(8, vectorize_particles=True))
-        return [svi.step(y) for _ in range(steps)]
-
-    guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, name="plates_kept")
-    train(guide)
-    wanted = draws_of(guide, y)
-    pyro.get_param_store().save(str(tmp_path / "params"))
-    del guide
-    pyro.clear_param_store()
-    pyro.get_param_store().load(str(tmp_path / "params"))
-    fresh = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, name="plates_kept").setup(y)
-    assert same(draws_of(fresh, y), wanted)
-    train(fresh, 2)
-    assert not same(draws_of(fresh, y), wanted)
-
-
 # Training.
 
 
@@ -795,19 +718,6 @@ def test_encoders_are_trained(kind, local):
 
 
 @both_ways
-def test_module_local_params_make_no_difference(amortised):
-    losses, y = [], data(8)
-    for local in (True, False):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(1)
-        with pyro.settings.context(module_local_params=local):
-            guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None)
-            losses.append(fit_svi(hierarchy, guide, y, 4, steps=20, num_particles=8, progress=False).losses)
-            assert bool(pyro.get_param_store().keys()) != local
-    assert torch.equal(*losses)
-
-
-@both_ways
 @pytest.mark.parametrize("case", [CASES["both"], CASES["outer"]], ids=["both", "outer"])
 def test_every_parameter_learns(case, amortised):
     y = data()
@@ -816,26 +726,6 @@ def test_every_parameter_learns(case, amortised):
     fit_svi(case.model, guide, y, 2, steps=12, num_particles=4, progress=False)
     still = [torch.equal(old, new) for old, new in zip(before, learned(guide), strict=True)]
     assert not any(still)
-
-
-@both_ways
-def test_float64(amortised):
-    y = data(6).double()
-
-    def model(y, size=None):
-        zero = y.new_zeros(())
-        mean = pyro.sample("mean", dist.Normal(zero, 1.0))
-        with pyro.plate("group", len(y), subsample_size=size) as i:
-            level = pyro.sample("level", dist.Normal(mean, zero + 1))
-            pyro.sample("y", dist.Normal(level[..., None], y.new_ones(3)).to_event(1), obs=y[i])
-
-    guide = plate_flow(model, "group", encoder=Rows().double() if amortised else None).setup(y)
-    assert all(value.dtype == torch.float64 for value in guide(y).values())
-    draws = guide.sample(3, y)
-    assert all(value.dtype == torch.float64 for value in draws.values())
-    assert guide.log_prob(draws, y).dtype == torch.float64
-    assert all(parameter.dtype == torch.float64 for parameter in guide.parameters())
-    assert fit_svi(model, guide, y, 2, steps=5, num_particles=2, progress=False).losses.isfinite().all()
 
 
 def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
@@ -1027,18 +917,6 @@ def test_an_encoder_that_changes_its_width_is_refused():
         guide(data(7))
 
 
-@pytest.mark.parametrize("encoder", [MLPEncoder, "net", 3])
-def test_an_encoder_must_be_callable(encoder):
-    with pytest.raises(TypeError, match="AutoPlateFlow: encoder must be a network or function"):
-        AutoPlateFlow(hierarchy, "group", encoder=encoder)
-
-
-@pytest.mark.parametrize("width", [0, -1, 2.0, True])
-def test_embedding_dim_must_be_a_positive_integer(width):
-    with pytest.raises(ValueError, match="embedding_dim must be an integer of at least 1"):
-        AutoPlateFlow(hierarchy, "group", embedding_dim=width)
-
-
 def test_recipes_must_fit():
     for name in ("local_flow", "global_flow"):
         with pytest.raises(TypeError, match=f"{name} must be a recipe"):
@@ -1121,27 +999,6 @@ def test_another_subsampled_plate_with_latents_is_refused():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     refused(model, r"'x' lies in plate 'other', which is subsampled \(3 of 8 rows\)")
-
-
-def test_a_model_without_latents_is_refused():
-    def model(y):
-        with pyro.plate("group", len(y)):
-            pyro.sample("y", dist.Normal(0.0, torch.ones(3)).to_event(1), obs=y)
-
-    refused(model, "the model has no latents", data())
-
-
-def test_a_density_that_is_not_finite_is_refused():
-    y = data()
-    y[2, 1] = math.nan
-    refused(hierarchy, "observed site 'y' holds 1 NaN", y)
-
-
-def test_a_new_guide_asks_for_the_arguments_of_the_model():
-    guide = plate_flow(hierarchy, "group")
-    for ask in (lambda: guide.sample(2), guide.median, lambda: guide.log_prob({})):
-        with pytest.raises(TypeError, match=r"this guide is new.*missing 1 required"):
-            ask()
 
 
 def test_fit_svi_refuses_what_is_for_autoflow():
