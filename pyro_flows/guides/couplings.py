@@ -63,10 +63,11 @@ def _is_subsampled(frame: Any) -> bool:
 
 
 class _Track(NamedTuple):
-    """Sites that may be a sequence: the number of steps, and the step of each of their numbers, by site."""
+    """Sites that may be a sequence: the number of steps, and the step of each number of the vector, or -1."""
 
     steps: int
-    of: dict[str, Tensor]
+    sites: tuple[str, ...]
+    of: Tensor
 
 
 class _Look:
@@ -74,25 +75,37 @@ class _Look:
 
     Attributes:
         places: For each site the places of its numbers in the vector, of the shape of its unconstrained value.
+        rows: For each plate the row of each number of the vector, ``(D,)``; -1 outside of the plate.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         packing = Packing(call.owner, call.latents.values())
-        program, size = summed(call), packing.size
+        program, size, ones = summed(call), packing.size, (1,) * packing.site_depth
+        self.places, self.rows = dict[str, Tensor](), dict[str, Tensor]()
+        self._depths = {name: len(part.batch) for name, part in packing.parts.items()}
         order = torch.arange(size).split([part.size for part in packing.parts.values()])
-        self.places: dict[str, Tensor] = {}
         for (name, part), chunk in zip(packing.parts.items(), order, strict=True):
             self.places[name] = chunk.reshape(part.batch + part.event)
-        self._depths = {name: len(part.batch) for name, part in packing.parts.items()}
+            for frame in _plates(call.latents[name]):
+                row = self.rows.setdefault(frame.name, torch.full((size,), -1))
+                row[chunk] = self._along(name, self._depths[name] + frame.dim).flatten()
 
         def density(z: Tensor) -> Tensor:
             changes = (log_det for *_, log_det in packing.unpack(z.reshape(len(z), *ones, size)))
             total = program.log_prob(packing.values(z), len(z))
             return sum((change.reshape(len(z), -1).sum(-1) for change in changes), total)
 
-        ones = (1,) * max(self._depths.values())
         self._density, self._start = or_nan(density), packing.start
+
+    def _along(self, name: str, axis: int) -> Tensor:
+        """Return the index along an axis of each number of a site."""
+        shape = self.places[name].shape
+        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    def _at(self, sites: Iterable[str]) -> Tensor:
+        """Return the places of the numbers of some sites."""
+        return torch.cat([self.places[name].flatten() for name in sites])
 
     def coupled(self, moved: Tensor) -> Tensor:
         """Return True for the latents whose scores change if others, at some places, are moved, ``(D,)``."""
@@ -123,43 +136,22 @@ class _Look:
 
     def independent_plates(self, subsampled: set[str]) -> list[str]:
         """Return the plates whose rows are independent given the rest, and that have more than a few latents."""
-        frames = [frame for site in self.call.latents.values() for frame in _plates(site)]
-        plates = list(dict.fromkeys(frame.name for frame in frames))
-        while True:
+        plates, tied = [*self.rows], {""}
+        while tied:
             blocks = self.blocks(plates)
-            tied = {plate for key, sites in blocks.items() for plate in self._tied(key, sites)} - subsampled
-            if not tied:
-                break
+            tied = {plate for key, sites in blocks.items() for plate in self._tied(key, self._at(sites))} - subsampled
             plates = [plate for plate in plates if plate not in tied]
-        large = {key for key, sites in blocks.items() if sum(self.places[name].numel() for name in sites) > FEW}
-        kept = subsampled.union(*large)
+        kept = subsampled.union(*(key for key, sites in blocks.items() if len(self._at(sites)) > FEW))
         return [plate for plate in plates if plate in kept]
 
-    def _tied(self, key: Key, sites: list[str]) -> Iterator[str]:
-        """Yield the plates of a block whose rows depend on each other."""
-        rows = {name: self._rows(name, key) for name in sites}
-        middle = {plate: max(int(rows[sites[0]][plate].max()), 0) // 2 for plate in key}
-        moved = [
-            self.places[name][torch.stack([rows[name][plate] == middle[plate] for plate in key]).all(0)]
-            for name in sites
-            if key
-        ]
-        if not moved:
-            return
-        coupled = self.coupled(torch.cat(moved))
-        for plate in key:
-            if any(bool((coupled[self.places[name]] & (rows[name][plate] != middle[plate])).any()) for name in sites):
-                yield plate
-
-    def _rows(self, name: str, key: Key) -> dict[str, Tensor]:
-        """Return the row in each plate of each number of a site."""
-        frames = frames_of(self.call.latents[name], key)
-        return {frame.name: self._along(name, self._depths[name] + frame.dim) for frame in frames}
-
-    def _along(self, name: str, axis: int) -> Tensor:
-        """Return the index along an axis of each number of a site."""
-        shape = self.places[name].shape
-        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+    def _tied(self, key: Key, own: Tensor) -> list[str]:
+        """Return the plates of a block, with numbers at some places, whose rows depend on each other."""
+        if not key:
+            return []
+        middle = {plate: int(self.rows[plate][own].max()) // 2 for plate in key}
+        elsewhere = {plate: self.rows[plate][own] != row for plate, row in middle.items()}
+        coupled = self.coupled(own[~torch.stack([*elsewhere.values()]).any(0)])[own]
+        return [plate for plate in key if bool((coupled & elsewhere[plate]).any())]
 
     def nestings(self, plates: Iterable[str], without: Collection[str]) -> list[Nesting]:
         """Return the nestings of plates by an index, but for some plates.
@@ -171,16 +163,15 @@ class _Look:
         outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in whole]
         if len(whole) < 2 or not outer_plates:
             return []
-        sites = {plate: [name for key in blocks if plate in key for name in blocks[key]] for plate in whole}
         own = torch.zeros(POINTS, len(self._start))
         for plate in whole:
-            places = torch.cat([self.places[name].flatten() for name in sites[plate]])
-            own[:, places] = torch.stack([change[places] for change, _ in self._changes(places)])
+            inside = (self.rows[plate] >= 0).nonzero().squeeze(-1)
+            own[:, inside] = torch.stack([change[inside] for change, _ in self._changes(inside)])
         found: dict[str, dict[str, Tensor]] = {plate: {} for plate in whole}
         for outer in outer_plates:
-            touched = self._touched(outer, blocks[(outer,)], own)
+            touched = self._touched(outer, self._at(blocks[(outer,)]), own)
             for plate in whole:
-                index = None if plate == outer else self._outer_rows(plate, sites[plate], touched)
+                index = None if plate == outer else self._outer_rows(plate, touched)
                 if index is not None:
                     found[plate][outer] = index
         chosen: dict[str, dict[str, Tensor]] = {}
@@ -188,68 +179,63 @@ class _Look:
             _choose(plate, found, chosen, ())
         return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
 
-    def _touched(self, outer: str, sites: list[str], own: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _touched(self, outer: str, places: Tensor, own: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.
 
         Args:
             outer: The plate.
-            sites: The sites of its rows.
+            places: The places of the numbers of its rows.
             own: The changes of scores if their own rows are moved, at each point.
         """
-        found = []
-        size = 1 + max(int(self._rows(name, (outer,))[outer].max()) for name in sites)
-        for digit in range((size - 1).bit_length()):
-            digits = {name: self._rows(name, (outer,))[outer] >> digit & 1 for name in sites}
-            moved = [torch.cat([self.places[name][digits[name] == value] for name in sites]) for value in (0, 1)]
+        found, row = [], self.rows[outer][places]
+        for digit in range(int(row.max()).bit_length()):
             zero, one = (
                 torch.stack([c > torch.maximum(n, FAINT * o) for (c, n), o in zip(changes, own, strict=True)]).any(0)
-                for changes in map(self._changes, moved)
+                for changes in (self._changes(places[row >> digit & 1 == value]) for value in (0, 1))
             )
             found.append((zero, one))
         return found
 
-    def _outer_rows(self, plate: str, sites: list[str], touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    def _outer_rows(self, plate: str, touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Return the row of another plate to which each row of a plate is coupled, -1 for none.
 
         Return None if some are coupled to several rows, or all to none.
         """
-        rows = {name: self._rows(name, (plate,))[plate].flatten() for name in sites}
-        size = 1 + max(int(row.max()) for row in rows.values())
+        inside, row = self.rows[plate] >= 0, self.rows[plate]
+        none = torch.zeros(1 + int(row.max()), dtype=torch.long)
 
         def any_in_row(coupled: Tensor) -> Tensor:
-            found = torch.zeros(size, dtype=torch.long)
-            for name, row in rows.items():
-                found = found.index_add(0, row, coupled[self.places[name]].flatten().long())
-            return found > 0
+            return none.index_add(0, row[inside], coupled[inside].long()) > 0
 
         pairs = [(any_in_row(zero), any_in_row(one)) for zero, one in touched]
         seen = torch.stack([zero | one for zero, one in pairs])
         if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in pairs):
             return None
-        index = sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), torch.zeros(size, dtype=torch.long))
-        return index.where(seen[0], -1)
+        return sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), none).where(seen[0], -1)
 
-    def sequences(self, sites: list[str], plates: Iterable[str]) -> list[Sequence]:
+    def sequences(self, sites: list[str], plates: Collection[str]) -> list[Sequence]:
         """Return the sequences among sites with the same rows: those of one length together, if they are local."""
         tracks: dict[int, list[_Track]] = {}
         for track in self._tracks(sites, plates):
             tracks.setdefault(track.steps, []).append(track)
         found: list[Sequence] = []
         for steps, parts in tracks.items():
-            whole = _Track(steps, {name: step for part in parts for name, step in part.of.items()})
+            names = tuple(name for part in parts for name in part.sites)
+            whole = _Track(steps, names, torch.stack([part.of for part in parts]).max(0).values)
             for track in [whole] if self._is_local(whole, plates) else parts:
-                if sum(self.places[name].numel() for name in track.of) > FEW:
+                if int((track.of >= 0).sum()) > FEW:
                     found.append(self._sequence(track, plates))
         return found
 
-    def _sequence(self, track: _Track, plates: Iterable[str]) -> Sequence:
+    def _sequence(self, track: _Track, plates: Collection[str]) -> Sequence:
         """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
-        reach = self._reach(track, plates)
+        reach, first = self._reach(track, plates), self._first_rows(plates)
         size = next((size for size in range(max(1, reach), 4 * reach + 1) if track.steps % size == 0), 1)
-        of = tuple((step[self._first_row(name, plates)] // size).flatten() for name, step in track.of.items())
-        return Sequence(tuple(track.of), track.steps // size, of)
+        places = [self.places[name].flatten() for name in track.sites]
+        of = tuple(track.of[place[first[place]]] // size for place in places)
+        return Sequence(track.sites, track.steps // size, of)
 
-    def _tracks(self, sites: list[str], plates: Iterable[str]) -> Iterator[_Track]:
+    def _tracks(self, sites: list[str], plates: Collection[str]) -> Iterator[_Track]:
         """Yield the local sequences of sites that are numbered, and of single sites."""
         families: dict[str, list[str]] = {}
         for name in sites:
@@ -258,43 +244,44 @@ class _Look:
         taken = set[str]()
         for names in families.values():
             if len(names) >= SHORT and len({self.places[name].shape for name in names}) == 1:
-                of = {name: torch.full_like(self.places[name], step) for step, name in enumerate(names)}
-                if self._is_local(track := _Track(len(names), of), plates):
+                of = torch.full(self._start.shape, -1)
+                for step, name in enumerate(names):
+                    of[self.places[name]] = step
+                if self._is_local(track := _Track(len(names), tuple(names), of), plates):
                     taken |= {*names}
                     yield track
         for name in (name for name in sites if name not in taken):
             yield from self._best_axis(name, plates)
 
-    def _best_axis(self, name: str, plates: Iterable[str]) -> list[_Track]:
+    def _best_axis(self, name: str, plates: Collection[str]) -> list[_Track]:
         """Return the axis of a site along which it is a local sequence, with the fewest coupled numbers; or none."""
         shape, found = self.places[name].shape, []
-        rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], {*plates})}
-        for axis in range(len(shape)):
-            if axis not in rows and shape[axis] >= SHORT:
-                track = _Track(shape[axis], {name: self._along(name, axis)})
-                if self._is_local(track, plates):
-                    found.append((max(1, self._reach(track, plates)) / shape[axis], track))
+        rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], plates)}
+        for axis in (axis for axis in range(len(shape)) if axis not in rows and shape[axis] >= SHORT):
+            of = torch.full(self._start.shape, -1)
+            of[self.places[name]] = self._along(name, axis)
+            if self._is_local(track := _Track(shape[axis], (name,), of), plates):
+                found.append((max(1, self._reach(track, plates)) / shape[axis], track))
         return [min(found, key=lambda pair: pair[0])[1]] if found else []
 
-    def _is_local(self, track: _Track, plates: Iterable[str]) -> bool:
+    def _first_rows(self, plates: Collection[str]) -> Tensor:
+        """Return True for the numbers in the first row of each of some plates, or outside of it, ``(D,)``."""
+        found = torch.ones(self._start.shape, dtype=torch.bool)
+        for plate in plates:
+            found &= self.rows[plate] <= 0
+        return found
+
+    def _is_local(self, track: _Track, plates: Collection[str]) -> bool:
         return self._reach(track, plates) <= track.steps // LOCAL
 
-    def _reach(self, track: _Track, plates: Iterable[str]) -> int:
+    def _reach(self, track: _Track, plates: Collection[str]) -> int:
         """Return the largest number of steps between coupled latents of a sequence, seen from a few steps."""
-        places = torch.cat([self.places[name][self._first_row(name, plates)].flatten() for name in track.of])
-        steps = torch.cat([step[self._first_row(name, plates)].flatten() for name, step in track.of.items()])
-        farthest = 0
+        places, farthest = ((track.of >= 0) & self._first_rows(plates)).nonzero().squeeze(-1), 0
+        steps = track.of[places]
         for step in {track.steps // 2, track.steps // 3, track.steps - 1 - track.steps // 5}:
             coupled = self.coupled(places[steps == step])[places]
             farthest = max(farthest, int((steps[coupled] - step).abs().max()) if coupled.any() else 0)
         return farthest
-
-    def _first_row(self, name: str, plates: Iterable[str]) -> tuple[slice | int, ...]:
-        """Return the index of a site's numbers in the first row of each plate."""
-        index: list[slice | int] = [slice(None)] * self.places[name].dim()
-        for frame in frames_of(self.call.latents[name], {*plates}):
-            index[self._depths[name] + frame.dim] = 0
-        return tuple(index)
 
 
 def _choose(
