@@ -61,7 +61,7 @@ def with_site(*plate: Any) -> Edit:
             "plates": [plate],
         }
         arguments = {
-            "sites": [{"class": "guides.Site", "arguments": site}],
+            "sites": [{"class": "guides.SavedSite", "arguments": site}],
             "flow": {"class": "flows.Flow", "arguments": content["arguments"]},
             "encoder": None,
             "context_dim": 0,

@@ -26,7 +26,7 @@ from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import elbo
 from pyro_flows.fitting.gaussian_start import density_of_all_rows
-from pyro_flows.guides.couplings import FEW
+from pyro_flows.guides.couplings import PROBE
 from pyro_flows.guides.structure import Nesting, Structure
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.model_and_guide import Task
@@ -229,7 +229,10 @@ def in_one_plate(y):
 def test_few_numbers_in_a_plate_are_left_to_one_flow_as_the_page_says(rows: int, plates: tuple[str, ...]) -> None:
     assert AutoStructuredFlow(in_one_plate).setup(torch.zeros(rows)).structure.plates == plates
     page = " ".join((Path(__file__).parents[1] / "docs" / "structured.md").read_text().split())
-    assert f"at most {FEW} numbers in all its rows together. So 5 numbers outside of a plate and {FEW} inside" in page
+    assert (
+        f"at most {PROBE.few} numbers in all its rows together. So 5 numbers outside of a plate and {PROBE.few} inside"
+        in page
+    )
 
 
 @every_case

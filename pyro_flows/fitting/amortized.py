@@ -29,7 +29,7 @@ from ..encoders.training_record import recorded
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.discrete import hidden_names
 from ..guides.guide_call import Call
-from ..guides.scored import Packed
+from ..guides.simulated_vectors import Packed
 from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
 from ..programs.program import bound_values

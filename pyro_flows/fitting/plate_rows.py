@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import quoted
 from ..guides import AutoPlateFlow
 from ..guides.guide_call import frame_of
-from ..guides.scored import Packed
+from ..guides.simulated_vectors import Packed
 from ..programs.simulator import Simulator
 
 

@@ -34,7 +34,7 @@ from .loaded import check_fits
 from .moving_supports import Moving, check_supports, moving_supports
 from .of_datasets import OfDatasets, OfJoint
 from .packing import Packing, place
-from .scored import Packed, Scored
+from .simulated_vectors import Packed, SimulatedVectors
 
 
 class AutoFlow(FlowGuide, AutoContinuous):
@@ -266,14 +266,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Initialise the ``Standardize`` layers of the encoder from the data of a call."""
         initialize(call, self.encoder)
 
-    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[Scored]:
+    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[SimulatedVectors]:
         """Return the packed latents of N simulations with the contexts of their data, the model's arguments."""
         ((z, log_det),) = packed
         context = self.context(*args, **kwargs)
         if context is None or context.shape[:-1] != z.shape[:-1]:
             shape = None if context is None else tuple(context.shape)
             raise ValueError(f"AutoFlow: the encoder must return shape ({len(z)}, context_dim), got {shape}.")
-        return [Scored(self.flow, z, context, log_det)]
+        return [SimulatedVectors(self.flow, z, context, log_det)]
 
     def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
         """Return the posteriors of M datasets, or of the one dataset of a guide without an encoder."""

@@ -37,7 +37,7 @@ from .contexts import check_encoder
 from .default_training import Plan
 from .discrete import HideDiscrete, draw_discrete
 from .guide_call import NONE, Call, Found
-from .loaded import Site, program_of, sites_of
+from .loaded import SavedSite, program_of, sites_of
 from .packing import Packing
 from .reparametrised import with_reparametrised
 from .start_location import init_to_center, settle_start
@@ -328,7 +328,7 @@ class FlowGuide(Plan, AutoGuide):
 
     @classmethod
     def from_parts(
-        cls, sites: Sequence[Site], name: str, arguments: Sequence[tuple[str, str]] | None = None, **parts: Any
+        cls, sites: Sequence[SavedSite], name: str, arguments: Sequence[tuple[str, str]] | None = None, **parts: Any
     ) -> Any:
         """Build a guide without a model from its :meth:`parts`.
 

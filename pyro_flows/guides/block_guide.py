@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -44,11 +45,27 @@ from .packing import Packing, place
 from .structure import Nesting, Structure, check_nestings, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
-WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
-UNIT = 3.0  # the same in standard deviations, once the guide has started from a Gaussian
-LARGEST = 1_000_000  # numbers to draw at once
-NUMBERS = 200_000  # latents to draw in a step, with up to 8 draws
 Encoder = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Units and sizes of guides that are made of blocks.
+
+    Attributes:
+        wide: The unit of a block's latents, as other blocks see them, in scales of the start.
+        unit: The same in standard deviations, once the guide has started from a Gaussian.
+        largest: Numbers to draw at once.
+        numbers: Latents to draw in a step, with up to 8 draws.
+    """
+
+    wide: float = 10.0
+    unit: float = 3.0
+    largest: int = 1_000_000
+    numbers: int = 200_000
+
+
+SCALES = Scales()
 
 
 class BlockGuide(FlowGuide):
@@ -145,7 +162,7 @@ class BlockGuide(FlowGuide):
             frame = Frame(first[:, order], self.posterior.scale, num_given, shared)
         elif by_row:
             frame = Frame(torch.zeros_like(first)[:, None], 1.0, num_given, shared)
-        return Block(name, packing, flow, contexts, parents, nestings, frame, order, WIDE * self.posterior.scale)
+        return Block(name, packing, flow, contexts, parents, nestings, frame, order, SCALES.wide * self.posterior.scale)
 
     def _nestings(self, key: Key) -> list[Nesting]:
         """Return the nestings by an index of the rows of some plates; of plates with two ways to an outer one, none."""
@@ -257,7 +274,7 @@ class BlockGuide(FlowGuide):
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained, and has not started from another distribution."""
-        blocks, unit = self.posterior.blocks, WIDE * self.posterior.scale
+        blocks, unit = self.posterior.blocks, SCALES.wide * self.posterior.scale
         return all(not block.has_started(unit) and block.flow.is_untrained for block in blocks)
 
     @property
@@ -326,7 +343,7 @@ class BlockGuide(FlowGuide):
                 parts = [origin, loc, gain, scale, stretch, found.matrix, turn, lean]
                 block.frame.set(*(parts if len(loc) == block.number else [p.mean(0, keepdim=True) for p in parts]))
             deviation = scale.square().sum(-1).mean(0).sqrt()  # (T, d)
-            block.unit.copy_(UNIT * deviation.flatten())
+            block.unit.copy_(SCALES.unit * deviation.flatten())
             means.append(loc.flatten(1))
 
     def schedule(self, *, near: bool = False, alone: bool = True, share: float = 1.0) -> Schedule:
@@ -341,7 +358,7 @@ class BlockGuide(FlowGuide):
         of_rows = {name for packing in self.packings.values() if packing.plates for name in packing.parts}
         sizes = {name: site["value"].numel() for name, site in self.prototype_trace.iter_stochastic_nodes()}
         size = sum(round(size / share) if name in of_rows else size for name, size in sizes.items())
-        num_particles = max(1, min(8, NUMBERS // size)) if self._has_shared else 1
+        num_particles = max(1, min(8, SCALES.numbers // size)) if self._has_shared else 1
         steps, lr = (500, 0.002) if near else (4000, 0.005)
         return Schedule(steps, num_particles, lr=lr, clip_norm=1e3 * self.size_of_rows)
 
@@ -404,7 +421,7 @@ class BlockGuide(FlowGuide):
         found = self.check_same(call)
         rows, masks = self._all_rows(call, found), self._masks_of_all_rows(call, found)
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
-        size = max(1, LARGEST // max(1, numbers * self.posterior.batch_of(rows).numel()))
+        size = max(1, SCALES.largest // max(1, numbers * self.posterior.batch_of(rows).numel()))
         return in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, number, size)
 
     def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:

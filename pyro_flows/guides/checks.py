@@ -22,7 +22,7 @@ from ..user_code import place_of
 from .circles import bijection_onto, scalar_support
 from .guide_call import Call, Found, Key, Rows, frames_of
 from .masked import RowMasks, absent_of, hidden_outside, masks_of_rows, patterns_of, present_outside
-from .nonfinite import Watch
+from .nonfinite import DrawWatch
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 
@@ -138,7 +138,7 @@ class Calls:
     def __init__(self) -> None:
         self.observed: frozenset[str] = frozenset()
         self.reparametrised: tuple[str, ...] = ()
-        self.masked, self.watch = False, Watch()
+        self.masked, self.watch = False, DrawWatch()
         self.present: dict[str, Tensor] = {}
         self._hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
         self._absent: set[tuple[Key, Key, bytes]] = set()  # patterns of hidden parts of rows that change nothing else
@@ -223,7 +223,7 @@ class Calls:
         return not (call.args or call.kwargs) or bool(torch._C._get_tracing_state()) or self._last == _keys(call)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
-        return {**self.__dict__, "_last": None, "watch": Watch()}
+        return {**self.__dict__, "_last": None, "watch": DrawWatch()}
 
 
 def _keys(call: Call) -> list[object]:

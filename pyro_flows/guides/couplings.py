@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,31 @@ from ..vjp import score_of
 from .discrete import summed
 from .guide_call import Call, Key, frames_of
 from .packing import Packing
-from .structure import Nesting, Sequence, Structure, takes_all
+from .structure import Nesting, StepSequence, Structure, takes_all
 
-FEW = 64  # the largest number of latents that one flow takes whatever their structure
-SHORT = 8  # the smallest number of steps of a sequence
-LOCAL = 8  # a sequence couples steps at most 1 / LOCAL of its length apart
-POINTS = 2  # at which couplings are looked for
-SHIFT = 0.1  # by which latents are moved, in the unconstrained space
-FAINT = 1e-4  # a coupling this small, relative to the largest one, is round-off
+
+@dataclass(frozen=True)
+class Probe:
+    """The way couplings are looked for, and the sizes from which structure pays.
+
+    Attributes:
+        few: The largest number of latents that one flow takes whatever their structure.
+        short: The smallest number of steps of a sequence.
+        reach: The largest share of a sequence's length between coupled steps; more is no sequence.
+        points: The random points at which scores are compared.  A derivative may vanish at one of them.
+        shift: How far latents are moved, in the unconstrained space.
+        faint: A coupling this small, relative to the largest one, is round-off.
+    """
+
+    few: int = 64
+    short: int = 8
+    reach: float = 1 / 8
+    points: int = 2
+    shift: float = 0.1
+    faint: float = 1e-4
+
+
+PROBE = Probe()
 NUMBERED = re.compile(r"(.*?)(\d+)$")
 
 
@@ -43,7 +61,7 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
     """
     frames = [frame for site in call.latents.values() for frame in _plates(site)]
     subsampled = {frame.name for frame in frames if _is_subsampled(frame) or frame.name in encoded}
-    if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= FEW:
+    if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= PROBE.few:
         return Structure()
     look = _Look(call)
     plates = look.independent_plates(subsampled)
@@ -109,7 +127,7 @@ class _Look:
 
     def coupled(self, moved: Tensor) -> Tensor:
         """Return True for the latents whose scores change if others, at some places, are moved, ``(D,)``."""
-        found = [change > noise.clamp_min(FAINT * float(change.max())) for change, noise in self._changes(moved)]
+        found = [change > noise.clamp_min(PROBE.faint * float(change.max())) for change, noise in self._changes(moved)]
         return torch.stack(found).any(0)
 
     @torch.no_grad()
@@ -118,10 +136,10 @@ class _Look:
         found = []
         with self.call.same_draws(), validation_enabled(False):
             torch.manual_seed(0)
-            for _ in range(POINTS):
+            for _ in range(PROBE.points):
                 point = self._start + 0.5 * torch.randn_like(self._start)
                 step = torch.zeros_like(point)
-                step[moved] = SHIFT * (1 + torch.rand(len(moved))).to(point)
+                step[moved] = PROBE.shift * (1 + torch.rand(len(moved))).to(point)
                 back, forth = score_of(self._density, torch.stack((point - step, point + step))).cpu()
                 change = (forth - back).abs().nan_to_num(0.0)
                 found.append((change, 64 * torch.finfo(change.dtype).eps * torch.maximum(back.abs(), forth.abs())))
@@ -141,7 +159,7 @@ class _Look:
             blocks = self.blocks(plates)
             tied = {plate for key, sites in blocks.items() for plate in self._tied(key, self._at(sites))} - subsampled
             plates = [plate for plate in plates if plate not in tied]
-        kept = subsampled.union(*(key for key, sites in blocks.items() if len(self._at(sites)) > FEW))
+        kept = subsampled.union(*(key for key, sites in blocks.items() if len(self._at(sites)) > PROBE.few))
         return [plate for plate in plates if plate in kept]
 
     def _tied(self, key: Key, own: Tensor) -> list[str]:
@@ -163,7 +181,7 @@ class _Look:
         outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in whole]
         if len(whole) < 2 or not outer_plates:
             return []
-        own = torch.zeros(POINTS, len(self._start))
+        own = torch.zeros(PROBE.points, len(self._start))
         for plate in whole:
             inside = (self.rows[plate] >= 0).nonzero().squeeze(-1)
             own[:, inside] = torch.stack([change[inside] for change, _ in self._changes(inside)])
@@ -187,13 +205,14 @@ class _Look:
             places: The places of the numbers of its rows.
             own: The changes of scores if their own rows are moved, at each point.
         """
-        found, row = [], self.rows[outer][places]
+        found, row, faint = [], self.rows[outer][places], PROBE.faint * own
         for digit in range(int(row.max()).bit_length()):
-            zero, one = (
-                torch.stack([c > torch.maximum(n, FAINT * o) for (c, n), o in zip(changes, own, strict=True)]).any(0)
-                for changes in (self._changes(places[row >> digit & 1 == value]) for value in (0, 1))
-            )
-            found.append((zero, one))
+            pair = []
+            for value in (0, 1):
+                changes = self._changes(places[row >> digit & 1 == value])
+                coupled = [c > torch.maximum(noise, f) for (c, noise), f in zip(changes, faint, strict=True)]
+                pair.append(torch.stack(coupled).any(0))
+            found.append((pair[0], pair[1]))
         return found
 
     def _outer_rows(self, plate: str, touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
@@ -213,27 +232,27 @@ class _Look:
             return None
         return sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), none).where(seen[0], -1)
 
-    def sequences(self, sites: list[str], plates: Collection[str]) -> list[Sequence]:
+    def sequences(self, sites: list[str], plates: Collection[str]) -> list[StepSequence]:
         """Return the sequences among sites with the same rows: those of one length together, if they are local."""
         tracks: dict[int, list[_Track]] = {}
         for track in self._tracks(sites, plates):
             tracks.setdefault(track.steps, []).append(track)
-        found: list[Sequence] = []
+        found: list[StepSequence] = []
         for steps, parts in tracks.items():
             names = tuple(name for part in parts for name in part.sites)
             whole = _Track(steps, names, torch.stack([part.of for part in parts]).max(0).values)
             for track in [whole] if self._is_local(whole, plates) else parts:
-                if int((track.of >= 0).sum()) > FEW:
+                if int((track.of >= 0).sum()) > PROBE.few:
                     found.append(self._sequence(track, plates))
         return found
 
-    def _sequence(self, track: _Track, plates: Collection[str]) -> Sequence:
+    def _sequence(self, track: _Track, plates: Collection[str]) -> StepSequence:
         """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
         reach, first = self._reach(track, plates), self._first_rows(plates)
         size = next((size for size in range(max(1, reach), 4 * reach + 1) if track.steps % size == 0), 1)
         places = [self.places[name].flatten() for name in track.sites]
         of = tuple(track.of[place[first[place]]] // size for place in places)
-        return Sequence(track.sites, track.steps // size, of)
+        return StepSequence(track.sites, track.steps // size, of)
 
     def _tracks(self, sites: list[str], plates: Collection[str]) -> Iterator[_Track]:
         """Yield the local sequences of sites that are numbered, and of single sites."""
@@ -243,7 +262,7 @@ class _Look:
                 families.setdefault(matched[1], []).append(name)
         taken = set[str]()
         for names in families.values():
-            if len(names) >= SHORT and len({self.places[name].shape for name in names}) == 1:
+            if len(names) >= PROBE.short and len({self.places[name].shape for name in names}) == 1:
                 of = torch.full(self._start.shape, -1)
                 for step, name in enumerate(names):
                     of[self.places[name]] = step
@@ -257,7 +276,7 @@ class _Look:
         """Return the axis of a site along which it is a local sequence, with the fewest coupled numbers; or none."""
         shape, found = self.places[name].shape, []
         rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], plates)}
-        for axis in (axis for axis in range(len(shape)) if axis not in rows and shape[axis] >= SHORT):
+        for axis in (axis for axis in range(len(shape)) if axis not in rows and shape[axis] >= PROBE.short):
             of = torch.full(self._start.shape, -1)
             of[self.places[name]] = self._along(name, axis)
             if self._is_local(track := _Track(shape[axis], (name,), of), plates):
@@ -272,7 +291,7 @@ class _Look:
         return found
 
     def _is_local(self, track: _Track, plates: Collection[str]) -> bool:
-        return self._reach(track, plates) <= track.steps // LOCAL
+        return self._reach(track, plates) <= int(PROBE.reach * track.steps)
 
     def _reach(self, track: _Track, plates: Collection[str]) -> int:
         """Return the largest number of steps between coupled latents of a sequence, seen from a few steps."""

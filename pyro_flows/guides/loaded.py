@@ -21,7 +21,7 @@ from ..flows import Flow
 
 
 @dataclass(frozen=True)
-class Site:
+class SavedSite:
     """A latent site of a guide.
 
     Args:
@@ -43,7 +43,7 @@ class Site:
     present: Tensor | None = None
 
 
-def sites_of(guide: Any) -> list[Site]:
+def sites_of(guide: Any) -> list[SavedSite]:
     """Return the latent sites of a guide.
 
     Raises:
@@ -56,11 +56,13 @@ def sites_of(guide: Any) -> list[Site]:
     for name, node in guide.prototype_trace.iter_stochastic_nodes():
         fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
         plates = tuple((f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
-        sites.append(Site(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates, masks.get(name)))
+        sites.append(
+            SavedSite(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates, masks.get(name))
+        )
     return sites
 
 
-def program_of(sites: Sequence[Site]) -> Callable[[], None]:
+def program_of(sites: Sequence[SavedSite]) -> Callable[[], None]:
     """Return a program that draws sites in their plates, with flat distributions over their supports."""
 
     def program() -> None:

@@ -42,7 +42,7 @@ class _Broken(NonFiniteDraw):
     """
 
 
-class Watch:
+class DrawWatch:
     """The watch over one guide's draws, which remembers the last finite ones.
 
     The guide's ``packings`` hold the layout of the vector at each of its sample statements.

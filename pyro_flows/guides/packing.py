@@ -31,7 +31,7 @@ Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of
 NONE: Absent = MappingProxyType({})
 
 
-class Part(NamedTuple):
+class PackedSite(NamedTuple):
     """A site in the vector: its batch shape with 1 for rows, and the shape of an unconstrained event.
 
     The mask of its present elements, over the batch shape, is None if all are present.  The vector has the present ones
@@ -77,7 +77,7 @@ class Part(NamedTuple):
         return self.transform(self.start.new_full(self.event, at))
 
 
-Unpacked = Iterator[tuple[str, Part, Tensor, Tensor]]
+Unpacked = Iterator[tuple[str, PackedSite, Tensor, Tensor]]
 
 
 class Packing:
@@ -102,7 +102,7 @@ class Packing:
     def __init__(
         self, owner: str, sites: Iterable[dict[str, Any]], plates: Key = (), present: Mapping[str, Tensor] = NONE
     ) -> None:
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, PackedSite] = {}
         sites = list(sites)
         self.owner, self.plates = owner, plates
         self.dims = tuple(frame.dim for frame in frames_of(sites[0], plates)) if plates else ()
@@ -119,7 +119,7 @@ class Packing:
                 batch[dim] = 1
             event, plates, counts = free[len(batch) :], tuple(site["cond_indep_stack"]), present.get(name)
             shape, depth, start = torch.Size(batch), fn.event_dim, value.detach()
-            self.parts[name] = Part(support, transform, shape, event, depth, plates, start, counts)
+            self.parts[name] = PackedSite(support, transform, shape, event, depth, plates, start, counts)
         self._sizes = [part.size for part in self.parts.values()]
         self.size = sum(self._sizes)
 
@@ -144,11 +144,11 @@ class Packing:
         """The site of each number in the vector."""
         return [name for name, part in self.parts.items() for _ in range(part.size)]
 
-    def _split(self, latent: Tensor) -> Iterator[tuple[str, Part, Tensor]]:
+    def _split(self, latent: Tensor) -> Iterator[tuple[str, PackedSite, Tensor]]:
         for (name, part), chunk in zip(self.parts.items(), latent.split(self._sizes, -1), strict=True):
             yield name, part, chunk
 
-    def _free(self, part: Part, chunk: Tensor, sample: Sequence[int]) -> Tensor:
+    def _free(self, part: PackedSite, chunk: Tensor, sample: Sequence[int]) -> Tensor:
         """Return the unconstrained values of a site, ``(*sample, *batch, *event)``, from its numbers in vectors."""
         if not self.dims:
             return part.scatter(chunk, sample)

@@ -27,7 +27,7 @@ from .guide_call import Call, Found, Key
 from .guide_flow import bound
 from .masked import RowMasks
 from .of_datasets import OfDatasets, OfRow
-from .scored import EACH, Packed, Scored
+from .simulated_vectors import EACH, Packed, SimulatedVectors
 from .structure import Structure
 
 
@@ -205,7 +205,7 @@ class AutoPlateFlow(BlockGuide):
         initialize(call, encoder)
         standardise(self.global_encoder, lambda: self._pooled(encode(call, encoder), None))
 
-    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[Scored]:
+    def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[SimulatedVectors]:
         """Return the vectors of N simulations with the contexts of their data, the model's arguments.
 
         Of the rows of each dataset, some are picked at random.
@@ -215,7 +215,7 @@ class AutoPlateFlow(BlockGuide):
         number, size = contexts.shape[:2]
         picked = torch.randperm(size, device=contexts.device)[:EACH]
         owns = BlockRows(None, self._pooled(contexts, None)), BlockRows(None, contexts[:, picked])
-        drawn, found = list[Drawn](), list[Scored]()
+        drawn, found = list[Drawn](), list[SimulatedVectors]()
         for block, own, (z, log_det) in zip(self.posterior.blocks, owns, packed, strict=True):
             if block.packing.dims:
                 axis = block.packing.dims[0]
@@ -224,7 +224,7 @@ class AutoPlateFlow(BlockGuide):
             q = self.posterior.at(block, own, drawn)
             drawn.append(Drawn(block, aligned, q))
             context = cast(Tensor, q.context).expand(*aligned.shape[:-1], -1).flatten(0, -2)
-            found.append(Scored(block.flow, aligned.flatten(0, -2), context, log_det.flatten()))
+            found.append(SimulatedVectors(block.flow, aligned.flatten(0, -2), context, log_det.flatten()))
         return found
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from .auto import AutoFlow
-from .packing import Part
+from .packing import PackedSite
 
 
 def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +71,7 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
     return torch.cat(rows)
 
 
-def _places(part: Part) -> dict[str, Tensor]:
+def _places(part: PackedSite) -> dict[str, Tensor]:
     """Return the place in each plate, by its name, of each number of an unconstrained site."""
     shape, found = part.batch + part.event, {}
     for frame in part.plates:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .guide_call import Rows
 
 
-class Sequence(NamedTuple):
+class StepSequence(NamedTuple):
     """Latents along the steps of a sequence, each coupled to its neighbours alone.
 
     Attributes:
@@ -55,7 +55,7 @@ class Structure(NamedTuple):
     """
 
     plates: tuple[str, ...] = ()
-    sequences: tuple[Sequence, ...] = ()
+    sequences: tuple[StepSequence, ...] = ()
     nestings: tuple[Nesting, ...] = ()
 
     @classmethod
@@ -63,7 +63,7 @@ class Structure(NamedTuple):
         """Return a structure from nested tuples of its parts, in their order."""
         plates, sequences, nestings = parts
         return cls(
-            tuple(plates), tuple(Sequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings)
+            tuple(plates), tuple(StepSequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings)
         )
 
     def parts(self) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ class Structure(NamedTuple):
         return next((i for i, sequence in enumerate(self.sequences) if name in sequence.sites), -1)
 
 
-def _without_absent(sequence: Sequence, present: Mapping[str, Tensor]) -> Sequence | None:
+def _without_absent(sequence: StepSequence, present: Mapping[str, Tensor]) -> StepSequence | None:
     """Return a sequence without absent elements, or None if its steps then differ in size."""
     if not present.keys() & {*sequence.sites}:
         return sequence
@@ -103,7 +103,7 @@ def _without_absent(sequence: Sequence, present: Mapping[str, Tensor]) -> Sequen
     met, sizes = torch.cat(of).unique(return_counts=True)
     if len(met) < 2 or bool((sizes != sizes[0]).any()):
         return None
-    return Sequence(sequence.sites, len(met), tuple(torch.searchsorted(met, steps) for steps in of))
+    return StepSequence(sequence.sites, len(met), tuple(torch.searchsorted(met, steps) for steps in of))
 
 
 def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:

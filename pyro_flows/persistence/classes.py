@@ -20,7 +20,7 @@ from ..flows.columns import Columns
 from ..flows.mixture import FlowMixture
 from ..guides.circles import Circle
 from ..guides.guide_flow import GuideFlow
-from ..guides.loaded import Site
+from ..guides.loaded import SavedSite
 
 DISTRIBUTIONS = {  # those that ``FixedBase`` may hold, with their arguments
     "Cauchy": ("loc", "scale"),
@@ -86,7 +86,7 @@ def _classes() -> Iterator[tuple[str, type]]:
         for name, found in vars(package).items():
             if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield f"{package.__name__.rpartition('.')[2]}.{name}", found
-    for inner in (FlowMixture, Columns, GuideFlow, Site, Circle):
+    for inner in (FlowMixture, Columns, GuideFlow, SavedSite, Circle):
         yield f"{inner.__module__.split('.')[1]}.{inner.__name__}", inner
     for name in constraints.__all__:
         found = getattr(constraints, name)

@@ -22,7 +22,7 @@ from .classes import BY_NAME, BY_TYPE, arguments_of, construct
 
 ARGUMENTS = "arguments/"  # the beginning of the names of tensors that belong to no state
 # Classes whose integers may count levels or rows, not sizes.
-UNSIZED = {"flows.Dequantized", "flows.Mixed", "guides.AutoPlateFlow", "guides.AutoStructuredFlow", "guides.Site"}
+UNSIZED = {"flows.Dequantized", "flows.Mixed", "guides.AutoPlateFlow", "guides.AutoStructuredFlow", "guides.SavedSite"}
 WAY_OUT = (
     "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
     "x.load_state_dict(torch.load(path)); a fitted flow ends with the FixedAffine that fit_density has put there."

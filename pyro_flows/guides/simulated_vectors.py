@@ -12,7 +12,7 @@ Packed = list[tuple[Tensor, Tensor]]  # vectors of each flow, and log|det| of th
 EACH = 8  # rows of each dataset that are scored, enough to train the flow of rows
 
 
-class Scored(NamedTuple):
+class SimulatedVectors(NamedTuple):
     """Vectors that a flow scores.
 
     Attributes:
