@@ -55,7 +55,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pyro_flows as pf
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 KINDS = {
@@ -722,7 +722,7 @@ class Errors:
 @torch.no_grad()
 def measure(target: Target, guide: Any, reweighted: bool = False, draws: int = DRAWS) -> Errors:
     """Compare a guide's draws, or its reweighted draws, with exact draws."""
-    space = LatentSpace(Task(target.model, guide, (), {}).check())
+    space = Density(Task(target.model, guide, (), {}).check())
     exact_draws = target.truth(draws)
     scored, truth = space.draw(draws), space.read.numbers(exact_draws)
     ours = scored.quantities
@@ -760,14 +760,14 @@ def variation(a: Tensor, b: Tensor) -> float:
     return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
-def densities(target: Target, space: LatentSpace, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
+def densities(target: Target, space: Density, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
     """Return the missing share and the joint total variation, or NaN if the guide's coordinates are unknown."""
-    z = space.located({name: exact_draws[name] for name in space.task.latents})
+    z = space.placement.located({name: exact_draws[name] for name in space.task.latents})
     if z is None:
         return math.nan, math.nan
     parts = z.split(1000)
-    log_p = torch.cat([space.log_p(part) for part in parts])
-    log_q = torch.cat([space.log_q(part) for part in parts]).nan_to_num(-math.inf, -math.inf, -math.inf)
+    log_p = torch.cat([space.log_prob(part) for part in parts])
+    log_q = torch.cat([space.placement.log_q(part) for part in parts]).nan_to_num(-math.inf, -math.inf, -math.inf)
     log_ratio = (log_q - log_p).nan_to_num(-math.inf, math.inf, -math.inf)
     if not log_ratio.isfinite().any():
         return 1.0, 1.0

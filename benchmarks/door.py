@@ -42,7 +42,7 @@ from objectives import two_modes
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 KINDS = {
@@ -139,7 +139,7 @@ def of_modes(weight: float) -> Case:
 def of_attack(name: str) -> Case:
     """Return a posterior of ``attacks.py``."""
     target = ATTACKS[name].model()
-    exact = LatentSpace(Task(target.model, target.exact, (), {}).check())
+    exact = Density(Task(target.model, target.exact, (), {}).check())
     return of_truth(target.model, target.truth, exact.read.numbers)  # angles count as cosine and sine
 
 

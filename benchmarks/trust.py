@@ -40,7 +40,7 @@ from objectives import two_modes
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 OUT = posteriors.OUT
@@ -97,7 +97,7 @@ def truth(target: targets.Target, guide: Any, steps: int | None, folder: Path, d
         ratios = [ours[name].std() / sd for name, (_, sd) in moments.items()]
     else:
         mean, sd = weighed_moments(target.name, steps, folder, draws)
-        values = LatentSpace(Task(target.model, guide, (), {})).draw(draws).quantities
+        values = Density(Task(target.model, guide, (), {})).draw(draws).quantities
         errors = ((values.mean(0) - mean).abs() / sd).tolist()
         ratios = (values.std(0) / sd).tolist()
     return {"worst_error": float(max(errors)), "low_sd": float(min(ratios)), "high_sd": float(max(ratios))}
@@ -108,7 +108,7 @@ def weighed_moments(name: str, steps: int | None, folder: Path, draws: int) -> t
     path = folder / f"{name}.moments.pt"
     if not path.exists():
         target, guide, _ = fitted(name, "AutoFlow", 0, steps, folder)
-        found = LatentSpace(Task(target.model, guide, (), {})).draw(draws)
+        found = Density(Task(target.model, guide, (), {})).draw(draws)
         share = torch.softmax(found.log_p - found.log_q, 0).unsqueeze(-1)
         mean = (share * found.quantities).sum(0)
         torch.save((mean, (share * (found.quantities - mean).square()).sum(0).sqrt()), path)

@@ -18,7 +18,7 @@ from pyro_flows.diagnostics.guide_space import prior_of, target_of
 from pyro_flows.fitting import Annealed, mode_covering
 from pyro_flows.guides.default_training import Schedule
 from pyro_flows.programs import Program
-from pyro_flows.programs.latent_space import LatentSpace, sound_space
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.annealed_population import ISLANDS, Effort, Population, bridge, moved_on
 from pyro_flows.sampling.annealed_population import anneal as anneal_population
@@ -451,17 +451,17 @@ def test_a_mode_without_particles_joins_each_island() -> None:
         log_z = (parts + torch.tensor([0.6, 0.4]).log()).logsumexp(-1)
         pyro.factor("y", log_z - dist.Normal(0.0, 50.0).log_prob(x))
 
-    space = sound_space(Task(model, AutoFlow(model).setup(), (), {}))
+    space = Density.sound(Task(model, AutoFlow(model).setup(), (), {}))
     z = torch.randn(1600, 1)
     weights = torch.full((1600,), -math.log(1600))
-    population = Population(z, weights, space.log_p(z), torch.full((16,), math.log(0.6)).double(), [0.0, 1.0])
-    tops = ModeMixture(space.log_p, space.wrapped, population, torch.tensor([[28.0], [31.0]]))
+    population = Population(z, weights, space.log_prob(z), torch.full((16,), math.log(0.6)).double(), [0.0, 1.0])
+    tops = ModeMixture(space.log_prob, space.wrapped, population, torch.tensor([[28.0], [31.0]]))
     found = tops.population
     assert tops.places.squeeze(-1).tolist() == pytest.approx([0, 30], abs=0.1)
     assert found.log_evidence == pytest.approx(0, abs=0.03)
     assert found.share(tops.labels == 1)[0] == pytest.approx(0.4, abs=0.02)
     assert found.log_weights.exp().sum() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(found.log_p, space.log_p(found.z))
+    torch.testing.assert_close(found.log_p, space.log_prob(found.z))
     torch.testing.assert_close(tops.labels, (found.z.squeeze(-1) > 15).long())
 
 
@@ -522,7 +522,7 @@ def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
     guide = AutoFlow(model).setup()
     guide.start_at(torch.zeros(2), 0.5 * torch.eye(2))
     population = drawn_from(normal(torch.zeros(2), 0.5), 1024)
-    moved = moved_on(target_of(sound_space(Task(model, guide, (), {}))), population)
+    moved = moved_on(target_of(Density.sound(Task(model, guide, (), {}))), population)
     assert moved.z.std().item() == pytest.approx(1, abs=0.08)
     torch.testing.assert_close(moved.log_p, normal(torch.zeros(2), 1.0).log_prob(moved.z))
 
@@ -647,9 +647,9 @@ def test_bad_input_is_refused_in_words() -> None:
 # Building blocks.
 
 
-def space_of(model: Callable[[], None]) -> tuple[LatentSpace, Tensor]:
+def space_of(model: Callable[[], None]) -> tuple[Density, Tensor]:
     guide = AutoFlow(model).setup()
-    return sound_space(Task(model, guide, (), {})), guide.start[0]
+    return Density.sound(Task(model, guide, (), {})), guide.start[0]
 
 
 def bounded() -> None:
@@ -684,7 +684,7 @@ def test_bridges_lead_from_the_start_to_the_posterior() -> None:
         reference = Reference(prior_of(space), loc)
         log_r, log_p = reference.log_r_and_p(z)
         torch.testing.assert_close(reference.bridge(0.3)(z), 0.7 * log_r + 0.3 * log_p)
-        torch.testing.assert_close(reference.bridge(1)(z), space.log_p(z))
+        torch.testing.assert_close(reference.bridge(1)(z), space.log_prob(z))
 
 
 def test_an_effort_that_is_spent_ends_the_annealing() -> None:

@@ -47,7 +47,8 @@ def imports_of(path: Path) -> Iterator[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
             # `from . import name` may name a module; `from .module import name` names an object inside it.
-            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "pyro_flows" else [module])
+            names_modules = module == "pyro_flows" or not node.module
+            yield from ([f"{module}.{alias.name}" for alias in node.names] if names_modules else [module])
 
 
 def parts_imported_by(path: Path) -> set[str]:
@@ -67,6 +68,22 @@ def test_imports_point_left_only_and_siblings_never_meet(path: Path) -> None:
     own = part_of(path)
     for other in parts_imported_by(path) - {own}:
         assert RANK[other] < RANK[own], f"{path} imports {other}"
+
+
+@pytest.mark.parametrize(
+    "package", sorted(path.parent for path in FILES if path.stem == "__init__"), ids=lambda p: p.name
+)
+def test_imports_between_the_files_of_a_package_go_one_way(package: Path) -> None:
+    """Imports for annotations alone count too, since a reader follows them."""
+    inside = ".".join(["pyro_flows", *package.relative_to(ROOT).parts])
+    left = {
+        path.stem: {name.removeprefix(f"{inside}.").split(".")[0] for name in imports_of(path) if name != inside}
+        for path in package.glob("*.py")
+        if path.stem != "__init__"
+    }
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert not left
 
 
 def test_the_reader_of_imports_sees_them() -> None:

@@ -25,7 +25,7 @@ from pyro_flows.diagnostics.importance import Weighing
 from pyro_flows.fitting import gaussian_start
 from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import or_nan
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.vjp import score_of
@@ -230,9 +230,9 @@ def test_elbo_gradients_are_those_of_the_twins(name, objective):
 @every_twin
 def test_scores_are_those_of_the_twins(name):
     model, twin, guide = pair(name)
-    spaces = [LatentSpace(Task(program, guide, (X, Y), {})) for program in (model, twin)]
+    spaces = [Density(Task(program, guide, (X, Y), {})) for program in (model, twin)]
     z = torch.randn(5, spaces[0].dim, requires_grad=True)
-    scores = [torch.autograd.grad(space.log_p(z).sum(), z)[0] for space in spaces]
+    scores = [torch.autograd.grad(space.log_prob(z).sum(), z)[0] for space in spaces]
     torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
 
 
@@ -439,9 +439,9 @@ def test_a_draw_out_of_range_is_weighed_and_no_error():
         x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
-    space = LatentSpace(Task(model, AutoFlow(model).setup(), (), {}))
+    space = Density(Task(model, AutoFlow(model).setup(), (), {}))
     z = torch.tensor([[0.5], [1000.0]], requires_grad=True)
-    found = space.log_p(z)
+    found = space.log_prob(z)
     assert found.isfinite().tolist() == [True, False]
 
 
@@ -639,12 +639,12 @@ def pinning_twin(y=None, matmul=False):
 def test_a_write_into_a_sampled_value_changes_no_draw_and_no_prior(engine):
     guide = AutoFlow(pinning).setup(Y, True)
     programs = (pf.Program(model, vectorize=engine) for model in (pinning, pinning_twin))
-    spaces = [LatentSpace(Task(program, guide, (Y, True), {})) for program in programs]
+    spaces = [Density(Task(program, guide, (Y, True), {})) for program in programs]
     z = torch.randn(5, 4)
     before = z.clone()
-    one, twin = (space.log_p(z) for space in spaces)
+    one, twin = (space.log_prob(z) for space in spaces)
     torch.testing.assert_close(one, twin)
-    torch.testing.assert_close(*(score_of(space.log_p, z) for space in spaces))
+    torch.testing.assert_close(*(score_of(space.log_prob, z) for space in spaces))
     torch.testing.assert_close(z, before, rtol=0, atol=0)
     draws = spaces[0].task.draw(20)
     assert (draws.latents["effects"][:, 0] != 0).all()

@@ -31,7 +31,7 @@ from pyro_flows import (
 )
 from pyro_flows.diagnostics.guide_space import prior_of
 from pyro_flows.fitting.propriety import check_bounded
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.start_distribution import Reference
 
@@ -419,6 +419,6 @@ def no_counts():
 @pytest.mark.parametrize("model", [heavy_tails, many_supports, wide_prior, no_counts], ids=lambda model: model.__name__)
 def test_wide_and_heavy_tails_have_an_end(model):
     guide = AutoFlow(model).setup()
-    space = LatentSpace(Task(model, guide, (), {}))
+    space = Density(Task(model, guide, (), {}))
     with pyro.validation_enabled(False):
         check_bounded("anneal", guide, space, Reference(prior_of(space), guide.start[0]).draw(100))

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 
 import pyro_flows as pf
 from pyro_flows.diagnostics.guide_space import guide_coordinates, guide_density
-from pyro_flows.programs.latent_space import sound_space
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.coordinates import Mapped, Stretched, White
 from pyro_flows.sampling.lanczos import lanczos
@@ -101,7 +101,7 @@ def test_the_density_of_a_guide_over_its_coordinates(kind, is_stretched):
     guide()
     for param in guide.parameters():
         param.data += 0.1 * torch.rand_like(param)
-    space = sound_space(Task(hierarchy, guide, (), {}))
+    space = Density.sound(Task(hierarchy, guide, (), {}))
     chart, *_ = guide_coordinates(space, space.draw(500).z)[0]
     assert isinstance(chart, White if kind in GUIDES[:1] + GUIDES[3:4] else Mapped)  # which have no transform
     if is_stretched:
@@ -112,4 +112,4 @@ def test_the_density_of_a_guide_over_its_coordinates(kind, is_stretched):
     z, log_det = chart.forward(x)
     found = guide_density(space, chart)(x, z, log_det)
     assert found.shape == (7,)
-    assert torch.allclose(found, space.log_q(z) + log_det, atol=1e-3)
+    assert torch.allclose(found, space.placement.log_q(z) + log_det, atol=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows import check
 from pyro_flows.diagnostics.row_weights import RowWeights, row_weights
-from pyro_flows.programs.latent_space import sound_space
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 N = 1200
@@ -61,7 +61,7 @@ def one_row(size: float) -> Callable[[Tensor], Tensor]:
 
 def judged(model: Any, guide: Any) -> tuple[RowWeights, ...]:
     with pyro.validation_enabled(False):
-        return row_weights(sound_space(Task(model, guide, (), {})))
+        return row_weights(Density.sound(Task(model, guide, (), {})))
 
 
 @pytest.mark.parametrize("seed", range(5))

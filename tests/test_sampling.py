@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics.guide_space import base_of, chain_coordinates
-from pyro_flows.programs.latent_space import sound_space
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.converged_chains import Goal, Record
@@ -148,7 +148,7 @@ def bent(model, *args) -> AutoFlow:
 def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     number = 20_000
     guide = bent(funnel, torch.tensor(0.7))
-    space = sound_space(Task(funnel, guide, (torch.tensor(0.7),), {}))
+    space = Density.sound(Task(funnel, guide, (torch.tensor(0.7),), {}))
     v = torch.randn(number)
     x = (v / 2).exp() * torch.randn(number)
     y = x + 0.5 * torch.randn(number)  # each chain has different data
@@ -172,7 +172,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
         else:
             chains.sweep(adapt=False)
         if kind in ("proposals", "all"):
-            _, chance = chains.propose(draw, space.log_q, 2)
+            _, chance = chains.propose(draw, space.placement.log_q, 2)
             assert 0.1 < chance < 0.98
     moved = (chains.z - z).abs().gt(1e-6).any(-1).double().mean()
     assert moved > 0.3
@@ -269,9 +269,9 @@ def flat():
 
 
 def test_chains_enter_the_neck_of_a_hierarchy():
-    space = sound_space(Task(neck, flat, (), {}))
+    space = Density.sound(Task(neck, flat, (), {}))
     z = space.draw(500).z
-    chains, places = Chains(space.log_p, chain_coordinates(space, z)[:1], z), []
+    chains, places = Chains(space.log_prob, chain_coordinates(space, z)[:1], z), []
     for sweep in range(30):
         chains.sweep(adapt=sweep < 10)
         places.append(chains.z[:, 0])
@@ -369,7 +369,7 @@ def test_more_draws_come_from_the_guide():
 
 
 def test_the_record_is_bounded():
-    space = sound_space(Task(conjugate, wrong, (), {}))
+    space = Density.sound(Task(conjugate, wrong, (), {}))
     record, times = Record(space.quantities, 20), 0
     for number in range(1, 101):
         times += record.keep(torch.full((4, 1), float(number)))

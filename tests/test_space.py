@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics.guide_space import base_of
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import or_nan
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.coordinates import White
@@ -76,8 +76,8 @@ FLAT = "AutoFlow", "AutoNormal", "AutoMultivariateNormal", "by hand"
 
 
 @pytest.fixture(params=KINDS)
-def space(request) -> LatentSpace:
-    return LatentSpace(Task(model, trained(request.param), (Y,), {}))
+def space(request) -> Density:
+    return Density(Task(model, trained(request.param), (Y,), {}))
 
 
 def test_weights_are_those_of_traces(space):
@@ -101,8 +101,8 @@ def test_weights_are_those_of_traces(space):
 def test_a_draw_is_scored_as_a_vector_is(space):
     draws = space.draw(7)
     tolerance = 1e-4 if isinstance(space.task.guide.call, AutoIAFNormal) else 1e-8
-    torch.testing.assert_close(space.log_p(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(space.log_prob(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(space.placement.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
 
 
@@ -113,11 +113,11 @@ def test_draws_come_in_batches(space):
 @pytest.mark.parametrize("kind", FLAT)
 def test_the_guides_density_integrates_to_one(kind):
     """Importance sampling from a wide Student's t around the guide gives an integral of one."""
-    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
+    space = Density(Task(model, trained(kind), (Y,), {}))
     z = space.draw(2000).z
     wide = dist.StudentT(5.0, z.mean(0), 1.5 * z.std(0)).to_event(1)
     places = wide.sample((10_000,))
-    weights = (space.log_q(places) - wide.log_prob(places)).exp()
+    weights = (space.placement.log_q(places) - wide.log_prob(places)).exp()
     assert abs(weights.mean() - 1) < 4 * weights.std() / 100
 
 
@@ -148,7 +148,7 @@ def test_prior_draws_are_nan_where_the_model_breaks_down():
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.0, 0.1))
 
-    drawn = LatentSpace(Task(breaks, guide, (), {})).prior(torch.zeros(64, 1))
+    drawn = Density(Task(breaks, guide, (), {})).prior(torch.zeros(64, 1))
     assert 0 < drawn.isnan().sum() < 64
     assert (drawn[drawn.isfinite()] <= 1).all()
 
@@ -158,7 +158,7 @@ def test_flat_priors_stay():
         slope = pyro.sample("slope", dist.ImproperUniform(dist.constraints.real, (), ()))
         pyro.sample("y", dist.Normal(slope, 1.0), obs=torch.tensor(0.0))
 
-    space = LatentSpace(Task(flat, AutoFlow(flat).setup(), (), {}))
+    space = Density(Task(flat, AutoFlow(flat).setup(), (), {}))
     z = space.draw(6).z
     torch.testing.assert_close(space.prior(z), z)
 
@@ -173,11 +173,11 @@ def test_the_prior_leaves_out_flat_latents_that_a_guide_draws_itself():
         pyro.sample("slope", dist.LogNormal(0.0, 1.0))
         pyro.sample("scale", dist.LogNormal(0.3, 0.5))
 
-    space = LatentSpace(Task(flat, guide, (), {}))
+    space = Density(Task(flat, guide, (), {}))
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    log_prior, log_p = space.log_prior_and_p(z)
+    log_prior, log_p = space.log_prior_and_prob(z)
     torch.testing.assert_close(log_prior, dist.Normal(0.0, 2.0).log_prob(z[:, 1]))
-    torch.testing.assert_close(log_p, space.log_p(z))
+    torch.testing.assert_close(log_p, space.log_prob(z))
 
 
 def test_angles_are_points_of_the_circle():
@@ -185,7 +185,7 @@ def test_angles_are_points_of_the_circle():
         pyro.sample("angle", dist.VonMises(3.0, 4.0))
         pyro.sample("phase", dist.Uniform(0.0, 24.0), infer={"periodic": True})
 
-    space = LatentSpace(Task(turning, AutoFlow(turning).setup(), (), {}))
+    space = Density(Task(turning, AutoFlow(turning).setup(), (), {}))
     assert space.read.names == ["cos angle", "sin angle", "cos phase", "sin phase"]
     draws = space.draw(100)
     torch.testing.assert_close(draws.quantities[:, :2].square().sum(1), torch.ones(100))
@@ -197,24 +197,24 @@ def test_discrete_sites_are_refused():
         pyro.sample("side", dist.Bernoulli(0.5))
 
     with pytest.raises(ValueError, match=r"'side'.*discrete"):
-        LatentSpace(Task(coin, coin, (), {}))
+        Density(Task(coin, coin, (), {}))
 
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal", "AutoIAFNormal"])
 def test_the_base_leads_to_the_guide(kind):
     """The density of the guide is that of the base after the change of variables."""
-    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
+    space = Density(Task(model, trained(kind), (Y,), {}))
     z = space.draw(6).z
     base = base_of(space, z)
     x = base.inverse(z)
     again, log_det = base.forward(x)
     torch.testing.assert_close(again, z, rtol=1e-4, atol=1e-4)
     moved = space.task.guide.call.get_base_dist().log_prob(x) - log_det
-    torch.testing.assert_close(moved.reshape(6), space.log_q(z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved.reshape(6), space.placement.log_q(z), rtol=1e-4, atol=1e-4)
 
 
 def test_guides_without_a_way_back_have_no_base():
-    assert base_of(LatentSpace(Task(model, by_hand, (Y,), {})), torch.zeros(2, 7)) is None
+    assert base_of(Density(Task(model, by_hand, (Y,), {})), torch.zeros(2, 7)) is None
 
     def two() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -222,7 +222,7 @@ def test_guides_without_a_way_back_have_no_base():
     pyro.clear_param_store()
     guide = AutoNormalizingFlow(two, lambda dim: dist.transforms.planar(dim))
     guide()
-    space = LatentSpace(Task(two, guide, (), {}))
+    space = Density(Task(two, guide, (), {}))
     assert base_of(space, space.draw(3).z) is None
 
 
@@ -277,17 +277,17 @@ def test_scores_are_gradients():
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters(local):
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
-        assert isinstance(space := LatentSpace(Task(model, trained("AutoFlow"), (Y,), {})), LatentSpace)
+        assert isinstance(space := Density(Task(model, trained("AutoFlow"), (Y,), {})), Density)
         assert space.draw(3).log_p.isfinite().all()
     assert issubclass(AutoFlow, PyroModule)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
-    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
-    assert [*space._packing] == ["mean", "scale", "share", "effect"]
+    space = Density(Task(model, trained(kind), (Y,), {}))
+    assert [*space.placement._slots] == ["mean", "scale", "share", "effect"]
     z = torch.randn(7, space.dim, generator=torch.Generator().manual_seed(0))
-    (quick, changes), (run, known) = space._place(z), space._place_by_run(z)
+    (quick, changes), (run, known) = space.placement.place(z), space.placement._place_by_run(z)
     for name, value in run.items():
         torch.testing.assert_close(quick[name], value)
     torch.testing.assert_close(sum(changes.values()), sum(known.values()))
@@ -298,7 +298,7 @@ def test_supports_that_depend_on_other_latents_take_a_run():
         a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
         pyro.sample("b", dist.Uniform(0.0, a))
 
-    assert not LatentSpace(Task(moving, AutoFlow(moving).setup(), (), {}))._packing
+    assert not Density(Task(moving, AutoFlow(moving).setup(), (), {})).placement._slots
 
 
 def test_large_models_are_scored_in_parts_with_the_same_gradients():
@@ -309,14 +309,14 @@ def test_large_models_are_scored_in_parts_with_the_same_gradients():
         mean = x[..., :1] + x[..., 1:] * rows
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=rows)
 
-    space = LatentSpace(Task(large, AutoFlow(large).setup(), (), {}))
+    space = Density(Task(large, AutoFlow(large).setup(), (), {}))
     assert space.task.model.chunk == 2
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()
     weights = torch.arange(1.0, 6.0)
-    (space._log_p(whole) * weights).sum().backward()
-    (space.log_p(parts) * weights).sum().backward()
-    torch.testing.assert_close(space.log_p(z), space._log_p(z))
+    (space._log_prob(whole) * weights).sum().backward()
+    (space.log_prob(parts) * weights).sum().backward()
+    torch.testing.assert_close(space.log_prob(z), space._log_prob(z))
     torch.testing.assert_close(parts.grad, whole.grad)
 
 
@@ -328,4 +328,4 @@ def test_expanded_tensors_count_by_their_memory():
         mean = x.unsqueeze(-1).expand(*x.shape, 1000).gather(-2, torch.zeros(*x.shape[:-1], 1, 1000).long()).squeeze(-2)
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(1000))
 
-    assert LatentSpace(Task(table, AutoFlow(table).setup(), (), {})).task.model.largest == 1000
+    assert Density(Task(table, AutoFlow(table).setup(), (), {})).task.model.largest == 1000

@@ -28,7 +28,7 @@ from pyro_flows.fitting import elbo
 from pyro_flows.fitting.gaussian_start import density_of_all_rows
 from pyro_flows.guides.couplings import PROBE
 from pyro_flows.guides.structure import Nesting, Structure
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -251,15 +251,15 @@ def test_log_prob_is_that_of_the_trace(case: Case) -> None:
 def test_its_transform_leads_from_the_bases_to_the_draws(case: Case) -> None:
     torch.manual_seed(0)
     guide = stirred(AutoStructuredFlow(case.model).setup(*case.args))
-    space = LatentSpace(Task(case.model, guide, case.args, {}))
-    z, transform = space.draw_alone(5, 5), guide.get_transform(*case.args)
+    space = Density(Task(case.model, guide, case.args, {}))
+    z, transform = space.placement.vectors(5, 5), guide.get_transform(*case.args)
     x = transform.inv(z)
     torch.testing.assert_close(transform(x), z, rtol=1e-4, atol=1e-3)
     sizes, blocks = [math.prod(shape) for shape in transform._shapes], guide.posterior.blocks
     parts = [part.unflatten(-1, (-1, b.packing.size)) for b, part in zip(blocks, x.split(sizes, -1), strict=True)]
     log_base = sum(b.flow.base().log_prob(part).sum(-1) for b, part in zip(blocks, parts, strict=True))
     log_q = log_base - transform.log_abs_det_jacobian(x, z)
-    torch.testing.assert_close(log_q, space.log_q(z), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(log_q, space.placement.log_q(z), rtol=1e-4, atol=1e-2)
 
 
 @every_case
@@ -451,7 +451,7 @@ def test_a_tree_of_rows_starts_at_the_posterior(name: str) -> None:
     torch.manual_seed(0)
     guide = AutoStructuredFlow(model)
     fit_svi(model, guide, *args, steps=1, lr=1e-9, num_particles=2, progress=False)
-    draws = LatentSpace(Task(model, guide, args, {})).draw(1000, 100)
+    draws = Density(Task(model, guide, args, {})).draw(1000, 100)
     log_weights = draws.log_p - draws.log_q
     assert log_weights.std() < 0.1, "of more than 200 latents in single precision, with draws of second derivatives"
 
@@ -596,9 +596,9 @@ def test_parts_of_minibatches_add_up_to_the_density_of_all_rows(
         density = density_of_all_rows(some, task.settle())
         structure = some.structure
         every = AutoStructuredFlow(model, structure=structure).setup(data)
-        space = LatentSpace(Task(model, every, (data,), {}))
+        space = Density(Task(model, every, (data,), {}))
         z = torch.randn(3, space.dim, requires_grad=True)
-        values = density(z), space.log_p(z)
+        values = density(z), space.log_prob(z)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(*values)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_flows import AutoFlow, check, fit_density, fit_svi, flows
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.threads import TRIED, Threads, allowed, using
 
@@ -59,12 +59,12 @@ def test_a_model_of_many_rows_tries_all_threads(draws, gradient):
         mean = x.unsqueeze(-1).expand([*x.shape, 300_000])
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(300_000))
 
-    space = LatentSpace(Task(large, AutoFlow(large).setup(), (), {}))
+    space = Density(Task(large, AutoFlow(large).setup(), (), {}))
     assert space.task.model.chunk == 1
     z, seen[:] = torch.zeros(draws, 1, requires_grad=gradient), []
     with using(1), torch.set_grad_enabled(gradient):
         for _ in range(TRIED + 1):
-            space.log_p(z)
+            space.log_prob(z)
             assert torch.get_num_threads() == 1
     assert seen[:TRIED] == [1] * TRIED
     assert seen[TRIED] == 2

@@ -23,7 +23,7 @@ from torch.distributions import biject_to, constraints
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.gaussian_start import start_from_gaussian
 from pyro_flows.guides import guide_flow
-from pyro_flows.programs.latent_space import LatentSpace
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
 
@@ -154,7 +154,7 @@ def test_log_p_counts_every_change_of_variables():
     wanted += (dist.Normal(torch.arange(3.0), 1.0).log_prob(c) + d - d.exp()).sum(-1)
     wanted += (dist.Normal(c, 0.5).log_prob(torch.zeros(3)) + 2.5 * dist.Normal(c, 0.5).log_prob(torch.ones(3))).sum(-1)
     guide = AutoFlow(model, small).setup()
-    torch.testing.assert_close(LatentSpace(Task(model, guide, (), {})).log_p(z), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Density(Task(model, guide, (), {})).log_prob(z), wanted, rtol=1e-4, atol=1e-4)
 
 
 def nested(y):
@@ -174,7 +174,7 @@ NESTED_Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 def test_log_p_is_the_models_density_of_one_draw_at_a_time():
     guide = AutoFlow(nested, small).setup(NESTED_Y)
     z = torch.randn(5, guide.latent_dim)
-    together = LatentSpace(Task(nested, guide, (NESTED_Y,), {})).log_p(z)
+    together = Density(Task(nested, guide, (NESTED_Y,), {})).log_prob(z)
     for row in range(5):
         values, change = guide.unpack(z[row]), torch.zeros(())
         for name, site in guide.prototype_trace.iter_stochastic_nodes():
@@ -241,7 +241,7 @@ def test_beyond_512_latents_correlations_and_marginals_are_found():
 def _log_weights(model, guide, *args) -> Tensor:
     with torch.no_grad():
         z, log_q = guide.flow().rsample_and_log_prob((1000,))
-        return LatentSpace(Task(model, guide, args, {})).log_p(z) - log_q
+        return Density(Task(model, guide, args, {})).log_prob(z) - log_q
 
 
 def test_models_that_run_one_draw_at_a_time_keep_their_start_of_many_latents():

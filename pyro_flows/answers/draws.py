@@ -11,8 +11,8 @@ from pyro import validation_enabled
 from torch import Tensor
 
 from ..diagnostics.importance import weigh
+from ..programs.density import Density
 from ..programs.engines import Values
-from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
 from ..sampling.annealed_population import ISLANDS, Population, bridge
@@ -70,7 +70,7 @@ def _of_chains(task: Task, number: int, chains: Samples) -> tuple[Values, Eviden
     size = len(next(iter(chains.flat.values())))
     kept = torch.arange(number) * size // number
     draws = {name: value[kept] for name, value in chains.flat.items()}
-    return draws, _bridged(sound_space(task), draws)
+    return draws, _bridged(Density.sound(task), draws)
 
 
 def _of_guide(task: Task, stages: Stages, best: Judged) -> tuple[Values, Evidence]:
@@ -92,17 +92,17 @@ def _of_guide(task: Task, stages: Stages, best: Judged) -> tuple[Values, Evidenc
 
 
 @torch.no_grad()
-def _bridged(space: LatentSpace, draws: Values) -> Evidence:
+def _bridged(space: Density, draws: Values) -> Evidence:
     """Return the evidence by bridge sampling between exact draws and draws of the guide (Meng, Wong 1996)."""
     size = len(next(iter(draws.values()))) // ISLANDS * ISLANDS
-    z = space.located({name: draws[name][:size] for name in space.task.latents}) if size else None
-    if z is None or not space.has_log_q:
+    z = space.placement.located({name: draws[name][:size] for name in space.task.latents}) if size else None
+    if z is None or not space.placement.has_log_q:
         return Evidence()
-    log_p = _in_batches(space.log_p, z)
+    log_p = _in_batches(space.log_prob, z)
     even = torch.full((len(z),), -math.log(len(z))).to(log_p)
     exact = Population(z, even, log_p, torch.zeros(ISLANDS), [0.0, 1.0])
     of_guide = space.draw(len(z))
-    return Evidence(*bridge(exact, log_p - _in_batches(space.log_q, z), of_guide.log_p - of_guide.log_q))
+    return Evidence(*bridge(exact, log_p - _in_batches(space.placement.log_q, z), of_guide.log_p - of_guide.log_q))
 
 
 def _in_batches(density: LogDensity, z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..fitting.chains_with_progress import exact
 from ..fitting.mode_covering import cover
 from ..fitting.propriety import check_proper
 from ..guides import AutoFlow
-from ..programs.latent_space import LatentSpace, sound_space
+from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
 from ..sampling.converged_chains import Goal
@@ -128,7 +128,7 @@ class Stages:
     def can_cover(self) -> bool:
         """True if a population can be expected to arrive in the time that is left."""
         task = self.task(self.best.guide).settle()
-        is_small = not task.runs_one_by_one and LatentSpace(task).dim <= EFFORT.latents
+        is_small = not task.runs_one_by_one and Density(task).dim <= EFFORT.latents
         return is_small and seconds_left() > self.steps[0].seconds
 
     def fit(self, guide: Any) -> None:
@@ -138,7 +138,7 @@ class Stages:
             if getattr(guide, "is_fresh", True):
                 if isinstance(guide, AutoFlow):
                     guide.setup(*self.question.args, **self.question.kwargs)
-                    check_proper("posterior", LatentSpace(self.task(guide)), guide.start[0])
+                    check_proper("posterior", Density(self.task(guide)), guide.start[0])
                 try:
                     fit = self._fit(guide)
                 except KeyboardInterrupt:
@@ -162,7 +162,7 @@ class Stages:
         Some start where checks have found mass that guides lack.  If these do not mix with the others, R-hat is large.
         """
         with self._step("chains") as said, validation_enabled(False):
-            space = sound_space(self.task(self.best.guide))
+            space = Density.sound(self.task(self.best.guide))
             others = torch.cat(lost) if (lost := self._lost()) else None
             goal = Goal(max(EFFORT.least_ess, self.num_draws), EFFORT.sweeps, EFFORT.longest)
             self.chains = exact(space, goal, None, progress=self.progress, others=others)

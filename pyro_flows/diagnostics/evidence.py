@@ -11,7 +11,7 @@ from itertools import compress
 
 from torch import Tensor
 
-from ..programs.latent_space import LatentSpace, Scored
+from ..programs.density import Density, Drawn
 from .drift import TOLERANCE, Drift, Shape, Spreads
 from .importance import Psis, weigh
 from .row_weights import RowWeights
@@ -43,7 +43,7 @@ class Evidence:
         return self.chains.pooled_with(self.weighted) if self.psis.reliable else self.chains
 
 
-def weighed(space: LatentSpace, number: int, at_once: int) -> tuple[Scored, Psis]:
+def weighed(space: Density, number: int, at_once: int) -> tuple[Drawn, Psis]:
     """Return weighted draws of a guide, without the quantities that are constant or not finite.
 
     Args:
@@ -55,7 +55,7 @@ def weighed(space: LatentSpace, number: int, at_once: int) -> tuple[Scored, Psis
         ValueError: If the guide is a point in some site.
     """
     draws = space.draw(number, at_once)
-    psis = weigh(draws.log_p - draws.log_q, "check", space.task, lambda index: space.latents(draws.z[index]))
+    psis = weigh(draws.log_p - draws.log_q, "check", space.task, lambda index: space.constrain(draws.z[index]))
     quantities = draws.quantities.double()
     varies = quantities.std(0) > 1e-6 * quantities.mean(0).abs().clamp_min(1e-12)
     for name in space.task.latents:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..programs.latent_space import LatentSpace, Scored
+from ..programs.density import Density, Drawn
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, weighted_drift, weighted_shape
@@ -52,7 +52,7 @@ class Look:
 LOOK = Look()
 
 
-def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) -> Evidence:
+def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evidence:
     """Gather the evidence about a guide of few latents.
 
     Args:
@@ -78,7 +78,7 @@ def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) ->
 
 @torch.no_grad()
 def _followed(
-    space: LatentSpace, charts: list[Coordinates], white: White, draws: Scored, began: Scored, certain: float
+    space: Density, charts: list[Coordinates], white: White, draws: Drawn, began: Drawn, certain: float
 ) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from draws of the guide until their drift is decided.
 
@@ -94,11 +94,11 @@ def _followed(
         The errors of moments, those along directions, those of distribution functions, and the acceptance.
     """
     runs = space.task.budget(WEIGHING.seconds)
-    chains, places = adapted(or_nan(runs.counted(space.log_p)), charts, began.z)
+    chains, places = adapted(or_nan(runs.counted(space.log_prob)), charts, began.z)
     axes = _axes(white.inverse(places))
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
-    others = Scored(*(part[1::2] for part in draws))
+    others = Drawn(*(part[1::2] for part in draws))
     meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (others, began)))
@@ -116,7 +116,7 @@ def _followed(
     return drift, along, shape.shape(), chains.acceptance
 
 
-def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
+def _with_distance(space: Density, white: White, quantities: Tensor, z: Tensor) -> Tensor:
     """Append the squared distance of z from the centre, ``(N, K) -> (N, K + 1)``, unless some latents are angles."""
     if space.read.angles:
         return quantities
@@ -131,7 +131,7 @@ def _axes(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
+def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
     """Return the relative increase of each variance by rare draws where the posterior has almost no density, ``(K,)``.
 
     A flow may move one draw in 100,000 so far that this draw dominates a mean or a standard deviation.  10,000 weighted
@@ -146,7 +146,7 @@ def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
     z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
     ends = [z.topk(LOOK.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
     outer = z[torch.cat(ends).unique()]
-    log_weights = or_nan(space.log_p)(outer) - space.log_q(outer) - psis.log_evidence
+    log_weights = or_nan(space.log_prob)(outer) - space.placement.log_q(outer) - psis.log_evidence
     lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
     quantities = draws.quantities.double()
     chances = psis.smoothed.exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
@@ -157,8 +157,8 @@ def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
     return (excess / variance).nan_to_num(0.0)
 
 
-def _drawn(space: LatentSpace, number: int) -> Tensor:
+def _drawn(space: Density, number: int) -> Tensor:
     guide = space.task.guide.call
     if isinstance(guide, AutoFlow) and guide.draws_from_flow:
         return guide.sample_roughly(number)
-    return space.draw_alone(number, 10 * LOOK.at_once)
+    return space.placement.vectors(number, 10 * LOOK.at_once)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal
 from torch.distributions.utils import _sum_rightmost
 
+from ..programs.density import Density
 from ..programs.engines import Site
-from ..programs.latent_space import LatentSpace
 from ..programs.latents import innermost
 from ..programs.log_density import or_nan
 from ..sampling.chains import Target
@@ -26,12 +26,12 @@ from ..sampling.start_distribution import Prior
 FIRST = 4096  # draws by which a hierarchy is recognised
 
 
-def target_of(space: LatentSpace, batch_size: int = 4096) -> Target:
+def target_of(space: Density, batch_size: int = 4096) -> Target:
     """Return a posterior and a guide that proposes draws, in batches of some size."""
     return Target(
         dim=space.dim,
-        log_p=or_nan(space.log_p),
-        log_q=or_nan(space.log_q),
+        log_p=or_nan(space.log_prob),
+        log_q=or_nan(space.placement.log_q),
         draw=lambda number: space.draw(number, batch_size)[:3],
         quantities=space.quantities,
         coordinates=partial(chain_coordinates, space),
@@ -51,7 +51,7 @@ class _Muted(Messenger):
             msg["mask"] = False
 
 
-def prior_of(space: LatentSpace) -> Prior:
+def prior_of(space: Density) -> Prior:
     """Return the posterior and the prior of a model's latents."""
     model, own = space.task.model, None
     if model.enumerated:  # then the prior of the others takes a run without the data; factors are observed sites
@@ -59,28 +59,28 @@ def prior_of(space: LatentSpace) -> Prior:
         own = space.task.of(space.task.guide.call, muted(model.call)).settle().model
     return Prior(
         draw=space.prior,
-        log_p=or_nan(space.log_p),
-        log_prior_and_p=or_nan(lambda z: torch.stack(space.log_prior_and_p(z, own), -1), 2),
-        flat=torch.tensor([name in space.flat for name in space.coordinates]),
+        log_p=or_nan(space.log_prob),
+        log_prior_and_p=or_nan(lambda z: torch.stack(space.log_prior_and_prob(z, own), -1), 2),
+        flat=torch.tensor([name in space.flat for name in space.placement.coordinates]),
         in_parts=space.in_parts,
         takes_a_run=own is not None,
     )
 
 
-def guide_coordinates(space: LatentSpace, z: Tensor) -> tuple[list[Coordinates], White]:
+def guide_coordinates(space: Density, z: Tensor) -> tuple[list[Coordinates], White]:
     """Return base coordinates, if any, and whitened ones, given draws z, ``(N, D)``; also the latter alone."""
     white, base = White(z), base_of(space, z[:100])
     return [base, white] if base else [white], white
 
 
-def chain_coordinates(space: LatentSpace, z: Tensor) -> list[Coordinates]:
+def chain_coordinates(space: Density, z: Tensor) -> list[Coordinates]:
     """Return the coordinates for chains, given draws z, ``(N, D)``: non-centred ones first if the model has them."""
     (others, _), hierarchy = guide_coordinates(space, z), hierarchy_of(space, z[:FIRST])
     found = NonCentred.of(hierarchy, z[:FIRST]) if hierarchy else None
     return [found, others[0]] if found else others
 
 
-def guide_density(space: LatentSpace, coordinates: Coordinates) -> GuideDensity | None:
+def guide_density(space: Density, coordinates: Coordinates) -> GuideDensity | None:
     """Return the guide's log-density over coordinates; None if it is unknown at vectors that the guide did not draw.
 
     In base coordinates it needs no inverse, which some flows find one dimension after another.
@@ -95,11 +95,11 @@ def guide_density(space: LatentSpace, coordinates: Coordinates) -> GuideDensity 
             return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
 
         return of_base
-    log_q = or_nan(space.log_q)
-    return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
+    log_q = or_nan(space.placement.log_q)
+    return (lambda x, z, log_det: log_q(z) + log_det) if space.placement.has_log_q else None
 
 
-def base_of(space: LatentSpace, z: Tensor) -> Mapped | None:
+def base_of(space: Density, z: Tensor) -> Mapped | None:
     """Return a guide's base coordinates; None if it has no base, or its transform is not invertible at draws z."""
     guide = space.task.guide
     transform_of: Any = getattr(guide.call, "get_transform", None)  # as each ``AutoContinuous`` has it
@@ -121,21 +121,21 @@ def base_of(space: LatentSpace, z: Tensor) -> Mapped | None:
 
 
 @torch.no_grad()
-def hierarchy_of(space: LatentSpace, z: Tensor) -> Hierarchy | None:
+def hierarchy_of(space: Density, z: Tensor) -> Hierarchy | None:
     """Return the real latents whose priors have locations and scales, given draws z; None if there are none."""
     model = space.task.model
     names = [name for name in space.task.latents if _has_loc_and_scale(model.single.nodes[name])]
     if not names or model.enumerated or space.task.runs_one_by_one:
         return None
-    places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
-    latents, columns = space.latents(z), torch.tensor(places, device=z.device)
+    places = [place for name in names for place, own in enumerate(space.placement.coordinates) if own == name]
+    latents, columns = space.constrain(z), torch.tensor(places, device=z.device)
     values = torch.cat([latents[name].reshape(len(z), -1) for name in names], -1)
     if values.shape[1] != len(columns) or not torch.allclose(z[:, columns], values):
         return None
 
     def stacked(z: Tensor) -> Tensor:
         found = model.run(
-            lambda view: {name: view.read(name, _loc_and_scale) for name in names}, space.latents(z), len(z)
+            lambda view: {name: view.read(name, _loc_and_scale) for name in names}, space.constrain(z), len(z)
         )
         return torch.cat([found[name].reshape(len(z), -1, 2) for name in names], 1).to(z)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..programs.latent_space import LatentSpace, Scored
+from ..programs.density import Density, Drawn
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads, weighted_drift, weighted_shape
@@ -55,7 +55,7 @@ class Look:
 LOOK = Look()
 
 
-def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) -> Evidence:
+def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evidence:
     """Gather the evidence about a guide of many latents.
 
     Args:
@@ -82,7 +82,7 @@ def look(space: LatentSpace, num_samples: int | None, num_chains: int | None) ->
     return Evidence(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space))
 
 
-def _chosen(space: LatentSpace, suspected: Suspects) -> str:
+def _chosen(space: Density, suspected: Suspects) -> str:
     """Follow all quantities of small sites, suspects, and a random part of the others; return words for them."""
     sites, sizes = space.read.sites, Counter(space.read.sites)
     small = torch.tensor([sizes[site] <= LOOK.small for site in sites])
@@ -98,7 +98,7 @@ def _chosen(space: LatentSpace, suspected: Suspects) -> str:
 
 @torch.no_grad()
 def _followed(
-    space: LatentSpace, suspected: Suspects, draws: Scored, began: Scored, certain: float
+    space: Density, suspected: Suspects, draws: Drawn, began: Drawn, certain: float
 ) -> tuple[Drift, Drift, Shape, Spreads, list[float]]:
     """Run chains with twins from draws of the guide until their drift is decided.
 
@@ -115,9 +115,9 @@ def _followed(
     """
     chart, twin, runs = suspected.chart, guide_density(space, suspected.chart), space.task.budget(WEIGHING.seconds)
     start = began.z if twin is None else torch.cat((began.z, began.z))
-    chains, _ = adapted(or_nan(runs.counted(space.log_p)), [chart], start, twin)
+    chains, _ = adapted(or_nan(runs.counted(space.log_prob)), [chart], start, twin)
     axes = suspected.directions[:, :0] if space.read.angles else suspected.directions  # periodic ones have no mean
-    others, squares = Scored(*(part[1::2] for part in draws)), _Squares(space, White(draws.z[::2]))
+    others, squares = Drawn(*(part[1::2] for part in draws)), _Squares(space, White(draws.z[::2]))
     meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(others.quantities, began.quantities)
     compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
@@ -150,10 +150,10 @@ class _Squares:
         names: The names of the sites; none if some latents are angles.
     """
 
-    def __init__(self, space: LatentSpace, white: White) -> None:
-        sizes = Counter([] if space.read.angles else space.coordinates)
+    def __init__(self, space: Density, white: White) -> None:
+        sizes = Counter([] if space.read.angles else space.placement.coordinates)
         self.names = [name for name, size in sizes.items() if size > LOOK.small]
-        own = [[name == site for site in space.coordinates] for name in self.names]
+        own = [[name == site for site in space.placement.coordinates] for name in self.names]
         self._share = torch.tensor(own).reshape(len(own), space.dim).to(white.loc)  # (S, D)
         self._share /= self._share.sum(-1, keepdim=True)
         self._white = white

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Chi2
 
-from ..programs.latent_space import LatentSpace, Scored
+from ..programs.density import Density, Drawn
 from ..sampling.annealed_population import anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
@@ -73,7 +73,7 @@ SEARCH = Search()
 DF = 5.0  # degrees of freedom of the fitted distributions
 
 
-def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
+def search(space: Density, white: White, draws: Drawn, evidence: float) -> Missing:
     """Search for mass that a guide misses.
 
     Args:
@@ -94,7 +94,7 @@ def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> 
 
 
 @torch.no_grad()
-def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, place: Tensor) -> str:
+def _neck(space: Density, white: White, density: LogDensity, draws: Drawn, place: Tensor) -> str:
     """Return the latent along which climbs from a guide's draws lead to a place far above them, and its value there.
 
     Such a place is the neck of a scale that goes to 0.  The string is empty if a valley lies between, as before another
@@ -114,14 +114,12 @@ def _neck(space: LatentSpace, white: White, density: LogDensity, draws: Scored, 
     labels = components(density, white, torch.cat((place.unsqueeze(0), ends)))
     if not bool((labels[1:] == labels[0]).any()):
         return ""
-    name = space.coordinates[axis]
+    name = space.placement.coordinates[axis]
     value = space.values(place.unsqueeze(0)).get(name)
     return name if value is None or value.numel() > 1 else f"{name} near {float(value):.2g}"
 
 
-def _lacking(
-    space: LatentSpace, white: White, reference: Reference, draws: Scored, evidence: float
-) -> tuple[Tensor, bool]:
+def _lacking(space: Density, white: White, reference: Reference, draws: Drawn, evidence: float) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
     alone = space.task.runs_one_by_one
     particles, number = (SEARCH.few, SEARCH.starts // 8) if alone else (SEARCH.particles, SEARCH.starts // 2)
@@ -189,7 +187,7 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
 
 
 @torch.no_grad()
-def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list[MultivariateT]) -> Missing:
+def _missed(space: Density, density: LogDensity, draws: Drawn, fitted: list[MultivariateT]) -> Missing:
     """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
     probes = [proposal.sample(SEARCH.probes // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
@@ -233,6 +231,6 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
 
 
 @torch.no_grad()
-def log_q(space: LatentSpace, z: Tensor) -> Tensor:
+def log_q(space: Density, z: Tensor) -> Tensor:
     """Return the guide's log-density, -inf where it is not finite."""
-    return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
+    return space.placement.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)

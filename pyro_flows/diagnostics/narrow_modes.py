@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..programs.latent_space import LatentSpace, Scored
+from ..programs.density import Density, Drawn
 from ..sampling.coordinates import White
 from ..vjp import LogDensity, value_and_score
 
@@ -70,14 +70,14 @@ class Narrow:
 NARROW = Narrow()
 
 
-def number_of_places(space: LatentSpace) -> int:
+def number_of_places(space: Density) -> int:
     """Return the number of places to look at in addition to given draws; 0 if a search is hopeless or too slow."""
     if space.task.runs_one_by_one or space.dim > NARROW.dims:
         return 0
     return min(NARROW.draws, NARROW.numbers // (space.task.model.largest + space.task.guide.largest))
 
 
-def peaks(space: LatentSpace, density: LogDensity, white: White, draws: Scored) -> Tensor:
+def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Tensor:
     """Return the ends of ascents of log p - log q from the places where it is largest, ``(n, D)``.
 
     Args:
@@ -92,9 +92,9 @@ def peaks(space: LatentSpace, density: LogDensity, white: White, draws: Scored) 
 
     def ratio(x: Tensor) -> Tensor:
         z, _ = white.forward(x)
-        return density(z) - space.log_q(z)
+        return density(z) - space.placement.log_q(z)
 
-    more = white.inverse(space.draw_alone(number, 2 * NARROW.at_once))
+    more = white.inverse(space.placement.vectors(number, 2 * NARROW.at_once))
     wide = int(NARROW.wide * number)
     more[:wide] *= NARROW.widest ** torch.rand(wide, 1).to(more)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
     return best
 
 
-def narrowest(space: LatentSpace, drawn: int) -> float:
+def narrowest(space: Density, drawn: int) -> float:
     """Return the scale of the narrowest mode that the search finds with a chance of 95 %, given a number of draws."""
     places = number_of_places(space)
     return narrowest_shown(space.dim, drawn + places - int(NARROW.wide * places)) if places else 1.0

@@ -10,7 +10,7 @@ import pyro
 from torch import Tensor
 
 from ..arguments import check_integers
-from ..programs.latent_space import sound_space
+from ..programs.density import Density
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
@@ -111,13 +111,13 @@ def refine(
     check_trained("refine", guide)
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because chains reject points without a density
-        space = sound_space(task)
+        space = Density.sound(task)
         check_reach("refine", space.task)
         reference = space.draw(max(2000, 10 * space.dim))
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)
         meter = DriftMeter(reference.quantities, began.quantities)
-        chains = Chains(or_nan(space.log_p), charts, began.z)
+        chains = Chains(or_nan(space.log_prob), charts, began.z)
         for transition in range(transitions):
             chains.sweep(adapt=transition < transitions // 4)
             if transition >= transitions // 2:

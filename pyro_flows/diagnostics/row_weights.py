@@ -22,8 +22,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..arguments import check_integers
+from ..programs.density import Density
 from ..programs.engines import Site, Values, View, in_batches, row_log_prob
-from ..programs.latent_space import LatentSpace
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import plates_of, runs_programs
 from .importance import WEIGHING, smooth
@@ -221,7 +221,7 @@ def _check_inside(trace: Trace, inside: list[str], plate: str) -> None:
 
 
 @torch.no_grad()
-def row_weights(space: LatentSpace) -> tuple[RowWeights, ...]:
+def row_weights(space: Density) -> tuple[RowWeights, ...]:
     """Return what the weights of all rows show, for each set of plates with many rows and latents of their own.
 
     The result is empty if the guide draws all latents together, or if discrete latents are summed out.  Plates are left

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, Stretched
 from ..sampling.lanczos import lanczos
@@ -72,14 +72,14 @@ class Suspects(NamedTuple):
 
 
 @torch.no_grad()
-def suspects(space: LatentSpace, at_once: int) -> Suspects:
+def suspects(space: Density, at_once: int) -> Suspects:
     """Return what scores predict to be wrong.
 
     Args:
         space: The guide's space, with all of its quantities.
         at_once: The largest number of draws to run at once.
     """
-    z = space.draw_alone(SUSPICION.draws, at_once)
+    z = space.placement.vectors(SUSPICION.draws, at_once)
     (chart, *_), _ = guide_coordinates(space, z)
     x = chart.inverse(z)
     score, log_q = _score(space, chart, at_once), guide_density(space, chart)
@@ -112,9 +112,9 @@ def suspects(space: LatentSpace, at_once: int) -> Suspects:
     return Suspects(stretched, directions, quantities)
 
 
-def _score(space: LatentSpace, chart: Coordinates, at_once: int) -> LogDensity:
+def _score(space: Density, chart: Coordinates, at_once: int) -> LogDensity:
     """Return the posterior's score over the coordinates, ``(N, D) -> (N, D)``."""
-    log_p = or_nan(space.log_p)
+    log_p = or_nan(space.log_prob)
 
     def over(x: Tensor) -> Tensor:
         z, log_det = chart.forward(x)
@@ -123,7 +123,7 @@ def _score(space: LatentSpace, chart: Coordinates, at_once: int) -> LogDensity:
     return lambda x: torch.cat([score_of(over, part) for part in x.split(at_once)])
 
 
-def _moved_most(space: LatentSpace, here: Tensor, there: Tensor, at_once: int) -> Tensor:
+def _moved_most(space: Density, here: Tensor, there: Tensor, at_once: int) -> Tensor:
     """Return the places of the quantities whose mean or spread differs most between vectors z, ``(N, D)``."""
     before, after = (torch.cat([space.quantities(part) for part in z.split(at_once)]) for z in (here, there))
     spread = before.std(0)

@@ -19,7 +19,7 @@ from torch.distributions import ComposeTransform, biject_to
 
 from ..guides import AutoFlow
 from ..guides.circles import is_circular
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.latents import innermost, is_discrete, is_point, named, states_support
 from ..programs.model_and_guide import Task
 from ..sampling.annealed_population import Effort, anneal
@@ -111,12 +111,12 @@ def unreached(task: Task) -> Missing:
         guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
     except (ValueError, NotImplementedError):  # models that AutoFlow refuses, mostly those without a density at a start
         return unknown
-    space = LatentSpace(task.of(guide))
+    space = Density(task.of(guide))
     number = REACH.few if task.runs_one_by_one else REACH.particles
     population = anneal(Reference(prior_of(space), guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:
         return unknown
-    outside = _outside(narrow, space.latents(population.z))
+    outside = _outside(narrow, space.constrain(population.z))
     return Missing(*population.share(outside), outside=sites) if bool(outside.any()) else Missing(0.0, 0.0)
 
 

@@ -27,7 +27,7 @@ import pyro
 
 from .. import plots
 from ..arguments import check_integers
-from ..programs.latent_space import sound_space
+from ..programs.density import Density
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from . import few_latents, many_latents
@@ -246,7 +246,7 @@ def assess(task: Task, num_samples: int | None = None, num_chains: int | None = 
     """Return the verdict on the guide of a task: see :func:`check`."""
     start = time.perf_counter()
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        space = sound_space(task)
+        space = Density.sound(task)
         look = many_latents.look if space.dim > WEIGHING.many else few_latents.look
         seen = look(space, num_samples, num_chains)
     return Check(**vars(seen), findings=tuple(judge(seen)), seconds=time.perf_counter() - start)

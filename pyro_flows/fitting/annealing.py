@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from ..arguments import check_flags, check_integers, check_program
 from ..guides import AutoFlow
 from ..programs import Program
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import ISLANDS
@@ -87,5 +87,5 @@ def anneal(
         return fit_svi(program, guide, *args, progress=progress, **settings)
 
     task = Task(program, guide, args, {})
-    check_proper(CALLER, LatentSpace(task), guide.start[0])
+    check_proper(CALLER, Density(task), guide.start[0])
     return cover(task, num_particles, fit_once if fit else None)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..diagnostics.guide_space import target_of
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.latents import check_likelihood
 from ..sampling import Samples
 from ..sampling.converged_chains import Goal, NoDensity, Run
@@ -19,7 +19,7 @@ CHAINS, ONE_BY_ONE = 256, 16  # default numbers of chains; the latter where the 
 
 
 def exact(
-    space: LatentSpace, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None
+    space: Density, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None
 ) -> Samples:
     """Sample a posterior by chains that start from a guide's draws; Ctrl-C ends them early.
 
@@ -40,7 +40,7 @@ def exact(
             raise
         found = run.run()
     z = run.record.z()
-    draws = space.drawn_back(z.flatten(0, 1), BATCH)
+    draws = space.complete(z.flatten(0, 1), BATCH)
     return Samples(
         draws={name: value.unflatten(0, z.shape[:2]) for name, value in draws.items()},
         names=space.read.names,

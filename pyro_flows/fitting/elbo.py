@@ -15,7 +15,7 @@ from ..guides.blocks import Block
 from ..guides.default_training import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.program import bound_values
 from ..threads import OPERATIONS
@@ -151,7 +151,7 @@ class ELBOFit:
         new = new and objective.vectorize_particles and not task.subsampled and guide.encoder is None
         new = new and not self.batches  # one batch is no posterior
         if new:
-            check_proper("fit_svi", LatentSpace(task), guide.start[0])
+            check_proper("fit_svi", Density(task), guide.start[0])
         if not (new if wish.warm_start is None else wish.warm_start):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..flows import Flow
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
 from ..programs.traces import leaves_of
@@ -77,14 +77,14 @@ class ELBOLoss:
         """Return the loss of a ``PathELBO`` and one flow, without the handlers that an ELBO runs a guide under."""
         flow, space = self._joint
         z, log_q = flow().with_path_gradient().rsample_and_log_prob((self.objective.num_particles,))
-        return (log_q - space.log_p(z)).mean()
+        return (log_q - space.log_prob(z)).mean()
 
     @functools.cached_property
-    def _joint(self) -> tuple[Flow, LatentSpace]:
+    def _joint(self) -> tuple[Flow, Density]:
         guide: Any = self.task.guide.call
         flow: Any = guide.flow
         single = guide.has_default_flow and is_plain([flow]) and InSingle.suits(flow.unscaled)
-        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow, LatentSpace(self.task)
+        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow, Density(self.task)
 
     def parameters(self) -> list[Tensor]:
         """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""

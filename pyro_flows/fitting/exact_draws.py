@@ -12,7 +12,7 @@ from ..arguments import check_flags, check_integers
 from ..diagnostics.unreached import check_reach
 from ..guides import AutoFlow
 from ..programs import Program
-from ..programs.latent_space import sound_space
+from ..programs.density import Density
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling import Samples
@@ -97,7 +97,7 @@ def sample(
     check_trained(CALLER, guide)
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
-        space = sound_space(task)
+        space = Density.sound(task)
         check_reach(CALLER, space.task)
         found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:

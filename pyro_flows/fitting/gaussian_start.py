@@ -20,7 +20,7 @@ from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
 from ..guides.default_flows import LIMITS
 from ..guides.guide_flow import rank_for
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.log_density import or_nan, sum_in_parts
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
@@ -69,7 +69,7 @@ def start_from_gaussian(
     if guide.has_circles or not _allows(runs := task.settle().budget(seconds), ", or warm_start=True"):
         return None
     with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
-        untempered = or_nan(runs.counted(LatentSpace(task).log_p))  # draws without density must reach the scores
+        untempered = or_nan(runs.counted(Density(task).log_prob))  # draws without density must reach the scores
         watch = runs.watched(held, "fit_svi")
 
         def density(latent: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
     with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
         density = density_of_all_rows(guide, task.settle()) if task.subsampled else None
         whole = density is not None or not task.subsampled
-        space = LatentSpace(task if whole else _unscaled(guide, task))
+        space = Density(task if whole else _unscaled(guide, task))
         layouts = [Layout(*of_block) for of_block in guide.places(whole=whole)]
         start = torch.cat([block.start(whole=whole).flatten() for block in guide.posterior.blocks])
         if density is None and space.dim != len(start):  # the guide was set up with other numbers of rows
             return None
-        counted, watch = or_nan(runs.counted(density or space.log_p)), runs.watched(held, "fit_svi")
+        counted, watch = or_nan(runs.counted(density or space.log_prob)), runs.watched(held, "fit_svi")
         found = fit_blocks(counted, layouts, start, guide.posterior.scale, watch=watch)
     if found is None:
         return None

@@ -31,7 +31,7 @@ from ..diagnostics.guide_space import prior_of, target_of
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
-from ..programs.latent_space import LatentSpace, sound_space
+from ..programs.density import Density
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
 from ..sampling.annealed_population import ISLANDS, Effort, Population, anneal, bridge, moved_on
@@ -163,20 +163,20 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     """
     began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
-        space, at = sound_space(task), guide.start[0]
+        space, at = Density.sound(task), guide.start[0]
         reference, number = Reference(prior_of(space), at), -(-number // ISLANDS) * ISLANDS
 
         def particles() -> tuple[Population | None, Tensor]:
             with torch.random.fork_rng([at.device] if at.is_cuda else []):  # the particles do not depend on the check
                 check_bounded("anneal", guide, space, reference.draw(SOME))
-            return anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), reference.draw(SOME))
+            return anneal(reference, number, Effort()), ways_up(or_nan(space.log_prob), reference.draw(SOME))
 
         population, others = distributed.broadcast(particles)
         distributed.sync()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         starts = others if starts is None else torch.cat((others, starts))
-        modes = ModeMixture(or_nan(space.log_p), space.wrapped, population, starts)
+        modes = ModeMixture(or_nan(space.log_prob), space.wrapped, population, starts)
     weighted = _fitted(space.task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
         weighted = _weighted(weighted.guide, space.task, weighted.fit)
@@ -270,9 +270,9 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     return guide
 
 
-def space_of(guide: Any, task: Task) -> LatentSpace:
+def space_of(guide: Any, task: Task) -> Density:
     """Return the latent space of another guide of a task's model."""
-    return sound_space(task.of(guide))
+    return Density.sound(task.of(guide))
 
 
 def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
@@ -300,7 +300,7 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
     return _weighted(guide, task, weighted.fit)
 
 
-def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, began: float) -> Annealed:
+def _summary(space: Density, modes: ModeMixture, weighted: _Weighted | None, began: float) -> Annealed:
     """Summarise the guide's weighted draws or the population, whichever is better."""
     population, number, bridged = modes.population, len(modes.places), None
     if weighted and not (weighted.psis.even or weighted.psis.khat < CLEAR or space.task.runs_one_by_one):
@@ -322,7 +322,7 @@ def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None,
     places = [{name: values[name][k] for name in space.task.latents} for k in range(number)]
     found = [Mode(*share, at, height) for share, at, height in zip(shares, places, modes.heights.tolist(), strict=True)]
     return Annealed(
-        draws=space.drawn_back(z, BATCH),
+        draws=space.complete(z, BATCH),
         log_weights=log_weights,
         log_evidence=log_evidence,
         log_evidence_se=noise,

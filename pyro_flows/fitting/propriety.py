@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..guides import AutoFlow
-from ..programs.latent_space import LatentSpace
+from ..programs.density import Density
 from ..programs.latents import flat_by_mask
 from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
@@ -37,7 +37,7 @@ SLOWEST = -0.5  # power of the distance; a density that falls more slowly than t
 BATCH = 2048  # vectors per run of the model
 
 
-def check_proper(caller: str, space: LatentSpace, start: Tensor) -> None:
+def check_proper(caller: str, space: Density, start: Tensor) -> None:
     """Raise ValueError if a flat prior leaves the posterior detectably improper; the message names the sites.
 
     Args:
@@ -48,10 +48,10 @@ def check_proper(caller: str, space: LatentSpace, start: Tensor) -> None:
     flat = _flat_latents(space)
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
-    density = or_nan(space.log_p)
+    density = or_nan(space.log_prob)
     for on_lines, places in flat.items():
         for direction in _straight_lines(density, start, places, on_lines):
-            sites = sorted({space.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
+            sites = sorted({space.placement.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
             which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
             raise ValueError(
                 f"{caller}: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
@@ -65,20 +65,20 @@ def check_masked(task: Task) -> None:
         warn_user(f"fit_svi: the posterior may be improper: {words}.")
         with unchanged(), validation_enabled(False):
             if not task.subsampled and (space := _space_of(task)):
-                check_proper("fit_svi", space, space.draw_alone(1, 1)[0])
+                check_proper("fit_svi", space, space.placement.vectors(1, 1)[0])
 
 
-def _space_of(task: Task) -> LatentSpace | None:
+def _space_of(task: Task) -> Density | None:
     """Return the latent space of a guide, or None if its draws have no density there."""
     try:
-        space = LatentSpace(task)
-        space.verify()
+        space = Density(task)
+        space.placement.verify()
     except ValueError:
         return None
     return space
 
 
-def check_bounded(caller: str, guide: AutoFlow, space: LatentSpace, z: Tensor) -> None:
+def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> None:
     """Raise ValueError if the posterior's integral along the axis of a latent is infinite.
 
     Args:
@@ -96,7 +96,7 @@ def check_bounded(caller: str, guide: AutoFlow, space: LatentSpace, z: Tensor) -
     unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
     walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
     ends = z[:PLACES].view(-1, 1, 1, 1, z.shape[1]) + walks
-    log_p = torch.cat([_where_exact(space, part, or_nan(space.log_p)) for part in ends.flatten(0, -2).split(BATCH)])
+    log_p = torch.cat([_where_exact(space, part, or_nan(space.log_prob)) for part in ends.flatten(0, -2).split(BATCH)])
     endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
     if bool(endless.any()):
         sites = sorted({guide.coordinates[int(axis)] for axis in axes[endless]})
@@ -108,9 +108,9 @@ def check_bounded(caller: str, guide: AutoFlow, space: LatentSpace, z: Tensor) -
 
 
 @torch.no_grad()
-def _where_exact(space: LatentSpace, z: Tensor, density: LogDensity) -> Tensor:
+def _where_exact(space: Density, z: Tensor, density: LogDensity) -> Tensor:
     """Return a log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
-    back = space.located(space.latents(z))
+    back = space.placement.located(space.constrain(z))
     off = torch.zeros_like(z) if back is None else (back - z).abs() - ROUND_OFF * z.abs()
     return density(z).where((off <= 0).all(-1), math.nan)
 
@@ -129,10 +129,10 @@ def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:
     return (count.squeeze(-1) > 2) & (last > SLOWEST).all(-1)
 
 
-def _flat_latents(space: LatentSpace) -> dict[bool, list[int]]:
+def _flat_latents(space: Density) -> dict[bool, list[int]]:
     """Return the packed latents with flat priors on the real line (True) and elsewhere (False)."""
     flat: dict[bool, list[int]] = {True: [], False: []}
-    for place, name in enumerate(space.coordinates):
+    for place, name in enumerate(space.placement.coordinates):
         if name not in space.flat:
             continue
         support = space.task.model.single.nodes[name]["fn"].support

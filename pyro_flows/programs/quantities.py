@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from itertools import compress
 from typing import Any
 
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import VonMises
 
-from .engines import Values
+from .engines import Site, Values
 from .latents import innermost
 from .masks import is_deterministic
-from .model_and_guide import Task
 
 MOST = 1000  # numbers of a deterministic site; larger ones are left out
 
@@ -23,7 +23,9 @@ class Quantities:
     """The K numbers to read off draws of a model.
 
     Args:
-        task: The model and its guide.
+        nodes: The model's sites, by name.
+        latents: The names of its latents.
+        enumerated: The discrete latents that are summed out.
 
     Attributes:
         names: The names of the K quantities; angles count as their cosine and sine.
@@ -34,10 +36,9 @@ class Quantities:
         plain_angles: The angles whose values are in radians.
     """
 
-    def __init__(self, task: Task) -> None:
-        nodes, latents = task.model.single.nodes, task.latents
+    def __init__(self, nodes: dict[str, Site], latents: list[str], enumerated: Collection[str] = ()) -> None:
         small = [name for name, site in nodes.items() if is_deterministic(site) and site["value"].numel() <= MOST]
-        self.derived = [] if task.model.enumerated else small
+        self.derived = [] if enumerated else small
         read = [name for name in nodes if name in latents or name in self.derived]
         self._turns = {name: _turn_of(nodes[name]) for name in read}
         self.names, self.sites = [], []
