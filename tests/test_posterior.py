@@ -23,7 +23,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, flows
 from pyro_flows.answers import stages
-from pyro_flows.answers.choice import choose
+from pyro_flows.answers.posterior import _choose
 from pyro_flows.answers.record import Question
 from pyro_flows.training import distributed
 
@@ -195,7 +195,7 @@ def test_a_hard_edge_is_met_by_a_population():
 
 def test_a_guide_is_chosen_from_the_model():
     def chosen(model, *args):
-        return type(choose(model, args, {}, None)[1]).__name__
+        return type(_choose(model, args, {}, None)[1]).__name__
 
     def many() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(600), 1.0).to_event(1))
@@ -233,13 +233,13 @@ def test_a_trained_guide_is_not_trained_again():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: pyro.sample("k", dist.Bernoulli(0.5)), "must have a continuous latent site"),
+        (lambda: pyro.sample("k", dist.Bernoulli(0.5)), "AutoFlow: the model has no latents"),
         (lambda: pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0)), "no parameters, got 'loc'"),
         (lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), ())), "posterior is improper"),
     ],
 )
 def test_models_without_a_posterior_are_refused(model, words):
-    with pytest.raises(ValueError, match=f"^posterior: .*{words}"):
+    with pytest.raises(ValueError, match=words):
         pf.posterior(model, progress=False)
 
 

@@ -69,7 +69,7 @@ def test_it_stands_in_for_a_model_from_the_fit_to_predictions():
     assert pf.psis(program, guide, Y, num_samples=500).reliable
     assert Predictive(program, guide=guide, num_samples=7)()["y"].shape == (7, 3)
     assert pf.posterior_graph(program, Y).shape == (1, 1)
-    assert pf.sample(program, None, Y, num_draws=200, progress=False).converged
+    assert pf.sample(program, guide, Y, num_draws=200, progress=False).converged
 
 
 def test_parameters_of_a_module_that_it_holds_are_trained():

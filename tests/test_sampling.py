@@ -224,21 +224,8 @@ def test_a_guide_that_is_off_does_no_harm(local):
     assert found.flat["x"].numel() == found.draws["x"].numel() >= 4000
     assert found.names == ["x"]
     assert found.guide is wrong
-    assert found.fit is None
     assert found.divergences == 0
     assert all(word in repr(found) for word in ("converged", "R-hat", "ESS", "divergences", " s"))
-
-
-@pytest.mark.parametrize("local", [False, True])
-def test_without_a_guide_one_is_fitted(local):
-    with pyro.settings.context(module_local_params=local):
-        found = pf.sample(conjugate, None, torch.tensor(2.0), progress=False, num_chains=64)
-    agree(found, "x", 1.0, 0.5**0.5)
-    assert isinstance(found.guide, AutoFlow)
-    assert found.fit.guide is found.guide
-    assert found.chance > 0.5
-    assert found.draws["x"].shape[0] == 64
-    assert "for the fit" in repr(found)
 
 
 @pytest.mark.slow

@@ -13,17 +13,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pyro import poutine, validation_enabled
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import nn
+
 from ..arguments import check_flags, check_integers, check_numbers, check_program
+from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow, init_to_center
+from ..programs import Program
 from ..programs.plate_nesting import runs_programs
+from ..programs.program import Args, Function, Kwargs, inner_of
 from ..time_limit import TimeUp, within
 from ..training import distributed
 from ..user_code import warn_user
-from .choice import choose
-from .draws import answered
-from .record import CTRL_C, Posterior, Step
+from .record import Posterior, Question
 from .stages import Judged, Stages
 
 CALLER = "posterior"
+MANY = 512  # numbers in all latents, beyond which one flow over all of them is slow
 
 
 @runs_programs
@@ -81,7 +89,7 @@ def posterior(
     if distributed.size() > 1:
         fault = f"posterior runs in one process, got {distributed.size()}"
         raise ValueError(f"{CALLER}: {fault}. Let them share fit_svi, and call check in one of them.")
-    question, chosen = choose(model, args, kwargs, guide)
+    question, chosen = _choose(model, args, kwargs, guide)
     stages = Stages(question, num_draws, progress)
     try:
         with within(seconds or math.inf):
@@ -91,11 +99,9 @@ def posterior(
             stages.judged.append(Judged(chosen))
         if not stages.judged:
             raise
-        if isinstance(error, KeyboardInterrupt) and not isinstance(error, TimeUp):
-            stages.steps.append(Step(CTRL_C, 0.0, "", "the best answer so far"))
         if not isinstance(error, KeyboardInterrupt):
             warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {error}")
-    return answered(stages, began)
+    return stages.answer(began)
 
 
 def _go_on(stages: Stages, guide: Any) -> None:
@@ -105,7 +111,7 @@ def _go_on(stages: Stages, guide: Any) -> None:
     except FloatingPointError as error:  # for example at a hard edge, where a population still works
         warn_user(f"{CALLER}: training broke down, and a population takes over. {error}")
         stages.cover()
-    if stages.task(stages.best.guide).draws_rows:  # a minibatch cannot be checked
+    if not stages.can_check:
         return
     stages.check()
     if not (stages.is_settled or stages.best.misses_mass):
@@ -116,3 +122,57 @@ def _go_on(stages: Stages, guide: Any) -> None:
             stages.check()
             if not (stages.is_settled or stages.best.misses_mass):
                 stages.sample()
+
+
+def _choose(model: Function, args: Args, kwargs: Kwargs, guide: Any) -> tuple[Question, Any]:
+    """Return a question about a model, and a guide that answers it.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        guide: A guide, a function from the model to a guide, or None for the one that suits the model.
+
+    Raises:
+        ValueError: If the model has no continuous latents, or has parameters.
+    """
+    program = Program(model, args, kwargs)
+    trace = _trace(program)
+    _check_no_parameters(inner_of(model), trace)
+    if isinstance(guide, AutoGuide | nn.Module):  # it is called with the arguments of the model
+        return Question(model, args, kwargs, model), guide
+    return Question(program, (), {}, model), guide(program) if guide is not None else _suited(program, trace)
+
+
+def _suited(program: Program, trace: Trace) -> Any:
+    """Return a guide that suits a model."""
+    rows = _subsampled(trace)
+    if rows:
+        return AutoPlateFlow(program, rows.pop()) if len(rows) == 1 else AutoStructuredFlow(program)
+    found = AutoFlow(program).setup()
+    return found if found.latent_dim <= MANY else AutoStructuredFlow(program)
+
+
+def _trace(program: Program) -> Trace:
+    """Return a trace of the model; an empty one if it does not run, since the setup of the guide says why."""
+    try:
+        with validation_enabled(False), poutine.block():
+            return poutine.trace(InitMessenger(init_to_center)(program)).get_trace()
+    except Exception:
+        return Trace()
+
+
+def _check_no_parameters(model: Any, trace: Trace) -> None:
+    """Raise ValueError if a model has parameters, of which a posterior is a function."""
+    names = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    if isinstance(model, nn.Module):
+        names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if names:
+        fault = f"the model must have no parameters, got {', '.join(map(repr, names[:3]))}"
+        raise ValueError(f"{CALLER}: {fault}. Give them priors, or fit them by fit_svi.")
+
+
+def _subsampled(trace: Trace) -> set[str]:
+    """Return the plates that run over a part of their rows and hold latents."""
+    frames = [frame for name in trace.stochastic_nodes for frame in trace.nodes[name]["cond_indep_stack"]]
+    return {frame.name for frame in frames if frame.full_size is not None and frame.size < frame.full_size}

@@ -21,7 +21,6 @@ from .predictions import predicted
 from .table import table_of
 
 SHOWN = 12  # lines of the table in a notebook
-CTRL_C = "Ctrl-C"  # the name of the last step of an interrupted answer
 
 
 class Question(NamedTuple):
@@ -109,7 +108,7 @@ class Posterior:
     @property
     def interrupted(self) -> bool:
         """True if Ctrl-C has ended it."""
-        return self.steps[-1].name == CTRL_C
+        return self.steps[-1].said.startswith("interrupted")
 
     @property
     def trusted(self) -> bool:

@@ -1,7 +1,8 @@
 """The stages of an answer: a fit, its check, chains from a guide, and a population that finds modes.
 
-Each stage adds to the evidence, a list of guides with their checks and the latest chains, and leaves a step that says
-what it found.  :mod:`.posterior` orders the stages.
+Each stage adds to what is known, guides with their checks and the latest chains, and leaves a step that says what it
+found.  :mod:`.posterior` orders the stages.  The draws of the answer are those of chains, or of the best guide, which
+reliable weights correct.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,20 +21,26 @@ from torch import Tensor
 
 from ..diagnostics import Check, Finding, check
 from ..diagnostics.findings import VERDICTS
+from ..diagnostics.importance import weigh
 from ..fitting import fit_svi
-from ..fitting.chains_with_progress import exact
+from ..fitting.exact_draws import exact
 from ..fitting.mode_covering import cover
 from ..fitting.propriety import check_proper
 from ..guides import AutoFlow
 from ..programs.density import Density
+from ..programs.engines import Values
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
+from ..sampling.annealed_population import ISLANDS, Population, bridge
 from ..sampling.converged_chains import Goal
-from ..time_limit import seconds_left, within
+from ..sampling.resampling import systematic
+from ..time_limit import TimeUp, seconds_left, within
 from ..training.loop import Fit
-from .record import Question, Step
+from .record import Posterior, Question, Step
 
 LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not reach
+UNKNOWN = math.nan, math.nan  # the evidence and its error
+BATCH = 1000  # draws per run of the model
 
 
 @dataclass(frozen=True)
@@ -42,23 +49,25 @@ class Effort:
 
     Attributes:
         particles: The size of a population that searches for modes: one of 2,048 finds modes of 1 % of the mass.
+        latents: The most latents of a model for a population, which takes the longer the more there are.
         sweeps: The most sweeps of chains; those that have not converged by then rarely do.
         longest: The factor by which heavy tails may lengthen a run: only ``num_draws`` of its draws are kept.
         least_ess: The least effective sample size of chains, below which R-hat says little.
         starts: The draws of each guide from which climbs to modes start.
         share: The share of a time limit that a fit may take, so that time is left to check it.
-        latents: The most latents of a model for a population, which takes the longer the more there are.
         lost_evidence: The nats by which the evidence of a guide may fall short of an earlier one's.
+        per_draw: The weighted draws for each that is kept, so that few are kept twice.
     """
 
     particles: int = 2048
+    latents: int = 300
     sweeps: int = 1000
     longest: float = 2.0
     least_ess: int = 400
     starts: int = 8
     share: float = 0.6
-    latents: int = 300
     lost_evidence: float = 0.1
+    per_draw: int = 4
 
 
 EFFORT = Effort()
@@ -66,7 +75,7 @@ EFFORT = Effort()
 
 @dataclass(frozen=True)
 class Judged:
-    """A guide and its check; None if there was no time for one."""
+    """A guide and its check; None if there was no time for one, or it is not possible."""
 
     guide: Any
     check: Check | None = None
@@ -125,11 +134,20 @@ class Stages:
         return self.is_exact or self.best.is_usable
 
     @property
+    def can_check(self) -> bool:
+        """True if guides draw all rows of all plates, so that their draws can be weighed."""
+        return not self.task.draws_rows
+
+    @property
     def can_cover(self) -> bool:
         """True if a population can be expected to arrive in the time that is left."""
-        task = self.task(self.best.guide).settle()
-        is_small = not task.runs_one_by_one and Density(task).dim <= EFFORT.latents
+        is_small = not self.task.runs_one_by_one and Density(self.task).dim <= EFFORT.latents
         return is_small and seconds_left() > self.steps[0].seconds
+
+    @property
+    def task(self) -> Task:
+        """The model with the best guide."""
+        return self._task(self.best.guide)
 
     def fit(self, guide: Any) -> None:
         """Fit a guide, unless it was trained before."""
@@ -138,7 +156,7 @@ class Stages:
             if getattr(guide, "is_fresh", True):
                 if isinstance(guide, AutoFlow):
                     guide.setup(*self.question.args, **self.question.kwargs)
-                    check_proper("posterior", Density(self.task(guide)), guide.start[0])
+                    check_proper("posterior", Density(self._task(guide)), guide.start[0])
                 try:
                     fit = self._fit(guide)
                 except KeyboardInterrupt:
@@ -162,24 +180,32 @@ class Stages:
         Some start where checks have found mass that guides lack.  If these do not mix with the others, R-hat is large.
         """
         with self._step("chains") as said, validation_enabled(False):
-            space = Density.sound(self.task(self.best.guide))
-            others = torch.cat(lost) if (lost := self._lost()) else None
             goal = Goal(max(EFFORT.least_ess, self.num_draws), EFFORT.sweeps, EFFORT.longest)
-            self.chains = exact(space, goal, None, progress=self.progress, others=others)
+            self.chains = exact(Density.sound(self.task), goal, None, progress=self.progress, others=self._places())
             said[:] = "trust" if self.is_exact else "do not trust", self.chains.worst
-        if not self.chains.converged and self.chains.sweeps < EFFORT.sweeps:
-            raise KeyboardInterrupt
+            if not self.chains.converged and self.chains.sweeps < EFFORT.sweeps:
+                raise KeyboardInterrupt
 
     def cover(self) -> None:
         """Fit a guide to the modes of a population, and to places with mass that earlier guides know."""
         with self._step("population") as said:
             guide = AutoFlow(self.question.model).setup(*self.question.args, **self.question.kwargs)
-            found = cover(self.task(guide), EFFORT.particles, self._fit, self._places())
+            places = self._places(also=[one.guide for one in self.judged if isinstance(one.guide, AutoFlow)])
+            found = cover(self._task(guide), EFFORT.particles, self._fit, places)
             self.judged.append(Judged(found.guide))
             said[1] = f"{len(found.modes)} mode{'s' * (len(found.modes) > 1)}"
 
-    def task(self, guide: Any) -> Task:
-        """Return the model with a guide."""
+    def answer(self, began: float) -> Posterior:
+        """Return the answer: draws of the best guide if they can be used, or else of chains if there are any."""
+        best, chains = self.best, None if self.best.is_usable else self.chains
+        with validation_enabled(False):  # draws without a density are no errors
+            draws, evidence = self._of_chains(chains) if chains else self._of_guide(best)
+        evidence = evidence if self.is_settled else UNKNOWN
+        verdict, seconds = "trust" if self.is_settled else "do not trust", time.perf_counter() - began
+        steps, question = tuple(self.steps), self.question
+        return Posterior(draws, verdict, self._reason(chains), *evidence, steps, seconds, best.guide, chains, question)
+
+    def _task(self, guide: Any) -> Task:
         return Task(self.question.model, guide, self.question.args, self.question.kwargs)
 
     @contextmanager
@@ -189,8 +215,11 @@ class Stages:
         self._say(f"{name} ...")
         try:
             yield said
+        except KeyboardInterrupt as error:
+            said[1] = " ".join(["out of time" if isinstance(error, TimeUp) else "interrupted", said[1]]).strip()
+            raise
         except BaseException as error:
-            said[1] = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+            said[1] = f"failed: {error}"
             raise
         finally:
             self.steps.append(Step(name, time.perf_counter() - began, *said))
@@ -211,16 +240,11 @@ class Stages:
         return fit
 
     @torch.no_grad()
-    def _places(self) -> Tensor | None:
-        """Return places with mass, ``(n, D)``: draws of earlier guides of all latents, and places that these lack."""
-        flows = [one.guide.flow for one in self.judged if isinstance(one.guide, AutoFlow)]
-        places = [*self._lost(), *(flow().sample((EFFORT.starts,)) for flow in flows)]
+    def _places(self, also: Sequence[AutoFlow] = ()) -> Tensor | None:
+        """Return places where checks have found mass that guides lack, and draws of some guides: ``(n, D)`` or None."""
+        lost = [one.check.missing.place for one in self.judged if one.check and one.check.missing.place is not None]
+        places = [*(place.unsqueeze(0) for place in lost), *(guide.flow().sample((EFFORT.starts,)) for guide in also)]
         return torch.cat(places) if places else None
-
-    def _lost(self) -> list[Tensor]:
-        """Return the places, each ``(1, D)``, where checks have found mass that a guide lacks."""
-        found = [one.check.missing.place for one in self.judged if one.check]
-        return [place.unsqueeze(0) for place in found if place is not None]
 
     def _compared(self, found: Check) -> Check:
         """Add a finding to a check if its guide has less evidence than an earlier one."""
@@ -230,3 +254,46 @@ class Stages:
                 if lost - 3 * math.hypot(one.check.log_evidence_se, found.log_evidence_se) > EFFORT.lost_evidence:
                     return replace(found, findings=(Finding("evidence", "fit", lost), *found.findings))
         return found
+
+    def _reason(self, chains: Samples | None) -> str:
+        """Return the reason for the verdict on the draws."""
+        checked, part = self.best.check, "" if self.can_check else f": {self.task.subsampled}"
+        if checked is None:
+            return f"The guide was not checked{part}."
+        if chains is None:
+            return f"The draws are resampled. {checked.reason}" if checked.verdict == "reweight" else checked.reason
+        state = "The draws are exact: chains have converged" if self.is_exact else "The chains have not converged"
+        return f"{state} ({chains.worst}). Of the guide: {checked.reason}"
+
+    def _of_guide(self, best: Judged) -> tuple[Values, tuple[float, float]]:
+        """Return draws of a guide, resampled by their weights if these are reliable, and the evidence then."""
+        task, number, checked = self.task, self.num_draws, best.check
+        if not self.can_check:  # the guide itself draws all rows
+            return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN
+        weighs = checked is not None and best.is_usable and checked.psis.reliable
+        task = task.check()
+        found = task.draw(EFFORT.per_draw * number if weighs else number)
+        psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at) if weighs else None
+        if checked is None or psis is None or (checked.trusted and not psis.reliable):  # k-hat is itself an estimate
+            return task.values(found.take(torch.arange(number)).latents), UNKNOWN
+        kept = systematic(psis.smoothed.double().exp(), number)
+        latents = found.latents_at(kept[torch.randperm(number, device=kept.device)])
+        return task.values(latents), (psis.log_evidence, psis.log_evidence_se)
+
+    @torch.no_grad()
+    def _of_chains(self, chains: Samples) -> tuple[Values, tuple[float, float]]:
+        """Return draws of chains, evenly spread over all of them, and the evidence.
+
+        It comes from bridge sampling between these draws and draws of the guide (Meng, Wong 1996).
+        """
+        space, number = Density.sound(self.task), self.num_draws
+        kept = torch.arange(number) * len(next(iter(chains.flat.values()))) // number
+        draws = {name: value[kept] for name, value in chains.flat.items()}
+        size = number // ISLANDS * ISLANDS
+        z = space.placement.located({name: draws[name][:size] for name in space.task.latents}) if size else None
+        if z is None or not space.placement.has_log_q:
+            return draws, UNKNOWN
+        log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, space.placement.log_q))
+        even = torch.full((len(z),), -math.log(len(z))).to(log_p)
+        known, of_guide = Population(z, even, log_p, torch.zeros(ISLANDS), [0.0, 1.0]), space.draw(len(z))
+        return draws, bridge(known, log_p - log_q, of_guide.log_p - of_guide.log_q)

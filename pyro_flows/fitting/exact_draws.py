@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pyro
+from torch import Tensor
+from tqdm import tqdm
 
 from ..arguments import check_flags, check_integers
+from ..diagnostics.guide_space import target_of
 from ..diagnostics.unreached import check_reach
-from ..guides import AutoFlow
-from ..programs import Program
 from ..programs.density import Density
+from ..programs.latents import check_likelihood
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling import Samples
 from ..sampling.chains import FROZEN
-from ..sampling.converged_chains import Goal
+from ..sampling.converged_chains import Goal, NoDensity, Run
+from ..training.interrupts import watching
 from ..user_code import warn_user
-from .chains_with_progress import exact
-from .svi import fit_svi
 
 CALLER = "sample"
+BATCH = 4096  # draws per run of the model
+CHAINS, ONE_BY_ONE = 256, 16  # default numbers of chains; the latter where the model runs one draw at a time
 
 
 @runs_programs
 def sample(
     model: Callable[..., Any],
-    guide: Callable[..., Any] | None = None,
+    guide: Callable[..., Any],
     *args: Any,
     num_draws: int = 4000,
     num_chains: int | None = None,
@@ -52,8 +55,7 @@ def sample(
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out, and sampled at the end.
-        guide: A trained guide of the same latents; by default an :class:`~pyro_flows.AutoFlow`, which is fitted first.
-            Give None if arguments of the model follow.
+        guide: A trained guide of the same latents.
         *args: The model's arguments.
         num_draws: The least effective sample size of each quantity; the chains return at least as many draws.
         num_chains: The number of chains, at least 4; by default 256, or 16 if the model runs one draw at a time.
@@ -89,11 +91,6 @@ def sample(
     check_integers(CALLER, num_draws=num_draws, max_sweeps=max_sweeps)
     check_integers(CALLER, 4, optional=True, num_chains=num_chains)
     check_flags(CALLER, progress=progress)
-    fit = None
-    if guide is None:
-        model, kwargs = Program(model, kwargs=kwargs), {}
-        guide = AutoFlow(model)
-        fit = fit_svi(model, guide, *args, progress=progress)
     check_trained(CALLER, guide)
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
@@ -107,4 +104,43 @@ def sample(
         elif found.sweeps < max_sweeps:
             words = "They were interrupted."
         warn_user(f"{CALLER}: the chains have not converged after {found.sweeps} sweeps. {found.worst}. {words}")
-    return replace(found, fit=fit)
+    return found
+
+
+def exact(
+    space: Density, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None
+) -> Samples:
+    """Sample a posterior by chains that start from a guide's draws; Ctrl-C ends them early.
+
+    Args:
+        space: The guide's space.
+        goal: The goal of the run.
+        num_chains: The number of chains, or None for the default.
+        progress: True to show a progress bar.
+        others: Starts of some of the chains, ``(n, D)``.
+    """
+    began = time.perf_counter()
+    num_chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
+    with watching(tqdm(disable=not progress, unit="sweep", dynamic_ncols=True)) as watch:
+        try:
+            run = Run(target_of(space, BATCH), num_chains, goal, watch, others)
+        except NoDensity:
+            check_likelihood("sample", space.task.traces[0])
+            raise
+        found = run.run()
+    z = run.record.z()
+    draws = space.complete(z.flatten(0, 1), BATCH)
+    return Samples(
+        draws={name: value.unflatten(0, z.shape[:2]) for name, value in draws.items()},
+        names=space.read.names,
+        rhat=found.rhat,
+        ess_bulk=found.ess_bulk,
+        ess_tail=found.ess_tail,
+        converged=run.converged,
+        divergences=run.divergences,
+        acceptance=run.acceptance,
+        chance=run.chance,
+        sweeps=run.chains.count,
+        seconds=time.perf_counter() - began,
+        guide=space.task.guide.call,
+    )

@@ -23,9 +23,8 @@ class Samples:
         acceptance: The mean acceptance of the chains' transitions, between 0 and 1, per set of coordinates.
         chance: The mean acceptance of draws of the guide, between 0 and 1.
         sweeps: The number of sweeps, those of the warm-up included.
-        seconds: The wall time of sampling, without the fit.
+        seconds: The wall time.
         guide: The guide that the chains started from.
-        fit: The record of its fit; None if the guide was given.
 
     Example::
 
@@ -50,7 +49,6 @@ class Samples:
     sweeps: int
     seconds: float
     guide: Any
-    fit: Any = None
 
     @property
     def flat(self) -> dict[str, Tensor]:
@@ -69,8 +67,7 @@ class Samples:
 
     def __repr__(self) -> str:
         chains, draws = next(iter(self.draws.values())).shape[:2]
-        fit = f" and {self.fit.seconds:.1f} s for the fit" if self.fit is not None else ""
         return (
             f"Samples({chains} chains x {draws} draws, {'converged' if self.converged else 'NOT converged'}, "
-            f"{self.worst}, {self.divergences} divergences, {self.seconds:.1f} s{fit})"
+            f"{self.worst}, {self.divergences} divergences, {self.seconds:.1f} s)"
         )
