@@ -149,7 +149,13 @@ def _suited(program: Program, trace: Trace) -> Any:
     rows = _subsampled(trace)
     if rows:
         return AutoPlateFlow(program, rows.pop()) if len(rows) == 1 else AutoStructuredFlow(program)
-    found = AutoFlow(program).setup()
+    try:
+        found = AutoFlow(program).setup()
+    except ValueError as error:
+        if "no latents" not in str(error):
+            raise
+        fault = "the model must have a continuous latent site, got none"
+        raise ValueError(f"{CALLER}: {fault}. Sum discrete latents by pyro.infer.infer_discrete.") from error
     return found if found.latent_dim <= MANY else AutoStructuredFlow(program)
 
 
