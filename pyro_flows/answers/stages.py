@@ -290,10 +290,11 @@ class Stages:
         kept = torch.arange(number) * len(next(iter(chains.flat.values()))) // number
         draws = {name: value[kept] for name, value in chains.flat.items()}
         size = number // ISLANDS * ISLANDS
-        z = space.placement.located({name: draws[name][:size] for name in space.task.latents}) if size else None
-        if z is None or not space.placement.has_log_q:
+        at = space.placement
+        z = at.located({name: draws[name][:size] for name in space.task.latents}) if size else None
+        if z is None or not at.has_log_q:
             return draws, UNKNOWN
-        log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, space.placement.log_q))
+        log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, at.log_q))
         even = torch.full((len(z),), -math.log(len(z))).to(log_p)
         known, of_guide = Population(z, even, log_p, torch.zeros(ISLANDS), [0.0, 1.0]), space.draw(len(z))
         return draws, bridge(known, log_p - log_q, of_guide.log_p - of_guide.log_q)
