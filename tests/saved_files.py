@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pyro_flows.flows import Flow
-from pyro_flows.guides.default_flows import affine_couplings
+from pyro_flows.guides.guide_flow import affine_couplings
 from pyro_flows.persistence.packing import checksum
 
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], Any]

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from pyro_flows import AutoFlow, Flow, fit_svi
 from pyro_flows.bijectors import Affine, SoftplusAffine
 from pyro_flows.conditioners import MLP
-from pyro_flows.guides.default_flows import affine_couplings
+from pyro_flows.guides.guide_flow import affine_couplings
 from pyro_flows.transforms import Coupling, Elementwise, ScaledLinear
 from pyro_flows.transforms.carried import InSingle, can_be_carried
 

@@ -18,7 +18,7 @@ from torch.distributions import biject_to, constraints
 from pyro_flows import AutoFlow, fit_svi, flows, psis
 from pyro_flows.bijectors import CircularSpline
 from pyro_flows.distributions import ModesBase, StudentTBase
-from pyro_flows.guides.circles import Circle, Wrap
+from pyro_flows.guides.packing import Circle, Wrap
 
 PERIODIC = {"periodic": True}
 

@@ -25,7 +25,7 @@ from torch.distributions import constraints
 from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, Flow, fit_svi, flows, psis
 from pyro_flows.bijectors import Affine
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.default_flows import default_flow, local_flow
+from pyro_flows.guides.guide_flow import default_flow, local_flow
 from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))

@@ -21,7 +21,7 @@ from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
 from pyro_flows.conditioners.pace import Linear, Paced, networks_of, set_pace
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting.training_mode import in_training
-from pyro_flows.guides.default_flows import share_step
+from pyro_flows.guides.guide_flow import share_step
 from pyro_flows.training import Gradients
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear
 

@@ -28,8 +28,7 @@ from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_a
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
 from pyro_flows.encoders import Arguments, MLPEncoder, Standardize
-from pyro_flows.guides.blocks import Drawn
-from pyro_flows.guides.frame import Frame
+from pyro_flows.guides.blocks import Drawn, Frame
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs import Program
 from pyro_flows.programs.plate_minibatches import Shuffled

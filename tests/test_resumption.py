@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from pyro_flows import AutoFlow, AutoStructuredFlow, Fit, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.guides.default_flows import LIMITS
+from pyro_flows.guides.guide_flow import LIMITS
 from pyro_flows.objectives import ForwardKL, TemperedELBO
 from pyro_flows.training import Training, loop
 

@@ -26,8 +26,7 @@ from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import elbo
 from pyro_flows.fitting.gaussian_start import density_of_all_rows
-from pyro_flows.guides.couplings import PROBE
-from pyro_flows.guides.structure import Nesting, Structure
+from pyro_flows.guides.structure import PROBE, Nesting, Structure
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..arguments import check_program
 from ..guides import AutoPlateFlow
+from ..guides.amortised import OfDatasets
 from ..guides.checks import check_shapes
-from ..guides.guide_call import Call, Found
-from ..guides.masked import RowMasks, masks_of_all
-from ..guides.of_datasets import OfDatasets
+from ..guides.guide_call import Call, Found, RowMasks, masks_of_all
 from ..programs.simulator import Simulator
 
 

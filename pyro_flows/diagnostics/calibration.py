@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers
 from ..encoders.training_record import unjudged
-from ..guides.of_datasets import OfDatasets
+from ..guides.amortised import OfDatasets
 from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..guides.latent_prior import LatentPrior
-from ..guides.of_datasets import OfDatasets
+from ..guides.amortised import LatentPrior, OfDatasets
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
 from .amortised import posteriors

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, biject_to
 
 from ..guides import AutoFlow
-from ..guides.circles import is_circular
+from ..guides.packing import is_circular
 from ..programs.density import Density
 from ..programs.latents import innermost, is_discrete, is_point, named, states_support
 from ..programs.model_and_guide import Task

@@ -27,9 +27,9 @@ from ..arguments import (
 from ..data.batches import Batch, divided
 from ..encoders.training_record import recorded
 from ..guides import AutoFlow, AutoPlateFlow
-from ..guides.discrete import hidden_names
+from ..guides.amortised import Packed
 from ..guides.guide_call import Call
-from ..guides.simulated_vectors import Packed
+from ..guides.left_out import hidden_names
 from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
 from ..programs.program import bound_values

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
-from ..guides.default_flows import LIMITS
-from ..guides.guide_flow import rank_for
+from ..guides.guide_flow import LIMITS, rank_for
 from ..programs.density import Density
 from ..programs.log_density import or_nan, sum_in_parts
 from ..programs.masks import is_masked

@@ -21,7 +21,7 @@ from ..data.table import as_table, listed
 from ..encoders import Standardize
 from ..flows import Flow
 from ..flows.mixed import Mixed
-from ..guides.default_flows import built, likelihood_flow
+from ..guides.guide_flow import built, likelihood_flow
 from ..programs.simulations import check_draws
 from ..training import Training, distributed
 from ..training.checkpoint import check_path, design, fingerprint

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..arguments import quoted
 from ..guides import AutoPlateFlow
+from ..guides.amortised import Packed
 from ..guides.guide_call import frame_of
-from ..guides.simulated_vectors import Packed
 from ..programs.simulator import Simulator
 
 

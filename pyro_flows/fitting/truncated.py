@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..guides.latent_prior import LatentPrior
+from ..guides.amortised import LatentPrior
 from ..programs.engines import Values, in_batches
 from ..programs.simulator import Simulator
 from ..training import distributed

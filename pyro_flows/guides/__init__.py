@@ -1,8 +1,8 @@
 """Guides for Pyro models, built from flows."""
 
 from .auto import AutoFlow as AutoFlow
-from .default_flows import default_flow as default_flow
-from .ensemble import ensemble as ensemble
+from .auto import ensemble as ensemble
+from .guide_flow import default_flow as default_flow
 from .plate import AutoPlateFlow as AutoPlateFlow
 from .posterior_graph import posterior_graph as posterior_graph
 from .start_location import init_to_center as init_to_center

@@ -8,11 +8,13 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine, validation_enabled
 from pyro.infer.autoguide import AutoGuide, init_to_value
@@ -32,15 +34,79 @@ from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
 from ..programs.program import arguments_of, outline, outline_of
 from .checks import Calls, check_arguments, check_continuous, check_latents, check_shapes, setup_error
-from .circles import MarkCircles
 from .contexts import check_encoder
 from .default_training import Plan
-from .discrete import HideDiscrete, draw_discrete
 from .guide_call import NONE, Call, Found
-from .loaded import SavedSite, program_of, sites_of
-from .packing import Packing
-from .reparametrised import with_reparametrised
+from .left_out import HideDiscrete, draw_discrete, with_reparametrised
+from .packing import MarkCircles, Packing
 from .start_location import init_to_center, settle_start
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """A latent site of a guide.
+
+    Args:
+        name: Its name.
+        support: The support of its values.
+        value: The value that the guide starts from, ``batch_shape + event_shape``.
+        batch_shape: The batch shape of its distribution, with its plates.
+        event_shape: The event shape of its distribution.
+        plates: Its plates, the outermost first: name, dim, the number of rows that the guide saw, and of all rows.
+        present: The mask of its present elements, or None if all are present.
+    """
+
+    name: str
+    support: constraints.Constraint
+    value: Tensor
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    plates: tuple[tuple[str, int, int, int], ...]
+    present: Tensor | None = None
+
+
+def sites_of(guide: Any) -> list[SavedSite]:
+    """Return the latent sites of a guide.
+
+    Raises:
+        ValueError: If the guide was never set up.
+    """
+    if guide.prototype_trace is None:
+        fault = f"this {type(guide).__name__} was never set up, so that it has no flow yet"
+        raise ValueError(f"save: {fault}. Fit it first, or call guide.setup(...) with the model's arguments.")
+    sites, masks = [], guide._calls.present
+    for name, node in guide.prototype_trace.iter_stochastic_nodes():
+        fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
+        plates = tuple((f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
+        sites.append(
+            SavedSite(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates, masks.get(name))
+        )
+    return sites
+
+
+def program_of(sites: Sequence[SavedSite]) -> Callable[[], None]:
+    """Return a program that draws sites in their plates, with flat distributions over their supports."""
+
+    def program() -> None:
+        plates: dict[str, Any] = {}
+        for site in sites:
+            with ExitStack() as stack:
+                for name, dim, size, full_size in site.plates:
+                    if name not in plates:
+                        plates[name] = pyro.plate(name, full_size, subsample=torch.arange(size), dim=dim)
+                    stack.enter_context(plates[name])
+                pyro.sample(site.name, dist.ImproperUniform(site.support, site.batch_shape, site.event_shape))
+
+    return program
+
+
+def check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
+    """Raise ValueError unless a flow is over ``size`` numbers with contexts of a width; None stands for 0 numbers."""
+    got = (0, 0) if flow is None else (flow.event_shape.numel(), flow.context_dim)
+    if got[0] != size or (size and got[1] != context_dim):
+        fault = f"the flow is over {got[0]} numbers with a context of width {got[1]}"
+        raise ValueError(f"{fault}, but the sites have {size} and {context_dim}")
+
 
 SHOWN = 8  # latents in the repr of a guide
 _used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share

@@ -20,12 +20,16 @@ from ..encoders.base import at_rest
 from ..flows import Flow
 from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
-from .base import FlowGuide
-from .blocks import Block, Blocks, BlockTransform, Drawn
-from .circles import is_circular
+from .base import FlowGuide, check_fits
+from .blocks import Block, Blocks, BlockTransform, Drawn, Frame
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
-from .default_flows import (
+from .default_training import Schedule, schedule_of_many
+from .guide_call import Call, Found, Key, RowMasks, Rows, frames_of, masks_of_all
+from .guide_flow import (
     LIMITS,
+    GuideFlow,
+    assemble,
+    assemble_local,
     autoencoder_flow,
     built,
     check_recipes,
@@ -34,14 +38,7 @@ from .default_flows import (
     rows_flow,
     sequence_flow,
 )
-from .default_training import Schedule, schedule_of_many
-from .frame import Frame
-from .guide_call import Call, Found, Key, Rows, frames_of
-from .guide_flow import GuideFlow, assemble, assemble_local
-from .loaded import check_fits
-from .masked import RowMasks, masks_of_all
-from .moving_supports import check_supports, moving_supports
-from .packing import Packing, place
+from .packing import Packing, check_supports, is_circular, moving_supports, place
 from .structure import Nesting, Structure, check_nestings, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows

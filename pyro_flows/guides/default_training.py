@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .default_flows import LIMITS
+from .guide_flow import LIMITS
 
 
 class Schedule(NamedTuple):

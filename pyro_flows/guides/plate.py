@@ -20,14 +20,12 @@ from ..arguments import suggests_recipes
 from ..encoders.training_record import unjudged
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..user_code import warn_user
+from .amortised import EACH, OfDatasets, OfRow, Packed, SimulatedVectors
 from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
-from .guide_call import Call, Found, Key
+from .guide_call import Call, Found, Key, RowMasks
 from .guide_flow import bound
-from .masked import RowMasks
-from .of_datasets import OfDatasets, OfRow
-from .simulated_vectors import EACH, Packed, SimulatedVectors
 from .structure import Structure
 
 

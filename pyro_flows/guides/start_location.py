@@ -26,11 +26,10 @@ from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
 from ..programs.program import arguments_of
 from ..programs.runner import Runner
-from .circles import bijection_onto
-from .discrete import summed
+from .checks import worst
 from .guide_call import Call
-from .nonfinite import worst
-from .packing import Packing
+from .left_out import summed
+from .packing import Packing, bijection_onto
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
 TRIES = 100  # random places, and draws, to try if centre and origin have no density

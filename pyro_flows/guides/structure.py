@@ -1,15 +1,27 @@
-"""The structure of a posterior: independent rows of plates, nestings of plates by an index, and sequences."""
+"""The structure of a posterior, read from its density: independent rows, nestings by an index, and sequences.
+
+Two latents are independent given all others if and only if the mixed second derivative of the log-density vanishes
+everywhere.  It is found by differences of scores at two random points, for all latents that one group of latents
+touches at once.  So couplings that no graph of sites shows are seen too, such as a ``factor`` of neighbours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 import torch
+from pyro import validation_enabled
 from torch import Tensor
 
-from .guide_call import Rows
+from ..programs.log_density import or_nan
+from ..vjp import score_of
+from .guide_call import Call, Key, Rows, frames_of
+from .left_out import summed
+from .packing import Packing
 
 
 class StepSequence(NamedTuple):
@@ -132,3 +144,312 @@ def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -
 def takes_all(rows: Rows) -> bool:
     """True if a plate takes all of its rows in their order."""
     return rows.size == rows.full_size and rows.chosen is None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The way couplings are looked for, and the sizes from which structure pays.
+
+    Attributes:
+        few: The largest number of latents that one flow takes whatever their structure.
+        short: The smallest number of steps of a sequence.
+        reach: The largest share of a sequence's length between coupled steps; more is no sequence.
+        points: The random points at which scores are compared.  A derivative may vanish at one of them.
+        shift: How far latents are moved, in the unconstrained space.
+        faint: A coupling this small, relative to the largest one, is round-off.
+    """
+
+    few: int = 64
+    short: int = 8
+    reach: float = 1 / 8
+    points: int = 2
+    shift: float = 0.1
+    faint: float = 1e-4
+
+
+PROBE = Probe()
+NUMBERED = re.compile(r"(.*?)(\d+)$")
+
+
+def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
+    """Return the structure of the posterior of a model's latents.
+
+    Subsampled plates and those with an encoder always have rows.  Few latents are left to one flow, and so are plates
+    whose rows are few.
+
+    Args:
+        call: The call of the guide.
+        encoded: The plates with an encoder.
+    """
+    frames = [frame for site in call.latents.values() for frame in _plates(site)]
+    subsampled = {frame.name for frame in frames if _is_subsampled(frame) or frame.name in encoded}
+    if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= PROBE.few:
+        return Structure()
+    look = _Look(call)
+    plates = look.independent_plates(subsampled)
+    sequences = [found for sites in look.blocks(plates).values() for found in look.sequences(sites, plates)]
+    rows = call._replace(plates=tuple(plates)).look(until=()).rows
+    partial = {name for name in plates if not takes_all(rows[name])}.union(encoded)
+    return Structure(tuple(plates), tuple(sequences), tuple(look.nestings(plates, partial)))
+
+
+def _plates(site: dict[str, Any]) -> list[Any]:
+    """Return the frames of the plates that are dimensions of a site with several rows."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size != 1]
+
+
+def _is_subsampled(frame: Any) -> bool:
+    return frame.full_size is not None and frame.size < frame.full_size
+
+
+class _Track(NamedTuple):
+    """Sites that may be a sequence: the number of steps, and the step of each number of the vector, or -1."""
+
+    steps: int
+    sites: tuple[str, ...]
+    of: Tensor
+
+
+class _Look:
+    """A look at the couplings between the packed, unconstrained latents of a model.
+
+    Attributes:
+        places: For each site the places of its numbers in the vector, of the shape of its unconstrained value.
+        rows: For each plate the row of each number of the vector, ``(D,)``; -1 outside of the plate.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        packing = Packing(call.owner, call.latents.values())
+        program, size, ones = summed(call), packing.size, (1,) * packing.site_depth
+        self.places, self.rows = dict[str, Tensor](), dict[str, Tensor]()
+        self._depths = {name: len(part.batch) for name, part in packing.parts.items()}
+        order = torch.arange(size).split([part.size for part in packing.parts.values()])
+        for (name, part), chunk in zip(packing.parts.items(), order, strict=True):
+            self.places[name] = chunk.reshape(part.batch + part.event)
+            for frame in _plates(call.latents[name]):
+                row = self.rows.setdefault(frame.name, torch.full((size,), -1))
+                row[chunk] = self._along(name, self._depths[name] + frame.dim).flatten()
+
+        def density(z: Tensor) -> Tensor:
+            changes = (log_det for *_, log_det in packing.unpack(z.reshape(len(z), *ones, size)))
+            total = program.log_prob(packing.values(z), len(z))
+            return sum((change.reshape(len(z), -1).sum(-1) for change in changes), total)
+
+        self._density, self._start = or_nan(density), packing.start
+
+    def _along(self, name: str, axis: int) -> Tensor:
+        """Return the index along an axis of each number of a site."""
+        shape = self.places[name].shape
+        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    def _at(self, sites: Iterable[str]) -> Tensor:
+        """Return the places of the numbers of some sites."""
+        return torch.cat([self.places[name].flatten() for name in sites])
+
+    def coupled(self, moved: Tensor) -> Tensor:
+        """Return True for the latents whose scores change if others, at some places, are moved, ``(D,)``."""
+        found = [change > noise.clamp_min(PROBE.faint * float(change.max())) for change, noise in self._changes(moved)]
+        return torch.stack(found).any(0)
+
+    @torch.no_grad()
+    def _changes(self, moved: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the changes of all scores if latents at some places are moved, and their round-off, at each point."""
+        found = []
+        with self.call.same_draws(), validation_enabled(False):
+            torch.manual_seed(0)
+            for _ in range(PROBE.points):
+                point = self._start + 0.5 * torch.randn_like(self._start)
+                step = torch.zeros_like(point)
+                step[moved] = PROBE.shift * (1 + torch.rand(len(moved))).to(point)
+                back, forth = score_of(self._density, torch.stack((point - step, point + step))).cpu()
+                change = (forth - back).abs().nan_to_num(0.0)
+                found.append((change, 64 * torch.finfo(change.dtype).eps * torch.maximum(back.abs(), forth.abs())))
+        return found
+
+    def blocks(self, plates: Iterable[str]) -> dict[Key, list[str]]:
+        """Return the sites of each set of some plates."""
+        found: dict[Key, list[str]] = {}
+        for name, site in self.call.latents.items():
+            found.setdefault(tuple(frame.name for frame in frames_of(site, {*plates})), []).append(name)
+        return found
+
+    def independent_plates(self, subsampled: set[str]) -> list[str]:
+        """Return the plates whose rows are independent given the rest, and that have more than a few latents."""
+        plates, tied = [*self.rows], {""}
+        while tied:
+            blocks = self.blocks(plates)
+            tied = {plate for key, sites in blocks.items() for plate in self._tied(key, self._at(sites))} - subsampled
+            plates = [plate for plate in plates if plate not in tied]
+        kept = subsampled.union(*(key for key, sites in blocks.items() if len(self._at(sites)) > PROBE.few))
+        return [plate for plate in plates if plate in kept]
+
+    def _tied(self, key: Key, own: Tensor) -> list[str]:
+        """Return the plates of a block, with numbers at some places, whose rows depend on each other."""
+        if not key:
+            return []
+        middle = {plate: int(self.rows[plate][own].max()) // 2 for plate in key}
+        elsewhere = {plate: self.rows[plate][own] != row for plate, row in middle.items()}
+        coupled = self.coupled(own[~torch.stack([*elsewhere.values()]).any(0)])[own]
+        return [plate for plate in key if bool((coupled & elsewhere[plate]).any())]
+
+    def nestings(self, plates: Iterable[str], without: Collection[str]) -> list[Nesting]:
+        """Return the nestings of plates by an index, but for some plates.
+
+        A plate is nested in another one if each of its rows is coupled to at most one row there.
+        """
+        blocks = self.blocks(plates)
+        whole = [plate for plate in plates if plate not in without and any(plate in key for key in blocks)]
+        outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in whole]
+        if len(whole) < 2 or not outer_plates:
+            return []
+        own = torch.zeros(PROBE.points, len(self._start))
+        for plate in whole:
+            inside = (self.rows[plate] >= 0).nonzero().squeeze(-1)
+            own[:, inside] = torch.stack([change[inside] for change, _ in self._changes(inside)])
+        found: dict[str, dict[str, Tensor]] = {plate: {} for plate in whole}
+        for outer in outer_plates:
+            touched = self._touched(outer, self._at(blocks[(outer,)]), own)
+            for plate in whole:
+                index = None if plate == outer else self._outer_rows(plate, touched)
+                if index is not None:
+                    found[plate][outer] = index
+        chosen: dict[str, dict[str, Tensor]] = {}
+        for plate in whole:
+            _choose(plate, found, chosen, ())
+        return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
+
+    def _touched(self, outer: str, places: Tensor, own: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.
+
+        Args:
+            outer: The plate.
+            places: The places of the numbers of its rows.
+            own: The changes of scores if their own rows are moved, at each point.
+        """
+        found, row, faint = [], self.rows[outer][places], PROBE.faint * own
+        for digit in range(int(row.max()).bit_length()):
+            pair = []
+            for value in (0, 1):
+                changes = self._changes(places[row >> digit & 1 == value])
+                coupled = [c > torch.maximum(noise, f) for (c, noise), f in zip(changes, faint, strict=True)]
+                pair.append(torch.stack(coupled).any(0))
+            found.append((pair[0], pair[1]))
+        return found
+
+    def _outer_rows(self, plate: str, touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Return the row of another plate to which each row of a plate is coupled, -1 for none.
+
+        Return None if some are coupled to several rows, or all to none.
+        """
+        inside, row = self.rows[plate] >= 0, self.rows[plate]
+        none = torch.zeros(1 + int(row.max()), dtype=torch.long)
+
+        def any_in_row(coupled: Tensor) -> Tensor:
+            return none.index_add(0, row[inside], coupled[inside].long()) > 0
+
+        pairs = [(any_in_row(zero), any_in_row(one)) for zero, one in touched]
+        seen = torch.stack([zero | one for zero, one in pairs])
+        if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in pairs):
+            return None
+        return sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), none).where(seen[0], -1)
+
+    def sequences(self, sites: list[str], plates: Collection[str]) -> list[StepSequence]:
+        """Return the sequences among sites with the same rows: those of one length together, if they are local."""
+        tracks: dict[int, list[_Track]] = {}
+        for track in self._tracks(sites, plates):
+            tracks.setdefault(track.steps, []).append(track)
+        found: list[StepSequence] = []
+        for steps, parts in tracks.items():
+            names = tuple(name for part in parts for name in part.sites)
+            whole = _Track(steps, names, torch.stack([part.of for part in parts]).max(0).values)
+            for track in [whole] if self._is_local(whole, plates) else parts:
+                if int((track.of >= 0).sum()) > PROBE.few:
+                    found.append(self._sequence(track, plates))
+        return found
+
+    def _sequence(self, track: _Track, plates: Collection[str]) -> StepSequence:
+        """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
+        reach, first = self._reach(track, plates), self._first_rows(plates)
+        size = next((size for size in range(max(1, reach), 4 * reach + 1) if track.steps % size == 0), 1)
+        places = [self.places[name].flatten() for name in track.sites]
+        of = tuple(track.of[place[first[place]]] // size for place in places)
+        return StepSequence(track.sites, track.steps // size, of)
+
+    def _tracks(self, sites: list[str], plates: Collection[str]) -> Iterator[_Track]:
+        """Yield the local sequences of sites that are numbered, and of single sites."""
+        families: dict[str, list[str]] = {}
+        for name in sites:
+            if matched := NUMBERED.match(name):
+                families.setdefault(matched[1], []).append(name)
+        taken = set[str]()
+        for names in families.values():
+            if len(names) >= PROBE.short and len({self.places[name].shape for name in names}) == 1:
+                of = torch.full(self._start.shape, -1)
+                for step, name in enumerate(names):
+                    of[self.places[name]] = step
+                if self._is_local(track := _Track(len(names), tuple(names), of), plates):
+                    taken |= {*names}
+                    yield track
+        for name in (name for name in sites if name not in taken):
+            yield from self._best_axis(name, plates)
+
+    def _best_axis(self, name: str, plates: Collection[str]) -> list[_Track]:
+        """Return the axis of a site along which it is a local sequence, with the fewest coupled numbers; or none."""
+        shape, found = self.places[name].shape, []
+        rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], plates)}
+        for axis in (axis for axis in range(len(shape)) if axis not in rows and shape[axis] >= PROBE.short):
+            of = torch.full(self._start.shape, -1)
+            of[self.places[name]] = self._along(name, axis)
+            if self._is_local(track := _Track(shape[axis], (name,), of), plates):
+                found.append((max(1, self._reach(track, plates)) / shape[axis], track))
+        return [min(found, key=lambda pair: pair[0])[1]] if found else []
+
+    def _first_rows(self, plates: Collection[str]) -> Tensor:
+        """Return True for the numbers in the first row of each of some plates, or outside of it, ``(D,)``."""
+        found = torch.ones(self._start.shape, dtype=torch.bool)
+        for plate in plates:
+            found &= self.rows[plate] <= 0
+        return found
+
+    def _is_local(self, track: _Track, plates: Collection[str]) -> bool:
+        return self._reach(track, plates) <= int(PROBE.reach * track.steps)
+
+    def _reach(self, track: _Track, plates: Collection[str]) -> int:
+        """Return the largest number of steps between coupled latents of a sequence, seen from a few steps."""
+        places, farthest = ((track.of >= 0) & self._first_rows(plates)).nonzero().squeeze(-1), 0
+        steps = track.of[places]
+        for step in {track.steps // 2, track.steps // 3, track.steps - 1 - track.steps // 5}:
+            coupled = self.coupled(places[steps == step])[places]
+            farthest = max(farthest, int((steps[coupled] - step).abs().max()) if coupled.any() else 0)
+        return farthest
+
+
+def _choose(
+    plate: str, found: dict[str, dict[str, Tensor]], chosen: dict[str, dict[str, Tensor]], inside: tuple[str, ...]
+) -> None:
+    """Choose the plates around a plate: those in which the index of each follows from that of the next one.
+
+    Otherwise an outer row would be coupled to several rows of another one through the rows inside.
+
+    Args:
+        plate: The plate.
+        found: For each plate, the row of each other plate to which its rows are coupled, -1 for none.
+        chosen: The choices so far, for each plate the rows of those around it.
+        inside: Plates that must not be around this one.
+    """
+    if plate in chosen:
+        return
+    chains: list[dict[str, Tensor]] = [{}]
+    for outer, rows in found[plate].items():
+        if outer in (*inside, plate):
+            continue
+        _choose(outer, found, chosen, (*inside, plate))
+        chain = {outer: rows.clamp_min(0)}
+        for above, index in chosen.get(outer, {}).items():
+            own, composed = found[plate].get(above), index[rows.clamp_min(0)]
+            if own is not None and bool(((own < 0) | (own == composed)).all()):
+                chain[above] = composed
+        chains.append(chain)
+    # The longest chain; if there are several, that with most rows in use.
+    chosen[plate] = max(chains, key=lambda chain: (len(chain), sum(len(index.unique()) for index in chain.values())))

@@ -16,10 +16,9 @@ from ..arguments import check_kind, suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
-from .couplings import read_structure
-from .default_flows import LIMITS
 from .guide_call import Call, Key
-from .structure import Structure
+from .guide_flow import LIMITS
+from .structure import Structure, read_structure
 
 
 class AutoStructuredFlow(BlockGuide):

@@ -18,9 +18,9 @@ from .. import bijectors, conditioners, distributions, encoders, flows, guides, 
 from ..bijectors import Bijector
 from ..flows.columns import Columns
 from ..flows.mixture import FlowMixture
-from ..guides.circles import Circle
+from ..guides.base import SavedSite
 from ..guides.guide_flow import GuideFlow
-from ..guides.loaded import SavedSite
+from ..guides.packing import Circle
 
 DISTRIBUTIONS = {  # those that ``FixedBase`` may hold, with their arguments
     "Cauchy": ("loc", "scale"),

@@ -1,17 +1,41 @@
-"""The posteriors of many datasets by one amortised guide, with the base coordinates of their flows."""
+"""Answers of amortised guides: simulated latents as vectors, posteriors of many datasets, the prior of the latents."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from ..programs.engines import Values
+from ..flows import Flow
+from ..programs.engines import Values, View
 from ..programs.quantities import labels_of
+from ..programs.simulator import Simulator
 from .blocks import Blocks, BlockTransform
 from .contexts import BlockRows
+from .guide_call import Found, Reached
+
+Packed = list[tuple[Tensor, Tensor]]  # vectors of each flow, and log|det| of their packing in nats
+EACH = 8  # rows of each dataset that are scored, enough to train the flow of rows
+
+
+class SimulatedVectors(NamedTuple):
+    """Vectors that a flow scores.
+
+    Attributes:
+        flow: The flow.
+        z: The vectors, ``(M, D)``.
+        context: Their contexts, ``(M, context_dim)``.
+        log_det: The log-determinant of their packing in nats, ``(M,)``.
+    """
+
+    flow: Flow
+    z: Tensor
+    context: Tensor
+    log_det: Tensor
 
 
 class Posteriors:
@@ -226,3 +250,46 @@ def _labels(name: str, part: Any, dims: tuple[int, ...]) -> list[str]:
 
 
 OfDatasets = OfJoint | OfRow
+
+
+class LatentPrior:
+    """The prior of the latents that a guide shows.
+
+    Args:
+        simulator: The model.
+        names: The latent sites of the guide.
+    """
+
+    def __init__(self, simulator: Simulator, names: list[str]) -> None:
+        self.simulator, self.names = simulator, names
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the model draws nothing else before the guide's latents, so that their prior has a known density."""
+        before = [name for name, _ in self.simulator.model.single.iter_stochastic_nodes()]
+        return set(before[: len(self.names)]) == set(self.names)
+
+    def run(self, size: int, values: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Return draws of the guide's latents from the prior, or given ones, and their log-density, ``(size,)``.
+
+        The latents before them are included.
+        """
+        data = self.simulator.sites.values()
+        latents = [name for name, _ in self.simulator.model.single.iter_stochastic_nodes() if name not in data]
+
+        def read(view: View) -> Values:
+            drawn = {name: view.read(name) for name in latents if name in view.trace.nodes}
+            return {**drawn, "log_p": view.log_prob(self.names.__contains__)}
+
+        found = self.simulator.model.sample(read, values or {}, size, place=self._before_data)
+        return found, found.pop("log_p")
+
+    def _before_data(self, model: Callable[..., Any], data: Values) -> Callable[..., Any]:
+        """Return a program that ends when all latents of the guide are drawn or held."""
+        held = poutine.condition(model, data=data)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            with contextlib.suppress(Reached), Found("", (), self.names, {}):
+                held(*args, **kwargs)
+
+        return run
