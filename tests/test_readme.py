@@ -50,5 +50,5 @@ def test_the_gate_runs_the_test_command_of_the_readme():
 
 def test_the_main_job_shown_is_what_the_main_job_prints():
     shown = re.search(r"<!-- main job -->\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
-    for line in ("mean      sd     5 %    95 %", "mu ", "tau ", "theta[H]", "k-hat", "ESS", "log evidence", "time"):
+    for line in ("mean      sd     5 %    95 %", "mu ", "tau ", "theta[H]", "log evidence", "time"):
         assert line in shown

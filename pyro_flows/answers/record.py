@@ -72,7 +72,7 @@ class Posterior:
         verdict: ``"trust"`` or ``"do not trust"``.
         reason: The reason for the verdict, in words.
         log_evidence: The log evidence, in nats; NaN if it is unknown: the draws cannot be trusted, or the weights of a
-            trusted guide are not reliable.
+            trusted guide have no mean.
         log_evidence_se: Its standard error, in nats.
         steps: The stages that were tried, in their order.
         seconds: The wall time.

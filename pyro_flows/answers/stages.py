@@ -266,19 +266,20 @@ class Stages:
         return f"{state} ({chains.worst}). Of the guide: {checked.reason}"
 
     def _of_guide(self, best: Judged) -> tuple[Values, tuple[float, float]]:
-        """Return draws of a guide, resampled by their weights if these are reliable, and the evidence then."""
+        """Return draws of a guide, resampled by their weights if these are reliable, and the evidence."""
         task, number, checked = self.task, self.num_draws, best.check
         if not self.can_check:  # the guide itself draws all rows
             return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN
-        weighs = checked is not None and best.is_usable and checked.psis.reliable
         task = task.check()
-        found = task.draw(EFFORT.per_draw * number if weighs else number)
-        psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at) if weighs else None
-        if checked is None or psis is None or (checked.trusted and not psis.reliable):  # k-hat is itself an estimate
-            return task.values(found.take(torch.arange(number)).latents), UNKNOWN
-        kept = systematic(psis.smoothed.double().exp(), number)
-        latents = found.latents_at(kept[torch.randperm(number, device=kept.device)])
-        return task.values(latents), (psis.log_evidence, psis.log_evidence_se)
+        if checked is None or not best.is_usable or math.isinf(checked.log_evidence_se):
+            return task.values(task.draw(number).latents), UNKNOWN
+        found = task.draw(EFFORT.per_draw * number)
+        psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at)
+        kept = torch.arange(number)
+        if psis.reliable or not checked.trusted:  # k-hat is itself an estimate
+            kept = systematic(psis.smoothed.double().exp(), number)[torch.randperm(number)]
+        known = math.isfinite(psis.log_evidence_se)
+        return task.values(found.latents_at(kept)), (psis.log_evidence, psis.log_evidence_se) if known else UNKNOWN
 
     @torch.no_grad()
     def _of_chains(self, chains: Samples) -> tuple[Values, tuple[float, float]]:
