@@ -5,8 +5,9 @@
 
 A function that takes an object must be read by whoever changes what the object means.  So each verb runs once on a
 small model under a profiler, which follows one object by identity: the model, or the values of ``log_prob``.  Two
-counts differ in what they follow.  *Itself* is the object, also as an item of a tuple, a list or a dictionary that is
-an argument.  *Held* adds values of pyro_flows that hold the object, at any depth, such as a program or a density.
+counts differ in what they follow.  *Itself* is the object or a ``Program`` of it, also as an item of a tuple, a list or
+a dictionary that is an argument.  *Held* adds values of pyro_flows that hold the object, at any depth, such as a
+density.
 Modules are not followed: a guide keeps its model, and users pass both.
 
 A *climb* is a call that hands the object, or a value that holds it, from a file to a file of another package that lies
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import flows
+from pyro_flows.programs import Program
 
 HOME = Path(__file__).resolve().parents[1]
 OUT = HOME / "docs" / "benchmarks"
@@ -45,7 +47,7 @@ of these files must be read to change what the object means, so a short way is a
 Reproduce with `python benchmarks/way.py`. Each verb runs once on a small model. A profiler follows the model, or the
 values of `log_prob`.
 
-* *itself*: the files with a function that gets the object as an argument, also inside a tuple or a dictionary.
+* *itself*: the files with a function that gets the object, or a `Program` of it, also inside a tuple or a dictionary.
 * *held*: the files with a function that gets the object, or a value of pyro_flows that holds it, except modules.
 * *climbs*: pairs of files of two packages. The first passes the object or a holder on, against the order of the
   packages, or back to a package that the object had left.
@@ -81,9 +83,9 @@ def layers() -> dict[str, int]:
 
 
 def is_inside(value: Any, target: Any) -> bool:
-    """True if a value is the object, or a plain container with it."""
-    items = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
-    return value is target or any(item is target for item in items)
+    """True if a value is the object, a program of it, or a plain container with one of them."""
+    items = value.values() if type(value) is dict else value if type(value) in (tuple, list) else (value,)
+    return any(item is target or (type(item) is Program and is_inside(item.model, target)) for item in items)
 
 
 def holds(value: Any, target: Any, depth: int = DEPTH) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -15,7 +16,7 @@ from torch.distributions import constraints
 
 from pyro_flows import AutoFlow, anneal, check
 from pyro_flows.diagnostics.guide_space import prior_of, target_of
-from pyro_flows.fitting import Annealed, mode_covering
+from pyro_flows.fitting import Annealed, annealing
 from pyro_flows.guides.default_training import Schedule
 from pyro_flows.programs import Program
 from pyro_flows.programs.density import Density
@@ -111,7 +112,7 @@ SEEDS = 4
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the training, and weight few draws of guides."""
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, **_: Schedule(100, lr=0.01))
-    monkeypatch.setattr(mode_covering, "DRAWS", 5000)
+    monkeypatch.setattr(annealing, "COVERING", replace(annealing.COVERING, draws=5000))
 
 
 @pytest.fixture

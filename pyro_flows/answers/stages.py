@@ -23,8 +23,8 @@ from ..diagnostics import Check, Finding, check
 from ..diagnostics.findings import VERDICTS
 from ..diagnostics.importance import weigh
 from ..fitting import fit_svi
+from ..fitting.annealing import cover
 from ..fitting.exact_draws import exact
-from ..fitting.mode_covering import cover
 from ..fitting.propriety import check_proper
 from ..guides import AutoFlow
 from ..programs.density import Density
