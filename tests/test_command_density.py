@@ -634,7 +634,7 @@ def test_an_npz_file_goes_all_the_way(folder):
         ("a,b\n", "holds names and no rows"),
         ("a,b\n1,2\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 3, saw 3"),
         ("a,b\n1,2\n\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 4, saw 3"),
-        ('a,b\n1,2\n"3,4\n', "the table 't.csv' cannot be read: EOF inside string starting at row 2"),
+        ('a,b\n1,2\n"3,4\n', "the table 't.csv' cannot be read: unexpected end of data"),
         ('a,b\n1,2\n3,"4\n5,6"\n7,8\n', r"cannot be read: row 3 holds '4\n5,6'; is a quotation mark missing"),
         ("a,b\n1,2\n3\n4,5\n", "the table 't.csv' cannot be read: row 3 has 1 of 2 values; is it damaged"),
         ("a,b,a\n1,2,3\n", "several columns named 'a'; rename them"),

@@ -35,21 +35,21 @@ def raw(text: bytes) -> bytes:
 
 
 CLAIMS = {
-    "10^14 numbers": (header((10**7, 10**7)), "claims 100000000000000 values of 8 bytes"),
-    "10^14 numbers, version 2": (header((10**14,), version=(2, 0)), "claims 100000000000000 values"),
-    "10^14 numbers, version 3": (header((10**14,), version=(3, 0)), "claims 100000000000000 values"),
-    "one long word": (header((1,), "<U500000000"), "claims 1 values of 2000000000 bytes"),
-    "a long field": (header((1,), [("a", "<f8", (10**8,))]), "claims 1 values of 800000000 bytes"),
-    "words without letters": (header((10**14,), "<U0"), "claims 100000000000000 values of 0 bytes"),
-    "columns without rows": (header((0, 10**14)), "claims 0 values"),
-    "negative": (header((-1, -(10**14))), "claims|shape"),
-    "objects": (header((1,), "|O") + b"cos\nsystem\n(S'true'\ntR.", "holds Python objects"),
-    "an object in a field": (header((1,), [("a", "|O")]), "holds Python objects"),
-    "brackets": (raw(b"(" * 5000 + b"\n"), "NumPy file"),
-    "minus signs": (raw(b"-" * 9000 + b"1\n"), "NumPy file"),
-    "a long header": (npy.magic(2, 0) + (2**31).to_bytes(4, "little") + b"{", "NumPy file"),
-    "no version": (npy.magic(9, 0) + b"xx", "NumPy file"),
-    "nothing": (b"", "neither .npy nor .npz"),
+    "10^14 numbers": header((10**7, 10**7)),
+    "10^14 numbers, version 2": header((10**14,), version=(2, 0)),
+    "10^14 numbers, version 3": header((10**14,), version=(3, 0)),
+    "one long word": header((1,), "<U500000000"),
+    "a long field": header((1,), [("a", "<f8", (10**8,))]),
+    "words without letters": header((10**14,), "<U0"),
+    "columns without rows": header((0, 10**14)),
+    "negative": header((-1, -(10**14))),
+    "objects": header((1,), "|O") + b"cos\nsystem\n(S'true'\ntR.",
+    "an object in a field": header((1,), [("a", "|O")]),
+    "brackets": raw(b"(" * 5000 + b"\n"),
+    "minus signs": raw(b"-" * 9000 + b"1\n"),
+    "a long header": npy.magic(2, 0) + (2**31).to_bytes(4, "little") + b"{",
+    "no version": npy.magic(9, 0) + b"xx",
+    "nothing": b"",
 }
 
 
@@ -66,18 +66,14 @@ def little_memory() -> Any:
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("name", CLAIMS)
 def test_headers_that_claim_more_than_there_is_are_refused(name: str, tmp_path: Path) -> None:
-    content, words = CLAIMS[name]
+    content = CLAIMS[name]
     (tmp_path / "x.npy").write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-        archive.writestr("x.npy", content)
-    with zipfile.ZipFile(tmp_path / "small.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x.npy", content)
+    for file, kind in (("x.npz", zipfile.ZIP_STORED), ("small.npz", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / file, "w", kind) as archive:
+            archive.writestr("x.npy", content)
     for file in ("x.npy", "x.npz", "small.npz"):
-        if not content and file != "x.npy":
-            words = "NumPy file"
         with pytest.raises(Refused, match="is not a NumPy file of plain arrays") as error:
             read_arrays(tmp_path / file)
-        assert words in str(error.value) or any(word in str(error.value) for word in words.split("|"))
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500
     with pytest.raises(Refused, match="is not a NumPy file of plain arrays"):
@@ -93,9 +89,7 @@ def test_an_npz_bomb_is_refused(tmp_path: Path) -> None:
         for _ in range(2**10):
             part.write(bytes(2**20))
     for read in (read_arrays, read_data):
-        with pytest.raises(
-            Refused, match=r"unpack from \d+ to 107\d+ bytes. If that is right, write it by numpy.savez"
-        ):
+        with pytest.raises(Refused, match=r"unpack from \d+ to 107\d+ bytes; if right, write it by numpy.savez"):
             read(tmp_path / "bomb.npz")
 
 
@@ -104,15 +98,11 @@ def test_compressed_tables_of_much_the_same_numbers_are_read(tmp_path: Path) -> 
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((10_000, 300)))
     assert len(read_arrays(tmp_path / "x.npz")[0]) == 300
     np.savez(tmp_path / "y.npz", x=np.asfortranarray(np.arange(6.0).reshape(2, 3)), columns=["α", "b", "c"])
-    names, columns, _ = read_arrays(tmp_path / "y.npz")
-    assert {name: column.tolist() for name, column in zip(names, columns, strict=True)} == {
-        "α": [0, 3],
-        "b": [1, 4],
-        "c": [2, 5],
-    }
+    columns, _ = read_arrays(tmp_path / "y.npz")
+    assert {name: column.tolist() for name, column in columns.items()} == {"α": [0, 3], "b": [1, 4], "c": [2, 5]}
     with pytest.warns(UserWarning, match="format 3.0"):
         np.save(tmp_path / "named.npy", np.array([(1.0, 2)], dtype=[("φ", "f8"), ("n", "i4")]))
-    assert read_arrays(tmp_path / "named.npy")[0] == ["φ", "n"]
+    assert list(read_arrays(tmp_path / "named.npy")[0]) == ["φ", "n"]
 
 
 def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:
@@ -166,9 +156,9 @@ def test_the_commands_say_so_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(MODEL)
     Path("d.json").write_text(JSON["a name twice"][0])
-    Path("t.npy").write_bytes(CLAIMS["10^14 numbers"][0])
+    Path("t.npy").write_bytes(CLAIMS["10^14 numbers"])
     for words, said in (
-        (["density", "t.npy"], "claims 100000000000000 values of 8 bytes, in shape (10000000, 10000000), and holds 0"),
+        (["density", "t.npy"], "the table 't.npy' is not a NumPy file of plain arrays"),
         (["fit", "m.py:model", "--data", "d.json"], "the data file 'd.json' gives 'y' more than once"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
@@ -18,12 +19,10 @@ from .inputs import read_file, read_numpy, repeated
 if TYPE_CHECKING:
     import pandas as pd
 
-Columns = tuple[list[str], list[np.ndarray], list[str]]  # names, cells, and remarks on the file
-DELIMITERS = ",", ";", "\t", r"\s+"
+Cells = tuple[dict[str, np.ndarray], list[str]]  # the columns by name, and remarks on the file
 MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "null", "none", "missing"}  # in lower case
 DECIMAL_COMMA = re.compile(r"[+-]?[\d.]*,\d+(e[+-]?\d+)?", re.IGNORECASE)
-LOOKED_AT = 100  # rows that decide on the delimiter
-TOKENIZER = "Error tokenizing data. C error: "  # the beginning of pandas' errors
+JOINED = re.compile(r'[-+\d.e\s,;"]*\n[-+\d.e\s,;"]*', re.IGNORECASE)  # numbers of several rows
 FIRST = "column 1"  # the name of a first column without a name
 MANY = 50  # names in a line
 WIDEST = 20_000  # columns; one takes half a millisecond to read
@@ -44,18 +43,13 @@ def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.Dat
     """
     import pandas as pd  # here, since it is slow to import
 
-    names, columns, remarks = read_file("table", path, READERS)
-    _check_width(path, len(names))
-    if twice := repeated(names):
-        raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
-    cells = dict(zip(names, columns, strict=True))
-    if chosen is not None:
-        if unknown := [name for name in chosen if name not in cells]:
-            has = listed_names(cells, MANY)
-            raise Refused(f"argument --columns: there is no {listed_names(unknown)}; the table has {has}")
-        cells = {name: cells[name] for name in chosen}
-    numbers, words = _columns(cells)
-    table = pd.DataFrame(numbers)
+    cells, remarks = read_file("table", path, READERS)
+    if unknown := [name for name in chosen or () if name not in cells]:
+        raise Refused(
+            f"argument --columns: there is no {listed_names(unknown)}; the table has {listed_names(cells, MANY)}"
+        )
+    words = dict[str, str]()
+    table = pd.DataFrame({name: _numbers(name, cells[name], words) for name in chosen or cells})
 
     def leave_out(kind: str, faults: Mapping[str, str]) -> None:
         """Drop the columns with a fault; ``faults`` holds a detail for each, which may be empty."""
@@ -78,18 +72,15 @@ def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.Dat
     leave_out("constant columns", _constants(table))
     if infinite := _counted(np.isinf(table)):
         raise Refused(f"the table holds inf in {infinite}; leave these rows out")
-    table = _complete(table, remarks)
-    leave_out("constant columns", _constants(table))
+    gaps = table.isna()
+    if missing := int(gaps.any(axis=1).sum()):
+        where = f"{missing} of {len(gaps)} rows"
+        if missing > len(gaps) / 2:
+            raise Refused(f"values are missing in {where}: in {_counted(gaps)}; choose other columns by --columns")
+        remarks.append(f"Left out {where}, where values are missing: in {_counted(gaps)}.")
+        table = table.dropna()
+        leave_out("constant columns", _constants(table))
     return table, remarks
-
-
-def _check_width(path: Path, width: int) -> None:
-    """Raise Refused if a table is too wide to be read in seconds."""
-    if width > WIDEST:
-        way = "leave some out, or transpose the table if its lines are columns"
-        raise Refused(
-            f"the table {str(path)!r} must have at most {WIDEST} columns, and its first row has {width}; {way}"
-        )
 
 
 def split_names(text: str) -> list[str]:
@@ -104,54 +95,10 @@ def split_names(text: str) -> list[str]:
     return names
 
 
-def _complete(table: pd.DataFrame, remarks: list[str]) -> pd.DataFrame:
-    """Return the rows without missing values, and add a remark on the others."""
-    gaps = table.isna()
-    missing, rows = int(gaps.any(axis=1).sum()), len(gaps)
-    where = f"{missing} of {rows} rows"
-    if missing > rows / 2:
-        raise Refused(f"values are missing in {where}: in {_counted(gaps)}; choose other columns by --columns")
-    if missing:
-        remarks.append(f"Left out {where}, where values are missing: in {_counted(gaps)}.")
-    return table.dropna()
-
-
 def _constants(table: pd.DataFrame) -> dict[str, str]:
     """Return the columns that hold one value, and these values."""
     lowest = table.min()
     return {name: f"{value:.6g}" for name, value in lowest[lowest == table.max()].items()}
-
-
-def _columns(cells: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the numbers of each column, and for columns with other cells an example."""
-    columns, words = {}, {}
-    for name, column in cells.items():
-        columns[name], wrong = _numbers(column)
-        if wrong and all(map(DECIMAL_COMMA.fullmatch, wrong)):
-            holds = f"column {name!r} holds numbers with commas, such as {wrong[0]!r}"
-            raise Refused(f"{holds}; write them with a decimal point and without separators of thousands")
-        if wrong:
-            words[name] = f"{wrong[0]!r:.40}" + ("" if len(wrong) == len(column) else f" in {_rows(len(wrong))}")
-    return columns, words
-
-
-def _numbers(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Return the numbers in cells, NaN for missing values, and the cells that hold something else."""
-    if cells.dtype.kind in "biuf":
-        return cells.astype(np.float64), []
-    numbers, wrong = np.full(len(cells), np.nan), []
-    for place, cell in enumerate(cells):
-        text = str(cell).strip()
-        try:
-            numbers[place] = float(text.replace("_", "?"))  # only Python reads 1_000 as a number
-        except ValueError:
-            if text.lower() not in MISSING:
-                wrong.append(text)
-    return numbers, wrong
-
-
-def _rows(number: int) -> str:
-    return f"{number} row{'' if number == 1 else 's'}"
 
 
 def _counted(faults: pd.DataFrame) -> str:
@@ -160,8 +107,56 @@ def _counted(faults: pd.DataFrame) -> str:
     return listed([f"{name!r} ({_rows(number)})" for name, number in numbers.items() if number], MANY)
 
 
-def read_delimited(path: Path) -> Columns:
-    """Return the names and the cells of the columns of a text file, and remarks on how the file was read.
+def _rows(number: int) -> str:
+    return f"{number} row{'' if number == 1 else 's'}"
+
+
+def _numbers(name: str, cells: np.ndarray, words: dict[str, str]) -> np.ndarray:
+    """Return the numbers of a column, NaN for missing values; add an example of its other cells to ``words``."""
+    if cells.dtype.kind in "biuf":
+        return cells.astype(np.float64)
+    with contextlib.suppress(ValueError):
+        if "_" not in "".join(cells):  # only Python reads 1_000 as a number
+            return cells.astype(np.float64)
+    numbers = np.array([_number(cell) for cell in cells], object)
+    wrong = [text for text in numbers if isinstance(text, str)]
+    if wrong and all(map(DECIMAL_COMMA.fullmatch, wrong)):
+        holds = f"column {name!r} holds numbers with commas, such as {wrong[0]!r}"
+        raise Refused(f"{holds}; write them with a decimal point and without separators of thousands")
+    if wrong:
+        words[name] = f"{wrong[0]!r:.40}" + ("" if len(wrong) == len(cells) else f" in {_rows(len(wrong))}")
+    return np.full(len(cells), np.nan) if wrong else numbers.astype(np.float64)
+
+
+def _number(cell: Any) -> float | str:
+    """Return the number in a cell, NaN if it is missing, and other cells as they are."""
+    text = str(cell).strip()
+    try:
+        return float(text.replace("_", "?"))
+    except ValueError:
+        return float("nan") if text.lower() in MISSING else text
+
+
+def _columns(path: Path, names: list[str], columns: Any) -> dict[str, np.ndarray]:
+    """Return columns by their names.
+
+    Raises:
+        Refused: If there are too many to be read in seconds, or two of one name.
+    """
+    _check_width(path, len(names))
+    if twice := repeated(names):
+        raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
+    return dict(zip(names, columns, strict=True))
+
+
+def _check_width(path: Path, width: int) -> None:
+    if width > WIDEST:
+        must = f"the table {str(path)!r} must have at most {WIDEST} columns, and its first row has {width}"
+        raise Refused(f"{must}; leave some out, or transpose the table if its lines are columns")
+
+
+def read_delimited(path: Path) -> Cells:
+    """Return the cells of the columns of a text file by name, and remarks on how the file was read.
 
     A first line without words is data, and then the columns are numbered, as are columns without a name.  Blank lines
     are skipped.
@@ -171,86 +166,46 @@ def read_delimited(path: Path) -> Columns:
         Refused: If it is not text in UTF-8, is empty or too wide, has lines of different lengths, or has rows that a
             quotation mark joins to one cell.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(f"the table {str(path)!r} is not UTF-8 text; save it as CSV in UTF-8") from error
-    file = io.StringIO(text.removeprefix("#"))  # NumPy's savetxt begins its header with "#"
-    first = text.lstrip().partition("\n")[0]
-    _check_width(path, max(len(first.split()), *(first.count(delimiter) + 1 for delimiter in ",;\t")))
-    delimiter = max(DELIMITERS, key=lambda delimiter: _score(file, delimiter))
-    try:
-        cells = _cells(file, delimiter)
-        short = _first_short_row(file, delimiter, cells.shape[1])
-    except (ValueError, csv.Error) as error:
-        words = "is empty" if not text.strip() else f"cannot be read: {str(error).removeprefix(TOKENIZER).strip()}"
-        raise Refused(f"the table {str(path)!r} {words}") from error
-    if short:
-        raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
-    if damaged := _first_joined_rows(cells) if '"' in text else "":
-        raise Refused(
-            f"the table {str(path)!r} cannot be read: {damaged}; is a quotation mark missing, or one too many?"
-        )
-    header = cells.iloc[0]
-    numbers, titles = _numbers(header.to_numpy())
-    names, remarks = [f"column {place + 1}" for place in range(len(header))], []
-    if titles:
-        cells = cells[1:]
-        names = [cell.strip() or name for cell, name in zip(header, names, strict=True)]
-        if not np.isnan(numbers).all():
-            remarks.append(f"The first line ({listed(list(header), 4)}) was taken for names.")
-    if cells.empty:
-        raise Refused(f"the table {str(path)!r} holds names and no rows")
-    return names, list(cells.to_numpy().T), remarks
-
-
-def _cells(file: io.StringIO, delimiter: str, **options: Any) -> pd.DataFrame:
-    """Return the cells of a file as text."""
     import pandas as pd
 
-    file.seek(0)
-    settings = {"header": None, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
-    return pd.read_csv(file, sep=delimiter, **settings, **options)
-
-
-def _first_short_row(file: io.StringIO, delimiter: str, width: int) -> str:
-    """Return a description of the first row with too few values, which pandas fills up, or an empty string."""
-    file.seek(0)
-    plain = len(delimiter) == 1
-    rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True) if plain else (line.split() for line in file)
-    for number, row in enumerate((row for row in rows if any(row)), 1):
-        if len(row) < width:
-            return f"row {number} has {len(row)} of {width} values"
-    return ""
-
-
-def _first_joined_rows(cells: pd.DataFrame) -> str:
-    """Return a description of the first row with a cell of several lines of numbers, or an empty string.
-
-    A quotation mark without a partner joins rows so.
-    """
-    for number, row in enumerate(cells.to_numpy(), 1):
-        for cell in row:
-            if "\n" in cell and not _numbers(np.array(re.split(r'[\s,;"]+', cell)))[1]:
-                return f"row {number} holds {cell[:30]!r}"
-    return ""
-
-
-def _score(file: io.StringIO, delimiter: str) -> float:
-    """Return how well a delimiter separates the first lines into numbers."""
     try:
-        cells = _cells(file, delimiter, nrows=LOOKED_AT, on_bad_lines="skip")
-    except ValueError:
-        return 0.0
-    if cells.shape[1] < 2:
-        return 0.0
-    texts = (cells[1:] if len(cells) > 1 else cells).to_numpy().ravel()
-    wrong = [text for text in _numbers(texts)[1] if not DECIMAL_COMMA.fullmatch(text)]
-    return 1.1 - len(wrong) / len(texts)
+        text = path.read_text(encoding="utf-8-sig").removeprefix("#")  # NumPy's savetxt begins its header with "#"
+    except UnicodeDecodeError as error:
+        raise Refused(f"the table {str(path)!r} is not UTF-8 text; save it as CSV in UTF-8") from error
+    unreadable = f"the table {str(path)!r} cannot be read"
+    lines = [line.strip() for line in re.sub('"[^"]*"', '""', text.lstrip()[: 2**20]).splitlines()[:20]]
+    found = [part for part in ("\t", ";", ",", " ") if all(part in line for line in lines if line)]
+    delimiter = found[0] if found and lines else ","
+    first = text.lstrip().partition("\n")[0]
+    _check_width(path, len(first.split()) if delimiter == " " else first.count(delimiter) + 1)
+    settings = {"header": None, "dtype": str, "keep_default_na": False, "skipinitialspace": True, "engine": "python"}
+    try:
+        cells = pd.read_csv(io.StringIO(text), sep=delimiter.replace(" ", r"\s+"), **settings)
+    except (ValueError, csv.Error) as error:
+        raise Refused(f"{unreadable}: {error}" if text.strip() else f"the table {str(path)!r} is empty") from error
+    if (short := cells.isna().sum(axis=1)).any():
+        row, width = int(short.argmax()), cells.shape[1]
+        raise Refused(
+            f"{unreadable}: row {row + 1} has {width - short[row]} of {width} values; is it damaged, or cut off?"
+        )
+    if '"' in text and len(joined := cells.stack()[lambda cell: cell.str.fullmatch(JOINED)]):
+        where = f"row {joined.index[0][0] + 1} holds {joined.iloc[0][:30]!r}"
+        raise Refused(f"{unreadable}: {where}; is a quotation mark missing, or one too many?")
+    header = [cell.strip() for cell in cells.iloc[0]]
+    names, remarks = [f"column {place + 1}" for place in range(len(header))], []
+    kinds = [_number(cell) for cell in header]
+    if any(isinstance(kind, str) for kind in kinds):
+        cells = cells[1:]
+        names = [cell or name for cell, name in zip(header, names, strict=True)]
+        if any(isinstance(kind, float) and kind == kind for kind in kinds):
+            remarks.append(f"The first line ({listed(header, 4)}) was taken for names.")
+    if cells.empty:
+        raise Refused(f"the table {str(path)!r} holds names and no rows")
+    return _columns(path, names, cells.to_numpy().T), remarks
 
 
-def read_arrays(path: Path) -> Columns:
-    """Return the names and the columns of a ``.npz`` or ``.npy`` file, and remarks on its other content.
+def read_arrays(path: Path) -> Cells:
+    """Return the columns of a ``.npz`` or ``.npy`` file by name, and remarks on its other content.
 
     A matrix ``x``, or the only matrix, is the table, with the names in ``columns``; without a matrix each vector is a
     column.
@@ -269,20 +224,18 @@ def read_arrays(path: Path) -> Columns:
     if chosen is None:
         shapes = {array.shape for array in arrays.values()}
         if len(shapes) == 1 and len(min(shapes)) == 1:
-            return list(arrays), list(arrays.values()), []
+            return arrays, []
         held = listed([f"{name!r} of shape {array.shape}" for name, array in arrays.items()]) or "nothing"
         raise Refused(f"{str(path)!r} must hold a matrix 'x', or vectors of one length, a column each; it holds {held}")
-    x = arrays.pop(chosen)
-    names = [f"column {place + 1}" for place in range(x.shape[1])]
-    if "columns" in arrays:
-        names = [str(name) for name in arrays.pop("columns").ravel()]
+    x, titles = arrays.pop(chosen), arrays.pop("columns", None)
+    names = [f"column {place + 1}" for place in range(x.shape[1])] if titles is None else [*map(str, titles.ravel())]
     if len(names) != x.shape[1]:
         raise Refused(f"{str(path)!r} holds {len(names)} names in 'columns', and its table has {x.shape[1]} columns")
     remarks = [f"Used the array {chosen!r} alone, without {listed_names(arrays)}."] if arrays else []
-    return names, list(x.T), remarks
+    return _columns(path, names, x.T), remarks
 
 
-READERS: dict[str, Callable[[Path], Columns]] = {
+READERS: dict[str, Callable[[Path], Cells]] = {
     **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
     **dict.fromkeys((".npz", ".npy"), read_arrays),
 }
