@@ -138,7 +138,7 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "trained on six times as many draws from that density, for at most 20 epochs. *learned, sample*: `sample` "
         "draws from the posterior with that density; its chains start from the emulated guide, whose training counts. "
         "Its targets are 0.52 for two_moons and 0.60 for slcp. *rounds*: a guide for each observation, by "
-        "`fit_amortized(..., rounds=5, observed=...)`, from as many simulations.",
+        "`fit_amortized(..., datasets=Observed(..., rounds=5))`, from as many simulations.",
         "",
         *head(
             *("task", "seed", "target", "published", "AutoFlow", "resampled", "fit_svi", "sbi", "sbi, for sets"),

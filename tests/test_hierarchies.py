@@ -194,7 +194,7 @@ def test_a_guide_that_is_made_double_draws_scores_trains_and_is_saved(guide, row
 
 def test_the_rows_are_those_of_the_simulations():
     guide = amortised().setup(torch.randn(3, 3), groups=3)
-    fit_amortized(hierarchy, guide, groups=8, num_simulations=40, max_epochs=1, num_rows=(4, 8), progress=False)
+    fit_amortized(hierarchy, guide, groups=8, num_simulations=40, max_epochs=1, datasets=(4, 8), progress=False)
     assert guide.row_range == (4, 8)
 
     def outside(y: Tensor | None = None, size: Tensor | None = None) -> None:
@@ -251,7 +251,7 @@ def test_files_hold_both_encoders(trained, tmp_path):
     with pytest.raises(ValueError, match="OfRows"):  # a class of the user
         save(trained, tmp_path / "guide.pt")
     bare = AutoPlateFlow(only_data, "group", encoder=Standardize((3,)), global_encoder=SetEncoder(3, 8, (16,)))
-    fit_amortized(only_data, bare, num_simulations=40, max_epochs=1, num_rows=(2, 5), progress=False)
+    fit_amortized(only_data, bare, num_simulations=40, max_epochs=1, datasets=(2, 5), progress=False)
     save(bare, tmp_path / "guide.pt")
     again = load(tmp_path / "guide.pt")
     y = torch.randn(4, 3)
@@ -291,7 +291,7 @@ def test_calibrate_names_hyperparameters_and_rows(trained):
 
 def test_a_number_of_rows_outside_of_training_warns():
     guide = amortised()
-    fit_amortized(hierarchy, guide, num_simulations=40, max_epochs=1, num_rows=(3, 5), progress=False)
+    fit_amortized(hierarchy, guide, num_simulations=40, max_epochs=1, datasets=(3, 5), progress=False)
     with pytest.warns(UserWarning, match="have 6 rows of plate 'group', and the guide was trained on 3 to 5"):
         guide.sample(2, torch.randn(6, 3))
 
@@ -314,13 +314,13 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
         AutoPlateFlow(hierarchy, "group", encoder=encoder, global_encoder=MLPEncoder(4, 2)).setup(torch.randn(6, 3))
     with pytest.raises(ValueError, match=r"without a global_encoder.*Give both"):
         fit_amortized(hierarchy, AutoPlateFlow(hierarchy, "group", encoder=encoder))
-    with pytest.raises(ValueError, match=r"num_rows=\(1, 2\) is for an AutoPlateFlow"):
-        fit_amortized(hierarchy, AutoFlow(hierarchy, encoder=encoder), num_rows=(1, 2))
-    with pytest.raises(ValueError, match=r"num_rows must be .*from 1 to the 6 rows.*got \(1, 9\)"):
-        fit_amortized(hierarchy, amortised(), num_simulations=40, num_rows=(1, 9), progress=False)
+    with pytest.raises(ValueError, match=r"datasets must be .*for an AutoPlateFlow, got \(1, 2\) for AutoFlow"):
+        fit_amortized(hierarchy, AutoFlow(hierarchy, encoder=encoder), datasets=(1, 2))
+    with pytest.raises(ValueError, match=r"datasets must be .*from 1 to the 6 rows.*got \(1, 9\)"):
+        fit_amortized(hierarchy, amortised(), num_simulations=40, datasets=(1, 9), progress=False)
     for wrong in (5, (0, 3), (4, 2), (2.5, 4)):
-        with pytest.raises(ValueError, match="num_rows must be a pair of integers"):
-            fit_amortized(hierarchy, amortised(), num_rows=wrong)
+        with pytest.raises(ValueError, match=r"datasets must be .* integers"):
+            fit_amortized(hierarchy, amortised(), datasets=wrong)
     with pytest.raises(ValueError, match=r"bind: the guide has no global_encoder"):
         AutoPlateFlow(hierarchy, "group", encoder=encoder).bind(torch.randn(6, 3))
 

@@ -18,6 +18,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.diagnostics.findings import Finding
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting import Observed
 
 X, Y = torch.randn(20, 3), torch.randn(20)
 small = partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
@@ -530,9 +531,8 @@ def test_arrays_are_to_be_made_tensors(guide, amortised):
     refused(TypeError, r"Simulations: latents\['w'\]" + way, pf.Simulations, {"w": array}, {"x": array})
     refused(TypeError, r"AutoFlow\.log_prob: values\['w'\]" + way, guide.log_prob, {"w": array[0]})
     refused(TypeError, r"log_prob: values must be .*, got Tensor float32 \(4,\)", guide.log_prob, torch.zeros(4))
-    fit = partial(pf.fit_amortized, simulator, amortised, rounds=2)
-    refused(TypeError, r"observed must be a dict of tensors by name, got Tensor float32 \(2,\)", fit, observed=Y[:2])
-    refused(TypeError, r"observed\['x'\]" + way, fit, observed={"x": array[0, :2]})
+    refused(TypeError, r"data must be a dict of tensors by name, got Tensor float32 \(2,\)", Observed, Y[:2])
+    refused(TypeError, r"data\['x'\]" + way, Observed, {"x": array[0, :2]})
     refused(TypeError, "data for the encoder must be tensors, got ndarray", amortised.sample, 5, array[0, :2])
     refused(TypeError, r"must get the model's data, got no arguments\. Give them, as in", amortised.sample, 5)
 

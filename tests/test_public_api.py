@@ -63,7 +63,7 @@ NAMES = {
     "round_off save_images to_arviz",
     plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
     training: "Fit Gradients Training",
-    fitting: "Annealed Mode anneal fit_amortized fit_density fit_likelihood fit_svi sample",
+    fitting: "Annealed Mode Observed anneal fit_amortized fit_density fit_likelihood fit_svi sample",
     sampling: "Samples",
     persistence: "load save",
     programs: "Program Simulations simulate",

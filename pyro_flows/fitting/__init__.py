@@ -8,3 +8,4 @@ from .density import fit_density as fit_density
 from .exact_draws import sample as sample
 from .likelihood import fit_likelihood as fit_likelihood
 from .svi import fit_svi as fit_svi
+from .truncated import Observed as Observed

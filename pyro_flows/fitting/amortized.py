@@ -40,7 +40,7 @@ from ..training.checkpoint import Checkpoint, check_path, fingerprint
 from ..user_code import warn_user
 from .plate_rows import PlateRows
 from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
-from .truncated import Truncated
+from .truncated import Observed, Truncated
 
 CALLER = "fit_amortized"
 NUMBERS = 10_000_000  # numbers of data from which encoders are standardised
@@ -55,14 +55,11 @@ def fit_amortized(
     *args: Any,
     num_simulations: int = 10_000,
     simulations: Simulations | None = None,
-    rounds: int = 1,
-    observed: dict[str, Tensor] | None = None,
-    num_rows: tuple[int, int] | None = None,
+    datasets: Observed | tuple[int, int] | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
     training: Training | None = None,
-    simulation_batch_size: int = 10_000,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -96,15 +93,13 @@ def fit_amortized(
         model: A Pyro model whose data arguments are None by default.
         guide: An ``AutoFlow`` of it with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder`` too.
         *args: The model's arguments without the data.
-        num_simulations: The number of simulations in all rounds together, at least 20.
-        simulations: Existing simulations, such as those of :func:`~pyro_flows.simulate`, in place of one round.
-        rounds: The number of rounds.  Later rounds draw latents from the prior truncated to the region of the guide's
-            posterior of ``observed``, so that simulations serve that dataset: truncated sequential neural posterior
-            estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
-        observed: The data of interest, by the names of the model's arguments; for more than one round.
-        num_rows: For an ``AutoPlateFlow``, the smallest and the largest number of rows in a step; by default from 1 to
-            all rows of a simulation.  The guide warns if it is used for other numbers.  Tensors among the arguments
-            whose first dimension has one entry for each simulated row are cut to the rows of a step.
+        num_simulations: The number of simulations to draw, at least 20.
+        simulations: Existing simulations in their place, such as those of :func:`~pyro_flows.simulate`.
+        datasets: The datasets that the guide shall serve; by default all that the model draws.  For one dataset,
+            :class:`~pyro_flows.fitting.Observed` draws simulations near it, in rounds.  For an ``AutoPlateFlow``, the
+            smallest and the largest number of rows, ``(least, most)``, by default from 1 to all rows of a simulation.
+            The guide warns if it is used for other numbers.  Tensors among the arguments whose first dimension has one
+            entry for each simulated row are cut to the rows of a step.
         max_epochs: The largest number of passes through the simulations in a round; the step size falls to zero by
             then.  By default 200, and fewer beyond 10,000 simulations.
         batch_size: The number of simulations per step; by default 256, or 64 hierarchies, and fewer if there are few.
@@ -114,7 +109,6 @@ def fit_amortized(
             objective is that of latents, ``objective(flow, z, context)`` for each flow of the guide.
             ``objectives.FlowMatching()`` with a continuous flow, ``AutoFlow(model, flow=flows.cnf, encoder=...)``, is
             flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
-        simulation_batch_size: The number of simulations that run together.
         checkpoint: A file for the state of the run, from which the same call resumes, as for :func:`fit_svi`.  The
             simulations are kept in a second file, in the same folder.
         progress: Whether to show a progress bar.
@@ -125,8 +119,7 @@ def fit_amortized(
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
     Raises:
-        TypeError: If ``model`` is a guide, ``observed`` holds no tensors, or
-            ``simulations`` are of another class.
+        TypeError: If ``model`` is a guide, or ``simulations`` are of another class.
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
             error names the argument or site.
@@ -151,37 +144,35 @@ def fit_amortized(
         torch.Size([5, 2])
     """
     check_integers(CALLER, 20, num_simulations=num_simulations)
-    check_integers(CALLER, rounds=rounds, simulation_batch_size=simulation_batch_size)
     most = 1 if max_epochs is None else max_epochs
     training = checked(CALLER, training, max_epochs=most, batch_size=batch_size, lr=lr, progress=progress)
     check_program(model=model, guide=guide)
-    _check_guide(guide, num_rows, rounds)
-    several = rounds > 1
-    file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
+    _check_guide(guide, datasets)
+    observed = datasets if isinstance(datasets, Observed) else None
+    rounds = observed.rounds if observed else 1
+    file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if observed else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
-    _check_rounds(simulator, rounds, observed)
-    if simulations is not None:
-        check_given(CALLER, simulations, simulator.sites, rounds)
+    _check_data(simulator, simulations, observed)
     given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
-    total = num_simulations if given is None else len(given)
-    data = fingerprint((*bound_values(model, args, kwargs), *(observed or {}).values()))
-    known: Simulations | None = None
+    data = fingerprint((*bound_values(model, args, kwargs), *(observed.data.values() if observed else ())))
+    parts, total = list[Simulations](), num_simulations if given is None else len(given)
     for number in range(rounds):
         size = total * (number + 1) // rounds - total * number // rounds
-        part = file.with_name(f"{file.name}.{number + 1}") if file and several else file
-        draw = functools.partial(_draw, simulator, guide, observed if known else None, size, simulation_batch_size)
-        new = given or _kept(part, draw, {"steps": 0, "data": data, "number": size})
-        known = known.join(new) if known else new
+        part = file.with_name(f"{file.name}.{number + 1}") if file and observed else file
+        draw = functools.partial(_draw, simulator, guide, observed if parts else None, size)
+        settings = {"steps": 0, "data": data, "number": size}
+        parts.append(given or _kept(part, draw, settings))
+        known = functools.reduce(Simulations.join, parts)
         epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known)))))
-        rows = _rows(simulator, guide, known, num_rows, training, batch_size)
+        rows = _rows(simulator, guide, known, datasets, training, batch_size)
         fit = train_on_rows(rows, training, max_epochs=epochs, lr=lr, checkpoint=part, progress=progress)
         if fit.stopped == "interrupted":
             break
     return fit
 
 
-def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> None:
-    """Raise ValueError for a guide that is not amortised, or settings that suit only another guide."""
+def _check_guide(guide: Any, datasets: Any) -> None:
+    """Raise ValueError for a guide that is not amortised, or datasets that suit only another guide."""
     if not (isinstance(guide, AutoFlow | AutoPlateFlow) and guide.is_amortised):
         got = f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}"
         if isinstance(guide, AutoPlateFlow):
@@ -189,37 +180,36 @@ def _check_guide(guide: Any, num_rows: tuple[int, int] | None, rounds: int) -> N
         raise ValueError(
             f"{CALLER}: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got {got}."
         )
-    pair = isinstance(num_rows, tuple | list) and len(num_rows) == 2 and all(map(is_integer, num_rows))
-    if num_rows is not None and not (pair and 1 <= num_rows[0] <= num_rows[1]):
-        wanted = "a pair of integers (least, most) of at least 1, the smaller first"
-        raise ValueError(f"{CALLER}: num_rows must be {wanted}, got {quoted(num_rows)}. Give num_rows=(1, 20).")
-    if isinstance(guide, AutoFlow) and num_rows is not None:
-        raise ValueError(f"{CALLER}: num_rows={num_rows} is for an AutoPlateFlow, got AutoFlow. Leave it out.")
-    if isinstance(guide, AutoPlateFlow) and rounds > 1:
-        raise ValueError(f"{CALLER}: rounds={rounds} is for an AutoFlow, got AutoPlateFlow. Use rounds=1.")
+    if datasets is None or isinstance(datasets, Observed):
+        wanted, fits = "a pair (least, most) for an AutoPlateFlow", datasets is None or isinstance(guide, AutoFlow)
+    else:
+        wanted = "Observed({'x': x}) for an AutoFlow, and integers (least, most) of at least 1 for an AutoPlateFlow"
+        pair = isinstance(datasets, tuple | list) and len(datasets) == 2 and all(is_integer(n, 1) for n in datasets)
+        fits = isinstance(guide, AutoPlateFlow) and pair and datasets[0] <= datasets[1]
+    if not fits:
+        got = f"got {quoted(datasets)} for {type(guide).__name__}"
+        raise ValueError(f"{CALLER}: datasets must be {wanted}, {got}. Give datasets=(1, 20), for example.")
 
 
-def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None) -> None:
-    """Raise ValueError unless the observed data are one dataset of the model, which later rounds need."""
-    if rounds > 1 and (observed is None or observed == {}):
-        wanted = f"observed={{{', '.join(f'{name!r}: ...' for name in simulator.sites)}}}"
-        fault = f"rounds={rounds} needs {wanted}, the data to draw simulations for"
-        raise ValueError(f"{CALLER}: {fault}, got {quoted(observed)}.")
-    if rounds > 1 and simulator.vectorize == "loop":
-        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; give another vectorize.")
-    if observed is not None:
-        simulator.check_data("observed", observed)
+def _check_data(simulator: Simulator, simulations: Any, observed: Observed | None) -> None:
+    """Raise an error unless existing simulations, or data of interest, fit the model, and only one of them is given."""
+    if simulations is not None:
+        check_given(CALLER, simulations, simulator.sites)
+        if observed:
+            raise ValueError(f"{CALLER}: give either simulations or Observed(...), which draws its own.")
+    if observed:
+        if simulator.vectorize == "loop":
+            raise ValueError(f"{CALLER}: Observed draws many latents at once; give another vectorize.")
+        simulator.check_data("observed", observed.data)
 
 
-def _draw(
-    simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor] | None, size: int, batch_size: int
-) -> Simulations:
+def _draw(simulator: Simulator, guide: AutoFlow, observed: Observed | None, size: int) -> Simulations:
     """Draw simulations, a part in each process; if data are observed, with latents from the truncated prior."""
-    truncated = Truncated(simulator, guide, observed) if observed else None
+    truncated = Truncated(simulator, guide, observed.data) if observed else None
     number = -(-size // distributed.size())
 
     def own() -> Simulations:
-        return simulator.draw(number, truncated.draw(number) if truncated else None, batch_size=batch_size)
+        return simulator.draw(number, truncated.draw(number) if truncated else None)
 
     distributed.seed()
     parts = distributed.all_gather(own)
@@ -242,7 +232,7 @@ def _rows(
     simulator: Simulator,
     guide: AutoFlow | AutoPlateFlow,
     known: Simulations,
-    num_rows: tuple[int, int] | None,
+    datasets: Any,
     training: Training,
     size: int | None,
 ) -> RowFit:
@@ -255,7 +245,7 @@ def _rows(
     in_nats = getattr(objective, "in_nats", False)
     plate_rows: PlateRows | None = None
     if isinstance(guide, AutoPlateFlow):
-        plate_rows = PlateRows(CALLER, simulator, guide, num_rows)
+        plate_rows = PlateRows(CALLER, simulator, guide, datasets)
         guide.row_range = plate_rows.least, plate_rows.most
         size = size or min(64, max(1, len(known) // 20))
 
@@ -273,7 +263,10 @@ def _rows(
 
     indices = torch.arange(len(known)).unsqueeze(-1), None
     train, judge = divided(indices, training.share or 0.0, size)
-    marks = {"data": fingerprint((*(z for z, _ in packed), *known.data.values())), "num_rows": num_rows}
+    marks = {
+        "data": fingerprint((*(z for z, _ in packed), *known.data.values())),
+        "datasets": repr(datasets) if isinstance(guide, AutoPlateFlow) else "",
+    }
     words = "the guide's density of simulated latents"
     return RowFit(CALLER, guide, train, judge, loss, marks, diagnose=lambda: words, show=format_of(objective))
 

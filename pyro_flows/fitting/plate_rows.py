@@ -53,7 +53,7 @@ class PlateRows:
         self.least, self.most = numbers or (1, self.full)
         if self.most > self.full:
             wanted = f"(least, most), from 1 to the {self.full} rows of plate {guide.plate!r} in the simulations"
-            raise ValueError(f"{caller}: num_rows must be {wanted}, got {quoted(numbers)}. Simulate more rows.")
+            raise ValueError(f"{caller}: datasets must be {wanted}, got {quoted(numbers)}. Simulate more rows.")
 
     def some(self, data: dict[str, Tensor], packed: Packed) -> tuple[tuple[Any, ...], dict[str, Any], Packed]:
         """Return the arguments and the latents of datasets with a random number of their rows, the same rows in all.

@@ -7,9 +7,12 @@ they are training data like all others.  Truncated proposals for scalable and ha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..arguments import check_integers, check_tensors
 from ..guides import AutoFlow
 from ..guides.amortised import LatentPrior
 from ..programs.engines import Values, in_batches
@@ -17,6 +20,35 @@ from ..programs.simulator import Simulator
 from ..training import distributed
 
 EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Data of interest, near which ``fit_amortized`` draws its simulations.
+
+    Later rounds draw latents from the prior truncated to the region of the guide's posterior of the data: truncated
+    sequential neural posterior estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
+
+    Args:
+        data: The data, by the names of the model's arguments.
+        rounds: The number of rounds, at least 2, which share the simulations.
+
+    Raises:
+        TypeError: If the data are no tensors by name.
+        ValueError: If there are fewer rounds.
+
+    Example::
+
+        >>> Observed({"x": torch.zeros(3)}, rounds=3).rounds
+        3
+    """
+
+    data: dict[str, Tensor]
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        check_tensors("Observed", "data", self.data)
+        check_integers("Observed", 2, rounds=self.rounds)
 
 
 class Truncated:
@@ -55,7 +87,7 @@ class Truncated:
         if hidden := kept[0].keys() - set(self.names):
             raise ValueError(
                 "fit_amortized: too few of the prior's draws are near the posterior of observed to draw anew the "
-                f"latent site {min(hidden)!r}, which the guide does not show. Use rounds=1, or a guide that shows it."
+                f"latent site {min(hidden)!r}, which the guide does not show. Use one that shows it, or all datasets."
             )
         return self._resampled(number)
 

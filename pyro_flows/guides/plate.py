@@ -177,7 +177,7 @@ class AutoPlateFlow(BlockGuide):
             least, most = self.row_range
             rows = f"{number} row{'s' * (number != 1)} of plate {self.plate!r}"
             fault = f"the data have {rows}, and the guide was trained on {least} to {most}"
-            warn_user(f"AutoPlateFlow: {fault}. Train it with fit_amortized(..., num_rows=...) that holds {number}.")
+            warn_user(f"AutoPlateFlow: {fault}. Use fit_amortized(..., datasets=...) that holds {number}.")
 
     def _pooled(self, contexts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the context of all rows, ``(*batch, global_dim)``, from their contexts ``(*batch, rows, width)``."""

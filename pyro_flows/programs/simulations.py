@@ -86,15 +86,10 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")
 
 
-def check_given(caller: str, simulations: Simulations, data: Iterable[str], rounds: int) -> None:
-    """Raise TypeError unless simulations are of this class.
-
-    Raise ValueError for other data arguments than a model's, or more than one round.
-    """
+def check_given(caller: str, simulations: Simulations, data: Iterable[str]) -> None:
+    """Raise TypeError unless simulations are of this class, and ValueError for other data arguments than a model's."""
     words = "a pf.Simulations(latents, data), or the result of pf.simulate(model)"
     check_kind(caller, Simulations, words, simulations=simulations)
-    if rounds > 1:
-        raise ValueError(f"{caller}: give either simulations or rounds={rounds}, which draw their own.")
     if simulations.data.keys() != set(data) or len(simulations) < 20:
         raise ValueError(
             f"{caller}: simulations must hold at least 20 draws of the data arguments {sorted(data)}, got "
