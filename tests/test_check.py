@@ -479,24 +479,6 @@ def test_in_both_modes_of_parameters(local):
     assert found.khat < 1
 
 
-def test_keywords_that_clash():
-    def model(num_samples: Tensor) -> None:
-        pyro.sample("x", dist.Normal(num_samples, 1.0))
-
-    program = Program(model, kwargs={"num_samples": torch.tensor(2.0)})
-    assert check(program, program).trusted
-
-
-def test_a_picture_of_it():
-    found = check(banana, banana)
-    figure = found.plot()
-    left = figure.axes[0]
-    assert [label.get_text() for label in left.get_yticklabels()] == found.names
-    assert found.verdict in figure.get_suptitle()
-    assert found.verdict in repr(found)
-    assert found.reason in repr(found)
-
-
 # Models of all kinds.
 
 
@@ -687,60 +669,54 @@ def test_nothing_outside_is_changed():
 # Bad input.
 
 
-def test_bad_guides_are_refused_in_words():
-    fresh = AutoFlow(banana).setup()
-    with pytest.raises(ValueError, match="never trained"):
-        check(banana, fresh)
-    with pytest.raises(ValueError, match="never trained"):
-        check(banana, AutoNormal(banana))
-    point = AutoDelta(banana)
-    point()
-    with pytest.raises(ValueError, match="point"):
-        check(banana, point)
-    with pytest.raises(ValueError, match=r"'z'.*not in the model|'x'.*not in the guide"):
-        check(banana, correlated)
-    with pytest.raises(ValueError, match=r"num_samples.*0"):
-        check(banana, banana, num_samples=0)
-    with pytest.raises(ValueError, match=r"num_chains.*1"):
-        check(banana, banana, num_chains=1)
-
+def half_a_point() -> AutoGuideList:
     half = AutoGuideList(banana)
     half.append(AutoDelta(pyro.poutine.block(banana, expose=["x"])))
     half.append(AutoNormal(pyro.poutine.block(banana, expose=["y"])))
-    half()
-    with pytest.raises(ValueError, match=r"'x'.*point|draws 1 numbers for latents of 2"):
-        check(banana, half)
+    return half
 
-    def noisy() -> None:
-        u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-        pyro.sample("x", dist.Normal(u, 1.0))
-        pyro.sample("y", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="auxiliary"):
-        check(banana, noisy)
+def noisy() -> None:
+    u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    pyro.sample("x", dist.Normal(u, 1.0))
+    pyro.sample("y", dist.Normal(0.0, 1.0))
 
-    def moving() -> None:
-        x = pyro.sample("x", dist.Uniform(1.0, 2.0))
-        pyro.sample("y", dist.Uniform(0.0, x))
 
-    with pytest.raises(ValueError, match="depends on its other draws"):
-        check(banana, moving)
+def moving() -> None:
+    x = pyro.sample("x", dist.Uniform(1.0, 2.0))
+    pyro.sample("y", dist.Uniform(0.0, x))
 
-    def elsewhere() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("never", torch.full_like(x, -math.inf))
 
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
+def elsewhere() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("never", torch.full_like(x, -math.inf))
 
-    with pytest.raises(ValueError, match="-inf"):
-        check(elsewhere, guide)
 
-    def nothing() -> None:
-        pass
+@pytest.mark.parametrize(
+    ("model", "guide", "words"),
+    [
+        (banana, AutoFlow(banana).setup(), "never trained"),
+        (banana, AutoNormal(banana), "never trained"),
+        (banana, AutoDelta(banana), "point"),
+        (banana, correlated, r"'z'.*not in the model|'x'.*not in the guide"),
+        (banana, half_a_point(), r"'x'.*point|draws 1 numbers for latents of 2"),
+        (banana, noisy, "auxiliary"),
+        (banana, moving, "depends on its other draws"),
+        (elsewhere, lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), "-inf"),
+        (lambda: None, lambda: None, "no latent sites"),
+    ],
+)
+def test_bad_guides_are_refused_in_words(model, guide, words):
+    if words != "never trained":
+        guide()
+    with pytest.raises(ValueError, match=words):
+        check(model, guide)
 
-    with pytest.raises(ValueError, match="no latent sites"):
-        check(nothing, nothing)
+
+@pytest.mark.parametrize(("name", "value"), [("num_samples", 0), ("num_chains", 1)])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        check(banana, banana, **{name: value})
 
 
 # Chains.

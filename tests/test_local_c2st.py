@@ -10,10 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_guides import conjugate, gaussian, posterior
-from matplotlib.figure import Figure
 from scipy import stats
 
-from pyro_flows import AutoFlow, fit_amortized, flows, local_c2st, plots
+from pyro_flows import AutoFlow, fit_amortized, flows, local_c2st
 from pyro_flows.diagnostics import LocalC2ST
 from pyro_flows.diagnostics.largest_statistic import p_value, scaled
 from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
@@ -234,13 +233,11 @@ def test_statistics_are_scaled():
 
 
 def test_plot():
-    for settings in ({}, {"width": 0.5}):
-        found = run(posterior(**settings))
-        figure = plots.local_c2st(found)
-        assert isinstance(figure, Figure)
-        assert len(figure.axes) == 3
-        assert found.reason[:30] in figure._suptitle.get_text()
-        figure.canvas.draw()
+    found = run(posterior(width=0.5))
+    figure = found.plot()
+    assert len(figure.axes) == 3
+    assert found.reason[:30] in figure._suptitle.get_text()
+    figure.canvas.draw()
 
 
 def test_the_reason_counts_the_simulations():

@@ -10,10 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_guides import conjugate, gaussian, posterior
-from matplotlib.figure import Figure
 from scipy import stats
 
-from pyro_flows import AutoFlow, fit_amortized, misspecification, plots
+from pyro_flows import AutoFlow, fit_amortized, misspecification
 from pyro_flows.diagnostics.misspecification import Predictive
 from pyro_flows.encoders import MLPEncoder, SetEncoder
 from pyro_flows.flows import realnvp
@@ -192,13 +191,11 @@ def test_one_by_one():
 
 
 def test_plot():
-    for kind in ("noisy", "far"):
-        found = run(observed={"x": data(kind)}, num_simulations=199, num_samples=10)
-        figure = plots.misspecification(found)
-        assert isinstance(figure, Figure)
-        assert len(figure.axes) == 3
-        assert found.reason[:30] in figure._suptitle.get_text()
-        figure.canvas.draw()
+    found = run(observed={"x": data("noisy")}, num_simulations=199, num_samples=10)
+    figure = found.plot()
+    assert len(figure.axes) == 3
+    assert found.reason[:30] in figure._suptitle.get_text()
+    figure.canvas.draw()
 
 
 # Errors.
