@@ -27,8 +27,8 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, Shape, SpreadMeter, weighted_drift
-from pyro_flows.diagnostics.evidence import Evidence
 from pyro_flows.diagnostics.findings import judge, worst
+from pyro_flows.diagnostics.measurements import Measurements
 from pyro_flows.diagnostics.missing_modes import DF, MultivariateT
 from pyro_flows.diagnostics.unreached import Missing
 from pyro_flows.programs import Program
@@ -573,7 +573,7 @@ def test_what_is_no_number_is_not_trusted():
     psis = check(banana, banana).psis
     shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
     seen = [
-        Evidence(psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8])
+        Measurements(psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8])
         for chains in (right, lost)
     ]
     verdicts = [worst(judge(one)) for one in seen]

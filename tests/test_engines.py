@@ -174,7 +174,8 @@ def brief(monkeypatch):
     small = {"starts": 16, "few": 16, "particles": 64, "probes": 500, "gradients": 40}
     brief = dataclasses.replace(missing_modes.SEARCH, **small)
     monkeypatch.setattr(missing_modes, "SEARCH", brief)
-    monkeypatch.setattr(few_latents, "RUN", dataclasses.replace(few_latents.RUN, sweeps=few_latents.LOOK.block))
+    run = dataclasses.replace(few_latents.SHORT_RUN, sweeps=few_latents.FEW_LATENTS.block)
+    monkeypatch.setattr(few_latents, "SHORT_RUN", run)
 
 
 def pair(name):

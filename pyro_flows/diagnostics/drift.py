@@ -121,7 +121,7 @@ class DriftMeter(Meter):
         if not self.start.shape[1]:
             return Drift(*self.start[:1].expand(4, 0))
         first, second, third, fourth = self.powers  # (N, K) each
-        twin, square = (None, None) if self.twins is None else self.twins
+        twin, square = (None, None) if self.twins is None else self.twins[:2]
         m, mean_se = arrival(self.reference, self.start, first, second, twin)
         variance, variance_se = arrival(  # of squares about the mean, whose decay does not depend on the mean
             (self.reference - m).square(),
@@ -169,7 +169,7 @@ def weighted_drift(quantities: Tensor, log_weights: Tensor) -> Drift:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Quantiles:
     """Constants of a comparison of distribution functions.
 
     Attributes:
@@ -187,7 +187,7 @@ class Comparison:
     draws: int = 2000
 
 
-COMPARISON = Comparison()
+QUANTILES = Quantiles()
 
 
 class Shape(NamedTuple):
@@ -204,12 +204,12 @@ class Shape(NamedTuple):
     @property
     def significance(self) -> Tensor:
         """The sizes of the errors, some standard errors subtracted from each, ``(K,)``."""
-        return self.error.abs() - COMPARISON.times * self.error_se
+        return self.error.abs() - QUANTILES.times * self.error_se
 
     @property
     def flagged(self) -> Tensor:
         """True for each error that is certain, ``(K,)``."""
-        return (self.error.abs() > COMPARISON.flag) & (self.significance > COMPARISON.sure)
+        return (self.error.abs() > QUANTILES.flag) & (self.significance > QUANTILES.sure)
 
 
 class ShapeMeter(Meter):
@@ -217,7 +217,7 @@ class ShapeMeter(Meter):
 
     def __init__(self, reference: Tensor, start: Tensor) -> None:
         self._levels = _quantiles(reference)
-        super().__init__(reference[: COMPARISON.draws], start, powers=1)
+        super().__init__(reference[: QUANTILES.draws], start, powers=1)
 
     def function(self, quantities: Tensor) -> Tensor:
         """Return the indicators, ``(N, K) -> (N, L K)``."""
@@ -227,8 +227,8 @@ class ShapeMeter(Meter):
         """Return the errors that the chains show so far."""
         (mean,), twin = self.powers, None if self.twins is None else self.twins[0]
         arrived = arrival(self.reference, self.start, mean, mean, twin)
-        found, noise = (part.reshape(len(COMPARISON.levels), -1) for part in arrived)
-        return _clearest(found - self.reference.mean(0).reshape(len(COMPARISON.levels), -1), noise)
+        found, noise = (part.reshape(len(QUANTILES.levels), -1) for part in arrived)
+        return _clearest(found - self.reference.mean(0).reshape(len(QUANTILES.levels), -1), noise)
 
 
 def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
@@ -249,13 +249,13 @@ def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
 
 def _quantiles(quantities: Tensor) -> Tensor:
     """Return the quantiles of each quantity, ``(L, K)``, as values of draws, which is right for repeated values too."""
-    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in COMPARISON.levels]
+    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in QUANTILES.levels]
     return quantities.sort(0).values[places]
 
 
 def _clearest(errors: Tensor, noise: Tensor) -> Shape:
     """Return the most significant error of each quantity, from the errors at all levels ``(L, K)``."""
-    clearest = (errors.abs() - COMPARISON.times * noise).argmax(0, keepdim=True)
+    clearest = (errors.abs() - QUANTILES.times * noise).argmax(0, keepdim=True)
     return Shape(errors.gather(0, clearest)[0], noise.gather(0, clearest)[0])
 
 

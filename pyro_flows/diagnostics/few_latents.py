@@ -16,16 +16,16 @@ from ..programs.density import Density, Drawn
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, weighted_drift, weighted_shape
-from .evidence import Evidence, certainty, weighed
 from .guide_space import guide_coordinates
 from .importance import WEIGHING, Psis
+from .measurements import Measurements, certainty, weighed
 from .missing_modes import search
-from .short_chains import RUN, adapted
+from .short_chains import SHORT_RUN, adapted
 from .unreached import unreached
 
 
 @dataclass(frozen=True)
-class Look:
+class FewLatents:
     """Constants of a look at few latents.
 
     Attributes:
@@ -49,11 +49,11 @@ class Look:
     outermost: int = 5
 
 
-LOOK = Look()
+FEW_LATENTS = FewLatents()
 
 
-def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evidence:
-    """Gather the evidence about a guide of few latents.
+def look(space: Density, num_samples: int | None, num_chains: int | None) -> Measurements:
+    """Measure the errors of a guide of few latents.
 
     Args:
         space: The guide's space.
@@ -61,19 +61,19 @@ def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evi
         num_chains: The number of chains, or None.
     """
     alone, slow = space.task.runs_one_by_one, WEIGHING.too_slow(space.task)
-    draws, psis = weighed(space, num_samples or WEIGHING.number(space.task, space.dim), LOOK.at_once)
+    draws, psis = weighed(space, num_samples or WEIGHING.number(space.task, space.dim), FEW_LATENTS.at_once)
     # Whitened by themselves, draws would lie nearer to the middle than other draws of the guide do.
     charts, white = guide_coordinates(space, draws.z[::2])
     weighted = weighted_drift(draws.quantities, psis.smoothed)
     of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
-    began = space.draw(num_chains or (LOOK.alone if alone else LOOK.chains))
+    began = space.draw(num_chains or (FEW_LATENTS.alone if alone else FEW_LATENTS.chains))
     certain = certainty(psis, weighted)
     chains, directions, shape, acceptance = _followed(space, charts, white, draws, began, certain)
     missing = unreached(space.task) if slow else search(space, white, draws, psis.log_evidence)
     rare = torch.zeros_like(weighted.error) if alone or slow else outliers(space, draws, psis)
     scope = f"There was no search for other modes, since {slow}." if slow else ""
     measured = chains, directions, weighted, (shape, of_weights), space.read.names
-    return Evidence(psis, *measured, missing, rare, acceptance, scope=scope)
+    return Measurements(psis, *measured, missing, rare, acceptance, scope=scope)
 
 
 @torch.no_grad()
@@ -102,9 +102,9 @@ def _followed(
     meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (others, began)))
-    spare = 0.0 if certain > TOLERANCE.certain else LOOK.spare
-    for block in range(RUN.sweeps // LOOK.block):
-        for z in chains.sweeps(LOOK.block, adapt=False):
+    spare = 0.0 if certain > TOLERANCE.certain else FEW_LATENTS.spare
+    for block in range(SHORT_RUN.sweeps // FEW_LATENTS.block):
+        for z in chains.sweeps(FEW_LATENTS.block, adapt=False):
             quantities = space.quantities(z)
             meter.record(quantities)
             shape.record(_with_distance(space, white, quantities, z))
@@ -142,9 +142,9 @@ def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
         draws: Draws of the guide.
         psis: Their weights.
     """
-    more = min(LOOK.draws, LOOK.numbers // space.dim) - len(draws.z)
+    more = min(FEW_LATENTS.draws, FEW_LATENTS.numbers // space.dim) - len(draws.z)
     z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
-    ends = [z.topk(LOOK.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
+    ends = [z.topk(FEW_LATENTS.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
     outer = z[torch.cat(ends).unique()]
     log_weights = or_nan(space.log_prob)(outer) - space.placement.log_q(outer) - psis.log_evidence
     lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
@@ -161,4 +161,4 @@ def _drawn(space: Density, number: int) -> Tensor:
     guide = space.task.guide.call
     if isinstance(guide, AutoFlow) and guide.draws_from_flow:
         return guide.sample_roughly(number)
-    return space.placement.vectors(number, 10 * LOOK.at_once)
+    return space.placement.vectors(number, 10 * FEW_LATENTS.at_once)

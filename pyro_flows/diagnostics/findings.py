@@ -1,4 +1,4 @@
-"""Findings: the faults of a guide's draws as data, a sentence for each, and the rules that find them in the evidence.
+"""Findings: the faults of a guide's draws as data, a sentence for each, and the rules that find them.
 
 The verdict is a fold over findings: the worst that follows from any of them.  To add a finding, add a line to the table
 of kinds, its words to ``KINDS``, and a rule to ``FAULTS``, or to ``_doubts`` for a question that remains open.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..sampling.chains import FROZEN
 from .drift import SLOWEST, TOLERANCE, Drift
-from .evidence import Evidence, certainty
+from .measurements import Measurements, certainty
 
 VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
 
@@ -142,7 +142,7 @@ class Kind(NamedTuple):
 
 EXACT = "Use pf.sample for exact draws, or pf.posterior."
 DOOR = "Use pf.posterior, which goes on until draws can be trusted."
-SEARCH = "Use pf.anneal, which finds modes and needs no guide."
+ANNEAL = "Use pf.anneal, which finds modes and needs no guide."
 AGAIN = "Check again with num_samples=40_000 and num_chains=1024."
 OFF = "The guide's draws are off ({f.moment})."
 KINDS = {
@@ -161,7 +161,7 @@ KINDS = {
     ),
     "mode": Kind(
         "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
-        SEARCH,
+        ANNEAL,
     ),
     "support": Kind(
         "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
@@ -172,7 +172,7 @@ KINDS = {
         "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for exact "
         "draws.",
     ),
-    "far": Kind("A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).", SEARCH),
+    "far": Kind("A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).", ANNEAL),
     "collapsed": Kind(
         "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass was "
         "found, and chains drift ({f.quantity}).",
@@ -208,8 +208,8 @@ KINDS = {
 }
 
 
-def judge(seen: Evidence) -> list[Finding]:
-    """Return all faults that the evidence shows, or the gravest doubt if it shows none."""
+def judge(seen: Measurements) -> list[Finding]:
+    """Return all faults that measurements show, or the gravest doubt if it shows none."""
     return [fault for rule in FAULTS for fault in rule(seen)] or [*islice(_doubts(seen), 1)]
 
 
@@ -222,13 +222,13 @@ def worst_moment(drift: Drift, names: Sequence[str], among: Tensor | None = None
     return Finding(kind or of, names[i], float(size[i]), float(noise[i]), of=of)
 
 
-def _flags(seen: Evidence) -> tuple[Tensor, Tensor]:
+def _flags(seen: Measurements) -> tuple[Tensor, Tensor]:
     """Return True for each certain error, ``(2, K)``: of chains, and of weights."""
     of_weights = seen.weighted.flagged(TOLERANCE.certain) & seen.psis.reliable
     return seen.chains.flagged(certainty(seen.psis, seen.weighted)), of_weights
 
 
-def _elsewhere(seen: Evidence) -> Iterator[Finding]:
+def _elsewhere(seen: Measurements) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses."""
     share, noise, _, error, _, neck, outside, _ = seen.missing
     if outside and not share <= max(JUDGEMENT.lost, noise):  # also if the share is unknown
@@ -248,7 +248,7 @@ def _elsewhere(seen: Evidence) -> Iterator[Finding]:
             yield Finding("neck", f"{neck} ({found.moment})", share, noise) if neck else found
 
 
-def _failed(seen: Evidence) -> Iterator[Finding]:
+def _failed(seen: Measurements) -> Iterator[Finding]:
     """Yield findings of a search and of chains that failed."""
     if seen.missing.is_blind:
         yield Finding("blind")
@@ -256,7 +256,7 @@ def _failed(seen: Evidence) -> Iterator[Finding]:
         yield Finding("frozen", "", max(seen.acceptance))
 
 
-def _off(seen: Evidence) -> Iterator[Finding]:
+def _off(seen: Measurements) -> Iterator[Finding]:
     """Yield the most significant certain error of a moment."""
     for drift, flags in zip((seen.chains, seen.weighted), _flags(seen), strict=True):
         if bool(flags.any()):
@@ -273,14 +273,14 @@ def _agree(chains: Drift, weighted: Drift) -> bool:
     return not bool(is_apart.any()) and bool((weighted.noise < TOLERANCE.right * size).all())
 
 
-def _in_rows(seen: Evidence) -> Iterator[Finding]:
+def _in_rows(seen: Measurements) -> Iterator[Finding]:
     """Yield the certain errors of means that the weights of single rows show, for each set of plates."""
     for rows in seen.rows:
         if rows.is_off(TOLERANCE.right):
             yield Finding("mean", rows.name, rows.error, rows.noise)
 
 
-def _outside(seen: Evidence) -> Iterator[Finding]:
+def _outside(seen: Measurements) -> Iterator[Finding]:
     """Yield findings of draws without a density, and of rare draws that spoil a moment."""
     verdict = "reweight" if seen.psis.reliable else "do not trust"
     outside = float((seen.psis.log_weights == -torch.inf).double().mean())
@@ -292,7 +292,7 @@ def _outside(seen: Evidence) -> Iterator[Finding]:
         yield Finding("outliers", seen.names[i], float(ratios[i]), verdict=verdict)
 
 
-def _misshapen(seen: Evidence) -> Iterator[Finding]:
+def _misshapen(seen: Measurements) -> Iterator[Finding]:
     """Yield the most significant error of a distribution function that is certain."""
     of_chains, of_weights = seen.shapes
     told = seen.psis.reliable and bool(of_weights.flagged.any())
@@ -303,7 +303,7 @@ def _misshapen(seen: Evidence) -> Iterator[Finding]:
         yield Finding("shape", name, float(shape.error[i]), float(shape.error_se[i]), verdict)
 
 
-def _unequal(seen: Evidence) -> Iterator[Finding]:
+def _unequal(seen: Measurements) -> Iterator[Finding]:
     """Yield reliable weights that are very unequal; those of many latents always are, as small errors add up."""
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
     apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
@@ -314,7 +314,7 @@ def _unequal(seen: Evidence) -> Iterator[Finding]:
 FAULTS = _elsewhere, _failed, _off, _in_rows, _outside, _misshapen, _unequal  # the rules
 
 
-def _doubts(seen: Evidence) -> Iterator[Finding]:
+def _doubts(seen: Measurements) -> Iterator[Finding]:
     """Yield doubts about draws without a certain error, the gravest first."""
     psis, chains, directions = seen.psis, seen.chains, seen.directions
     labels = [f"whitened direction {i}" for i in range(len(directions.error))]

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-QUANTILES = 0.5, 0.98  # of a statistic, which become 0 and 1
 
-
-class Score(NamedTuple):
+class Statistic(NamedTuple):
     """A statistic of N exchangeable objects, ``(N,)``, and the fault that a large value shows, in words.
 
     A fault of less weight is told only if the others are clearly smaller.
@@ -59,7 +57,7 @@ class ObservationTest(ABC):
         return f"{type(self).__name__}(passed={self.passed}, p_value={self.p_value:.3g}): {self.reason}"
 
 
-def largest(scores: Sequence[Score], place: int, level: float) -> Largest:
+def largest(scores: Sequence[Statistic], place: int, level: float) -> Largest:
     """Return the largest statistic of the object at a place, ranked among those of all objects."""
     values = torch.stack([scaled(score.value) for score in scores])
     told = values[:, place] * torch.tensor([score.weight for score in scores]).to(values)
@@ -77,7 +75,7 @@ def largest(scores: Sequence[Score], place: int, level: float) -> Largest:
 def scaled(value: Tensor) -> Tensor:
     """Return statistics ``(N,)`` such that their median is 0 and their 98 % quantile 1; NaN counts as 0."""
     value = value.nan_to_num(0.0)  # a rank needs an order, and any number keeps the p-value exact
-    middle, high = torch.quantile(value, torch.tensor(QUANTILES).to(value))
+    middle, high = torch.quantile(value, torch.tensor([0.5, 0.98]).to(value))
     return (value - middle) / (high - middle).clamp(min=1e-12)
 
 

@@ -25,7 +25,7 @@ from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
 from ..programs.plate_nesting import runs_programs
 from .amortised import simulator_of
-from .largest_statistic import Largest, ObservationTest, Score, largest
+from .largest_statistic import Largest, ObservationTest, Statistic, largest
 from .neighbours import Neighbours, neighbours_of
 
 
@@ -226,9 +226,9 @@ def scored(found: Neighbours, rows: list[int], repeats: int, level: float) -> tu
     base = found.base.nan_to_num(SCORING.cut, SCORING.cut, -SCORING.cut).clamp(-SCORING.cut, SCORING.cut)
     moments = _moments(standard, names)
     named = [moments, _pairs(standard, names), _shapes(standard, names)]
-    scores: list[Score] = []
+    scores: list[Statistic] = []
     for number in rows:
-        part = _Rows(shares[:number], picks[:, :number], _weights(found.distance, number))
+        part = _Choices(shares[:number], picks[:, :number], _weights(found.distance, number))
         scores += [part.largest(features) for features in named if features.faults]
         scores += [part.joint(features) for features in (_quadratic(base), _waves(base))]
     z, mean = (sums[0, : 2 * len(names)].reshape(2, -1) for sums in (part.standardised(moments), part.sums(moments)[0]))
@@ -238,7 +238,7 @@ def scored(found: Neighbours, rows: list[int], repeats: int, level: float) -> tu
     return largest(scores, 0, level), (z[0], z[1], shift, ratio, standard[:, 0], first)
 
 
-class _Rows(NamedTuple):
+class _Choices(NamedTuple):
     """Rows with a choice of one candidate for each.
 
     Attributes:
@@ -267,19 +267,19 @@ class _Rows(NamedTuple):
         total, variance = self.sums(features)
         return total / variance.diagonal().clamp(min=1e-12).sqrt()
 
-    def largest(self, features: Features) -> Score:
+    def largest(self, features: Features) -> Statistic:
         """Return the largest standardised gradient of all features."""
         z = self.standardised(features)
         best = int(z[0].abs().argmax())
-        return Score(z.abs().amax(1), features.faults[best][int(z[0, best] < 0)])
+        return Statistic(z.abs().amax(1), features.faults[best][int(z[0, best] < 0)])
 
-    def joint(self, features: Features) -> Score:
+    def joint(self, features: Features) -> Statistic:
         """Return the square root of Gᵀ V⁻¹ G."""
         total, variance = self.sums(features)
         ridge = SCORING.ridge * variance.diagonal().mean().clamp(min=1e-12)
         factor = torch.linalg.cholesky(variance + ridge * torch.eye(len(variance)).to(variance))
         size = torch.linalg.solve_triangular(factor, total.T, upper=False).norm(dim=0)
-        return Score(size, "the joint distribution of the draws is wrong", weight=0.5)  # a named latent tells more
+        return Statistic(size, "the joint distribution of the draws is wrong", weight=0.5)  # a named latent tells more
 
 
 def _weights(distance: Tensor, number: int) -> Tensor:

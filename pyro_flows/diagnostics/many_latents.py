@@ -21,18 +21,18 @@ from ..programs.density import Density, Drawn
 from ..programs.log_density import or_nan
 from ..sampling.coordinates import White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads, weighted_drift, weighted_shape
-from .evidence import Evidence, certainty, weighed
-from .few_latents import LOOK as FEW
+from .few_latents import FEW_LATENTS
 from .guide_space import guide_density
 from .importance import WEIGHING
+from .measurements import Measurements, certainty, weighed
 from .row_weights import row_weights
-from .short_chains import RUN, adapted
+from .short_chains import SHORT_RUN, adapted
 from .suspects import Suspects, suspects
 from .unreached import unreached
 
 
 @dataclass(frozen=True)
-class Look:
+class ManyLatents:
     """Constants of a look at many latents.
 
     Attributes:
@@ -52,11 +52,11 @@ class Look:
     block: int = 5
 
 
-LOOK = Look()
+MANY_LATENTS = ManyLatents()
 
 
-def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evidence:
-    """Gather the evidence about a guide of many latents.
+def look(space: Density, num_samples: int | None, num_chains: int | None) -> Measurements:
+    """Measure the errors of a guide of many latents.
 
     Args:
         space: The guide's space.
@@ -64,13 +64,13 @@ def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evi
         num_chains: The number of chains, or None.
     """
     numbers = max(space.dim, space.task.model.largest)  # in a draw, or in what the model computes from it
-    at_once = max(1, min(FEW.at_once, LOOK.held // numbers))
-    usual = FEW.alone if space.task.runs_one_by_one else FEW.chains
+    at_once = max(1, min(FEW_LATENTS.at_once, MANY_LATENTS.held // numbers))
+    usual = FEW_LATENTS.alone if space.task.runs_one_by_one else FEW_LATENTS.chains
     suspected = suspects(space, at_once)
     scope = _chosen(space, suspected)
     draws, psis = weighed(space, num_samples or WEIGHING.number(space.task, space.dim), at_once)
     weighted = weighted_drift(draws.quantities, psis.smoothed)
-    began = space.draw(num_chains or min(usual, max(LOOK.chains, LOOK.numbers // numbers)))
+    began = space.draw(num_chains or min(usual, max(MANY_LATENTS.chains, MANY_LATENTS.numbers // numbers)))
     certain = certainty(psis, weighted)
     chains, directions, shape, spreads, acceptance = _followed(space, suspected, draws, began, certain)
     if psis.reliable and not space.read.angles:
@@ -79,14 +79,14 @@ def look(space: Density, num_samples: int | None, num_chains: int | None) -> Evi
     shapes = shape, weighted_shape(draws.quantities, psis.smoothed)
     missing, rare = unreached(space.task), torch.zeros_like(weighted.error)
     measured = chains, directions, weighted, shapes, space.read.names
-    return Evidence(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space))
+    return Measurements(psis, *measured, missing, rare, acceptance, spreads, scope, row_weights(space))
 
 
 def _chosen(space: Density, suspected: Suspects) -> str:
     """Follow all quantities of small sites, suspects, and a random part of the others; return words for them."""
     sites, sizes = space.read.sites, Counter(space.read.sites)
-    small = torch.tensor([sizes[site] <= LOOK.small for site in sites])
-    chosen = torch.rand(len(sites)).masked_fill(small, -1).argsort()[: max(LOOK.quantities, int(small.sum()))]
+    small = torch.tensor([sizes[site] <= MANY_LATENTS.small for site in sites])
+    chosen = torch.rand(len(sites)).masked_fill(small, -1).argsort()[: max(MANY_LATENTS.quantities, int(small.sum()))]
     chosen = torch.cat((chosen, suspected.quantities.cpu()))
     space.read.keep(torch.zeros(len(sites), dtype=torch.bool).index_fill(0, chosen, True))
     kept = Counter(space.read.sites)
@@ -122,8 +122,8 @@ def _followed(
     shape = ShapeMeter(others.quantities, began.quantities)
     compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
     spread = SpreadMeter(squares.names, *(squares(some.z) for some in (others, began)))
-    size, calm = LOOK.block if twin else FEW.block, certain > TOLERANCE.certain
-    for block in range(RUN.sweeps // size):
+    size, calm = MANY_LATENTS.block if twin else FEW_LATENTS.block, certain > TOLERANCE.certain
+    for block in range(SHORT_RUN.sweeps // size):
         for z in chains.sweeps(size, adapt=False):
             quantities = space.quantities(z)
             along = chart.inverse(z) @ axes
@@ -132,7 +132,7 @@ def _followed(
         drift, wide = meter.drift(), spread.spreads()
         bent = compass.drift().unless_beyond(TOLERANCE.bent, compass.so_far())
         is_straight = bool((bent.errors + bent.noise < TOLERANCE.bent).all())
-        is_right = drift.is_right(0.0 if calm else FEW.spare) and is_straight and bool(wide.are_clear.all())
+        is_right = drift.is_right(0.0 if calm else FEW_LATENTS.spare) and is_straight and bool(wide.are_clear.all())
         is_off = bool(drift.flagged(certain).any()) or bool(bent.beyond(TOLERANCE.bent).any())
         if is_right or (block > 0 and is_off) or runs.is_spent:
             break
@@ -152,7 +152,7 @@ class _Squares:
 
     def __init__(self, space: Density, white: White) -> None:
         sizes = Counter([] if space.read.angles else space.placement.coordinates)
-        self.names = [name for name, size in sizes.items() if size > LOOK.small]
+        self.names = [name for name, size in sizes.items() if size > MANY_LATENTS.small]
         own = [[name == site for site in space.placement.coordinates] for name in self.names]
         self._share = torch.tensor(own).reshape(len(own), space.dim).to(white.loc)  # (S, D)
         self._share /= self._share.sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
 """A test of a simulator at one observation: could the model have made these data?
 
-Statistics compare datasets with their own posterior predictive replicates.  Each maps N datasets and S replicates of
+Comparing compare datasets with their own posterior predictive replicates.  Each maps N datasets and S replicates of
 each to N numbers, in the same way for all, so that the numbers of datasets from one distribution are exchangeable.
 """
 
@@ -20,7 +20,7 @@ from ..programs.plate_nesting import runs_programs
 from ..programs.quantities import labels_of
 from ..programs.simulator import Simulator
 from .amortised import posteriors, simulator_of
-from .largest_statistic import ObservationTest, Score, largest, p_value
+from .largest_statistic import ObservationTest, Statistic, largest, p_value
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,7 +157,7 @@ def _replicate(
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Comparing:
     """Constants of the statistics.
 
     Attributes:
@@ -177,10 +177,10 @@ class Statistics:
     tiny: float = 1e-6
 
 
-STATISTICS = Statistics()
+COMPARING = Comparing()
 
 
-class Statistic(NamedTuple):
+class TwoSided(NamedTuple):
     """A statistic of N datasets.
 
     Attributes:
@@ -196,10 +196,10 @@ class Statistic(NamedTuple):
     low: str = ""
 
     @property
-    def sides(self) -> list[Score]:
+    def sides(self) -> list[Statistic]:
         """The statistic, and also its negative if small values show a fault."""
         value = self.value.nan_to_num(0.0)
-        return [Score(value, self.high), *([Score(-value, self.low)] if self.low else [])]
+        return [Statistic(value, self.high), *([Statistic(-value, self.low)] if self.low else [])]
 
 
 class Predictive(NamedTuple):
@@ -226,37 +226,37 @@ class Predictive(NamedTuple):
         y = torch.cat([y.reshape(*y.shape[:2], -1).float() for y in self.replicates.values()], -1)
         y = y.nan_to_num(0.0, 0.0, 0.0)  # any number does: the p-value is exact for every statistic
         loc, scale = y.mean(0), y.std(0)
-        scale = scale.clamp(min=1e-30).maximum(STATISTICS.tiny * x.std(0))
+        scale = scale.clamp(min=1e-30).maximum(COMPARING.tiny * x.std(0))
         return (x - loc) / scale, (y - loc) / scale
 
-    def statistics(self) -> list[Statistic]:
+    def statistics(self) -> list[TwoSided]:
         """Return all statistics."""
         x, y = self.residuals()
         found = [_distance(x, y), _largest(x, self.names), _run(x, self.names), _remote(self.contexts)]
         for name, data in self.data.items():
             points, others = _points(data, self.replicates[name])
-            if points.shape[1] >= STATISTICS.fewest:
+            if points.shape[1] >= COMPARING.fewest:
                 found += [_spread(name, points, others), _energy(name, points, others)]
         return found
 
 
-def _distance(x: Tensor, y: Tensor) -> Statistic:
+def _distance(x: Tensor, y: Tensor) -> TwoSided:
     """Return the logarithm of the Mahalanobis distance of the residuals."""
-    if x.shape[1] <= STATISTICS.widest:
+    if x.shape[1] <= COMPARING.widest:
         rows = y.flatten(0, 1)
-        corr = (1 - STATISTICS.shrunk) * rows.T @ rows / len(rows) + STATISTICS.shrunk * torch.eye(x.shape[1]).to(x)
+        corr = (1 - COMPARING.shrunk) * rows.T @ rows / len(rows) + COMPARING.shrunk * torch.eye(x.shape[1]).to(x)
         x = torch.linalg.solve_triangular(torch.linalg.cholesky(corr), x.T, upper=False).T
     words = "the data scatter {} around their replicates than simulated datasets do"
     value = x.square().mean(1).clamp(min=1e-30).log() / 2
-    return Statistic("distance from replicates", value, words.format("more"), words.format("less"))
+    return TwoSided("distance from replicates", value, words.format("more"), words.format("less"))
 
 
-def _largest(x: Tensor, names: list[str]) -> Statistic:
+def _largest(x: Tensor, names: list[str]) -> TwoSided:
     entry = names[int(x[-1].abs().argmax())]
-    return Statistic("largest residual", x.abs().amax(1).log1p(), f"{entry} lies far from its replicates")
+    return TwoSided("largest residual", x.abs().amax(1).log1p(), f"{entry} lies far from its replicates")
 
 
-def _run(x: Tensor, names: list[str]) -> Statistic:
+def _run(x: Tensor, names: list[str]) -> TwoSided:
     """Return the largest sum of neighbouring residuals over the square root of their number."""
     size = x.shape[1]
     total = torch.cat((torch.zeros_like(x[:, :1]), x.cumsum(1)), 1)
@@ -267,40 +267,40 @@ def _run(x: Tensor, names: list[str]) -> Statistic:
     side = "higher" if sums[best][-1, first] > 0 else "lower"
     span = f"{names[first]} to {names[first + lengths[best] - 1]}" if size > 1 else names[0]
     value = torch.cat(sums, 1).abs().amax(1).log1p()
-    return Statistic("largest sum of residuals", value, f"the data at {span} lie {side} than their replicates")
+    return TwoSided("largest sum of residuals", value, f"the data at {span} lie {side} than their replicates")
 
 
-def _remote(contexts: Tensor) -> Statistic:
+def _remote(contexts: Tensor) -> TwoSided:
     """Return the logarithm of the Mahalanobis distance of contexts from their mean."""
     c = (contexts - contexts.mean(0)) / contexts.std(0).clamp(min=1e-9)
-    cov = (1 - STATISTICS.shrunk) * c.T @ c / len(c) + STATISTICS.shrunk * torch.eye(c.shape[1]).to(c)
+    cov = (1 - COMPARING.shrunk) * c.T @ c / len(c) + COMPARING.shrunk * torch.eye(c.shape[1]).to(c)
     value = torch.linalg.solve_triangular(torch.linalg.cholesky(cov), c.T, upper=False).square().mean(0)
-    return Statistic("distance from simulations", value.log1p(), "the prior and the simulator make no such data")
+    return TwoSided("distance from simulations", value.log1p(), "the prior and the simulator make no such data")
 
 
 def _points(data: Tensor, replicates: Tensor) -> tuple[Tensor, Tensor]:
     """Return a dataset's entries along its first dimension, ``(N, n, d)``, and a share of all replicates' entries."""
     x = data.float().reshape(len(data), data.shape[1] if data.dim() > 1 else 1, -1)
     y = replicates.float().nan_to_num(0.0, 0.0, 0.0).reshape(len(replicates), *x.shape).transpose(0, 1).flatten(1, 2)
-    kept = torch.linspace(0, x.shape[1] - 1, min(STATISTICS.points, x.shape[1])).long()
-    return x[:, kept], y[:, torch.randperm(y.shape[1])[: STATISTICS.others]]
+    kept = torch.linspace(0, x.shape[1] - 1, min(COMPARING.points, x.shape[1])).long()
+    return x[:, kept], y[:, torch.randperm(y.shape[1])[: COMPARING.others]]
 
 
-def _spread(name: str, points: Tensor, others: Tensor) -> Statistic:
+def _spread(name: str, points: Tensor, others: Tensor) -> TwoSided:
     """Return the logarithm of the ratio of the entries' standard deviation to that of replicates."""
     own, other = (part.std(1).square().mean(-1).clamp(min=1e-30).log() / 2 for part in (points, others))
     words = f"the entries of {name} vary {{}} than those of its replicates"
-    return Statistic(f"spread of {name}", own - other, words.format("more"), words.format("less"))
+    return TwoSided(f"spread of {name}", own - other, words.format("more"), words.format("less"))
 
 
-def _energy(name: str, points: Tensor, others: Tensor) -> Statistic:
+def _energy(name: str, points: Tensor, others: Tensor) -> TwoSided:
     """Return the energy distance of the entries from those of replicates."""
     # Features that are constant in replicates, such as the first steps of a mask, must not divide by zero.
-    least = STATISTICS.tiny * torch.cat((points, others), 1).flatten(0, 1).std(0)
+    least = COMPARING.tiny * torch.cat((points, others), 1).flatten(0, 1).std(0)
     scale = others.std(1, keepdim=True).maximum(least)
     scale = torch.where(scale > 0, scale, 1.0)
     x, y = points / scale, others / scale
     one, two = y.tensor_split(2, 1)
     value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))
     words = f"the entries of {name} have another distribution than those of its replicates"
-    return Statistic(f"energy distance of {name}", value, words)
+    return TwoSided(f"energy distance of {name}", value, words)

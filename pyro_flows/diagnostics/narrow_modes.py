@@ -33,7 +33,7 @@ from ..vjp import LogDensity, value_and_score
 
 
 @dataclass(frozen=True)
-class Narrow:
+class NarrowModes:
     """Constants of the search for narrow modes.
 
     Attributes:
@@ -67,14 +67,14 @@ class Narrow:
     shown: float = 3.0
 
 
-NARROW = Narrow()
+NARROW_MODES = NarrowModes()
 
 
 def number_of_places(space: Density) -> int:
     """Return the number of places to look at in addition to given draws; 0 if a search is hopeless or too slow."""
-    if space.task.runs_one_by_one or space.dim > NARROW.dims:
+    if space.task.runs_one_by_one or space.dim > NARROW_MODES.dims:
         return 0
-    return min(NARROW.draws, NARROW.numbers // (space.task.model.largest + space.task.guide.largest))
+    return min(NARROW_MODES.draws, NARROW_MODES.numbers // (space.task.model.largest + space.task.guide.largest))
 
 
 def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Tensor:
@@ -94,27 +94,28 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Te
         z, _ = white.forward(x)
         return density(z) - space.placement.log_q(z)
 
-    more = white.inverse(space.placement.vectors(number, 2 * NARROW.at_once))
-    wide = int(NARROW.wide * number)
-    more[:wide] *= NARROW.widest ** torch.rand(wide, 1).to(more)
+    more = white.inverse(space.placement.vectors(number, 2 * NARROW_MODES.at_once))
+    wide = int(NARROW_MODES.wide * number)
+    more[:wide] *= NARROW_MODES.widest ** torch.rand(wide, 1).to(more)
     with torch.no_grad():
-        found = torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(NARROW.at_once))])
+        found = torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(NARROW_MODES.at_once))])
     x, found = torch.cat((white.inverse(draws.z), more)), found.nan_to_num(-math.inf, -math.inf, -math.inf)
     # In each shell by itself, because the ratio of a good guide may be largest in its tails.
-    shells = x.norm(dim=-1).argsort().tensor_split(NARROW.shells)
-    starts = torch.cat([shell[found[shell].topk(min(NARROW.tops, len(shell))).indices] for shell in shells])
+    shells = x.norm(dim=-1).argsort().tensor_split(NARROW_MODES.shells)
+    starts = torch.cat([shell[found[shell].topk(min(NARROW_MODES.tops, len(shell))).indices] for shell in shells])
     return white.forward(_ascended(ratio, x[starts]))[0]
 
 
 def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
     """Return the highest places on paths uphill, with steps of given lengths since slopes differ by many magnitudes."""
     best, highest = x.clone(), torch.full_like(x[:, 0], -math.inf)
-    for step in range(NARROW.steps):
+    for step in range(NARROW_MODES.steps):
         height, slope = value_and_score(ratio, x)
         is_higher = height.to(x) > highest
         best[is_higher], highest[is_higher] = x[is_higher], height.to(x)[is_higher]
         slope = slope.nan_to_num(0, 0, 0)
-        length = NARROW.longest * (NARROW.shortest / NARROW.longest) ** (step / (NARROW.steps - 1))
+        shortest = NARROW_MODES.shortest / NARROW_MODES.longest
+        length = NARROW_MODES.longest * shortest ** (step / (NARROW_MODES.steps - 1))
         x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     return best
 
@@ -122,7 +123,7 @@ def _ascended(ratio: LogDensity, x: Tensor) -> Tensor:
 def narrowest(space: Density, drawn: int) -> float:
     """Return the scale of the narrowest mode that the search finds with a chance of 95 %, given a number of draws."""
     places = number_of_places(space)
-    return narrowest_shown(space.dim, drawn + places - int(NARROW.wide * places)) if places else 1.0
+    return narrowest_shown(space.dim, drawn + places - int(NARROW_MODES.wide * places)) if places else 1.0
 
 
 def narrowest_shown(dim: int, number: int) -> float:
@@ -133,9 +134,9 @@ def narrowest_shown(dim: int, number: int) -> float:
     """
 
     def shown(scale: float) -> float:
-        excess = math.log(NARROW.share / (1 - NARROW.share)) - dim * math.log(scale) + dim / 2
+        excess = math.log(NARROW_MODES.share / (1 - NARROW_MODES.share)) - dim * math.log(scale) + dim / 2
         radius = scale * math.sqrt(2 * max(excess, 0.0))
         return number * math.exp(-dim / 2) * (radius / math.sqrt(2)) ** dim / math.gamma(dim / 2 + 1)
 
     scales = [0.001 * 1.05**step for step in range(142)]  # up to about 1
-    return next((scale for scale in scales if shown(scale) > NARROW.shown), 1.0)
+    return next((scale for scale in scales if shown(scale) > NARROW_MODES.shown), 1.0)

@@ -17,9 +17,7 @@ from ..flows import Flow
 from ..flows.arguments import check_value, parameter_of
 from ..user_code import warn_user
 
-TOLERANCE = 0.1  # nats, the largest error of a log-density without a warning
-SHARE = 0.01  # of the rows, the largest fraction beyond TOLERANCE without a warning
-ROWS = 256  # rows to test after a fit
+LARGE = 0.1  # nats, an error of a log-density that is warned of if a hundredth of the rows have one
 
 
 @torch.no_grad()
@@ -73,13 +71,13 @@ def warn_of_round_off(caller: str, flow: Flow, value: Tensor, context: Tensor | 
     """Warn if the round-off of some log-densities is far above their noise in any precision."""
     if value.dtype == torch.float64:
         return
-    value, context = value[:ROWS], None if context is None else context[:ROWS]
+    value, context = value[:256], None if context is None else context[:256]
     with flow.uncompiled():  # a fit that was not compiled should not compile at its end
         noise = (flow.log_prob(value, context) - flow.log_prob(value, context)).abs().max()
         error = round_off(flow, value, context) - 10 * noise
-    if (error > TOLERANCE).double().mean() > SHARE:
+    if (error > LARGE).double().mean() > 0.01:
         warn_user(
             f"{caller}: in {str(value.dtype).removeprefix('torch.')} round-off moves the log-densities of "
-            f"{int((error > TOLERANCE).sum())} of {len(value)} rows by more than {TOLERANCE} nats, up to "
+            f"{int((error > LARGE).sum())} of {len(value)} rows by more than {LARGE} nats, up to "
             f"{error.max():.3g}. Train in float64: flow.double(), with the data in float64."
         )

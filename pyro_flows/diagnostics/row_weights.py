@@ -32,7 +32,7 @@ LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowJudgement:
     """Constants of a judgement of rows.
 
     Attributes:
@@ -54,7 +54,7 @@ class Judged:
     certain: float = 6.0
 
 
-ROWS = Judged()
+ROW_JUDGEMENT = RowJudgement()
 
 
 class RowWeights(NamedTuple):
@@ -78,13 +78,13 @@ class RowWeights(NamedTuple):
 
     def is_off(self, limit: float) -> bool:
         """True if the mean is certainly wrong by more than a limit."""
-        return abs(self.error) > limit + ROWS.certain * self.noise
+        return abs(self.error) > limit + ROW_JUDGEMENT.certain * self.noise
 
     def __str__(self) -> str:
         return f"{max(self.khat, 0.0):.2f} in the {self.number:,} rows of {self.plates!r}"
 
 
-class Rows:
+class PlateRows:
     """The rows of some plates, and the log-densities of model and guide in each.
 
     Args:
@@ -186,7 +186,7 @@ def importance_log_likelihood(
     """
     check_integers("importance_log_likelihood", num_samples=num_samples)
     task = Task(model, guide, args, kwargs).check(whole=False).settle()
-    rows = Rows(task, (plate or getattr(guide, "plate", None) or _only_plate(task),), row_log_prob)
+    rows = PlateRows(task, (plate or getattr(guide, "plate", None) or _only_plate(task),), row_log_prob)
     for program, names in (task.model, rows.of_model), (task.guide, rows.of_guide):
         _check_inside(program.single, names, *rows.plates)
 
@@ -231,16 +231,16 @@ def row_weights(space: Density) -> tuple[RowWeights, ...]:
     if task.model.enumerated or task.runs_one_by_one or task.model.subsamples:
         return ()
     keys = dict.fromkeys(tuple(_plates(task.model.single.nodes[name])) for name in task.latents)
-    blocks = [Rows(task, key, _log_prob) for key in keys if key]
+    blocks = [PlateRows(task, key, _log_prob) for key in keys if key]
     return tuple(_judged(rows) for rows in blocks if _tell(rows))
 
 
-def _tell(rows: Rows) -> bool:
+def _tell(rows: PlateRows) -> bool:
     """Return True if the weights of rows say something about the guide's distribution of each."""
     nodes, task = rows.nodes, rows.task
     inside = [name for name in rows.of_model if name in task.latents]
     number, numbers = math.prod(rows.sizes), _numbers(nodes, inside)
-    if number < ROWS.fewest or numbers > ROWS.widest * number:
+    if number < ROW_JUDGEMENT.fewest or numbers > ROW_JUDGEMENT.widest * number:
         return False
     # Few rows share the latents of an outer row, or the effects of another plate, whose draws would count too.
     others = {plate for name in task.latents if name not in inside for plate in _plates(nodes[name])}
@@ -250,7 +250,7 @@ def _tell(rows: Rows) -> bool:
     return any(name in task.own for name in rows.of_guide) and _are_apart(rows, inside)
 
 
-def _are_apart(rows: Rows, inside: list[str]) -> bool:
+def _are_apart(rows: PlateRows, inside: list[str]) -> bool:
     """Return True if the latents in a row change no density outside of it: every second row is moved."""
     task, nodes = rows.task, rows.nodes
     found = task.guide.sample(lambda view: {name: view.read(name) for name in task.latents}, {}, 2)
@@ -275,9 +275,10 @@ def _are_apart(rows: Rows, inside: list[str]) -> bool:
     return is_same and torch.allclose(before, after, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
-def _judged(rows: Rows) -> RowWeights:
+def _judged(rows: PlateRows) -> RowWeights:
     """Return what the weights of draws of the guide show."""
-    number = max(ROWS.least, min(ROWS.draws, ROWS.numbers // _numbers(rows.nodes, rows.latents)))
+    most = ROW_JUDGEMENT.numbers // _numbers(rows.nodes, rows.latents)
+    number = max(ROW_JUDGEMENT.least, min(ROW_JUDGEMENT.draws, most))
     found = in_batches(lambda _, size: rows.draw(size), {}, number, WEIGHING.at_once(rows.task))
     log_w = found[LOG_P] - found[LOG_Q]
     weights = (log_w - log_w.logsumexp(0)).nan_to_num(-math.inf).exp()
@@ -292,7 +293,7 @@ def _judged(rows: Rows) -> RowWeights:
     away = torch.cat(values, -1)  # (draws, rows, numbers)
     away = (away - away.mean(0)) / away.std(0).clamp_min(1e-12)
     error, noise = ((weights - 1 / number) * away).sum(0), ((weights - 1 / number) * away).square().sum(0).sqrt()
-    unequal = weights.square().sum((0, 2)).argsort(descending=True)[: ROWS.smoothed]
+    unequal = weights.square().sum((0, 2)).argsort(descending=True)[: ROW_JUDGEMENT.smoothed]
     khat = max(smooth(log_w[:, row].double().nan_to_num(-math.inf))[1] for row in unequal.tolist())
     row, column = divmod(int((error.abs() / (noise + 0.01)).argmax()), error.shape[1])
     names = [name for name, of in zip(rows.latents, labels, strict=True) for _ in range(of.shape[1])]

@@ -27,7 +27,7 @@ from ..vjp import LogDensity
 
 
 @dataclass(frozen=True)
-class Run:
+class ShortRun:
     """Constants of a run of short chains.
 
     Attributes:
@@ -45,7 +45,7 @@ class Run:
     slow: float = 0.8
 
 
-RUN = Run()
+SHORT_RUN = ShortRun()
 
 
 def adapted(
@@ -53,9 +53,9 @@ def adapted(
 ) -> tuple[Chains, Tensor]:
     """Start chains at vectors z, ``(N, D)``, and adapt their steps; return them with all places on their way."""
     chains, places = Chains(density, charts, z, twin=twin), list[Tensor]()
-    for place in chains.sweeps(RUN.tries * RUN.adapt, adapt=True):
+    for place in chains.sweeps(SHORT_RUN.tries * SHORT_RUN.adapt, adapt=True):
         places.append(place)
-        if len(places) >= RUN.adapt and max(chains.acceptance) > FROZEN:
+        if len(places) >= SHORT_RUN.adapt and max(chains.acceptance) > FROZEN:
             break
     return chains, torch.cat(places)
 
@@ -76,33 +76,27 @@ class Meter(ABC):
 
     def __init__(self, reference: Tensor, start: Tensor, powers: int) -> None:
         self.reference, self.start, self.count = self.function(reference), self.function(start), 0
-        self._exponents = range(1, powers + 1)
-        self._total = self._of_twins = torch.zeros(())
+        self._exponents, self._totals = range(1, powers + 1), list[Tensor]()  # of chains, and of twins
 
     @abstractmethod
     def function(self, quantities: Tensor) -> Tensor:
         """Return the function of quantities, ``(N, K) -> (N, L)``, in double precision."""
 
-    def record(self, quantities: Tensor, of_twins: Tensor | None = None) -> None:
+    def record(self, *quantities: Tensor) -> None:
         """Add the current quantities of the chains, ``(N, K)``, and always or never those of their twins."""
         self.count += 1
-        self._total = self._powers(quantities, self._exponents) + self._total.to(quantities.device)
-        if of_twins is not None:
-            self._of_twins = self._powers(of_twins, self._exponents[:2]) + self._of_twins.to(quantities.device)
-
-    def _powers(self, quantities: Tensor, exponents: range) -> Tensor:
-        value = self.function(quantities)
-        return torch.stack([value**exponent for exponent in exponents])
+        values = [torch.stack([self.function(part) ** power for power in self._exponents]) for part in quantities]
+        self._totals = [new + old for new, old in zip(values, self._totals, strict=True)] if self._totals else values
 
     @property
     def powers(self) -> Tensor:
         """The means of the function's powers along each chain, ``(powers, N, L)``."""
-        return self._total / self.count
+        return self._totals[0] / self.count
 
     @property
     def twins(self) -> Tensor | None:
-        """The same along each twin, up to the second power; None without twins."""
-        return self._of_twins / self.count if self._of_twins.dim() else None
+        """The same along each twin; None without twins."""
+        return self._totals[1] / self.count if len(self._totals) > 1 else None
 
 
 def arrival(
@@ -126,7 +120,7 @@ def arrival(
         slope_of_twin, left_of_twin = _left(twin, off, scale)
         known, rest_of_twin = reference.mean(0), 1 - slope_of_twin
         by = (left * left_of_twin).sum(0) / left_of_twin.square().sum(0).clamp_min(1e-12)
-        by = by.where(slope < RUN.slow, 0.0)
+        by = by.where(slope < SHORT_RUN.slow, 0.0)
         share = by * rest_of_twin / rest
         mean = mean - share * ((twin.mean(0) - slope_of_twin * mean_of_start) / rest_of_twin - known)
         scatter, centre = (left - by * left_of_twin).var(0), torch.lerp(mean_of_start, known, by)
@@ -141,5 +135,5 @@ def arrival(
 def _left(now: Tensor, off: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the slope of a function in its start, ``(K,)``, and what is left of each chain's deviation, ``(N, K)``."""
     moved = now - now.mean(0)
-    slope = ((off * moved).mean(0) / scale).clamp(0, RUN.slowest)
+    slope = ((off * moved).mean(0) / scale).clamp(0, SHORT_RUN.slowest)
     return slope, moved - slope * off

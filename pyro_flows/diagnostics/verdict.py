@@ -32,16 +32,16 @@ from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from . import few_latents, many_latents
 from .drift import Drift
-from .evidence import Evidence
 from .findings import Finding, judge, worst
 from .importance import WEIGHING
+from .measurements import Measurements
 
 LITTLE = 0.01  # the share of missing mass below which it is printed in four decimals
 
 
 @dataclass(frozen=True)
-class Check(Evidence):
-    """The verdict on a guide and its evidence: the result of :func:`check`.
+class Check(Measurements):
+    """The verdict on a guide and all measurements: the result of :func:`check`.
 
     ``chains``, ``directions`` and ``weighted`` hold errors of the guide, each a tensor ``(K,)`` over K quantities.
     ``error`` is the error of the mean in standard deviations of the posterior, ``variance`` the posterior's variance

@@ -1,6 +1,6 @@
-"""The evidence about a guide's draws: what a look at them has measured, before it is judged.
+"""The measurements of a look at a guide's draws, before they are judged.
 
-Two looks gather it.  With up to 1,000 latents (:mod:`.few_latents`) all quantities are followed, and there is a search
+There are two looks.  With up to 1,000 latents (:mod:`.few_latents`) all quantities are followed, and there is a search
 for mass that the guide misses.  With more (:mod:`.many_latents`) the most suspect quantities are followed.
 """
 
@@ -21,7 +21,7 @@ CALM = 0.5  # k-hat below which weights that show no error count for more
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Measurements:
     """The measurements of a look at a guide's draws.  :class:`~pyro_flows.Check` describes the attributes."""
 
     psis: Psis
