@@ -1053,7 +1053,7 @@ def test_given_reads_its_input():
     (grad,) = torch.autograd.grad(params.sum(), x)
     assert grad.sum(0).tolist() == [4.0] * 6 + [0.0]
     assert not list(net.parameters())
-    with pytest.raises(ValueError, match=r"input_dim must be at least num_params \* output_dim = 6, got 5"):
+    with pytest.raises(ValueError, match="input_dim must be at least 6"):
         Given(5, 2, num_params=3)
     layer = Elementwise(Affine(), 2, Given(5, 2, num_params=2))
     y, log_det = layer.forward_and_log_det(torch.ones(4, 2), torch.zeros(4, 5))

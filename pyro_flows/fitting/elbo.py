@@ -176,8 +176,7 @@ class ELBOFit:
     @property
     def _prefers_short_steps(self) -> bool:
         """True if path gradients would save less noise than minibatches make, and cost a second run of the guide."""
-        guide = self.guide
-        return isinstance(guide, BlockGuide) and guide.repeats_for_paths and guide.takes_minibatches
+        return isinstance(self.guide, BlockGuide) and self.guide.prefers_short_steps
 
     def _is_alone(self, parameters: list[Tensor]) -> bool:
         """True if one flow is trained by many draws per step, and nothing else."""

@@ -251,19 +251,17 @@ class BlockGuide(FlowGuide):
         self.size_of_rows = size_of_rows
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
-        for (name, packing), (flow, parents, frame, unit, rows, pooled) in zip(
-            self.packings.items(), blocks, strict=True
-        ):
+        parts = zip(self.packings.items(), blocks, strict=True)
+        for (name, packing), (flow, parents, frame, unit, rows) in parts:
             width = sum(self.posterior.blocks[parent].packing.size for parent in parents)
             key, contexts, order = packing.plates, None, self._order(packing)
             if rows is not None:
                 contexts = self._contexts(key)
                 contexts.restore(*rows)
                 width += contexts.width
-            check_fits(flow, packing.size, flow.context_dim if pooled else width)
             block = Block(name, packing, flow, contexts, parents, self._nestings(key), Frame.of(frame), order, 1.0)
+            check_fits(flow, packing.size, flow.context_dim if block.is_pooled else width)
             block.unit.data.copy_(unit)
-            block.is_pooled = pooled
             self.posterior.blocks.append(block)
 
     # The default training.
@@ -272,17 +270,14 @@ class BlockGuide(FlowGuide):
     def is_fresh(self) -> bool:
         """True if the guide is untrained, and has not started from another distribution."""
         blocks, unit = self.posterior.blocks, SCALES.wide * self.posterior.scale
-        return all(not block.has_started(unit) and block.flow.is_untrained for block in blocks)
+        return all(torch.equal(b.unit, torch.full_like(b.unit, unit)) and b.flow.is_untrained for b in blocks)
 
     @property
-    def repeats_for_paths(self) -> bool:
-        """True if path gradients take a second run of the guide, for blocks that depend on others."""
-        return any(block.parents for block in self.posterior.blocks)
-
-    @property
-    def takes_minibatches(self) -> bool:
-        """True if the guide was set up with some rows of a plate."""
-        return any(block.share < 1 for block in self.posterior.blocks)
+    def prefers_short_steps(self) -> bool:
+        """True if path gradients save less noise than minibatches make, and cost a second run of the guide."""
+        blocks = self.posterior.blocks
+        some = any(math.prod(block.seen) < block.number for block in blocks)  # of the rows of a plate
+        return some and any(block.parents for block in blocks)
 
     @property
     def takes_gaussian(self) -> bool:
@@ -416,15 +411,11 @@ class BlockGuide(FlowGuide):
 
     def _sampled(self, number: int, call: Call) -> dict[str, Tensor]:
         found = self.check_same(call)
-        rows, masks = self._all_rows(call, found), self._masks_of_all_rows(call, found)
+        some = found is None or any(rows.size < rows.full_size for rows in found.rows.values())
+        rows, masks = self._all_rows(call, found), {} if some else self._calls.masks(call, {})
         numbers = sum(part.start.numel() for packing in self.packings.values() for part in packing.parts.values())
         size = max(1, SCALES.largest // max(1, numbers * self.posterior.batch_of(rows).numel()))
         return in_batches(lambda _, number: self.posterior.draw(number, rows, masks), {}, number, size)
-
-    def _masks_of_all_rows(self, call: Call, found: Found | None) -> Mapping[Key, RowMasks]:
-        """Return the masks of all rows, or none if the model takes some of the rows."""
-        some = found is None or any(rows.size < rows.full_size for rows in found.rows.values())
-        return {} if some else self._calls.masks(call, {})
 
     def _log_prob(self, values: dict[str, Tensor], call: Call) -> Tensor:
         found = self.check_same(call)
@@ -444,8 +435,12 @@ class BlockGuide(FlowGuide):
             shared = self._shared(call, masks_of_all(found) if found and self.is_amortised else {})
             own = [block.contexts.of_all(call) if block.contexts else shared for block in self.posterior.blocks]
         for block, rows in zip(self.posterior.blocks, own, strict=True):
-            if found and block.contexts and block.contexts.encoder:
-                _check_number(call.owner, block.contexts.plates[0], found, rows)
+            if found and block.contexts and block.contexts.encoder and rows.contexts is not None:
+                plate, number = block.contexts.plates[0], rows.contexts.shape[-2]
+                there = found.rows[plate]
+                if takes_all(there) and there.size != number:
+                    fault = f"the model has {there.size} rows of plate {plate!r}, and the data have {number}"
+                    raise ValueError(f"{call.owner}: {fault}. Give the model the number of rows of the data.")
         return own
 
     def _shared(self, call: Call, masks: Mapping[Key, RowMasks]) -> BlockRows:
@@ -456,14 +451,6 @@ class BlockGuide(FlowGuide):
             masks: The masks of the rows.
         """
         return BlockRows()
-
-
-def _check_number(owner: str, plate: str, found: Found, own: BlockRows) -> None:
-    """Raise ValueError if a plate that takes all of its rows has another number of rows than the data."""
-    rows, number = found.rows[plate], own.contexts.shape[-2] if own.contexts is not None else 0
-    if takes_all(rows) and rows.size != number:
-        fault = f"the model has {rows.size} rows of plate {plate!r}, and the data have {number}"
-        raise ValueError(f"{owner}: {fault}. Give the model the number of rows of the data.")
 
 
 def _masked(mask: RowMasks) -> AbstractContextManager[Any]:

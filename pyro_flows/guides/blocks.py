@@ -18,7 +18,7 @@ from torch.distributions import Transform, constraints
 
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
-from ..transforms import Permute
+from ..transforms import Conditioned, Permute
 from ..transforms.compose import chained
 from ..transforms.recurrence import Process
 from .contexts import BlockRows, RowContexts
@@ -71,11 +71,6 @@ class Frame(nn.Module):
         inner = num_given - num_shared
         leans = inner > 0 and 0 < num_shared <= LEANS
         self.lean = nn.Parameter(start.new_zeros(*start.shape, inner, num_shared)) if leans else None
-
-    @property
-    def is_set(self) -> bool:
-        """True if each row starts near its posterior, as its mean differs from that of other rows."""
-        return bool((self.loc != self.loc[:1]).any())
 
     def parts(self) -> Parts:
         """Return the tensors that a file holds, for :meth:`of`."""
@@ -167,9 +162,6 @@ class Block(nn.Module):
         frame: The Gaussian that follows the flow, or None.
         order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
         unit: The unit of the block's latents, as other blocks see them.
-
-    Attributes:
-        is_pooled: True if the latents lie outside of all rows, and depend on the data, or did before :meth:`bind`.
     """
 
     def __init__(
@@ -187,7 +179,7 @@ class Block(nn.Module):
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
         self.parents, self.nestings = tuple(parents), tuple(nestings)
-        self.order, self.is_pooled = order, not (contexts or parents) and flow.context_dim > 0
+        self.order = order
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
@@ -214,18 +206,15 @@ class Block(nn.Module):
         return tuple(start.shape[start.dim() - 1 + dim] for dim in self.packing.dims)
 
     @property
-    def share(self) -> float:
-        """The share of all rows that the guide was set up with."""
-        return math.prod(self.seen) / self.number
+    def starts_near(self) -> bool:
+        """True if each row starts near its posterior, as its mean differs from that of other rows."""
+        return self.frame is not None and bool((self.frame.loc != self.frame.loc[:1]).any())
 
     @property
-    def starts_near(self) -> bool:
-        """True if each row starts near its posterior."""
-        return self.frame is not None and self.frame.is_set
-
-    def has_started(self, unit: float) -> bool:
-        """True if the block has another unit than at first, which a start from a distribution sets."""
-        return bool((self.unit.detach() != torch.tensor(unit).to(self.unit)).any())
+    def is_pooled(self) -> bool:
+        """True if the latents lie outside of all rows, and depend on the data, or did before the guide was bound."""
+        depends = self.flow.context_dim > 0 or any(isinstance(t, Conditioned) for t in self.flow.couplings)
+        return depends and not (self.contexts or self.parents)
 
     def rows_of(self, parent: Block, sizes: tuple[int, ...]) -> Tensor:
         """Return for each row of plates of some sizes the row of a parent that it belongs to."""
@@ -276,7 +265,7 @@ class Block(nn.Module):
         """Return the parts of the block that a file holds."""
         frame = None if self.frame is None else self.frame.parts()
         rows = None if self.contexts is None else self.contexts.parts()
-        return self.flow, self.parents, frame, self.unit, rows, self.is_pooled
+        return self.flow, self.parents, frame, self.unit, rows
 
     def aligned(self, rows: Tensor, trailing: int, depth: int = 0) -> Tensor:
         """Put tensors ``(*batch, *rows, ...)`` with so many trailing dimensions at the dimensions of the rows' plates.

@@ -7,7 +7,6 @@ from ``x_decentered``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -121,7 +120,11 @@ def with_reparametrised(call: Call, names: Sequence[str], latents: Values) -> Va
         names: These sites.
         latents: The guide's latents, ``(N, *site_shape)`` each.
     """
-    if not names or not _can_run(call):
+    if not names or call.model is None:
+        return latents
+    try:
+        signature_of(call.model).bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError):  # the model needs other arguments
         return latents
     program = summed(call)
     if program.subsamples or not all(map(len, latents.values())):
@@ -136,13 +139,3 @@ def with_reparametrised(call: Call, names: Sequence[str], latents: Values) -> Va
     # At values of its discrete latents a program that is summed out may not broadcast.
     runs = program.by("vmap") if program.enumerated and program.engine != "loop" else program
     return {**latents, **in_batches(step, latents, len(next(iter(latents.values()))), BATCH)}
-
-
-def _can_run(call: Call) -> bool:
-    """True if a guide has its model, and is given the model's arguments."""
-    if call.model is None:
-        return False
-    with suppress(TypeError, ValueError):
-        signature_of(call.model).bind(*call.args, **call.kwargs)
-        return True
-    return False

@@ -182,7 +182,8 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
         encoded: The plates with an encoder.
     """
     frames = [frame for site in call.latents.values() for frame in _plates(site)]
-    subsampled = {frame.name for frame in frames if _is_subsampled(frame) or frame.name in encoded}
+    some = {frame.name for frame in frames if frame.full_size is not None and frame.size < frame.full_size}
+    subsampled = some.union(frame.name for frame in frames if frame.name in encoded)
     if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= PROBE.few:
         return Structure()
     look = _Look(call)
@@ -196,10 +197,6 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
 def _plates(site: dict[str, Any]) -> list[Any]:
     """Return the frames of the plates that are dimensions of a site with several rows."""
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size != 1]
-
-
-def _is_subsampled(frame: Any) -> bool:
-    return frame.full_size is not None and frame.size < frame.full_size
 
 
 class _Track(NamedTuple):
