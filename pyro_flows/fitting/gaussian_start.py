@@ -20,7 +20,7 @@ from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
 from ..guides.guide_flow import LIMITS, rank_for
 from ..programs.density import Density
-from ..programs.log_density import or_nan, sum_in_parts
+from ..programs.log_density import in_parts, or_nan
 from ..programs.masks import is_masked
 from ..programs.model_and_guide import Task
 from ..programs.run_budget import RunBudget
@@ -160,7 +160,7 @@ def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
 
         return density
 
-    return sum_in_parts([density_of(share) for share in shares], model.chunk, model.threads)
+    return in_parts([density_of(share) for share in shares], model.chunk, model.threads)
 
 
 def _allows(runs: RunBudget, way: str = "") -> bool:

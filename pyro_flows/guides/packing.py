@@ -20,6 +20,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -458,7 +459,7 @@ class Moving:
         two = torch.stack((start, start + 0.5))
         alone = self._constrained(program.run, two)
         try:  # not a plate, since a guide may itself run in the plate of draws
-            found = self._constrained(program.by("vmap").attempt, two)
+            found = self._constrained(partial(program.by("vmap").run, divides=False), two)
         except Exception:  # a user's program may raise anything
             return "loop"
         agree = all(torch.allclose(found[name], alone[name], rtol=1e-4, atol=1e-5) for name in alone)

@@ -104,7 +104,7 @@ class Density:
 
     def in_parts(self, density: LogDensity) -> LogDensity:
         """Return a log-density that runs the model, and finds its gradient part by part."""
-        return in_parts(density, self.task.model.chunk, self.task.model.threads)
+        return in_parts([density], self.task.model.chunk, self.task.model.threads)
 
     def _log_prob(self, z: Tensor) -> Tensor:
         placed = self.placement.place(z)

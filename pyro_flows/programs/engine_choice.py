@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -91,7 +92,7 @@ class _SingleRuns:
         """Return the noise of the log-density, or raise _Fault if the program's engine differs from single runs."""
         try:
             # Draws of a guide that cannot score given values have other densities, so the run itself is the check.
-            found = _read(program, self.held, self.size) if self.known else program.attempt(_terms, {}, 2)
+            found = _read(program, self.held, self.size) if self.known else program.run(_terms, {}, 2, divides=False)
             fault = also(program)
         except Exception as error:  # a user's program may raise anything
             raise _Fault(f" does not run vectorised over draws: {quoted(error)}") from error
@@ -154,8 +155,8 @@ class _LineOf(Messenger):
 def _read(program: Runner, held: Values, size: int) -> Values:
     """Return the tensors to compare: log-densities of draws, by site if none is summed out, and derived values."""
     if program.enumerated:
-        return {DENSITY: program.enumeration.log_prob(program.attempt, held, size)}
-    return program.attempt(_terms, held, size)
+        return {DENSITY: program.enumeration.log_prob(partial(program.run, divides=False), held, size)}
+    return program.run(_terms, held, size, divides=False)
 
 
 def _terms(view: View) -> Values:

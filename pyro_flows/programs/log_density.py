@@ -85,30 +85,19 @@ def part_size(number: int, size: int) -> int:
     return math.ceil(number / max(1, round(number / size)))
 
 
-def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
-    """Return a log-density that finds its gradient part by part, so that memory holds the graph of one part only.
+def in_parts(densities: Sequence[LogDensity], size: int, threads: Threads) -> LogDensity:
+    """Return a sum of log-densities that finds its gradient part by part, so that memory holds one part's graph only.
 
-    It has no second derivatives.
+    It has no second derivatives, except at few vectors under a single log-density.
 
     Args:
-        density: The log-density.
+        densities: The log-densities.
         size: The approximate number of vectors in a part, at most half as many again.
         threads: The number of threads to work on a part.
     """
 
-    def parted(z: Tensor) -> Tensor:
-        if 2 * len(z) > size and torch.is_grad_enabled() and z.requires_grad:
-            return _InParts.apply([density], size, threads, z)
-        return density(z)
-
-    return parted
-
-
-def sum_in_parts(densities: Sequence[LogDensity], size: int, threads: Threads) -> LogDensity:
-    """Return the sum of log-densities, which finds its gradient part by part, as :func:`in_parts` does."""
-
     def total(z: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and z.requires_grad:
+        if torch.is_grad_enabled() and z.requires_grad and (len(densities) > 1 or 2 * len(z) > size):
             return _InParts.apply(densities, size, threads, z)
         return sum((density(z) for density in densities[1:]), densities[0](z))
 

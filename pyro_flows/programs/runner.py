@@ -154,6 +154,7 @@ class Runner:
         place: Place = poutine.condition,
         enumerate: bool = False,
         rows: Mapping[str, Tensor] = NONE,
+        divides: bool = True,
     ) -> Values:
         """Run the program for N draws and read some tensors, each ``(N, *shape)``.
 
@@ -164,30 +165,8 @@ class Runner:
             place: The handler that puts the values into the sites; by default they are conditioned on.
             enumerate: True to run discrete latents at all of their values.
             rows: Rows of subsampled plates, or values of sites, that are the same in all draws.
+            divides: True to run draws that vmap refuses one by one; False to raise an error.
         """
-        how: dict[str, Any] = {"place": place, "enumerate": enumerate, "rows": rows}
-        try:
-            return self.attempt(read, held, size, **how)
-        except RuntimeError as error:
-            if not (self.engine == "vmap" and is_refusal(error)):
-                raise
-        if size == 1:
-            return self.by("loop").run(read, held, size, **how)
-        # Halving finds the few draws that are refused, for example where a distribution treats values near 0 apart.
-        return in_batches(functools.partial(self.run, read, **how), held, size, (size + 1) // 2)
-
-    def attempt(
-        self,
-        read: Read,
-        held: Values,
-        size: int,
-        *,
-        place: Place = poutine.condition,
-        enumerate: bool = False,
-        rows: Mapping[str, Tensor] = NONE,
-    ) -> Values:
-        """Run the program as :meth:`run` does, with an error if vmap refuses a draw."""
-
         check_time()
 
         def once(values: Values, number: int | None) -> View:
@@ -197,7 +176,15 @@ class Runner:
             return View(trace, self.single, number, self.nesting)
 
         with pyro.validation_enabled(False):  # a draw without a density has log-density -inf or NaN, and is no error
-            return run(self.engine, once, read, held, size)
+            try:
+                return run(self.engine, once, read, held, size)
+            except RuntimeError as error:
+                if not (divides and self.engine == "vmap" and is_refusal(error)):
+                    raise
+        program = self.by("loop") if size == 1 else self
+        again = functools.partial(program.run, read, place=place, enumerate=enumerate, rows=rows)
+        # Halving finds the few draws that are refused, for example where a distribution treats values near 0 apart.
+        return in_batches(again, held, size, (size + 1) // 2)
 
     def alone(self, read: Read, size: int, rows: Mapping[str, Tensor] = NONE) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors: each ``(size, *shape)``."""
@@ -207,7 +194,7 @@ class Runner:
         """Run the program as :meth:`run` does, and draw the other sites: one by one if vmap cannot draw."""
         if self.engine == "vmap":
             try:
-                return self.attempt(read, held, size, place=place)
+                return self.run(read, held, size, place=place, divides=False)
             except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
                 return self.by("loop").run(read, held, size, place=place)
         return self.run(read, held, size, place=place)
