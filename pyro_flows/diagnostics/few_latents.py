@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..guides import AutoFlow
 from ..programs.density import Density, Drawn
-from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, weighted_drift, weighted_shape
 from .guide_space import guide_coordinates
@@ -94,7 +93,7 @@ def _followed(
         The errors of moments, those along directions, those of distribution functions, and the acceptance.
     """
     runs = space.task.budget(WEIGHING.seconds)
-    chains, places = adapted(or_nan(runs.counted(space.log_prob)), charts, began.z)
+    chains, places = adapted(runs.counted(space.log_prob), charts, began.z)
     axes = _axes(white.inverse(places))
     if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
@@ -146,7 +145,7 @@ def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
     z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
     ends = [z.topk(FEW_LATENTS.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
     outer = z[torch.cat(ends).unique()]
-    log_weights = or_nan(space.log_prob)(outer) - space.placement.log_q(outer) - psis.log_evidence
+    log_weights = space.log_prob(outer) - space.placement.log_q(outer) - psis.log_evidence
     lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
     quantities = draws.quantities.double()
     chances = psis.smoothed.exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))

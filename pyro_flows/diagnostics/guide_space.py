@@ -30,8 +30,8 @@ def target_of(space: Density, batch_size: int = 4096) -> Target:
     """Return a posterior and a guide that proposes draws, in batches of some size."""
     return Target(
         dim=space.dim,
-        log_p=or_nan(space.log_prob),
-        log_q=or_nan(space.placement.log_q),
+        log_p=space.log_prob,
+        log_q=space.placement.log_q,
         draw=lambda number: space.draw(number, batch_size)[:3],
         quantities=space.quantities,
         coordinates=partial(chain_coordinates, space),
@@ -59,7 +59,7 @@ def prior_of(space: Density) -> Prior:
         own = space.task.of(space.task.guide.call, muted(model.call)).settle().model
     return Prior(
         draw=space.prior,
-        log_p=or_nan(space.log_prob),
+        log_p=space.log_prob,
         log_prior_and_p=or_nan(lambda z: torch.stack(space.log_prior_and_prob(z, own), -1), 2),
         flat=torch.tensor([name in space.flat for name in space.placement.coordinates]),
         in_parts=space.in_parts,
@@ -95,7 +95,7 @@ def guide_density(space: Density, coordinates: Coordinates) -> GuideDensity | No
             return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
 
         return of_base
-    log_q = or_nan(space.placement.log_q)
+    log_q = space.placement.log_q
     return (lambda x, z, log_det: log_q(z) + log_det) if space.placement.has_log_q else None
 
 

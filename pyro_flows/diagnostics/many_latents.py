@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..programs.density import Density, Drawn
-from ..programs.log_density import or_nan
 from ..sampling.coordinates import White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads, weighted_drift, weighted_shape
 from .few_latents import FEW_LATENTS
@@ -115,7 +114,7 @@ def _followed(
     """
     chart, twin, runs = suspected.chart, guide_density(space, suspected.chart), space.task.budget(WEIGHING.seconds)
     start = began.z if twin is None else torch.cat((began.z, began.z))
-    chains, _ = adapted(or_nan(runs.counted(space.log_prob)), [chart], start, twin)
+    chains, _ = adapted(runs.counted(space.log_prob), [chart], start, twin)
     axes = suspected.directions[:, :0] if space.read.angles else suspected.directions  # periodic ones have no mean
     others, squares = Drawn(*(part[1::2] for part in draws)), _Squares(space, White(draws.z[::2]))
     meter = DriftMeter(draws.quantities, began.quantities)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..arguments import check_integers
 from ..programs.density import Density
-from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
@@ -117,7 +116,7 @@ def refine(
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)
         meter = DriftMeter(reference.quantities, began.quantities)
-        chains = Chains(or_nan(space.log_prob), charts, began.z)
+        chains = Chains(space.log_prob, charts, began.z)
         for transition in range(transitions):
             chains.sweep(adapt=transition < transitions // 4)
             if transition >= transitions // 2:

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..programs.density import Density
-from ..programs.log_density import or_nan
 from ..sampling.coordinates import Coordinates, Stretched
 from ..sampling.lanczos import lanczos
 from ..vjp import LogDensity, score_of
@@ -114,7 +113,7 @@ def suspects(space: Density, at_once: int) -> Suspects:
 
 def _score(space: Density, chart: Coordinates, at_once: int) -> LogDensity:
     """Return the posterior's score over the coordinates, ``(N, D) -> (N, D)``."""
-    log_p = or_nan(space.log_prob)
+    log_p = space.log_prob
 
     def over(x: Tensor) -> Tensor:
         z, log_det = chart.forward(x)

@@ -35,7 +35,6 @@ from ..distributions import ModesBase
 from ..guides import AutoFlow
 from ..programs import Program
 from ..programs.density import Density
-from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import ISLANDS, Effort, Population, bridge, moved_on
@@ -178,14 +177,14 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         def particles() -> tuple[Population | None, Tensor]:
             with torch.random.fork_rng([at.device] if at.is_cuda else []):  # the particles do not depend on the check
                 check_bounded(CALLER, guide, space, reference.draw(SOME))
-            return anneal_population(reference, number, Effort()), ways_up(or_nan(space.log_prob), reference.draw(SOME))
+            return anneal_population(reference, number, Effort()), ways_up(space.log_prob, reference.draw(SOME))
 
         population, others = distributed.broadcast(particles)
         distributed.sync()
         if population is None:
             raise ValueError(f"{CALLER}: hardly a draw of the prior has a density; is the model's density finite?")
         starts = others if starts is None else torch.cat((others, starts))
-        modes = ModeMixture(or_nan(space.log_prob), space.wrapped, population, starts)
+        modes = ModeMixture(space.log_prob, space.wrapped, population, starts)
     weighted = _fitted(space.task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
         weighted = _weighted(weighted.guide, space.task, weighted.fit)

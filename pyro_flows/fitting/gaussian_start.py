@@ -68,7 +68,7 @@ def start_from_gaussian(
     if guide.has_circles or not _allows(runs := task.settle().budget(seconds), ", or warm_start=True"):
         return None
     with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
-        untempered = or_nan(runs.counted(Density(task).log_prob))  # draws without density must reach the scores
+        untempered = runs.counted(Density(task).log_prob)  # draws without density must reach the scores
         watch = runs.watched(held, "fit_svi")
 
         def density(latent: Tensor) -> Tensor:

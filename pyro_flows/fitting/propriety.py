@@ -24,7 +24,6 @@ from torch.distributions import constraints
 from ..guides import AutoFlow
 from ..programs.density import Density
 from ..programs.latents import flat_by_mask
-from ..programs.log_density import or_nan
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 from ..user_code import warn_user
@@ -48,7 +47,7 @@ def check_proper(caller: str, space: Density, start: Tensor) -> None:
     flat = _flat_latents(space)
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
-    density = or_nan(space.log_prob)
+    density = space.log_prob
     for on_lines, places in flat.items():
         for direction in _straight_lines(density, start, places, on_lines):
             sites = sorted({space.placement.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
@@ -96,7 +95,7 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
     unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
     walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
     ends = z[:PLACES].view(-1, 1, 1, 1, z.shape[1]) + walks
-    log_p = torch.cat([_where_exact(space, part, or_nan(space.log_prob)) for part in ends.flatten(0, -2).split(BATCH)])
+    log_p = torch.cat([_where_exact(space, part, space.log_prob) for part in ends.flatten(0, -2).split(BATCH)])
     endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
     if bool(endless.any()):
         sites = sorted({guide.coordinates[int(axis)] for axis in axes[endless]})

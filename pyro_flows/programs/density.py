@@ -96,11 +96,11 @@ class Density:
         return in_batches(self._score, latents, size, (size + 1) // 2)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Return the model's log-density over z, ``(N, D) -> (N,)`` in nats.
+        """Return the model's log-density over z, ``(N, D) -> (N,)`` in nats, NaN where the model breaks down.
 
         Draws of a model of many data are scored in parts; the gradient then has no second derivatives.
         """
-        return self.in_parts(self._log_prob)(z)
+        return or_nan(self.in_parts(self._log_prob))(z)
 
     def in_parts(self, density: LogDensity) -> LogDensity:
         """Return a log-density that runs the model, and finds its gradient part by part."""

@@ -20,6 +20,7 @@ from torch.distributions import Transform, biject_to
 
 from .engines import Site, Values, View, in_batches
 from .latents import support_of
+from .log_density import or_nan
 from .masks import among_absent, mask_of, present_of
 from .runner import Runner
 
@@ -181,10 +182,14 @@ class Placement:
         return dist.Normal(0.0, 1.0).log_prob(z[:, self._hidden.to(z.device)]).sum(-1)
 
     def log_q(self, z: Tensor) -> Tensor:
-        """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
-        held = _unpacked(z, self._own)
-        found = self.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held.latents, len(z))
-        return found[OWN] + held.log_det + self.of_hidden(z)
+        """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats, NaN where the guide breaks down."""
+
+        def density(z: Tensor) -> Tensor:
+            held = _unpacked(z, self._own)
+            found = self.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held.latents, len(z))
+            return found[OWN] + held.log_det + self.of_hidden(z)
+
+        return or_nan(density)(z)
 
     @functools.cached_property
     def has_log_q(self) -> bool:
