@@ -28,7 +28,6 @@ from ..fitting.exact_draws import exact
 from ..fitting.propriety import check_proper
 from ..guides import AutoFlow
 from ..programs.density import Density
-from ..programs.density import Density
 from ..programs.engines import Values
 from ..programs.model_and_guide import Task
 from ..sampling import Samples
