@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_integers
-from .panels import Picture, panels, plain, shortened
+from .panels import Picture, head, panels, shortened
 
+MOST = 30  # quantities of a check: those with the largest errors
 FAR = 8.0  # nats beyond which log-weights are shown at the edge
 KOLMOGOROV = 1.358  # the 95 % quantile of Kolmogorov's distribution
 
 
-def check(found: Any, *, most: int = 30) -> Picture:
+def check(found: Any) -> Picture:
     """Plot the errors of a guide that chains and weights find, and its weights.
 
     Args:
         found: The result of :func:`~pyro_flows.check`.
-        most: The largest number of quantities shown: those with the largest errors.
 
     Returns:
         A matplotlib figure.
-
-    Raises:
-        ValueError: If ``most`` is below 1.
 
     Example::
 
@@ -42,10 +37,9 @@ def check(found: Any, *, most: int = 30) -> Picture:
         >>> [label.get_text() for label in picture.axes[0].get_yticklabels()]
         ['x']
     """
-    check_integers("check", most=most)
     chains, weighted = found.chains, found.weighted
     size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
-    shown = size.argsort(descending=True)[:most].sort().values
+    shown = size.argsort(descending=True)[:MOST].sort().values
     rows, names = np.arange(len(shown)), [shortened(found.names[i], 40) for i in shown.tolist()]
     picture, (left, middle, right) = panels(11, 2.6 + 0.2 * len(shown), 3, 3)
     errors = {
@@ -68,7 +62,7 @@ def check(found: Any, *, most: int = 30) -> Picture:
     _histogram(right, found.psis)
     if len(found.names) > len(rows):
         picture.supxlabel(f"the {len(rows)} of {len(found.names)} quantities with the largest errors", fontsize=9)
-    picture.suptitle(textwrap.fill(plain(f"{found.verdict}, k-hat {found.khat:.2f}: {found.reason}"), 130), fontsize=10)
+    head(picture, f"{found.verdict}, k-hat {found.khat:.2f}: {found.reason}")
     return picture
 
 
@@ -150,7 +144,7 @@ def calibration(found: Any) -> Picture:
         axis.plot(level, _share_below(levels, level), color="C0", lw=1.6)
         axis.set(xlim=(0, 1), xlabel="nominal level", ylim=(0, 1), ylabel="share of datasets whose truth is inside")
         axis.set_title(f"{title}: p = {p:.2g}", fontsize=10)
-    picture.suptitle(textwrap.fill(plain(found.reason), 130), fontsize=10)
+    head(picture, found.reason)
     return picture
 
 

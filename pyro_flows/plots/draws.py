@@ -11,16 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_integers
 from ..arviz_versions import kde
 from ..programs.quantities import labels_of
 from .panels import Picture, panels, shortened
 
-COLUMNS = 4  # marginals in a row
-TAIL = 0.003  # the share of the draws beyond either end of the axis of a marginal
-POINTS = 3000  # the largest number of points of a table in a panel
-BINS = 50  # the largest number of bins
-FAR = 5  # interquartile ranges beyond the quartiles at which axes end
+MARGINALS, COLUMNS = 12, 4  # the most marginals, and those in a row
+PAIRED = 6  # the most quantities in pairs
+POINTS, BINS = 3000, 50  # the most points of a table in a panel, and the most bins
+
 Draws: TypeAlias = Mapping[str, Tensor | np.ndarray] | Tensor | np.ndarray
 
 
@@ -28,11 +26,9 @@ def marginals(
     draws: Draws,
     reference: Draws | None = None,
     *,
-    truth: Mapping[str, Any] | None = None,
     labels: tuple[str, str] = ("guide", "reference"),
-    most: int = 12,
 ) -> Picture:
-    """Plot the marginal density of each quantity, by ArviZ's kernel density estimate.
+    """Plot the marginal density of each quantity, at most the first twelve, by ArviZ's kernel density estimate.
 
     Draws that are not finite are left out.  If nearly all draws are equal, a line replaces the density.
 
@@ -40,38 +36,30 @@ def marginals(
         draws: Draws of sites, ``(N, *shape)`` each, as ``guide.sample(N)`` returns them; or a table ``(N, D)``.
         reference: Draws to compare with, such as those of NUTS, ``mcmc.get_samples()``; sites that ``draws`` lacks are
             left out.
-        truth: Values that draws should cover, by the names of the sites: a line in each panel.
         labels: The names of the draws and of the reference.
-        most: The largest number of quantities shown, from the first one on.
 
     Returns:
         A matplotlib figure.
 
     Raises:
         ValueError: If there are no draws, sites differ in their number of draws, or the reference shares no quantity
-            with the draws.  Also if the truth has a site that the draws lack or one of another shape, or ``most`` is
-            below 1.
+            with the draws.
 
     Example::
 
         >>> import torch
         >>> draws = {"mu": torch.randn(500), "theta": torch.randn(500, 2)}
-        >>> picture = marginals(draws, {"mu": torch.randn(300)}, truth={"mu": 0.5})
+        >>> picture = marginals(draws, {"mu": torch.randn(300)})
         >>> [axis.get_title() for axis in picture.axes]
         ['mu', 'theta[0]', 'theta[1]']
     """
-    check_integers("marginals", most=most)
     columns, others = _compared("marginals", draws, reference)
-    twice = {name: np.stack([_as_array(value)] * 2) for name, value in (truth or {}).items()}  # a truth is two draws
-    lines = _columns_of("marginals", "truth", twice) if truth else {}
-    if strange := [name for name in lines if name not in columns]:
-        raise ValueError(f"marginals: the truth holds {strange}, and the draws {list(columns)}.")
-    shown = list(columns)[:most]
+    shown = list(columns)[:MARGINALS]
     width = min(COLUMNS, len(shown))
     picture, axes = panels(max(4.5, 2.3 * width), 1.1 + 1.7 * math.ceil(len(shown) / width), len(shown), width)
     for axis, name in zip(axes, shown, strict=True):
         samples = [table[name][np.isfinite(table[name])] for table in (columns, others) if name in table]
-        ends = [np.quantile(x, [TAIL, 1 - TAIL]) for x in samples if len(x)] or [(0.0, 1.0)]
+        ends = [np.quantile(x, [0.003, 0.997]) for x in samples if len(x)] or [(0.0, 1.0)]
         for place, x in enumerate(samples):
             grid, density = density_of(x, np.min(ends), np.max(ends))
             if place == 0:
@@ -80,8 +68,6 @@ def marginals(
                 axis.plot(grid, density, color="C1", lw=1.6, label=labels[1])
             if len(x) and not density.any():
                 axis.axvline(np.median(x), color=f"C{place}", lw=1.6)
-        if name in lines:
-            axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
         axis.set(ylim=(0, None), yticks=[])
         axis.spines["left"].set_visible(False)
         axis.set_title(shortened(name), fontsize=10)
@@ -89,8 +75,8 @@ def marginals(
     handles, names = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
     if len(names) > 1:
         picture.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
-    if len(columns) > most:
-        picture.supxlabel(f"the first {most} of {len(columns)} quantities", fontsize=9)
+    if len(columns) > len(shown):
+        picture.supxlabel(f"the first {len(shown)} of {len(columns)} quantities", fontsize=9)
     return picture
 
 
@@ -109,10 +95,10 @@ def pairs(
     *,
     names: Sequence[str] | None = None,
     labels: tuple[str, str] = ("draws", "reference"),
-    most: int = 6,
 ) -> Picture:
     """Plot pairs of quantities: the draws below the diagonal, the reference above it, and histograms on it.
 
+    The first six quantities are shown.
     An axis spans the central 99 % of the draws and a margin, and at most five interquartile ranges beyond the
     quartiles.  Points farther out, or not finite, are not shown.  Draws and reference have equally many points.
 
@@ -121,14 +107,13 @@ def pairs(
         reference: A table or draws to compare with; only sites of the same names are shown.
         names: The names of the columns of a table.
         labels: The names of the draws and of the reference.
-        most: The largest number of quantities shown, from the first one on.
 
     Returns:
         A matplotlib figure.
 
     Raises:
         ValueError: If there are no finite draws, sites differ in their number of draws, or ``names`` are not one per
-            column.  Also if the reference shares no quantity with the draws, or ``most`` is below 1.
+            column.  Also if the reference shares no quantity with the draws.
 
     Example::
 
@@ -138,10 +123,9 @@ def pairs(
         data (filled) and flow (line); in pairs, data below the
         diagonal and flow above it
     """
-    check_integers("pairs", most=most)
     columns, others = _compared("pairs", draws, reference, names)
     common = [name for name in columns if name in others or not others]
-    shown = common[:most]
+    shown = common[:PAIRED]
     width = len(shown)
     tables = [np.stack([table[name] for name in shown], -1) for table in (columns, others) if table]
     tables = [x[np.isfinite(x).all(1)] for x in tables]
@@ -202,7 +186,7 @@ def _limits(x: np.ndarray) -> tuple[float, float]:
     low, first, third, high = np.quantile(x, [0.005, 0.25, 0.75, 0.995])
     if low == high:
         low, high = x.min(), x.max()
-    elif reach := FAR * (third - first):
+    elif reach := 5 * (third - first):  # interquartile ranges
         low, high = max(low, first - reach), min(high, third + reach)
     margin = 0.08 * (high - low) or 0.5
     return float(low - margin), float(high + margin)
@@ -224,16 +208,13 @@ def _columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] |
     else:
         table = _as_array(draws)
         if table.ndim != 2:
-            must = f"{caller}: {argument} must be a dict of sites or of shape (N, D)"
-            if table.dtype == object:
-                way = "Give draws by site, such as guide.sample(1000)"
-                raise ValueError(f"{must}, got {type(draws).__name__}. {way}.")
-            raise ValueError(f"{must}, got {table.shape}.")
-        width = table.shape[1]
-        labels = [f"x[{i}]" for i in range(width)] if names is None else [str(name) for name in names]
-        if len(labels) != width or len(set(labels)) != width:
-            raise ValueError(f"{caller}: names must be {width} different ones, got {labels}.")
-        sites = dict(zip(labels, table.T, strict=True))
+            got = table.shape or type(draws).__name__
+            must = f"must be a dict of sites, such as guide.sample(1000), or of shape (N, D), got {got}"
+            raise ValueError(f"{caller}: {argument} {must}.")
+        labels = [f"x[{i}]" for i in range(table.shape[1])] if names is None else [str(name) for name in names]
+        sites = dict(zip(labels, table.T, strict=False))
+        if not len(sites) == len(labels) == table.shape[1]:
+            raise ValueError(f"{caller}: names must be {table.shape[1]} different ones, got {labels}.")
     sites = {name: values for name, values in sites.items() if 0 not in values.shape[1:]}
     lengths = {name: len(values) if values.ndim else 0 for name, values in sites.items()}
     if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:

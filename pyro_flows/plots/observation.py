@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .panels import Picture, panels, plain, shortened
+from .panels import Picture, head, panels, shortened
 
 MOST = 30  # latents or entries with names
 BINS = np.linspace(-4, 4, 33)
@@ -52,7 +51,7 @@ def local_c2st(found: Any) -> Picture:
     middle.set(xlabel="true latents minus draws (standard errors)", ylim=(len(rows) - 0.5, -0.5))
     middle.legend(frameon=False, fontsize=8)
     _against_null(right, found, "exact guides")
-    picture.suptitle(textwrap.fill(plain(found.reason), 130), fontsize=10)
+    head(picture, found.reason)
     return picture
 
 
@@ -90,7 +89,7 @@ def misspecification(found: Any) -> Picture:
     middle.set(xlabel="−log10 of the p-value", xlim=(0, 4), ylim=(len(rows) - 0.5, -0.5))
     middle.set_title("Each statistic alone", fontsize=10)
     _against_null(right, found, "data of the model")
-    picture.suptitle(textwrap.fill(plain(found.reason), 130), fontsize=10)
+    head(picture, found.reason)
     return picture
 
 

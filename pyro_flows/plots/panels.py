@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ def panels(width: float, height: float, number: int, columns: int, **settings: A
     for axis in axes[:number]:
         axis.spines[["top", "right"]].set_visible(False)
     return made, axes[:number]
+
+
+def head(picture: Picture, text: str) -> None:
+    """Set a long title."""
+    picture.suptitle(textwrap.fill(plain(text), 130), fontsize=10)
 
 
 def plain(text: str) -> str:
