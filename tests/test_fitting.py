@@ -637,7 +637,7 @@ def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monk
     asked = []
 
     def stop(descent):
-        asked.append(descent.companion.num_particles)
+        asked.append(descent.companions[0].num_particles)
         descent.checkpoint.save(descent.state_dict())
         return SimpleNamespace(steps=descent.settings.steps, stopped="interrupted")
 

@@ -128,7 +128,7 @@ class ELBOFit:
                 settings,
                 guide,
                 lambda: culprit(task),
-                companion=loss.companion,
+                companions=loss.companions,
             )
             fit = descent.fit()
         if not loss.repeats or fit.stopped == "interrupted":

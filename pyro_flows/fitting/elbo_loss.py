@@ -25,7 +25,7 @@ from ..training import distributed
 from ..training.randomness import unchanged
 from ..transforms.carried import InSingle
 from ..vjp import is_plain
-from .model_batches import Followed, ModelBatches
+from .model_batches import ModelBatches
 from .program_checks import is_vectorised
 
 # The attributes in which Pyro's JIT objectives keep compiled functions.
@@ -46,9 +46,9 @@ class ELBOLoss:
         self._program = _program_of(task, objective)
 
     @property
-    def companion(self) -> Any:
+    def companions(self) -> list[Any]:
         """The objects whose states belong to the run."""
-        return Followed(self.objective, self.batches) if self.batches else self.objective
+        return [self.objective, self.batches] if self.batches else [self.objective]
 
     @property
     def repeats(self) -> bool:

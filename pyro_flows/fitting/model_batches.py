@@ -89,29 +89,3 @@ def _rows(value: Any, own: slice, number: int) -> Any:
 
 def _sizes(args: tuple[Any, ...]) -> list[int]:
     return [len(value) for value in args if isinstance(value, Tensor) and value.dim()]
-
-
-class Followed:
-    """An objective and the batches that it is given, whose states belong to one run."""
-
-    def __init__(self, objective: Any, batches: ModelBatches) -> None:
-        self._objective, self._batches = objective, batches
-
-    @property
-    def share(self) -> float:
-        """The share of this process in the rows of the last batch."""
-        return self._batches.share
-
-    @property
-    def settled(self) -> bool:
-        """False while losses are not comparable with later ones."""
-        return bool(getattr(self._objective, "settled", True))
-
-    def state_dict(self) -> dict[str, Any]:
-        own = self._objective.state_dict() if hasattr(self._objective, "load_state_dict") else None
-        return {"objective": own, "batches": self._batches.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["objective"] is not None:
-            self._objective.load_state_dict(state["objective"])
-        self._batches.load_state_dict(state["batches"])

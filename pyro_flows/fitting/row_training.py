@@ -98,7 +98,7 @@ def train_on_rows(
             with uninterrupted():  # the first optimiser imports the compiler
                 adam = torch.optim.Adam(moved, lr=lr, foreach=True)
             return Descent(
-                lambda: fit.loss(source.next()), parameters, [adam], settings, trained, fit.diagnose, source, judge
+                lambda: fit.loss(source.next()), parameters, [adam], settings, trained, fit.diagnose, [source], judge
             ).fit()
     finally:
         trained.eval()

@@ -22,7 +22,7 @@ from ..user_code import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 
-FORMAT = 8
+FORMAT = 9
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 OTHER_VERSION = "Resume it with that version, name another file, or remove this one."

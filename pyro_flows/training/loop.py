@@ -150,10 +150,10 @@ class Descent:
         settings: The settings of the run.
         trained: The guide or flow; its buffers belong to the state of the run.
         diagnose: Returns what is not finite, for the error.
-        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``; a
-            source has the same state in all processes.  Its ``share`` is the share of this process in the rows of the
-            last loss; by default all have equal shares.  While its ``settled`` is False, losses are not comparable, and
-            the latest state counts as the best.
+        companions: The objective and the source of rows.  The states of those with ``load_state_dict`` belong to the
+            run; a source has the same state in all processes.  A ``share`` is the share of this process in the rows of
+            the last loss; by default all have equal shares.  While a ``settled`` is False, losses are not comparable,
+            and the latest state counts as the best.
         judge: Judges states by held-out data; None to judge them by the running loss.
 
     Raises:
@@ -166,7 +166,7 @@ class Descent:
     settings: Settings
     trained: Any
     diagnose: Callable[[], str]
-    companion: Any = None
+    companions: Sequence[Any] = ()
     judge: HeldOut | None = None
 
     def __post_init__(self) -> None:
@@ -289,7 +289,7 @@ class Descent:
             parameter.grad = None
         loss, error = self._backward()
         flags = [isinstance(error, FloatingPointError), asked(), self.checkpoint.due]
-        share = getattr(self.companion, "share", None)  # known after the loss
+        share = next((one.share for one in self.companions if hasattr(one, "share")), None)  # known after the loss
         total, (unsolved, interrupted, due) = distributed.add_up(self.parameters, loss, share, flags)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.losses.append(total if norm.isfinite() else math.nan)
@@ -356,20 +356,25 @@ class Descent:
     @property
     def _comparable(self) -> bool:
         """True if losses are comparable with later ones."""
-        return not self.judge and bool(getattr(self.companion, "settled", True))
+        return not self.judge and all(getattr(one, "settled", True) for one in self.companions)
+
+    @property
+    def _kept(self) -> list[Any]:
+        """The companions whose states belong to the run."""
+        return [one for one in self.companions if hasattr(one, "load_state_dict")]
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Set the parameters to their average for a while, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def _save(self) -> None:
-        self.checkpoint.save(self.state_dict(), () if self.judge else ("companion", "buffers"))
+        self.checkpoint.save(self.state_dict(), () if self.judge else ("companions", "buffers"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "companion": self.companion.state_dict() if hasattr(self.companion, "load_state_dict") else None,
+            "companions": [one.state_dict() for one in self._kept],
             "buffers": self.buffers,
             "average": self.average.values if self.average else [],
             "best": self.best.state_dict(),
@@ -384,8 +389,8 @@ class Descent:
             fill(tensors, state[name])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        if hasattr(self.companion, "load_state_dict"):
-            self.companion.load_state_dict(state["companion"])
+        for companion, kept in zip(self._kept, state["companions"], strict=True):
+            companion.load_state_dict(kept)
         self.best.load_state_dict(state["best"])
         self.losses, self.held_out = state["losses"], state["held_out"]
         self.start = time.perf_counter() - state["seconds"]
