@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -419,7 +420,7 @@ def test_npz_keeps_kinds(tmp_path):
         ("", "is not JSON"),
         ("[1]", "must hold an object"),
         ('{"y": {"a": 1}}', "'y' is an object"),
-        ('{"y": [1, [2]]}', "'y' is a list of lists of unequal lengths"),
+        ('{"y": [1, [2]]}', "'y' is a list of int, lists of unequal lengths"),
         ('{"y": [[1], [1, 2]]}', "'y' is a list of lists of unequal lengths"),
         ('{"y": [1, null]}', "'y' is a list of int, null"),
         ('{"y": [1, true]}', "'y' is a list of bool, int"),
@@ -467,29 +468,26 @@ def test_a_file_may_import_its_neighbours_and_shadows_none(folder):
     assert sys.modules["json"] is json
 
 
+def three(y, sigma, group=None):
+    """Take two arguments, and one more if it is given."""
+
+
 @pytest.mark.parametrize(
     ("model", "given", "words"),
     [
-        (lambda y, sigma, group=None: 0, ["y", "sigma"], ""),
-        (lambda y, sigma, group=None: 0, ["y", "sigma", "group"], ""),
-        (
-            lambda y, sigma, group=None: 0,
-            ["y", "sgima"],
-            "the data lack 'sigma' and the model does not take 'sgima'; the model's arguments: y, sigma, group=None",
-        ),
-        (lambda: 0, ["y"], "the model does not take 'y'; the model's arguments: none"),
+        (three, ["y", "sigma"], ""),
+        (three, ["y", "sigma", "group"], ""),
+        (three, ["y"], "missing a required argument: 'sigma'; it takes (y, sigma, group=None)"),
+        (three, ["y", "sigma", "grupo"], "got an unexpected keyword argument 'grupo'; it takes (y, sigma, group=None)"),
+        (lambda: 0, ["y"], "got an unexpected keyword argument 'y'; it takes ()"),
         (lambda y, *rest, **more: 0, ["y", "z"], ""),
-        (lambda y, /: 0, ["y"], "the model takes 'y' by position only"),
+        (lambda y, /: 0, ["y"], "'y'"),
         (torch.nn.Linear(1, 1), ["input"], ""),
-        (torch.nn.Linear(1, 1), [], "the data lack 'input'; the model's arguments: input"),
+        (torch.nn.Linear(1, 1), [], "missing a required argument: 'input'"),
     ],
 )
 def test_arguments_must_be_those_of_the_model(model, given, words):
-    if words:
-        with pytest.raises(Refused) as error:
-            check_arguments(model, given)
-        assert words in str(error.value)
-    else:
+    with pytest.raises(Refused, match=re.escape(words)) if words else contextlib.nullcontext():
         check_arguments(model, given)
 
 
@@ -509,8 +507,8 @@ def test_arguments_must_be_those_of_the_model(model, given, words):
         ("models.py:norma", "'models.py' has no 'norma'; its functions are anything, by_position, clash"),
         ("models.py:number", "'number' in 'models.py' is of type int and cannot be called"),
         ("models.py:Class", "'Class' in 'models.py' is a class"),
-        ("models.py:by_position", "by position only"),
-        ("models.py:clash", "the data lack 'steps', 'lr', 'warm_start' and the model does not take 'y'"),
+        ("models.py:by_position", "'y'"),
+        ("models.py:clash", "missing a required argument: 'steps'"),
         ("models.py:faulty", "RuntimeError: inconsistent tensor size"),
     ],
 )
@@ -551,8 +549,8 @@ def test_a_fault_of_a_model_without_arguments_is_told_in_its_own_words(folder, c
         ("data.csv", "y\n1", "the data file 'data.csv' must end with .json or .npz"),
         ("data.json", "{'y': 1}", "is not JSON"),
         ("data.json", '{"y": [1.0, NaN]}', "argument 'y' holds NaN or inf (1 of 2 numbers)"),
-        ("data.json", '{"y": [1.0], "z": 1}', "the model does not take 'z'; the model's arguments: y, scale=1.0"),
-        ("data.json", "{}", "the data lack 'y'"),
+        ("data.json", '{"y": [1.0], "z": 1}', "unexpected keyword argument 'z'; it takes (y, scale=1.0)"),
+        ("data.json", "{}", "missing a required argument: 'y'"),
     ],
 )
 def test_bad_data_are_refused_before_training(name, content, words, folder, capsys):
@@ -563,7 +561,7 @@ def test_bad_data_are_refused_before_training(name, content, words, folder, caps
 
 @pytest.mark.usefixtures("no_training")
 def test_no_data_for_a_model_with_arguments_are_refused(folder, capsys):
-    assert "the data lack 'y'" in refused(capsys, "models.py:normal")
+    assert "missing a required argument: 'y'" in refused(capsys, "models.py:normal")
 
 
 @pytest.mark.usefixtures("no_training")

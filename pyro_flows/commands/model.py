@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from ..data.table import listed_names
 from . import Refused
 
 
@@ -66,21 +65,13 @@ def _import(path: Path) -> ModuleType:
 def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
     """Raise Refused if a model does not take an argument, or lacks one that it needs."""
     try:
-        taken = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     except (TypeError, ValueError):
         return  # callables without a signature raise their own errors
-    required = [p for p in taken if p.default is p.empty]
-    if nameless := [p.name for p in required if p.kind is p.POSITIONAL_ONLY]:
-        raise Refused(f"the model takes {listed_names(nameless)} by position only; arguments are given by name")
-    named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    missing = [p.name for p in named if p in required and p.name not in given]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken)
-    unexpected = [] if takes_any else sorted(set(given) - {p.name for p in named})
-    faults = [f"the data lack {listed_names(missing)}"] if missing else []
-    faults += [f"the model does not take {listed_names(unexpected)}"] if unexpected else []
-    if faults:
-        takes = ", ".join(p.name if p in required else f"{p.name}={p.default!r:.30}" for p in named)
-        raise Refused(f"{' and '.join(faults)}; the model's arguments: {takes or 'none'}")
+    try:
+        signature.bind(**dict.fromkeys(given))
+    except TypeError as error:
+        raise Refused(f"the data do not suit the model: {error}; it takes {signature!s:.200}") from error
 
 
 def in_one_line(error: BaseException, file: Path) -> str:

@@ -26,7 +26,7 @@ from . import Refused
 from .inputs import read_file, read_numpy, repeated
 
 TRIALS = 128  # readings of the data
-DEEPEST = 64  # lists in lists; torch makes a dimension of each
+NAMES: dict[type, str] = {type(None): "null", dict: "object", list: "lists of unequal lengths"}
 INTEGERS = torch.iinfo(torch.int64)
 
 
@@ -74,7 +74,7 @@ def _read_json(path: Path) -> Data:
     except ValueError as error:
         raise Refused(f"the data file {str(path)!r} is not JSON: {error}") from error
     except RecursionError as error:
-        raise Refused(f"the data file {str(path)!r} is nested too deeply, beyond {DEEPEST} levels") from error
+        raise Refused(f"the data file {str(path)!r} is nested too deeply") from error
     if not isinstance(found, dict):
         raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
     values = {name: _from_json(name, value) for name, value in found.items()}
@@ -85,29 +85,16 @@ def _read_json(path: Path) -> Data:
 def _from_json(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
-    leaves = list(_leaves(name, value))
+    leaves = np.array(value, dtype=object).ravel()  # lists, where their lengths differ, or they are nested too deeply
     kinds = {type(leaf) for leaf in leaves}
     if any(isinstance(leaf, int) and not INTEGERS.min <= leaf <= INTEGERS.max for leaf in leaves):
         raise Refused(f"argument {name!r} holds integers beyond 64 bits; write them as real numbers")
     if not isinstance(value, list) or kinds == {str}:
         return value
     if not (kinds <= {int, float} or kinds == {bool}):
-        words = ", ".join(sorted({"NoneType": "null", "dict": "object"}.get(k.__name__, k.__name__) for k in kinds))
+        words = ", ".join(sorted(NAMES.get(kind, kind.__name__) for kind in kinds))
         raise Refused(f"argument {name!r} is a list of {words}; it must hold numbers, or booleans, or strings")
-    try:
-        return torch.tensor(value)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"argument {name!r} is a list of lists of unequal lengths") from error
-
-
-def _leaves(name: str, value: Any, level: int = 1) -> Iterator[Any]:
-    if not isinstance(value, list):
-        yield value
-    elif level > DEEPEST:
-        raise Refused(f"argument {name!r} is nested more than {DEEPEST} lists deep")
-    else:
-        for part in value:
-            yield from _leaves(name, part, level + 1)
+    return torch.tensor(value)
 
 
 def _read_npz(path: Path) -> Data:

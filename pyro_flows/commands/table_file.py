@@ -115,7 +115,7 @@ def _numbers(name: str, cells: np.ndarray, words: dict[str, str]) -> np.ndarray:
     """Return the numbers of a column, NaN for missing values; add an example of its other cells to ``words``."""
     if cells.dtype.kind in "biuf":
         return cells.astype(np.float64)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         if "_" not in "".join(cells):  # only Python reads 1_000 as a number
             return cells.astype(np.float64)
     numbers = np.array([_number(cell) for cell in cells], object)
