@@ -1,26 +1,23 @@
 """Files that are written whole or not at all.
 
-A file is written as a draft in the folder of its target, forced to the disk, and renamed.  The name of a draft holds
-its machine and process, so that drafts of killed writers are recognised and removed.
+A file is written as a draft in the folder of its target, forced to the disk, and renamed.  Drafts of killed writers are
+removed after a day, by the next writer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import hashlib
 import os
 import re
 import secrets
-import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DRAFT = re.compile(r"draft-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{16}\.part")
+DRAFT = re.compile(r"draft-[0-9a-f]{16}\.part")
 LONGEST_SUFFIX = 16  # bytes; drafts keep a suffix, by which writers know the format
 ABANDONED = 86_400.0  # seconds, after which a draft has no writer
 
@@ -102,7 +99,7 @@ def _target_of(path: Path) -> Path:
 def _draft_for(target: Path, mode: int) -> Iterator[Path]:
     """Make an empty file in the folder of a target, under a unique name, and remove it afterwards if it is left."""
     suffix = target.suffix if len(os.fsencode(target.suffix)) <= LONGEST_SUFFIX else ""
-    draft = target.with_name(f"draft-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.part{suffix}")
+    draft = target.with_name(f"draft-{secrets.token_hex(8)}.part{suffix}")
     try:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         yield draft
@@ -111,34 +108,11 @@ def _draft_for(target: Path, mode: int) -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the drafts of dead processes of this machine, and those of other machines after a day."""
+    """Remove drafts of which no writer is left after a day."""
     with contextlib.suppress(OSError):
         for draft in folder.iterdir():
-            if found := DRAFT.match(draft.name):
-                own, age = found[1] == _machine(), time.time() - draft.stat().st_mtime
-                if age > ABANDONED or (own and not _is_alive(int(found[2]))):  # another process may have its number
-                    draft.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    """True if a process exists, or its existence cannot be tested."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)  # a test: no signal is sent
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
-@functools.cache
-def _machine() -> str:
-    """Return eight letters for this machine since its start, and for the container whose processes are numbered."""
-    try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        name = socket.gethostname()
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
+            if DRAFT.match(draft.name) and time.time() - draft.stat().st_mtime > ABANDONED:
+                draft.unlink(missing_ok=True)
 
 
 def _liken(file: Path, other: os.stat_result) -> None:

@@ -39,14 +39,14 @@ def with_verdict(found: Check, verdict: str) -> Check:
     return dataclasses.replace(found, findings=findings)
 
 
-def prior_answer(model, *args, verdict="trust", last="check", **_):
+def prior_answer(model, *args, verdict="trust", said="", **_):
     """Return an answer of draws from the prior at once, in place of that of ``pf.posterior``."""
     draws = {}
     trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
     for name in poutine.trace(model).get_trace(*args).stochastic_nodes:
         if not site_is_subsample(trace.nodes[name]):
             draws[name] = trace.nodes[name]["fn"].sample((4000,))
-    steps = (Step("fit", 1.5, "", "AutoFlow"), Step(last, 0.5, verdict, ""))
+    steps = (Step("fit", 1.5, "", "AutoFlow"), Step("check", 0.5, verdict, said))
     return Posterior(
         draws, verdict, "For a test.", -31.3, 0.004, steps, 2.0, AutoFlow(model), None, Question(model, args, {}, model)
     )

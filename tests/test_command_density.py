@@ -89,20 +89,6 @@ def nats(out: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_as_a_command(folder):
-    """The command runs in a separate process."""
-    root = Path(pyro_flows.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    words = ["table.csv", "--flow", "nsf", "--out", "model.pt", "--epochs", "3", "--quiet"]
-    command = [sys.executable, "-m", "pyro_flows", "density", *words]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert done.stderr == ""
-    assert pyro_flows.load("model.pt")().sample().shape == (2,)
-
-
-@pytest.mark.slow
 def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
     assert run("table.csv", "--out", "new/folder/bend.pt", epochs=30) == 0
     captured = capsys.readouterr()
@@ -147,11 +133,6 @@ def test_every_flow_runs(flow, folder, monkeypatch):
 def test_the_flows_are_those_that_need_no_more_than_the_columns():
     assert DENSITIES.items() >= {"nsf": flows.nsf, "planar_flow": flows.planar_flow}.items()
     assert not {"Flow", "circular_coupling"} & set(DENSITIES)
-
-
-def test_one_column_is_enough(folder):
-    assert run("table.csv", "--columns", "b", "--quiet") in (0, 3)
-    assert pyro_flows.load("model.pt")().sample().shape == (1,)
 
 
 def test_the_same_seed_gives_the_same_table(folder, capsys):
@@ -328,23 +309,6 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
     assert (folder / "model.png").read_text() == "its picture"
 
 
-def test_ctrl_c_in_a_long_first_epoch_keeps_what_it_has_trained(folder, capsys, monkeypatch, interrupt):
-    """At that time, no loss on held-out data exists."""
-    monkeypatch.setattr("pyro_flows.data.batches.MOST", 4)
-    with pytest.raises(SystemExit):
-        interrupt(14)
-    assert re.search(r"Interrupted after (1\d) steps; kept the best state, of step \1", capsys.readouterr().err)
-    assert pyro_flows.load("model.interrupted.pt").log_prob(torch.from_numpy(X).float()).isfinite().all()
-
-
-def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
-    with pytest.raises(SystemExit) as exit_:
-        interrupt(0)
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("interrupted before there was anything to keep; nothing was written\n")
-    assert [path.name for path in folder.iterdir()] == ["table.csv"]
-
-
 def press_twice(*_, **__):
     for _ in range(2):
         signal.raise_signal(signal.SIGINT)
@@ -374,20 +338,6 @@ def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, stop, folder
     assert not (folder / "model.png").exists()
 
 
-def test_one_ctrl_c_while_the_picture_is_drawn_ends_with_its_status(folder, capsys, monkeypatch, ctrl_c):
-    draw = density.plots.pairs
-
-    def pressed(*args, **settings):
-        signal.raise_signal(signal.SIGINT)
-        return draw(*args, **settings)
-
-    monkeypatch.setattr(density.plots, "pairs", pressed)
-    with pytest.raises(SystemExit) as exit_:
-        run("table.csv", "--quiet")
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("interrupted after the training; wrote model.pt and model.png\n")
-
-
 def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypatch, ctrl_c):
     def slow(flow, path):
         signal.raise_signal(signal.SIGINT)
@@ -399,15 +349,6 @@ def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypa
     assert exit_.value.code == 130
     assert capsys.readouterr().err.endswith("interrupted after the training; wrote model.pt and model.png\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
-
-
-def test_ctrl_c_while_the_table_is_read_is_one_line(folder, capsys, monkeypatch, ctrl_c):
-    monkeypatch.setattr(density, "read_table_file", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as exit_:
-        run("table.csv", "--quiet")
-    assert exit_.value.code == 130
-    said = capsys.readouterr().err
-    assert said == "python -m pyro_flows density: interrupted before there was anything to keep; nothing was written\n"
 
 
 @pytest.mark.slow
@@ -753,24 +694,3 @@ def test_what_training_refuses_is_one_line(error, folder, capsys, monkeypatch):
 
     monkeypatch.setattr(density, "fit_density", refuse)
     assert refused(capsys, "table.csv", "--quiet") == "x is not to my taste.\n"
-
-
-@pytest.mark.parametrize("words", [["--epochs", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--steps"]])
-def test_bad_options_are_refused(words, folder, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["density", "table.csv", *words])
-    assert exit_.value.code == 2
-    assert words[-1] in capsys.readouterr().err
-
-
-def test_help_tells_the_rules(capsys):
-    texts = []
-    for words in (["density", "--help"], ["--help"]):
-        with pytest.raises(SystemExit) as exit_:
-            main(words)
-        assert exit_.value.code == 0
-        texts.append(" ".join(capsys.readouterr().out.split()))
-    options = ("TABLE", "--columns", "--out", "--flow", "--epochs", "--seed", "--double", "--quiet", "sylvester_flow")
-    for words in (*options, "rows with missing values", "3 if it cannot be trusted", "beside that of a Gaussian"):
-        assert words in texts[0]
-    assert "density fit a table's density" in texts[1]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 import torch
 from models import prior_answer
 
-import pyro_flows
 from pyro_flows.__main__ import main
 from pyro_flows.answers.table import table_of
 from pyro_flows.commands import Refused, answer, fit
@@ -189,20 +186,6 @@ def quick(monkeypatch) -> None:
 
 
 # Valid input.
-
-
-@pytest.mark.slow
-def test_as_a_command(folder):
-    """The command runs in a separate process."""
-    root = Path(pyro_flows.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    words = ["models.py:normal", "--data", "data.json", "--out", "posterior.nc", "--quiet"]
-    command = [sys.executable, "-m", "pyro_flows", "fit", *words]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert done.stderr == ""
-    assert az.from_netcdf("posterior.nc").posterior["x"].shape == (1, 4000)
 
 
 @pytest.mark.slow
@@ -564,21 +547,6 @@ def test_no_data_for_a_model_with_arguments_are_refused(folder, capsys):
     assert "missing a required argument: 'y'" in refused(capsys, "models.py:normal")
 
 
-@pytest.mark.usefixtures("no_training")
-def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, monkeypatch):
-    words = "models.py:normal", "--data", "data.json", "--out"
-    assert "argument --out: 'a.png' must end with .nc" in refused(capsys, *words, "a.png")
-    assert "argument --out: cannot write into 'data.json'" in refused(capsys, *words, "data.json/a.nc")
-    (folder / "a.png").mkdir()
-    assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, *words, "a.nc")
-
-    def denied(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "open", denied)  # simulated, because an administrator may write anywhere
-    assert "argument --out: cannot write 'b.nc': Permission denied" in refused(capsys, *words, "b.nc")
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -619,30 +587,3 @@ def test_a_model_that_changes_the_working_directory_moves_no_file(folder):
     assert run("moving.py:normal", "--data", "data.json", "--quiet", "--out", "there/a.nc") == 0
     assert sorted(path.name for path in (folder / "there").iterdir()) == ["a.nc", "a.png"]
     assert not list((folder / "elsewhere").iterdir())
-
-
-@pytest.mark.parametrize("words", [["--seconds", "0"], ["--seed", "-1"], ["--stps"]])
-def test_bad_options_are_refused(words, folder, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", "models.py:normal", *words])
-    assert exit_.value.code == 2
-    assert words[-1] in capsys.readouterr().err
-
-
-def test_help_tells_the_rules(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", "--help"])
-    assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "FILE.py:NAME",
-        "--data",
-        "--out",
-        "--seconds",
-        "--seed",
-        "--double",
-        "--quiet",
-    ):
-        assert words in text
-    assert "A JSON list of integers becomes real numbers too" in text
-    assert "The exit status is 0" in text

@@ -125,7 +125,7 @@ def test_realnvp_survives_its_first_steps():
 
 
 def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, last="Ctrl-C"))
+    monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, said="interrupted"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "eight_schools.nc").write_text("good draws")
     with pytest.raises(SystemExit) as exit_:
@@ -164,35 +164,23 @@ def refused(arguments: list[str], capsys) -> str:
         (["--seed", "-1"], "must be between 0 and"),
         (["fitt"], "invalid choice: 'fitt' (choose from"),
         (["--seconds", "3", "density", "table.csv"], "unrecognized arguments: --seconds; use --epochs"),
+        (["fit", "models.py:normal", "--stps"], "unrecognized arguments: --stps"),
+        (["density", "table.csv", "--flow", "glowworm"], "invalid choice: 'glowworm' (choose from"),
+        (["density", "table.csv", "--seed", "many"], "--seed: invalid"),
     ],
 )
 def test_bad_options_are_refused(words, said, capsys):
     assert said in refused(words, capsys)
 
 
-@pytest.mark.usefixtures("no_training")
-def test_a_file_as_folder_is_refused_before_training(tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("keep me")
-    message = refused(["--out", str(file / "below.nc")], capsys)
-    assert "--out" in message
-    assert str(file) in message
-    assert file.read_text() == "keep me"
-
-
-@pytest.mark.usefixtures("quick")
-def test_nothing_half_written_is_left_behind(tmp_path, monkeypatch):
-    """If the disk fills up while the picture is written, the old files stay and no draft remains."""
-
-    class Picture:
-        def savefig(self, path, **_):
-            Path(path).write_bytes(b"\x89PNG half a pic")
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "eight_schools.png").write_bytes(b"the old one")
-    monkeypatch.setattr(job, "plot_funnel", lambda *_: Picture())
-    with pytest.raises(OSError, match="No space left"):
-        main(["--quiet"])
-    assert (tmp_path / "eight_schools.png").read_bytes() == b"the old one"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eight_schools.nc", "eight_schools.png"]
+def test_help_tells_the_rules(capsys):
+    for command, words in {
+        "fit": ("FILE.py:NAME", "--data", "--seconds", "A JSON list of integers becomes real numbers too"),
+        "density": ("TABLE", "--columns", "--epochs", "sylvester_flow", "rows with missing values"),
+    }.items():
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for word in (*words, "--out", "--seed", "--double", "--quiet", "The exit status is 0"):
+            assert word in text
