@@ -91,7 +91,7 @@ def test_summaries_of_a_trained_guide_are_silent(tmp_path):
 
 @pytest.mark.parametrize("number", [(10, 2), -1, 2.5])
 def test_numbers_of_draws_are_checked(guide, number):
-    refused(ValueError, r"AutoFlow\.sample: num_samples must be an integer of at least 0, got", guide.sample, number)
+    refused(ValueError, r"AutoFlow\.sample: num_samples must be an integer of at least 1, got", guide.sample, number)
 
 
 # Data that the model does not take.
@@ -581,7 +581,7 @@ def test_a_check_ends_with_a_next_step():
 def test_a_guide_and_a_flow_print_in_a_few_lines(guide):
     assert repr(pf.AutoFlow(model)) == "AutoFlow(not set up)"
     new = pf.AutoFlow(model, small).setup(X, Y)
-    assert repr(new).startswith("AutoFlow(untrained; latents w (3,))\n  Flow((3,), context_dim=0, ")
+    assert repr(new).startswith("AutoFlow(untrained; latents w (3,))\n  GuideFlow((3,), context_dim=0, ")
     assert repr(guide).startswith("AutoFlow(trained; ")
     assert len(repr(guide).splitlines()) == 4
     flow = flows.nsf_ar(2, context_dim=3, num_transforms=2)

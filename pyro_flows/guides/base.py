@@ -30,10 +30,11 @@ from ..arguments import check_integers, check_kind, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
+from ..programs.error_text import count_nan, explained
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
 from ..programs.program import arguments_of, outline, outline_of
-from .checks import Calls, check_arguments, check_continuous, check_latents, check_shapes, setup_error
+from .checks import Calls, check_arguments, check_continuous, check_latents, check_shapes
 from .contexts import check_encoder
 from .default_training import Plan
 from .guide_call import NONE, Call, Found
@@ -156,13 +157,19 @@ class FlowGuide(Plan, AutoGuide):
         owner = type(self).__name__
         if self.model is None:
             raise ValueError(f"{owner}: this guide was saved before setup(), and saved guides have no model.")
+        given = arguments_of(self.model, args, kwargs)
         try:
-            self._set_up(*args, **kwargs)
+            with explained("model", given):
+                self._set_up(*args, **kwargs)
         except Exception as error:
             self.prototype_trace = None  # a failed setup can be tried again
-            given = arguments_of(self.model, args, kwargs)
-            if clearer := setup_error(owner, error, given, alone=not (args or kwargs)):
-                raise clearer from error
+            if isinstance(error, TypeError) and not (args or kwargs or str(error).startswith(f"{owner}: ")):
+                fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
+                way = "Fit the guide first, or give the model's arguments here too"
+                raise TypeError(f"{owner}: {fault}. {way}.") from error
+            if type(error) is ValueError and is_breakdown(error) and not count_nan(given):
+                way = "Give the guide a start where the model has a density: init_loc_fn=init_to_value(values={...})"
+                raise ValueError(f"{owner}: {error} {way}.") from error
             raise
         return self
 

@@ -24,13 +24,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..compiler_state import is_traced
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import Values, is_weighing
-from ..programs.error_text import count_nan, failure
 from ..programs.latents import is_discrete, named
-from ..programs.log_density import NonFiniteDraw, is_breakdown
+from ..programs.log_density import NonFiniteDraw
 from ..programs.masks import is_masked, is_reparametrised
 from ..programs.program import signature_of
 from ..programs.traces import trace_of
-from ..user_code import place_of
 from .contexts import remoteness
 from .guide_call import (
     Call,
@@ -47,7 +45,6 @@ from .guide_call import (
 )
 from .packing import bijection_onto, scalar_support
 
-MOST = 100  # draws of one step at which the model is run again
 ANEW = (
     "Build the guide anew and train it with a smaller step size, pyro.optim.ClippedAdam, more particles, or fit_svi, "
     "which skips such steps"
@@ -156,7 +153,7 @@ class DrawWatch:
                 name: z.reshape(-1, *z.shape[z.dim() - 1 - guide.packings[name].depth :])
                 for name, (z, _) in self._last.items()
             }
-            for particle in range(min(MOST, max(map(len, draws.values())))):
+            for particle in range(min(100, max(map(len, draws.values())))):
                 draw = {name: z[min(particle, len(z) - 1)] for name, z in draws.items()}
                 if found := self._fault_at(draw, guide, call):
                     return f": there the log-density of the model's site {found}"
@@ -198,31 +195,6 @@ def _number_lost(guide: nn.Module) -> int:
 
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
-
-
-def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: bool) -> Exception | None:
-    """Return an error that says why setup runs the model, or None if the error of the setup itself is clear.
-
-    Args:
-        owner: The class of the guide.
-        error: The error of the setup.
-        given: The model's arguments by their names.
-        alone: True if setup was called without arguments.
-    """
-    ours = str(error).startswith(f"{owner}: ")
-    if isinstance(error, TypeError) and alone and not ours:
-        fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
-        return TypeError(f"{owner}: {fault}. Fit the guide first, or give the model's arguments here too.")
-    broken = isinstance(error, AssertionError | IndexError | KeyError)
-    if ours or not (place_of(error) or broken):
-        return None  # Pyro or this package found the fault, not the model
-    refused = type(error) is ValueError and is_breakdown(error)
-    if not (refused or broken or type(error) in (TypeError, AttributeError) or isinstance(error, RuntimeError)):
-        return None
-    words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
-    if refused and not count_nan(given):
-        words += " If it does, give the guide a start where it does: init_loc_fn=init_to_value(values={...})."
-    return (type(error) if type(error) in (TypeError, AttributeError) else ValueError)(words)
 
 
 def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
