@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,32 @@ from .jacobian import SMOOTH, Jacobian
 from .pace import Linear, Network
 
 
-class Derivative(Protocol):
-    """The Jacobian J of a field at each of a batch of points."""
+class Differentiated(NamedTuple):
+    """A Jacobian by autograd: all products in one batch."""
+
+    x: Tensor
+    v: Tensor
+    lasting: bool  # True if the results can be differentiated again
 
     def trace(self) -> Tensor:
         """Return tr J, ``(*batch)``."""
+        size = self.x.shape[-1]
+        units = torch.eye(size, dtype=self.x.dtype, device=self.x.device)
+        rows = self.pull(units.reshape(size, *[1] * (self.x.dim() - 1), size).expand(size, *self.x.shape))
+        return torch.einsum("i...i->...", rows)
 
     def pull(self, v: Tensor) -> Tensor:
         """Return Jᵀ v for covectors v, ``(K, *batch, D)``."""
+        if not self.v.requires_grad:  # a field of time alone, without parameters
+            return torch.zeros_like(v)
+        with torch.inference_mode(False):
+            settings = {"retain_graph": True, "create_graph": self.lasting, "is_grads_batched": True}
+            seeds = _recordable(v.expand(-1, *self.v.shape))
+            (found,) = torch.autograd.grad(self.v, self.x, seeds, allow_unused=True, **settings)
+        return torch.zeros_like(v) if found is None else found
 
 
-Rates = Callable[[Tensor, Tensor], tuple[Tensor, Derivative]]  # (t, x) -> v, J
+Rates = Callable[[Tensor, Tensor], tuple[Tensor, Jacobian | Differentiated]]  # (t, x) -> v, J
 
 
 class VectorField(nn.Module):
@@ -108,7 +123,7 @@ class VectorField(nn.Module):
                 not have the shape and the dtype of the points.
         """
 
-        def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
+        def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Jacobian | Differentiated]:
             lasting = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.enable_grad():
                 place = x if lasting and x.requires_grad else _recordable(x).detach().requires_grad_()
@@ -126,35 +141,6 @@ class VectorField(nn.Module):
 def _recordable(value: Tensor) -> Tensor:
     """Return a tensor that autograd can record, also if it was made in inference mode."""
     return value.clone() if value.is_inference() else value
-
-
-class Differentiated(NamedTuple):
-    """A Jacobian by autograd: all products in one batch."""
-
-    x: Tensor
-    v: Tensor
-    lasting: bool  # True if the results can be differentiated again
-
-    def trace(self) -> Tensor:
-        size = self.x.shape[-1]
-        units = torch.eye(size, dtype=self.x.dtype, device=self.x.device)
-        rows = self.pull(units.reshape(size, *[1] * (self.x.dim() - 1), size).expand(size, *self.x.shape))
-        return torch.einsum("i...i->...", rows)
-
-    def pull(self, v: Tensor) -> Tensor:
-        if not self.v.requires_grad:  # a field of time alone, without parameters
-            return torch.zeros_like(v)
-        with torch.inference_mode(False):
-            (found,) = torch.autograd.grad(
-                self.v,
-                self.x,
-                _recordable(v.expand(-1, *self.v.shape)),
-                retain_graph=True,
-                create_graph=self.lasting,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        return torch.zeros_like(v) if found is None else found
 
 
 class MLPField(Network, VectorField):
@@ -232,7 +218,7 @@ class MLPField(Network, VectorField):
         share = share_of(self, context)
         slope_of = SMOOTH[self.activation]
 
-        def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
+        def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Jacobian | Differentiated]:
             h, shift, slopes = x, self._shift(t, share), []
             for number, layer in enumerate(self.hidden):
                 a = layer(h) if number else layer(h) + shift

@@ -64,7 +64,6 @@ def cnf(
     atol: float = 1e-6,
     num_steps: int = 20,
     adjoint: bool = False,
-    max_num_steps: int = 1000,
 ) -> Flow:
     """Continuous normalizing flow (Chen et al. 2018, arXiv:1806.07366), with exact divergences.
 
@@ -88,7 +87,6 @@ def cnf(
         atol: The absolute tolerance of such a step.
         num_steps: The number of steps of a solver of fixed steps.
         adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
-        max_num_steps: The largest number of steps of an adaptive solver.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -106,7 +104,7 @@ def cnf(
     """
     checked_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
     field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
-    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps}
     layers = (Continuous(field(), exact=True, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
     return Flow(layers)
 
@@ -126,7 +124,6 @@ def ffjord(
     atol: float = 1e-6,
     num_steps: int = 20,
     adjoint: bool = False,
-    max_num_steps: int = 1000,
 ) -> Flow:
     """Free-form continuous flow (Grathwohl et al. 2018, arXiv:1810.01367): divergences estimated without bias.
 
@@ -150,7 +147,6 @@ def ffjord(
         atol: The absolute tolerance of such a step.
         num_steps: The number of steps of a solver of fixed steps.
         adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
-        max_num_steps: The largest number of steps of an adaptive solver.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -169,6 +165,6 @@ def ffjord(
     checked_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
     field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
     trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes}
-    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps}
     layers = (Continuous(field(), **trace, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
     return Flow(layers)

@@ -237,8 +237,7 @@ def _check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
     if value.is_floating_point():
         got = f"{value.dtype}{'' if value.isfinite().all() else ' with NaN or inf'}"
         raise ValueError(f"log_prob: value must hold integers, got {got}; use value.to(torch.uint8) for whole numbers.")
-    value = value if value.dtype in (torch.uint8, torch.int64) else value.to(torch.int64)
-    low, high = map(int, value.aminmax()) if value.numel() else (0, 0)
+    low, high = map(int, value.to(torch.int64).aminmax()) if value.numel() else (0, 0)
     if not 0 <= low <= high < levels:
         raise ValueError(f"log_prob: value must lie between 0 and {levels - 1}, got some from {low} to {high}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NoReturn
 
 import pyro.distributions as dist
@@ -66,29 +67,26 @@ class FlowMixture(nn.Module):
 
     runs = base = fixed = unscaled = transforms
 
-    def contexts(self, context: Tensor | None) -> list[Tensor | None]:
-        """Return the context of each flow, given one for all, ``(*batch, context_dim)``."""
-        if context is None:
-            return [None] * len(self.flows)
-        parts = context.split([flow.context_dim for flow in self.flows], -1)
-        return [part if flow.context_dim else None for flow, part in zip(self.flows, parts, strict=True)]
+    def pairs(self, context: Tensor | None) -> list[tuple[Flow, Tensor | None]]:
+        """Return the flows with their contexts, given one for all, ``(*batch, context_dim)``."""
+        sizes = [flow.context_dim for flow in self.flows]
+        parts = repeat(None) if context is None else context.split(sizes, -1)
+        return [(flow, part if flow.context_dim else None) for flow, part in zip(self.flows, parts, strict=False)]
 
     def forward(self, context: Tensor | None = None) -> MixtureDistribution:
         """Return the distribution at a context, of its batch shape."""
-        return MixtureDistribution([flow(c) for flow, c in zip(self.flows, self.contexts(context), strict=True)])
+        return MixtureDistribution([flow(own) for flow, own in self.pairs(context)])
 
     @torch.no_grad()
     def sample(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> Tensor:
         """Draw samples, ``(*sample_shape, *batch, *event_shape)``, as :meth:`Flow.sample` does."""
-        pairs = zip(self.flows, self.contexts(context), strict=True)
-        return _picked([flow.sample(sample_shape, c, chunk_size=chunk_size) for flow, c in pairs])
+        return _picked([flow.sample(sample_shape, own, chunk_size=chunk_size) for flow, own in self.pairs(context)])
 
     def log_prob(self, value: Tensor, context: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
         """Return the log-density of values, ``(*batch)`` in nats, as :meth:`Flow.log_prob` does."""
-        pairs = zip(self.flows, self.contexts(context), strict=True)
-        return _mean([flow.log_prob(value, c, chunk_size=chunk_size) for flow, c in pairs])
+        return _mean([flow.log_prob(value, own, chunk_size=chunk_size) for flow, own in self.pairs(context)])
 
 
 class MixtureDistribution(dist.TorchDistribution):

@@ -513,8 +513,7 @@ def bound(flow: Any, context: Tensor) -> Any:
     """Return the flow of a guide, or of an ensemble, for one context ``(context_dim,)``."""
     if not isinstance(flow, FlowMixture):
         return flow.bound(context)
-    pairs = zip(flow.flows, flow.contexts(context), strict=True)
-    return FlowMixture([part if own is None else part.bound(own) for part, own in pairs])
+    return FlowMixture([part if own is None else part.bound(own) for part, own in flow.pairs(context)])
 
 
 def rank_for(dim: int) -> int:

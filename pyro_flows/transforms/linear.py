@@ -323,39 +323,37 @@ class FixedAffine(VectorTransform):
             self.stretch[: len(stretch)] = stretch
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        scale, log_det = self._matrix(), self._log_det(x)
+        log_det = self._log_det(x)
         if self.rank:
-            x = stretched(x, self.directions.detach(), self.stretch.detach())
-        return self.loc.detach() + (x @ scale.T if self.dense else x * scale), log_det
+            x = self._stretched(x, self.stretch.detach())
+        matrix = self._matrix()
+        return self.loc.detach() + (x @ matrix.T if self.dense else x * matrix), log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        away, log_det = y - self.loc.detach(), -self._log_det(y)
-        if self.rank:
-            return stretched(away / self._matrix(), self.directions.detach(), 1 / self.stretch.detach()), log_det
-        return self._divided(away, transposed=True), log_det
+        away = self._divided(y - self.loc.detach(), transposed=True)
+        return (self._stretched(away, 1 / self.stretch.detach()) if self.rank else away), -self._log_det(y)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if self.rank:  # the stretch is symmetric
-            score = stretched(score, self.directions.detach(), 1 / self.stretch.detach())
-            return *self.forward_and_log_det(x), score / self._matrix()
+            score = self._stretched(score, 1 / self.stretch.detach())
         return *self.forward_and_log_det(x), self._divided(score, transposed=False)
 
     def _matrix(self) -> Tensor:
         return self.scale.detach().tril() if self.dense else self.scale.detach()
 
     def _log_det(self, x: Tensor) -> Tensor:
-        scale = self.scale.detach()
-        log_det = (scale.diagonal() if self.dense else scale).abs().log().sum()
-        if self.rank:
-            log_det = log_det + self.stretch.detach().log().sum()
-        return log_det.expand(x.shape[:-1])
+        log_det = (self.scale.diagonal() if self.dense else self.scale).detach().abs().log().sum()
+        return (log_det + self.stretch.detach().log().sum() if self.rank else log_det).expand(x.shape[:-1])
+
+    def _stretched(self, rows: Tensor, by: Tensor) -> Tensor:
+        return stretched(rows, self.directions.detach(), by)
 
     def _divided(self, rows: Tensor, transposed: bool) -> Tensor:
         """Multiply rows ``(*batch, D)`` from the right by the inverse of the matrix, or of its transpose."""
-        scale = self._matrix()
+        matrix = self._matrix()
         if not self.dense:
-            return rows / scale
-        matrix, flat = (scale.T if transposed else scale), rows.reshape(-1, self.input_dim)
+            return rows / matrix
+        matrix, flat = (matrix.T if transposed else matrix), rows.reshape(-1, self.input_dim)
         return solve_triangular(matrix, flat, upper=transposed, left=False).reshape(rows.shape)
 
 
