@@ -67,7 +67,7 @@ class FlowMixture(nn.Module):
 
     runs = base = fixed = unscaled = transforms
 
-    def pairs(self, context: Tensor | None) -> list[tuple[Flow, Tensor | None]]:
+    def pairs(self, context: Tensor | None) -> list[tuple[Any, Tensor | None]]:
         """Return the flows with their contexts, given one for all, ``(*batch, context_dim)``."""
         sizes = [flow.context_dim for flow in self.flows]
         parts = repeat(None) if context is None else context.split(sizes, -1)
