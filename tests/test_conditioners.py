@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, LipschitzMLP, Periodic, stream, stream_vjp
+from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, Periodic, stream, stream_vjp
 from pyro_flows.conditioners.pace import networks_of, set_pace
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.carried import network_and_pull
@@ -279,7 +279,6 @@ def test_which_features_are_periodic_is_part_of_the_state() -> None:
     [
         (lambda: Periodic(MLP(2, 1, 1), [True, False]), r"3 for periodic = \[True, False\], .* net.input_dim = 2"),
         (lambda: Periodic(MLP(2, 1, 1), [[True]]), r"periodic must hold one bool for each feature, got \[\[True\]\]"),
-        (lambda: Periodic(MLP(2, 1, 1), [True], bound=0.0), "bound must be positive and finite, got 0.0"),
     ],
 )
 def test_a_periodic_network_names_what_does_not_fit(build: object, message: str) -> None:
@@ -366,21 +365,8 @@ def test_an_order_must_be_a_permutation(order: list[int]) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MADE(0, 2), "MADE: input_dim must be an integer of at least 1, got 0"),
-        (lambda: MADE(3, 0), "MADE: num_params must be an integer of at least 1, got 0"),
-        (lambda: MLP(-1, 2, 2), "MLP: input_dim must be an integer of at least 0, got -1"),
-        (lambda: MLP(2, 0, 2), "MLP: output_dim must be an integer of at least 1, got 0"),
-        (lambda: MLP(2, 1, 2, context_dim=-1), "MLP: context_dim must be an integer of at least 0, got -1"),
-        (lambda: LipschitzMLP(2, context_dim=-1), "LipschitzMLP: context_dim must be an integer of at least 0, got -1"),
         (lambda: ConvNet(1, 1, 2, (4, 4, 4)), r"ConvNet: size must be height and width, got \(4, 4, 4\)"),
         (lambda: ConvNet(1, 1, 2, (0, 4)), r"ConvNet: size must be height and width, got \(0, 4\)"),
-        (lambda: ConvNet(1, 1, 2, (4, 4), num_blocks=-1), "num_blocks must be an integer of at least 0, got -1"),
-        (lambda: CausalTransformer(0, 3, 2), "CausalTransformer: length must be an integer of at least 1, got 0"),
-        (lambda: CausalTransformer(4, 3, 2, num_layers=0), "num_layers must be an integer of at least 1, got 0"),
-        (
-            lambda: CausalTransformer(4, 3, 2, num_heads=0),
-            "CausalTransformer: num_heads must be an integer of at least 1, got 0",
-        ),
     ],
 )
 def test_sizes_out_of_range_are_named(build: Callable[[], object], message: str) -> None:

@@ -102,18 +102,6 @@ def test_the_exact_divergence_of_two_hidden_layers_takes_one_pass_in_any_dimensi
     assert not MLPField(dim, 0, (width,) * 3).cheap_trace
 
 
-def test_a_field_that_does_not_depend_on_the_place_has_no_divergence() -> None:
-    class Time(VectorField):
-        def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-            return t * torch.ones_like(x)
-
-    for field in (Given(lambda t, x: t * torch.ones_like(x)), Time(2)):
-        for exact in (True, False):
-            y, log_det = Continuous(field, exact=exact).forward_and_log_det(laws.normal(4, 2))
-            torch.testing.assert_close(y, laws.normal(4, 2) + 0.5)
-            assert (log_det == 0).all()
-
-
 @pytest.mark.parametrize("exact", [True, False])
 def test_fields_of_any_kind_are_solved_in_inference_mode(exact: bool) -> None:
     field, x, context = field_of(3, 2), laws.normal(4, 3), laws.normal(4, 2, seed=1)
@@ -520,38 +508,22 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
     [
         (lambda: Continuous(nn.Linear(2, 2)), TypeError, "Continuous: field must be a VectorField .*got Linear"),
         (lambda: Continuous(MLPField(2), solver="lsoda"), ValueError, "solver must be 'dopri5' or .*got 'lsoda'"),
-        (lambda: Continuous(MLPField(2), rtol=0.0), ValueError, "rtol must be positive and finite, got 0.0"),
-        (lambda: flows.cnf(2, atol=math.inf), ValueError, "atol must be positive and finite, got inf"),
-        (lambda: flows.cnf(2, num_steps=2.5), ValueError, "num_steps must be an integer of at least 1, got 2.5"),
-        (lambda: flows.ffjord(0), ValueError, "^ffjord: input_dim must be an integer of at least 1, got 0"),
-        (lambda: flows.ffjord(2, num_probes=0), ValueError, "num_probes must be an integer of at least 1, got 0"),
         (lambda: flows.cnf(2, activation=nn.ReLU), ValueError, "activation must be .* ELU, SiLU.*ReLU.*VectorField"),
-        (lambda: MLPField(0), ValueError, "MLPField: input_dim must be an integer of at least 1, got 0"),
-        (lambda: MLPField(2, -1), ValueError, "MLPField: context_dim must be an integer of at least 0, got -1"),
-        (lambda: MLPField(2, 0, ()), ValueError, r"hidden_dims must be a sequence .*got \(\)"),
-        (lambda: MLPField(2, frequencies=0), ValueError, "frequencies must be an integer of at least 1, got 0"),
         (lambda: MLPField(2, 3)(torch.zeros(()), torch.zeros(2)), ValueError, "context is missing; .*width 3"),
         (lambda: ode_report(flows.nsf(2), torch.zeros(3, 2)), ValueError, "ode_report: .*among its Coupling.*none"),
         (lambda: ode_report(flows.cnf(2).inv, torch.zeros(3, 2)), ValueError, "Inverse there are 1 of them inside"),
         (lambda: ode_report(flows.cnf(2), torch.zeros(3, 3)), ValueError, r"ode_report: x must have .*\(3, 3\)"),
-        (lambda: Continuous(MLPField(2), exact="no"), ValueError, "exact must be None, True or False, got 'no'"),
         (
             lambda: Continuous(Given(lambda t, x: x[..., :1])).forward_and_log_det(torch.zeros(3, 2).double()),
             ValueError,
             r"Given: the velocity of \(3, 2\) points .*got \(3, 1\)",
         ),
-        (lambda: FlowMatching()(flows.cnf(2), torch.zeros(4, 1)), ValueError, r"rows \(N, 2\), got shape \(4, 1\)"),
         (
             lambda: FlowMatching()(Flow(flows.cnf(2).transforms, MixtureBase(2, 3)), torch.zeros(4, 2)),
             ValueError,
             "MixtureBase needs training too",
         ),
-        (lambda: ode_report(nn.Linear(2, 2), torch.zeros(3, 2)), TypeError, "must be a Flow, got Linear"),
-        (lambda: ode_report(flows.cnf(2), torch.zeros(3, 2), num_probes=1), ValueError, "num_probes"),
-        (lambda: Likelihood(kinetic=-1.0), ValueError, "kinetic must be at least 0 and finite, got -1.0"),
         (lambda: FlowMatching(pairing="ot"), ValueError, "pairing must be 'independent' or 'optimal', got 'ot'"),
-        (lambda: FlowMatching(sigma_min=1.0), ValueError, "sigma_min must be at least 0 and below 1, got 1.0"),
-        (lambda: FlowMatching(time_power=-1.0), ValueError, "time_power must be above -1 and finite, got -1.0"),
         (
             lambda: Likelihood(jacobian=0.1)(flows.nsf(2), torch.zeros(3, 2)),
             ValueError,
@@ -561,11 +533,6 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
             lambda: FlowMatching()(flows.nsf(2), torch.zeros(3, 2)),
             ValueError,
             "FlowMatching: .*exactly one continuous transform.*0 in this Flow",
-        ),
-        (
-            lambda: FlowMatching()(flows.cnf(2, num_transforms=2), torch.zeros(3, 2)),
-            ValueError,
-            "FlowMatching: .*exactly one continuous transform.*2 in this Flow",
         ),
         (
             lambda: FlowMatching()(Flow([*flows.nsf(2).transforms, *flows.cnf(2).transforms]), torch.zeros(3, 2)),
@@ -581,11 +548,6 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
             lambda: fit_density(flows.cnf(2), torch.randn(50, 2), training=Training(objective=FlowMatching)),
             TypeError,
             r"Training: objective must be a module .*got the class FlowMatching, uncalled",
-        ),
-        (
-            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), training=Training(objective=pyro.infer.Trace_ELBO())),
-            TypeError,
-            r"not an ELBO, got <.*Trace_ELBO",
         ),
     ],
 )
@@ -707,26 +669,6 @@ def test_flow_matching_finds_a_correlated_normal(pairing: str) -> None:
     assert (draws.mean(0) - law.mean).abs().max() < 0.15
     assert fit.held_out is not None
     assert fit.held_out[-1] < fit.held_out[0]
-
-
-def test_a_matched_fit_goes_on_to_the_same_end(tmp_path: Any) -> None:
-    x, ends = laws.normal(200, 2, dtype=torch.float32), []
-    for interrupted in (False, True):
-        torch.manual_seed(0)
-        flow = flows.cnf(2, hidden_dims=(8,))
-        options = {"training": Training(objective=FlowMatching()), "progress": False, "max_epochs": 4}
-        if interrupted:
-            file = tmp_path / "run"
-            fit_density(flow, x, checkpoint=file, **options)
-            torch.manual_seed(0)
-            flow = flows.cnf(2, hidden_dims=(8,))
-            fit_density(flow, x, checkpoint=file, **options)
-            with pytest.raises(ValueError, match="checkpoint"):
-                fit_density(flow, x, checkpoint=file, **{**options, "training": Training()})
-        else:
-            fit_density(flow, x, **options)
-        ends.append(flow.log_prob(x[:5]).detach())
-    assert torch.equal(*ends)
 
 
 # ------------------------------------------------------------ in Pyro

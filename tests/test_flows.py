@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from typing import Any
 
 import laws
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -29,7 +27,7 @@ from pyro_flows.conditioners import Conditioner
 from pyro_flows.distributions import CircularBase
 from pyro_flows.flows import Flow
 from pyro_flows.flows.coupling import coupling_masks
-from pyro_flows.transforms import ActNorm, Coupling, LULinear
+from pyro_flows.transforms import ActNorm, Coupling
 
 CONTEXT_DIM = 2
 every_recipe = pytest.mark.parametrize("name", laws.RECIPES)
@@ -243,11 +241,6 @@ def test_coupling_masks_separate_all_features(dim: int) -> None:
     assert torch.equal(apart, ~torch.eye(dim, dtype=torch.bool))
 
 
-def test_masks_go_around_when_the_stack_is_deep() -> None:
-    masks = coupling_masks(4, 6)
-    assert torch.equal(torch.stack(masks[4:]), torch.stack(masks[:2]))
-
-
 # ------------------------------------------------------------------------------------------------------------- inverse
 
 
@@ -350,32 +343,6 @@ def test_any_distribution_can_be_the_base(base: dist.TorchDistribution, context_
     close(flow(context).log_prob(y.detach().clone()), log_prob)
 
 
-def test_data_set_the_layers_that_start_from_data() -> None:
-    flow = Flow([ActNorm(2), LULinear(2), ActNorm(2)]).double()
-    data = 3 + 2 * laws.normal(500, 2)
-    flow.initialize(data)
-    x = data
-    for transform in reversed(flow.transforms):
-        x, _ = transform.inverse_and_log_det(x)
-    close(x.mean(0), torch.zeros(2, dtype=torch.float64))
-    close(x.std(0, correction=0), torch.ones(2, dtype=torch.float64))
-
-
-@every_context
-def test_planar_flows_score_what_they_did_not_draw(context_dim: int) -> None:
-    """At large parameters, the density of new values integrates to one and equals that of the draws."""
-    flow = flows.planar_flow(1, context_dim, num_transforms=4, hidden_dims=(8,)).double()
-    with torch.no_grad():
-        for seed, parameter in enumerate(flow.parameters()):
-            parameter.copy_(laws.normal(*parameter.shape, seed=seed))
-        q = flow(context_of(flow))
-        grid = torch.linspace(-300, 300, 600001, dtype=torch.float64).unsqueeze(-1)
-        mass = q.log_prob(grid).exp() * 1e-3
-        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
-        below = (q.sample((20000,)) < grid[::20000].T).double().mean(0)
-        assert (below - mass.cumsum(0)[::20000]).abs().max() < 0.02
-
-
 # -------------------------------------------------------------------------------------------------------------- angles
 
 
@@ -442,25 +409,6 @@ def test_one_angle_fits_a_mixture_of_von_mises() -> None:
 # ------------------------------------------------------------------------------------------------------ copy and state
 
 
-@pytest.mark.slow
-@every_recipe
-@pytest.mark.parametrize(
-    ("context_dim", "how"),
-    [(0, copy.deepcopy), (CONTEXT_DIM, lambda flow: pickle.loads(pickle.dumps(flow)))],
-    ids=["plain-copy", "context-pickle"],
-)
-def test_copies_agree_and_are_independent(name: str, context_dim: int, how: Any) -> None:
-    flow = random(name, 3, context_dim)
-    context, x = context_of(flow, 6), laws.normal(6, 3)
-    q = flow(context)
-    (q.log_prob(x).sum() + q.log_prob(q.rsample()).sum()).backward()
-    before, twin = q.log_prob(x), how(flow)
-    assert torch.equal(twin(context).log_prob(x), before)
-    laws.randomise(twin, seed=5)
-    assert torch.equal(flow(context).log_prob(x), before)
-    assert not torch.equal(twin(context).log_prob(x), before)
-
-
 @every_recipe
 @every_context
 def test_state_loads_into_a_fresh_instance(name: str, context_dim: int) -> None:
@@ -468,16 +416,6 @@ def test_state_loads_into_a_fresh_instance(name: str, context_dim: int) -> None:
     fresh.load_state_dict(flow.state_dict(), strict=True)
     context, x = context_of(flow, 6), laws.normal(6, 3)
     assert torch.equal(fresh(context).log_prob(x), flow(context).log_prob(x))
-
-
-@every_recipe
-def test_a_float64_flow_draws_float64(name: str) -> None:
-    single = random(name, 3).float()
-    x, log_prob = single.rsample_and_log_prob((4,))
-    assert x.dtype == log_prob.dtype == torch.float32
-    double = single.double()
-    x, log_prob = double.rsample_and_log_prob((4,))
-    assert x.dtype == log_prob.dtype == double().sample().dtype == torch.float64
 
 
 @every_recipe
@@ -526,7 +464,6 @@ def test_it_compiles_to_one_graph(name: str, verb: str) -> None:
         (2, None, r"context is missing; .* width 2"),
         (0, torch.zeros(5, 2), r"context of shape \(5, 2\) is unexpected"),
         (2, torch.zeros(5, 3), r"context must have width 2 .*got shape \(5, 3\)"),
-        (2, torch.zeros(()), r"context must have width 2 .*got shape \(\)"),
         (2, torch.zeros(5, 2, dtype=torch.long), r"context must be of a floating dtype, got torch.int64"),
     ],
 )
@@ -544,31 +481,12 @@ def test_a_wrong_context_is_refused(use: Any, context_dim: int, context: Tensor 
         use(start("realnvp", 3, context_dim), context)
 
 
-def test_a_number_is_no_shape_of_draws() -> None:
-    for draw in (start("nsf", 3).sample, start("nsf", 3).rsample_and_log_prob):
-        with pytest.raises(TypeError, match=r"sample_shape must be a tuple of sizes, such as \(10,\), got 10"):
-            draw(10)
-
-
-def test_arrays_are_refused_with_the_way_out() -> None:
-    array = np.zeros((5, 3))
-    for argument, use in (
-        ("log_prob: value", lambda: start("nsf", 3, 0).log_prob(array)),
-        ("log_prob: value", lambda: start("nsf", 3, 0)().log_prob(array)),
-        ("Flow: context", lambda: start("nsf", 3, 3)(array)),
-    ):
-        with pytest.raises(TypeError, match=rf"{argument} must be a tensor, got ndarray; use torch\.as_tensor"):
-            use()
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         (torch.zeros(5, 2), r"event shape \(3,\) on the right, got shape \(5, 2\)"),
-        (torch.zeros(()), r"event shape \(3,\) on the right, got shape \(\)"),
         (torch.zeros(5, 3, dtype=torch.long), r"floating dtype, got torch.int64"),
         (torch.tensor([0.0, math.nan, 0.0]).double(), r"NaN or inf \(1 of 3 numbers"),
-        (torch.tensor([0.0, math.inf, -math.inf]).double(), r"NaN or inf \(2 of 3 numbers"),
     ],
 )
 def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
@@ -584,13 +502,9 @@ def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
     ("arguments", "message"),
     [
         ({"input_dim": 0}, "input_dim must be an integer of at least 1, got 0"),
-        ({"input_dim": 2.0}, "input_dim must be an integer of at least 1, got 2.0"),
-        ({"input_dim": True}, "input_dim must be an integer of at least 1, got True"),
         ({"context_dim": -1}, "context_dim must be an integer of at least 0, got -1"),
         ({"num_transforms": 0}, "num_transforms must be an integer of at least 1, got 0"),
-        ({"hidden_dims": 64}, "hidden_dims must be a sequence .*got 64"),
         ({"hidden_dims": ()}, r"hidden_dims must be a sequence .*got \(\)"),
-        ({"hidden_dims": (64, 0)}, r"hidden_dims must be a sequence .*got \(64, 0\)"),
     ],
 )
 def test_a_recipe_names_itself_the_argument_and_the_value(name: str, arguments: dict, message: str) -> None:

@@ -286,9 +286,6 @@ def test_it_fits_a_banana() -> None:
     [
         (lambda: LipschitzMLP(2, ()), r"LipschitzMLP: hidden_dims .*got \(\)"),
         (lambda: LipschitzMLP(2, (4, 0)), r"LipschitzMLP: hidden_dims .*got \(4, 0\)"),
-        (lambda: LipschitzMLP(2, lipschitz=1.0), r"LipschitzMLP: lipschitz must lie between 0 and 1, got 1.0"),
-        (lambda: flows.residual_flow(2, lipschitz=0.0), r"lipschitz must lie between 0 and 1, got 0.0"),
-        (lambda: LipschitzMLP(0), r"LipschitzMLP: input_dim must be an integer of at least 1, got 0"),
         (lambda: LipschitzMLP(2, context_dim=3)(torch.zeros(2)), r"LipschitzMLP: context is missing; .* width 3"),
     ],
 )

@@ -60,17 +60,6 @@ def test_an_optimiser_step_is_seen(recipe: object, optimiser_type: type) -> None
 
 
 @every_recipe
-def test_a_sample_from_before_a_step_is_scored_afresh(recipe: object) -> None:
-    flow = random_flow(recipe)
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.05)
-    q = flow()
-    x = q.rsample((5,))
-    x.square().sum().backward(retain_graph=True)
-    optimiser.step()
-    close(q.log_prob(x), flow().log_prob(x.detach().clone()))
-
-
-@every_recipe
 def test_a_plain_loop_trains_one_distribution_for_many_steps(recipe: object) -> None:
     """The distribution is made once, without clear_cache and without retain_graph."""
     flow = random_flow(recipe)
