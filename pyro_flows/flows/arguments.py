@@ -12,6 +12,8 @@ from ..arguments import check_integers, check_sizes, is_integer, quoted
 from ..compiler_state import is_traced
 
 HALF = torch.float16, torch.bfloat16
+Activation = type[nn.Module]
+Widths = Sequence[int]  # of the hidden layers of networks
 
 
 class Sizes(NamedTuple):
@@ -20,7 +22,7 @@ class Sizes(NamedTuple):
     input_dim: int
     context_dim: int
     num_transforms: int
-    hidden_dims: Sequence[int]
+    hidden_dims: Widths
 
 
 def checked_sizes(name: str, *sizes: Any) -> Sizes:

@@ -15,7 +15,7 @@ from ..bijectors import Affine, Bernstein, Bijector, Integral, RationalQuadratic
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
 from ..transforms import Autoregressive, BlockAutoregressive, FlowTransform, Permute
-from .arguments import Sizes, checked_sizes
+from .arguments import Activation, Sizes, Widths, checked_sizes
 from .coupling import context_network, marginal
 from .flow import Flow
 
@@ -28,10 +28,10 @@ def iaf(
     context_dim: int = 0,
     *,
     num_transforms: int = 5,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     max_log_scale: float = 3.0,
     adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
     fixed_point: bool = False,
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): fast samples, the choice for guides.
@@ -84,10 +84,10 @@ def maf(
     context_dim: int = 0,
     *,
     num_transforms: int = 5,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     max_log_scale: float = 3.0,
     adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
     fixed_point: bool = False,
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057): fast densities.
@@ -132,11 +132,11 @@ def nsf_ar(
     context_dim: int = 0,
     *,
     num_transforms: int = 5,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
     adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
     fixed_point: bool = False,
 ) -> Flow:
     """Neural spline flow, autoregressive form (Durkan et al. 2019, arXiv:1906.04032): fast densities.
@@ -185,11 +185,9 @@ def naf(
     context_dim: int = 0,
     *,
     num_transforms: int = 3,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     components: int = 8,
     layers: int = 1,
-    adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Neural autoregressive flow with deep sigmoidal maps (Huang et al. 2018, arXiv:1804.00779): fast densities.
 
@@ -206,14 +204,12 @@ def naf(
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of sigmoids of each layer of a map, at least 2.
         layers: The number of layers of a map, each an f.
-        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+        ValueError: If an argument is out of its range.
 
     Example::
 
@@ -223,19 +219,12 @@ def naf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("naf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Sigmoidal(components, layers), sizes, adjacency, activation))
+    return Flow(masked_layers(Sigmoidal(components, layers), sizes))
 
 
 @suggests_keywords
 def umnn(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 3,
-    hidden_dims: Sequence[int] = (64, 64),
-    hidden: int = 8,
-    adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 3, hidden_dims: Widths = (64, 64), hidden: int = 8
 ) -> Flow:
     """Unconstrained monotonic neural networks (Wehenkel, Louppe 2019, arXiv:1908.05164): fast densities.
 
@@ -252,14 +241,12 @@ def umnn(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each masked network.
         hidden: The number of hidden units of g, at least 2.
-        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
-        activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+        ValueError: If an argument is out of its range.
 
     Example::
 
@@ -269,19 +256,12 @@ def umnn(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("umnn", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Integral(hidden), sizes, adjacency, activation))
+    return Flow(masked_layers(Integral(hidden), sizes))
 
 
 @suggests_keywords
 def sospf(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 3,
-    hidden_dims: Sequence[int] = (64, 64),
-    degree: int = 6,
-    adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 3, hidden_dims: Widths = (64, 64), degree: int = 6
 ) -> Flow:
     """Sum-of-squares polynomial flow (Jaini, Selby, Yu 2019, arXiv:1905.02325): fast densities.
 
@@ -297,14 +277,12 @@ def sospf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree of the polynomials whose squares are integrated, at least 1.
-        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+        ValueError: If an argument is out of its range.
 
     Example::
 
@@ -314,19 +292,12 @@ def sospf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("sospf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(SumOfSquares(degree), sizes, adjacency, activation))
+    return Flow(masked_layers(SumOfSquares(degree), sizes))
 
 
 @suggests_keywords
 def bpf(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 3,
-    hidden_dims: Sequence[int] = (64, 64),
-    degree: int = 32,
-    adjacency: Graph | None = None,
-    activation: type[nn.Module] = nn.ReLU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 3, hidden_dims: Widths = (64, 64), degree: int = 32
 ) -> Flow:
     """Bernstein polynomial flow (Sick, Hothorn, Dürr 2020, arXiv:2004.00464): fast densities.
 
@@ -343,14 +314,12 @@ def bpf(
         num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree n of the polynomials, at least 2.
-        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
-        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+        ValueError: If an argument is out of its range.
 
     Example::
 
@@ -360,11 +329,11 @@ def bpf(
         (torch.Size([3, 4]), torch.Size([3]))
     """
     sizes = checked_sizes("bpf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(masked_layers(Bernstein(degree), sizes, adjacency, activation))
+    return Flow(masked_layers(Bernstein(degree), sizes))
 
 
 @suggests_keywords
-def bnaf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 5, hidden_dims: Sequence[int] = (8, 8)) -> Flow:
+def bnaf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 5, hidden_dims: Widths = (8, 8)) -> Flow:
     """Block neural autoregressive flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676): fast densities.
 
     Each layer maps y, on the data's side, to x, on the base's side, by a single masked network of few parameters::
@@ -406,13 +375,16 @@ def bnaf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 5, hidde
 
 
 def masked_layers(
-    bijector: Bijector, sizes: Sizes, adjacency: Graph | None, activation: type[nn.Module], fixed_point: bool = False
+    bijector: Bijector, sizes: Sizes, graph: Graph | None = None, activation: Activation = nn.ReLU, loop: bool = False
 ) -> list[FlowTransform]:
-    """Build autoregressive layers with fast densities; without a graph the order of features alternates."""
+    """Build autoregressive layers with fast densities; without a graph the order of features alternates.
+
+    With ``loop`` the slow direction repeats passes, as for ``fixed_point`` of :class:`Autoregressive`.
+    """
     layers = []
     for number in range(sizes.num_transforms):
-        order = None if adjacency is not None else range(sizes.input_dim)[:: -1 if number % 2 else 1]
+        order = None if graph is not None else range(sizes.input_dim)[:: -1 if number % 2 else 1]
         shared = sizes.input_dim, bijector.num_params, sizes.hidden_dims, sizes.context_dim
-        net = MADE(*shared, order=order, adjacency=adjacency, activation=activation)
-        layers.append(Autoregressive(bijector, net, fixed_point=fixed_point).inv)
+        net = MADE(*shared, order=order, adjacency=graph, activation=activation)
+        layers.append(Autoregressive(bijector, net, fixed_point=loop).inv)
     return layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..arguments import suggests_keywords
 from ..conditioners import MLPField
 from ..transforms import Continuous
 from ..transforms.continuous import Solution
-from .arguments import checked_sizes
+from .arguments import Activation, Widths, checked_sizes
 from .distribution import FlowDistribution
 from .flow import Flow
 
@@ -57,8 +56,8 @@ def cnf(
     context_dim: int = 0,
     *,
     num_transforms: int = 1,
-    hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.SiLU,
+    hidden_dims: Widths = (64, 64),
+    activation: Activation = nn.SiLU,
     solver: str = "dopri5",
     rtol: float = 1e-6,
     atol: float = 1e-6,
@@ -115,8 +114,8 @@ def ffjord(
     context_dim: int = 0,
     *,
     num_transforms: int = 1,
-    hidden_dims: Sequence[int] = (64, 64, 64),
-    activation: type[nn.Module] = nn.SiLU,
+    hidden_dims: Widths = (64, 64, 64),
+    activation: Activation = nn.SiLU,
     exact: bool = False,
     num_probes: int = 1,
     solver: str = "dopri5",

@@ -12,19 +12,12 @@ from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, Ratio
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
 from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear, Orthogonal
-from .arguments import Sizes, checked_sizes
+from .arguments import Activation, Sizes, Widths, checked_sizes
 from .flow import Flow
 
 
 @suggests_keywords
-def nice(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 6,
-    hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
-) -> Flow:
+def nice(input_dim: int, context_dim: int = 0, *, num_transforms: int = 6, hidden_dims: Widths = (64, 64)) -> Flow:
     """NICE: additive couplings and one scale per feature (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
 
     Each coupling splits the features into two parts A and B, which differ from layer to layer, and has a network::
@@ -39,7 +32,6 @@ def nice(
         context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -56,7 +48,7 @@ def nice(
         (torch.Size([3, 4]), True)
     """
     sizes = checked_sizes("nice", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow([*coupling_layers(Shift(), sizes, activation), ActNorm(input_dim)])
+    return Flow([*coupling_layers(Shift(), sizes), ActNorm(input_dim)])
 
 
 @suggests_keywords
@@ -65,9 +57,9 @@ def realnvp(
     context_dim: int = 0,
     *,
     num_transforms: int = 8,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     max_log_scale: float = 3.0,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
@@ -112,10 +104,10 @@ def nsf(
     context_dim: int = 0,
     *,
     num_transforms: int = 5,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
     linear: bool = False,
 ) -> Flow:
     """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
@@ -166,9 +158,8 @@ def flowpp(
     context_dim: int = 0,
     *,
     num_transforms: int = 6,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     components: int = 8,
-    activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Flow++ for vectors: couplings by distribution functions of logistic mixtures (Ho et al. 2019, arXiv:1902.00275).
 
@@ -185,7 +176,6 @@ def flowpp(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of logistic components of each map, at least 2.
-        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -202,7 +192,7 @@ def flowpp(
         (torch.Size([3, 4]), tensor(True))
     """
     sizes = checked_sizes("flowpp", input_dim, context_dim, num_transforms, hidden_dims)
-    layers = coupling_layers(LogisticMixture(components), sizes, activation, residual=True)
+    layers = coupling_layers(LogisticMixture(components), sizes, residual=True)
     return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
 
 
@@ -213,9 +203,9 @@ def circular_coupling(
     *,
     circular: Sequence[bool],
     num_transforms: int = 8,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     bins: int = 8,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = nn.ReLU,
 ) -> Flow:
     """Couplings by circular splines for angles and affine maps for others (Rezende et al. 2020, arXiv:2002.02428).
 
@@ -276,7 +266,7 @@ def gaussianization(
     context_dim: int = 0,
     *,
     num_transforms: int = 6,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     components: int = 8,
 ) -> Flow:
     """Gaussianization flow: maps of single features by mixtures, alternating with rotations (Meng, Song, Song, Ermon
@@ -324,14 +314,14 @@ def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
 
 
 def elementwise(
-    bijector: Bijector, count: int, sizes: Sizes, activation: type[nn.Module] = nn.ReLU, residual: bool = False
+    bijector: Bijector, count: int, sizes: Sizes, activation: Activation = nn.ReLU, residual: bool = False
 ) -> Elementwise:
     """Build a map of each of ``count`` features alone; its parameters depend on the context, if there is one."""
     return Elementwise(bijector, count, context_network(sizes, count, bijector.num_params, activation, residual))
 
 
 def context_network(
-    sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module] = nn.ReLU, residual: bool = False
+    sizes: Sizes, output_dim: int, num_params: int, activation: Activation = nn.ReLU, residual: bool = False
 ) -> MLP | None:
     """Build a network from contexts to parameters, or None without a context: parameters are trained directly."""
     shape = sizes.context_dim, output_dim, num_params, sizes.hidden_dims
@@ -339,7 +329,12 @@ def context_network(
 
 
 def coupling_layers(
-    bijector: Bijector, sizes: Sizes, activation: type[nn.Module], *, residual: bool = False, centered: bool = False
+    bijector: Bijector,
+    sizes: Sizes,
+    activation: Activation = nn.ReLU,
+    *,
+    residual: bool = False,
+    centered: bool = False,
 ) -> list[FlowTransform]:
     """Build coupling layers; a single feature has no other to depend on, and is mapped alone."""
     layers: list[FlowTransform] = []

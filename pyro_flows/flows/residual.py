@@ -7,20 +7,18 @@ networks, whose bounded slopes keep it invertible.  All of them score any value,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..arguments import suggests_keywords
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
 from ..transforms.low_rank import check_ridges
-from .arguments import checked_sizes
+from .arguments import Widths, checked_sizes
 from .coupling import context_network
 from .flow import Flow
 
 
 @suggests_keywords
 def planar_flow(
-    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Sequence[int] = (64, 64)
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Widths = (64, 64)
 ) -> Flow:
     """Planar flow: each layer bends space along one direction (Rezende, Mohamed 2015, arXiv:1505.05770).
 
@@ -57,7 +55,7 @@ def planar_flow(
 
 @suggests_keywords
 def radial_flow(
-    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Sequence[int] = (64, 64)
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 10, hidden_dims: Widths = (64, 64)
 ) -> Flow:
     """Radial flow: each layer stretches space around one point (Rezende, Mohamed 2015, as for :func:`planar_flow`).
 
@@ -100,7 +98,7 @@ def sylvester_flow(
     num_transforms: int = 5,
     rank: int | None = None,
     reflections: int | None = None,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
 ) -> Flow:
     """Sylvester flow: each layer bends space along ``rank`` directions (van den Berg et al. 2018, arXiv:1803.05649).
 
@@ -152,7 +150,7 @@ def residual_flow(
     context_dim: int = 0,
     *,
     num_transforms: int = 8,
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Widths = (64, 64),
     lipschitz: float = 0.9,
     exact: bool | None = None,
 ) -> Flow:
