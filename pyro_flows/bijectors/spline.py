@@ -29,9 +29,7 @@ class Spline(Bijector):
         check_integers(name, 2, bins=bins)
         check_numbers(name, above=0, bound=self.bound, min_bin=min_bin)
         if not min_bin * bins < 1:
-            raise ValueError(
-                f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}. Lower it, or bins."
-            )
+            raise ValueError(f"{name}: min_bin must be below 1 / bins = {1 / bins:.3g}, got {min_bin}. Lower it.")
         check_numbers(name, above=1, max_slope=self.max_slope)
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

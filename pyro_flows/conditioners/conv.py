@@ -79,10 +79,8 @@ class ConvNet(Conditioner):
             self.factor = image[1] // height
             fits = image[1:] == (height * self.factor, width * self.factor)
             if not fits or context_dim not in (0, self.context_dim):
-                raise ValueError(
-                    f"ConvNet: context_shape={image} must be images whose height and width are multiples "
-                    f"of size={self.size} by one factor, of {self.context_dim} numbers, got context_dim={context_dim}."
-                )
+                fault = f"context_shape must be images of a multiple of size={self.size}, got {image}"
+                raise ValueError(f"ConvNet: {fault} with context_dim={context_dim}.")
             self.from_context = nn.Conv2d(image[0] * self.factor**2, hidden_dim, 3, padding=1, bias=False)
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:

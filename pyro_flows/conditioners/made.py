@@ -98,9 +98,8 @@ class MADE(Conditioner):
             raise ValueError(f"MADE: order must put parents first; feature {child} comes before its parent {parent}.")
         sets = len(self._parent_sets())
         if min(self.hidden_dims) < sets:
-            raise ValueError(
-                f"MADE: hidden_dims must be at least {sets}, a unit for each set of parents, got {self.hidden_dims}."
-            )
+            fault = f"hidden_dims must be at least {sets}, a unit for each set of parents"
+            raise ValueError(f"MADE: {fault}, got {self.hidden_dims}.")
 
     def _parent_sets(self) -> Tensor:
         """Return the sets of features that hidden units may depend on, without repetition, by degree, ``(T, D)``."""
@@ -166,9 +165,8 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
     try:
         graph = torch.as_tensor(adjacency)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"MADE: adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}."
-        ) from error
+        fault = f"adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}"
+        raise ValueError(f"MADE: {fault}.") from error
     if graph.shape != (input_dim, input_dim):
         raise ValueError(f"MADE: adjacency must have shape ({input_dim}, {input_dim}), got {tuple(graph.shape)}.")
     return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)

@@ -69,10 +69,8 @@ class MLP(Conditioner):
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         check_flags("MLP", residual=residual, skip=skip, centered=centered)
         if centered and (skip or context_dim or not input_dim):
-            raise ValueError(
-                "MLP: centered=True takes inputs alone, without skip, "
-                f"got input_dim={input_dim}, context_dim={context_dim}, skip={skip}. Leave centered out."
-            )
+            got = f"got input_dim={input_dim}, context_dim={context_dim}, skip={skip}"
+            raise ValueError(f"MLP: centered=True takes inputs alone, without skip, {got}. Leave centered out.")
         self.activation, self.residual, self.skip, self.centered = activation, residual, skip, centered
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))

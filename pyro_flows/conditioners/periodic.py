@@ -51,10 +51,8 @@ class Periodic(Conditioner):
         check_numbers("Periodic", above=0, bound=bound)
         wanted = len(periodic) + int(periodic.sum())
         if net.input_dim != wanted:
-            raise ValueError(
-                f"Periodic: net must take two inputs for each periodic feature and one for each other, "
-                f"{wanted} for periodic = {periodic.tolist()}, got net.input_dim = {net.input_dim}."
-            )
+            fault = f"net must take {wanted} inputs, two for each periodic feature, for periodic = {periodic.tolist()}"
+            raise ValueError(f"Periodic: {fault}, got net.input_dim = {net.input_dim}.")
         super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
         self.context_dim = net.context_dim  # the context enters inside the network
         self.net = net

@@ -64,7 +64,7 @@ class StepNet(Conditioner):
         kept = int(mask.sum())
         super().__init__(kept, len(mask) - kept, num_params, hidden_dims, context_dim)
         width, *others = self.hidden_dims
-        if others != [width] * len(others):
+        if {*others} - {width}:
             raise ValueError(f"StepNet: hidden_dims must be alike, got {self.hidden_dims}.")
         self.steps, self.activation = steps, activation
         self.register_buffer("mask", mask)

@@ -92,10 +92,8 @@ class CausalTransformer(Conditioner):
             self.context_dim = channels * height * width
             self.side = math.isqrt(height * width // length)
             if self.side**2 * length != height * width or context_dim not in (0, self.context_dim):
-                raise ValueError(
-                    f"CausalTransformer: context_shape={image} must be images of {length} square patches, "
-                    f"of {self.context_dim} numbers, got context_dim={context_dim}."
-                )
+                fault = f"context_shape must be images of {length} square patches, got {image}"
+                raise ValueError(f"CausalTransformer: {fault} with context_dim={context_dim}.")
             self.from_context = nn.Linear(channels * self.side**2, hidden_dim, bias=False)
         self.embed = nn.Linear(token_dim, hidden_dim)
         self.position = nn.Parameter(torch.randn(length, hidden_dim) * 0.1)

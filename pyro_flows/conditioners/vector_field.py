@@ -129,10 +129,8 @@ class VectorField(nn.Module):
                 place = x if lasting and x.requires_grad else _recordable(x).detach().requires_grad_()
                 v = self(_recordable(t), place, None if context is None else _recordable(context))
                 if v.shape != x.shape or v.dtype != x.dtype:
-                    raise ValueError(
-                        f"{type(self).__name__}: the velocity of {tuple(x.shape)} points in {x.dtype} must have their "
-                        f"shape and dtype, got {tuple(v.shape)} in {v.dtype}."
-                    )
+                    fault = f"the velocity of {tuple(x.shape)} points in {x.dtype} must have their shape and dtype"
+                    raise ValueError(f"{type(self).__name__}: {fault}, got {tuple(v.shape)} in {v.dtype}.")
             return (v if lasting else v.detach()), Differentiated(place, v, lasting)
 
         return rates
@@ -193,10 +191,8 @@ class MLPField(Network, VectorField):
         check_integers("MLPField", frequencies=frequencies)
         if not isinstance(activation, type) or activation not in SMOOTH:
             names = ", ".join(known.__name__ for known in SMOOTH)
-            raise ValueError(
-                f"MLPField: activation must be a class of torch.nn with continuous slopes, one of {names}, "
-                f"got {activation!r}. For others, write a subclass of VectorField."
-            )
+            fault = f"activation must be one of {names}, of torch.nn, with continuous slopes, got {activation!r}"
+            raise ValueError(f"MLPField: {fault}. For others, write a subclass of VectorField.")
         self.hidden_dims, self.frequencies, self.activation = tuple(hidden_dims), frequencies, activation
         self.cheap_trace = len(self.hidden_dims) <= 2
         layers = nn.ModuleList(Linear(n, m) for n, m in pairwise((input_dim, *self.hidden_dims)))
@@ -219,9 +215,9 @@ class MLPField(Network, VectorField):
         slope_of = SMOOTH[self.activation]
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Jacobian | Differentiated]:
-            h, shift, slopes = x, self._shift(t, share), []
+            h, slopes = x, []
             for number, layer in enumerate(self.hidden):
-                a = layer(h) if number else layer(h) + shift
+                a = layer(h) if number else layer(h) + self._shift(t, share)
                 h = self.act(a)
                 slopes.append(slope_of(a, h))
             return self.output(h), Jacobian(weights, slopes)

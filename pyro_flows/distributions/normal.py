@@ -21,7 +21,22 @@ class _Normal(dist.Normal):
         return self.loc + torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device) * self.scale
 
 
-class StandardNormal(nn.Module):
+class Base(nn.Module):
+    """A base of flows over events of a given shape, in the dtype and on the device of its flow.
+
+    Args:
+        event_shape: The shape of an event; a number D stands for ``(D,)``.
+    """
+
+    zeros: Tensor
+
+    def __init__(self, event_shape: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = as_shape(type(self).__name__, "event_shape", event_shape)
+        self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
+
+
+class StandardNormal(Base):
     """The standard normal N(0, I) over events of a given shape, in the dtype and on the device of its flow.
 
     It is the default base of a flow.
@@ -39,19 +54,12 @@ class StandardNormal(nn.Module):
         torch.float64
     """
 
-    zeros: Tensor
-
-    def __init__(self, event_shape: int | tuple[int, ...]) -> None:
-        super().__init__()
-        self.event_shape = as_shape("StandardNormal", "event_shape", event_shape)
-        self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
-
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""
         return _Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False).to_event(self.zeros.dim())
 
 
-class NormalBase(nn.Module):
+class NormalBase(Base):
     """Independent normals N(loc, exp(log_scale)²) with trainable means and scales, standard at the start.
 
     Args:
@@ -68,8 +76,7 @@ class NormalBase(nn.Module):
     """
 
     def __init__(self, event_shape: int | tuple[int, ...]) -> None:
-        super().__init__()
-        self.event_shape = as_shape("NormalBase", "event_shape", event_shape)
+        super().__init__(event_shape)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
@@ -106,7 +113,7 @@ class FixedBase(nn.Module):
         return self.distribution
 
 
-class CircularBase(nn.Module):
+class CircularBase(Base):
     """The base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
 
     Events have the shape ``(D,)``, in the dtype and on the device of the flow.  Any representative of an angle has the
@@ -130,15 +137,13 @@ class CircularBase(nn.Module):
     """
 
     circular: Tensor
-    zeros: Tensor
 
     def __init__(self, circular: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
-        super().__init__()
         circular = as_flags("CircularBase", "circular", circular)
+        super().__init__(len(circular))
         check_numbers("CircularBase", above=0, bound=bound)
         self.bound = bound
         self.register_buffer("circular", circular)
-        self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""

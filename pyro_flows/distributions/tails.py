@@ -14,10 +14,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_shape, check_numbers
+from ..arguments import check_numbers
+from .normal import Base
 
 
-class StudentTBase(nn.Module):
+class StudentTBase(Base):
     """Independent standard Student's t, each feature with trainable degrees of freedom::
 
         df = l (u / l)^σ(a)
@@ -48,11 +49,10 @@ class StudentTBase(nn.Module):
     def __init__(
         self, event_shape: int | tuple[int, ...], df: float = 10.0, min_df: float = 1.0, max_df: float = 200.0
     ) -> None:
-        super().__init__()
+        super().__init__(event_shape)
         check_numbers("StudentTBase", above=0, df=df, min_df=min_df, max_df=max_df)
         if not min_df < df < max_df:
             raise ValueError(f"StudentTBase: df must lie between min_df = {min_df} and max_df = {max_df}, got {df}.")
-        self.event_shape = as_shape("StudentTBase", "event_shape", event_shape)
         self.df, self.min_df, self.max_df = df, min_df, max_df
         start = math.log(math.log(df / min_df) / math.log(max_df / df))
         self.free_df = nn.Parameter(torch.full(self.event_shape, start))
@@ -113,7 +113,7 @@ class ContaminatedNormal(dist.TorchDistribution):
         return torch.logaddexp(wide, narrow) - half_square - math.log(2 * math.pi) / 2
 
 
-class ContaminatedNormalBase(nn.Module):
+class ContaminatedNormalBase(Base):
     """Independent contaminated normals, in the dtype and on the device of the flow::
 
         p(x) = Π_i (1 - share) N(x_i; 0, 1) + share N(x_i; 0, scale²)
@@ -139,15 +139,11 @@ class ContaminatedNormalBase(nn.Module):
         3.3
     """
 
-    zeros: Tensor
-
     def __init__(self, event_shape: int | tuple[int, ...], share: float = 0.02, scale: float = 1.6) -> None:
-        super().__init__()
+        super().__init__(event_shape)
         check_numbers("ContaminatedNormalBase", above=0, below=1, share=share)
         check_numbers("ContaminatedNormalBase", above=1, scale=scale)
-        self.event_shape = as_shape("ContaminatedNormalBase", "event_shape", event_shape)
         self.share, self.scale = share, scale
-        self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""

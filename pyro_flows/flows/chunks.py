@@ -61,8 +61,8 @@ def in_chunks(
             for result, part in zip(whole, answer, strict=True):
                 result[start : start + len(part)] = part
             start += len(answer[0])
-    results = tuple(result.reshape(batch + result.shape[1:]) for result in whole)
-    return results[0] if len(results) == 1 else results  # type: ignore[return-value]
+    first, *others = (result.reshape(batch + result.shape[1:]) for result in whole)
+    return (first, *others) if others else first  # type: ignore[return-value]
 
 
 def chunk_for(numbers: int) -> int:

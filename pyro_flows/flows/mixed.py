@@ -95,9 +95,7 @@ class Mixed(nn.Module):
             must = f"positive must hold indices of real entries, which are {self._real}"
             raise ValueError(f"Mixed: {must}, got {wrong[0]}. Leave it out.")
         if not (self._discrete or self.positive):
-            raise ValueError(
-                f"Mixed: categories={self.categories} are all real, and none positive. Use the flow alone."
-            )
+            raise ValueError(f"Mixed: {self.categories} are all real, and none positive. Use the flow alone.")
         width = context_dim + sum(self.categories)
         wanted = ((len(self._real),), width) if self._real else None
         if (None if flow is None else (tuple(flow.event_shape), flow.context_dim)) != wanted:

@@ -52,9 +52,7 @@ class FlowMixture(nn.Module):
             check_kind("FlowMixture", Flow, "flows of pyro_flows", flows=flow)
         shapes = {tuple(flow.event_shape) for flow in flows}
         if len(shapes) != 1:
-            raise ValueError(
-                f"FlowMixture: flows must be over vectors of one size, got {sorted(shapes) or 'no flows'}."
-            )
+            raise ValueError(f"FlowMixture: flows must be over vectors of one size, got {sorted(shapes)}.")
         self.flows: Any = nn.ModuleList(flows)
         self.event_shape = flows[0].event_shape
         self.context_dim = sum(flow.context_dim for flow in flows)

@@ -84,10 +84,8 @@ def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list
     for number, transform in enumerate(transforms):
         check_kind(owner, FlowTransform, "a pyro_flows transform", **{f"transforms[{number}]": transform})
         if transform.event_shape != transforms[0].event_shape:
-            raise ValueError(
-                f"{owner}: transforms[{number}] must act on events of shape {tuple(transforms[0].event_shape)}, as "
-                f"transforms[0] does, got {tuple(transform.event_shape)}."
-            )
+            fault = f"transforms[{number}] must act on events of shape {tuple(transforms[0].event_shape)}"
+            raise ValueError(f"{owner}: {fault}, as transforms[0] does, got {tuple(transform.event_shape)}.")
     sizes = {transform.context_dim for transform in transforms} - {0}
     if len(sizes) > 1:
         raise ValueError(f"{owner}: transforms must share one context_dim, got {sorted(sizes)}.")

@@ -44,10 +44,8 @@ class Squeezed(Wrapped):
     def __init__(self, inner: FlowTransform, factor: int = 2) -> None:
         check_integers("Squeezed", 2, factor=factor)
         if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
-            raise ValueError(
-                f"Squeezed: inner must act on images with a multiple of factor² = {factor**2} channels, got events of "
-                f"shape {tuple(inner.event_shape)}."
-            )
+            fault = f"inner must act on images with a multiple of factor² = {factor**2} channels"
+            raise ValueError(f"Squeezed: {fault}, got events of shape {tuple(inner.event_shape)}.")
         channels, height, width = inner.event_shape
         super().__init__(inner, (channels // factor**2, height * factor, width * factor))
         self.factor = factor
@@ -87,10 +85,8 @@ class Patched(Wrapped):
         image_shape = channels, height, width = as_image("Patched", "image_shape", image_shape)
         side = math.isqrt(inner.event_shape[-1] // channels) or 1
         if height % side or width % side or inner.event_shape != (height * width // side**2, channels * side**2):
-            raise ValueError(
-                f"Patched: inner must act on the patches of images of shape {image_shape}, (H W / p², C p²) where p "
-                f"divides H and W, got events of shape {tuple(inner.event_shape)}."
-            )
+            fault = f"inner must act on patches, (H W / p², C p²), of images of shape {image_shape}"
+            raise ValueError(f"Patched: {fault}, got events of shape {tuple(inner.event_shape)}.")
         super().__init__(inner, image_shape)
         self.image_shape, self.side = image_shape, side
 
