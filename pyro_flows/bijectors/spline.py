@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_integers, check_numbers
 from .base import Bijector, evenly_spaced
 
-LEAST = 0.025  # the least share of a bin for each piece of a linear-rational spline
+MIN_PIECE = 0.025  # the least share of a bin for each piece of a linear-rational spline
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class LinearRationalSpline(Spline):
     def _table(self, params: Tensor) -> Tensor:
         sizes, slopes, shares = params.movedim(-1, 0).split((2 * self.bins, self.bins - 1, self.bins))
         slopes = bounded_slopes(slopes, self.max_slope)
-        shares = LEAST + (1 - 2 * LEAST) * torch.sigmoid(shares)
+        shares = MIN_PIECE + (1 - 2 * MIN_PIECE) * torch.sigmoid(shares)
         one = torch.ones_like(slopes[:1])
         return knot_table(sizes, (one, slopes, one, shares, one), self.bound, self.min_bin)
 

@@ -91,11 +91,8 @@ class MADE(Conditioner):
         self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:
-        edges = graph.nonzero()
-        wrong = edges[self.order[edges[:, 1]] > self.order[edges[:, 0]]].tolist()
-        if wrong:
-            child, parent = wrong[0]
-            raise ValueError(f"MADE: order must put parents first; feature {child} comes before its parent {parent}.")
+        if (graph & (self.order[:, None] < self.order)).any():
+            raise ValueError(f"MADE: order must put parents first, got {self.order.tolist()}.")
         sets = len(self._parent_sets())
         if min(self.hidden_dims) < sets:
             fault = f"hidden_dims must be at least {sets}, a unit for each set of parents"

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from ..arguments import as_flags, check_integers, check_numbers, is_integer
 
-WIDEST = 2.0  # a normal on the circle of this conditional standard deviation, or of a larger one, is nearly uniform
+MAX_SD = 2.0  # a normal on the circle of this conditional standard deviation, or of a larger one, is nearly uniform
 TURNS = 2  # in each direction in the sum over full turns; the rest of its density is below 1e-12
 
 
@@ -203,7 +203,7 @@ class WrappedNormal(dist.TorchDistribution):
         unit = scale_tril / sds.unsqueeze(-2)
         self._coefficients = torch.linalg.solve_triangular(unit, eye.expand_as(unit), upper=False, unitriangular=True)
         self._loc, self._circular = loc, circular
-        self._normal = dist.Normal(0.0, sds.where(~circular, sds.clamp_max(WIDEST)), validate_args=False)
+        self._normal = dist.Normal(0.0, sds.where(~circular, sds.clamp_max(MAX_SD)), validate_args=False)
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

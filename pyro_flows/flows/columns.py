@@ -14,8 +14,6 @@ from torch import Tensor
 from ..encoders.training_record import judges
 from ..user_code import warn_user
 
-FEW = 0.01  # share of rows that may be integers by chance
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -50,7 +48,7 @@ class Columns:
         if not (self.integers and rows.numel() and judges()) or rows.is_meta:
             return
         share = (rows == rows.floor()).reshape(-1, rows.shape[-1]).float().mean(0)
-        whole = (share > FEW).tolist()  # uniform noise is 0 in one of 16 million numbers
+        whole = (share > 0.01).tolist()  # by chance uniform noise is 0 in one of 16 million numbers
         if found := [place for place, _, _ in self.integers if whole[place]]:
             labels = ", ".join(repr(self.names[place] if self.names else place) for place in found)
             must = f"value must hold integers with noise in columns {labels}, as the flow was trained"

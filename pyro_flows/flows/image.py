@@ -34,9 +34,8 @@ from ..transforms import (
 )
 from .flow import Flow
 
-MOST_SCALES = 3
 CLASS_DIM = 32  # the width of the embedding of a class
-FEWEST = 4  # patches: with a single one a layer would be an affine map of each number alone
+MIN_PATCHES = 4  # patches: with a single one a layer would be an affine map of each number alone
 Shape = tuple[int, int, int]
 Layers = list[FlowTransform]
 Couple = Callable[[Shape, Sequence[bool]], FlowTransform]  # from a shape of images and a mask of their channels
@@ -287,7 +286,7 @@ class _Images:
         height, width = self.shape[1:]
         size = math.gcd(height, width)
         most = (size & -size).bit_length() - 1  # how often 2 divides both
-        number = min(most, MOST_SCALES) if asked is None else asked
+        number = min(most, 3) if asked is None else asked
         if not is_integer(number) or not 1 <= number <= most:
             got = "" if asked is None else f", got num_scales={asked!r}"
             words = f"images {IMAGE} of {height} × {width} pixels can be halved {most} times{got}"
@@ -298,11 +297,11 @@ class _Images:
         """Return the side of a patch: the side asked for, or the default."""
         height, width = self.shape[1:]
         sides = [p for p in range(1, min(height, width) + 1) if height % p == width % p == 0]
-        counts = {p: height * width // p**2 for p in sides if height * width // p**2 >= FEWEST}
+        counts = {p: height * width // p**2 for p in sides if height * width // p**2 >= MIN_PATCHES}
         coarse = {p: count for p, count in counts.items() if p > 1 and count >= 16} or counts
         side = min(coarse, key=lambda p: abs(math.log(coarse[p] / 64)), default=0) if asked is None else asked
         if not is_integer(side) or side not in counts:
-            must = f"patch_size must divide height and width, {height} and {width}, into {FEWEST} patches at least"
+            must = f"patch_size must divide height and width, {height} and {width}, into {MIN_PATCHES} patches at least"
             raise ValueError(f"{self.name}: {must}, got {asked!r}; it may be one of {list(counts)}.")
         return side
 

@@ -19,7 +19,7 @@ from torch.distributions import Transform, constraints
 from ..arguments import TRANSFORM, as_shape, check_integers, check_kind
 from .unchanged import can_be_kept, unchanged_from_now
 
-Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
+WithScore = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
 
 
 class FlowTransform(TransformModule):
@@ -86,7 +86,7 @@ class FlowTransform(TransformModule):
         Arguments, shapes, units and errors are those of ``forward_and_log_det``.
         """
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         """Map ``x`` and carry the score of its distribution along, as path gradients need it.
 
         Let y follow q when x follows p.  Then ``∇_y log q`` is the inverse transpose of the Jacobian times

@@ -26,7 +26,7 @@ from .wrapped import Wrapped
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
 DEFAULTS = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 32}
 DEFAULTS = {name: value for name, value in DEFAULTS.items() if name in COMPILE_SETTINGS}  # those that this torch knows
-FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
+SMALL_BATCH = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -49,7 +49,7 @@ class CompiledVerb:
     def __call__(self, x: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor]:
         if is_traced():
             return self.plain(x, theta)
-        few = x.numel() < FEW and x.device.type == "cpu" and not self.settings
+        few = x.numel() < SMALL_BATCH and x.device.type == "cpu" and not self.settings
         if few not in self._compiled:
             settings: dict[str, Any] = {"options": {"cpp.threads": 1}} if few else self.settings
             self._compiled[few] = torch.compile(self.plain, **{**DEFAULTS, **settings})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_kind, quoted
 from ..vjp import keeps
-from .base import FlowTransform, Scored, TwoWay
+from .base import FlowTransform, TwoWay, WithScore
 
 
 class Compose(TwoWay):
@@ -45,7 +45,7 @@ class Compose(TwoWay):
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         return chained(self.transforms, value, context, inverse=inverse)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         if not keeps(self, Compose, "forward_and_log_det"):
             return super().forward_and_score(x, score, context)
         total = torch.zeros(())

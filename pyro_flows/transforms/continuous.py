@@ -25,9 +25,9 @@ from .base import TwoWay
 
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"
-FEW = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
+MAX_EXACT_DIM = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
 FIRST_STEP = 0.1  # of an adaptive method, as a share of the way
-LEAST_STEP = 1e-7  # about the least that float32 resolves
+MIN_STEP = 1e-7  # about the least that float32 resolves
 ENDS = "(the data are at 1, the base at 0)"
 PENALTY = "objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
 SMALLER = f"Train with a smaller lr, or with a penalty, {PENALTY}"
@@ -149,7 +149,7 @@ class Continuous(TwoWay):
     @property
     def is_exact(self) -> bool:
         """True if log-determinants are exact up to the tolerances."""
-        return (self.field.cheap_trace or self.field.input_dim <= FEW) if self.exact is None else self.exact
+        return (self.field.cheap_trace or self.field.input_dim <= MAX_EXACT_DIM) if self.exact is None else self.exact
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         return self.solve(value, context, inverse=inverse)[:2]
@@ -306,13 +306,13 @@ class Watched:
 
     def _check_step(self, number: int, t: Tensor, state: Tensor, dt: float) -> None:
         layer, method = self.layer, self.layer.solver
-        if method in FIXED or (dt >= LEAST_STEP and number <= layer.max_num_steps):
+        if method in FIXED or (dt >= MIN_STEP and number <= layer.max_num_steps):
             return
         time, tolerances = f"time {abs(float(t)):.6g} {ENDS}", f"rtol={layer.rtol:g} and atol={layer.atol:g}"
         if dt == 0:  # torchdiffeq's step after an error that is NaN
             self.check_state(abs(float(t)), self.rates(t.to(state).abs(), state))
             why = f"from {time}, a step of {method} reached points where the field is not finite. {SMALLER}"
-        elif dt < LEAST_STEP:
+        elif dt < MIN_STEP:
             finer = "" if state.dtype == torch.float64 else "go to float64, "
             why = f"the step of {method} fell to {dt:.1e} at {time}, which {state.dtype} does not resolve. "
             why += f"Loosen {tolerances}, {finer}or {REGULARISE}"

@@ -11,7 +11,7 @@ from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
-from .base import Scored, TwoWay
+from .base import TwoWay, WithScore
 from .conditional import check_params
 
 
@@ -86,7 +86,7 @@ class Coupling(TwoWay):
         mapped, log_det = self.bijector.verb(inverse)(mapped, self.conditioner(kept, context))
         return self.join(kept, mapped), self.sum_event(log_det)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         if not keeps(self, Coupling, "forward_and_log_det"):
             return super().forward_and_score(x, score, context)
         # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..arguments import as_flags, check_flags, check_integers, check_numbers
 from ..bijectors.base import bounded
 from ..conditioners.pace import Paced
-from .base import Scored, VectorTransform
+from .base import VectorTransform, WithScore
 
 
 class ActNorm(VectorTransform):
@@ -230,7 +230,7 @@ class ScaledLinear(Paced, Factored):
         y = torch.addcmul(self.shift, x + F.linear(x, below), log_scale.exp())
         return y, log_scale.sum().expand(x.shape[:-1])
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         with torch.no_grad():  # log|det dy/dx| is the same for all x, so a score is multiplied by the inverse transpose
             below, above = self._below_and_above()
             rows = score.reshape(-1, self.input_dim)
@@ -333,7 +333,7 @@ class FixedAffine(VectorTransform):
         away = self._divided(y - self.loc.detach(), transposed=True)
         return (self._stretched(away, 1 / self.stretch.detach()) if self.rank else away), -self._log_det(y)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         if self.rank:  # the stretch is symmetric
             score = self._stretched(score, 1 / self.stretch.detach())
         return *self.forward_and_log_det(x), self._divided(score, transposed=False)

@@ -20,7 +20,7 @@ from ..arguments import check_integers, is_integer
 from ..bijectors.base import bounded
 from ..compiler_state import NEW_COMPILER
 from ..conditioners import Conditioner
-from .base import Scored
+from .base import WithScore
 from .conditional import Conditional
 from .orthogonal import reflect, unit
 
@@ -80,7 +80,7 @@ class Planar(Conditional):
         t = torch.tanh(root(s, (y * w).sum(-1) + b))
         return y - u * t.unsqueeze(-1), -torch.log1p(s * (1 - t * t))
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         # The inverse of the identity plus a matrix of rank one (Sherman, Morrison 1950) needs no way back.
         u, w, b, s = self._ridge(context)
         t = torch.tanh((x * w).sum(-1) + b)
@@ -157,7 +157,7 @@ class Radial(Conditional):
         h = 1 / (1 + torch.where(p < 0, half, radius / half))
         return y - s * h / (1 + s * h) * away, -self._log_det(s, h)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         # The inverse of a multiple of the identity plus a matrix of rank one needs no way back.
         centre, alpha, s = self._ball(context)
         away = x - centre
@@ -280,7 +280,7 @@ class Sylvester(Conditional):
             lost = ridges.back(z - ridges.coordinates(x))
         return x + lost, -ridges.log_det(t)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         # The inverse of the identity plus a matrix of rank M (Woodbury 1950): one triangular system, no way back.
         ridges = self._ridges(context)
         t = ridges.tangents(x)

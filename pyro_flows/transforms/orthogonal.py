@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_order, check_integers
-from .base import Scored, TwoWay, VectorTransform
+from .base import TwoWay, VectorTransform, WithScore
 
 
 class Isometry(TwoWay, VectorTransform):
@@ -22,7 +22,7 @@ class Isometry(TwoWay, VectorTransform):
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         return self._turn(value, inverse), value.new_zeros(value.shape[:-1])
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         return *self.forward_and_log_det(x), self._turn(score, False).detach()
 
 

@@ -9,9 +9,9 @@ from ..arguments import check_integers
 from ..bijectors.spline import rational_quadratic
 from .base import TwoWay, VectorTransform
 
-EACH = 50  # draws for each bin
-BEYOND = 3  # draws beyond the outer knots
-LEAST = 1e-3  # of the slope across the quartiles, or of all bins if these are equal: the least slope of a bin
+DRAWS_PER_BIN = 50  # draws for each bin
+DRAWS_BEYOND = 3  # draws beyond the outer knots
+MIN_SLOPE = 1e-3  # of the slope across the quartiles, or of all bins if these are equal: the least slope of a bin
 
 
 class QuantileMap(TwoWay, VectorTransform):
@@ -65,10 +65,10 @@ class QuantileMap(TwoWay, VectorTransform):
             fixed: For each feature, True if its map is the identity, ``(D,)``.
         """
         identity = _identity(self.bins).to(self.table).unsqueeze(-1)
-        if draws is None or len(draws) < 2 * EACH:
+        if draws is None or len(draws) < 2 * DRAWS_PER_BIN:
             self.table.copy_(identity.expand_as(self.table))
             return
-        table = _through(draws.double(), min(self.bins, len(draws) // EACH), self.bins).to(self.table)
+        table = _through(draws.double(), min(self.bins, len(draws) // DRAWS_PER_BIN), self.bins).to(self.table)
         self.table.copy_(table if fixed is None else torch.where(fixed, identity, table))
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _through(draws: Tensor, used: int, bins: int) -> Tensor:
     Further knots lie on its last line.
     """
     number = len(draws)
-    outer = torch.special.ndtri(draws.new_tensor(1 - BEYOND / number))
+    outer = torch.special.ndtri(draws.new_tensor(1 - DRAWS_BEYOND / number))
     x = torch.linspace(-1.0, 1.0, used + 1, dtype=draws.dtype, device=draws.device) * outer
     place = torch.special.ndtr(x) * (number - 1)
     ordered, low = draws.sort(0).values, place.floor().long()
@@ -106,7 +106,7 @@ def _through(draws: Tensor, used: int, bins: int) -> Tensor:
     width = ordered[round(0.75 * (number - 1))] - ordered[round(0.25 * (number - 1))]
     middle = width / (2 * torch.special.ndtri(draws.new_tensor(0.75)))
     usual = torch.where(middle > 0, middle, (y[-1:] - y[:1]) / (2 * outer))
-    rises = torch.maximum(rises, LEAST * torch.where(usual > 0, usual, 1.0))
+    rises = torch.maximum(rises, MIN_SLOPE * torch.where(usual > 0, usual, 1.0))
     y = torch.cat((y[:1], y[:1] + step * rises.cumsum(0)))
     # The harmonic mean keeps each bin monotone, and is smooth where slopes differ.
     inner = 2 / (1 / rises[1:] + 1 / rises[:-1])

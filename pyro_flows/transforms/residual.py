@@ -28,7 +28,7 @@ from .base import FlowTransform
 
 # Exact log-determinants take the time of estimates at a width of 16, and six times as much at 64.  But there one
 # estimate has a noise of 0.3 nats, which only dozens of estimates would remove.
-WIDEST = 64
+MAX_WAIST = 64
 TERMS = 8  # of the series, always taken
 STEPS = 4  # of the search, and one more for each doubling from the least slope of x + g, 1 - Lip(g), to the greatest
 
@@ -77,7 +77,7 @@ class Residual(FlowTransform):
     @property
     def is_exact(self) -> bool:
         """True if log-determinants are exact."""
-        return min(self.net.input_dim, *self.net.hidden_dims) <= WIDEST if self.exact is None else self.exact
+        return min(self.net.input_dim, *self.net.hidden_dims) <= MAX_WAIST if self.exact is None else self.exact
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         change, jacobian = self.net.at(context).linearise(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import TRANSFORM, check_kind
-from .base import FlowTransform, Scored, TwoWay
+from .base import FlowTransform, TwoWay, WithScore
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Wrapped(TwoWay):
         image, log_det = self.inner.verb(inverse)(self.arrange(value), self.inner_context(context))
         return self.put_back(image, value), self.total(log_det)
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
         context = self.inner_context(context)
         y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
         return self.put_back(y, x), self.total(log_det), self.put_back(inner_score, score)
