@@ -26,7 +26,7 @@ from pyro_flows.conditioners import LipschitzMLP
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import Residual
-from pyro_flows.transforms.compose import chained
+from pyro_flows.transforms.base import chained
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 every_recipe = pytest.mark.parametrize("name", laws.RECIPES)

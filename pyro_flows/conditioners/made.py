@@ -13,10 +13,28 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..arguments import as_order, check_integers, quoted
 from .base import Conditioner, activation_of
-from .pace import MaskedLinear
+from .pace import Linear
+
+
+class MaskedLinear(Linear):
+    """y = p ((W ∘ M) x + b), where the 0/1 matrix M removes connections."""
+
+    mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, zero: bool = False) -> None:
+        super().__init__(in_features, out_features, zero=zero)
+        self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.paced(F.linear(x, self.weight * self.mask, self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the matrix of the map, p (W ∘ M)."""
+        return self.paced(self.weight * self.mask)
 
 
 class MADE(Conditioner):

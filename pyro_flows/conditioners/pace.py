@@ -94,34 +94,16 @@ class Linear(Paced, nn.Linear):
         """Return the unit of a last layer at a pace; hidden units move by a quarter of a step at any pace."""
         return (pace if self.zero else HIDDEN_PACE) / max(self.in_features, 1)
 
-    def connections(self) -> Tensor:
-        """Return W."""
-        return self.weight
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.paced(F.linear(x, self.connections(), self.bias))
+        return self.paced(F.linear(x, self.weight, self.bias))
 
     def matrix(self) -> Tensor:
         """Return the matrix of the map, p W."""
-        return self.paced(self.connections())
+        return self.paced(self.weight)
 
     def shift(self) -> Tensor:
         """Return the shift of the map as a column, p b."""
         return self.paced(self.bias).unsqueeze(-1)
-
-
-class MaskedLinear(Linear):
-    """y = p ((W ∘ M) x + b), where the 0/1 matrix M removes connections."""
-
-    mask: Tensor
-
-    def __init__(self, in_features: int, out_features: int, *, zero: bool = False) -> None:
-        super().__init__(in_features, out_features, zero=zero)
-        self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
-
-    def connections(self) -> Tensor:
-        """Return W ∘ M."""
-        return self.weight * self.mask
 
 
 class Network(nn.Module):

@@ -16,8 +16,8 @@ from torch.distributions import Distribution
 
 from ..distributions.normal import log_prob_of
 from ..transforms import FixedAffine, FlowTransform, View
+from ..transforms.base import chained
 from ..transforms.carried import can_be_carried, carry_draws
-from ..transforms.compose import chained
 from ..transforms.unchanged import can_be_kept, unchanged_from_now
 from .arguments import as_size, check_value, parameter_of
 from .columns import Columns

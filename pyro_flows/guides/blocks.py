@@ -19,7 +19,7 @@ from torch.distributions import Transform, constraints
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
 from ..transforms import Conditioned, Permute
-from ..transforms.compose import chained
+from ..transforms.base import chained
 from ..transforms.recurrence import Process
 from .contexts import BlockRows, RowContexts
 from .guide_call import Key, RowMasks

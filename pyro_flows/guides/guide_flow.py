@@ -39,7 +39,7 @@ from ..transforms import (
     ScaledLinear,
     TriangularAffine,
 )
-from ..transforms.compose import chained
+from ..transforms.base import chained
 from ..transforms.linear import unrotated
 
 

@@ -7,7 +7,7 @@ ephemeral :class:`View` answers both from one evaluation.  Inverses and composit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -191,6 +191,17 @@ class TwoWay(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(y, context, True)
+
+
+def chained(
+    transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Map a value by transforms, at least one, in their order or back; return it and the total log-determinant."""
+    log_dets = []
+    for transform in reversed(transforms) if inverse else transforms:
+        value, log_det = transform.verb(inverse)(value, context if transform.context_dim else None)
+        log_dets.append(log_det)
+    return value, sum(log_dets[1:], log_dets[0])
 
 
 class VectorTransform(FlowTransform):

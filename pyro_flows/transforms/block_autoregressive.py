@@ -30,7 +30,8 @@ from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
 from ..bijectors.numerical_inverse import bracketed_root, implicit_root
 from ..conditioners import Conditioner
-from ..conditioners.pace import MaskedLinear, Network
+from ..conditioners.made import MaskedLinear
+from ..conditioners.pace import Network
 from .conditional import Conditional
 
 STEPS = 11  # of the search to the last bits, and one more for each nat of max_log_slope in each layer

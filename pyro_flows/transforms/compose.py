@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_kind, quoted
 from ..vjp import keeps
-from .base import FlowTransform, TwoWay, WithScore
+from .base import FlowTransform, TwoWay, WithScore, chained
 
 
 class Compose(TwoWay):
@@ -61,17 +61,6 @@ class Compose(TwoWay):
             own = context if transform.context_dim else None
             transform.initialize(y, own)
             y, _ = transform.inverse_and_log_det(y, own)
-
-
-def chained(
-    transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Map a value by transforms, at least one, in their order or back; return it and the total log-determinant."""
-    log_dets = []
-    for transform in reversed(transforms) if inverse else transforms:
-        value, log_det = transform.verb(inverse)(value, context if transform.context_dim else None)
-        log_dets.append(log_det)
-    return value, sum(log_dets[1:], log_dets[0])
 
 
 def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
