@@ -141,27 +141,6 @@ def test_coverage_of_constrained_values():
         assert (found.coverage_p < 1e-6) == (width < 1)
 
 
-def test_a_function_that_fits_each_data_set():
-    """A function that maps the model's arguments to a guide of one dataset replaces an amortised guide."""
-    calls = []
-
-    def refit(guide):
-        def fit(x, noise):
-            assert torch.is_grad_enabled()
-            assert (x.shape, noise) == ((2,), 0.5)
-            calls.append(x)
-            return guide.bind(x)
-
-        return fit
-
-    found = calibrate(conjugate, refit(posterior()), noise=0.5, num_simulations=60, num_samples=40)
-    assert min(found.sbc_p, found.coverage_p, found.tarp_p) > 1e-4
-    assert len(calls) == 60
-    assert not torch.equal(calls[0], calls[1])
-    bad = calibrate(conjugate, refit(posterior(width=0.4)), noise=0.5, num_simulations=60, num_samples=40)
-    assert not bad.calibrated
-
-
 def test_one_by_one():
     found = calibrate(Program(conjugate, vectorize="loop"), posterior(), num_simulations=100, num_samples=40)
     assert min(found.sbc_p, found.coverage_p, found.tarp_p) > 1e-4
@@ -200,8 +179,6 @@ def test_guides_that_are_not_amortised_are_refused():
         calibrate(conjugate, 3)
     with pytest.raises(ValueError, match="the guide was never trained"):
         calibrate(conjugate, AutoFlow(conjugate, encoder=MLPEncoder(2, 2)))
-    with pytest.raises(ValueError, match="must return an AutoFlow, got NoneType"):
-        calibrate(conjugate, lambda x, noise=0.5: None, num_simulations=20, num_samples=20)
 
 
 def test_models_of_other_latents_are_refused():
@@ -209,14 +186,10 @@ def test_models_of_other_latents_are_refused():
         phi = pyro.sample("phi", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         return pyro.sample("x", dist.Normal(phi, 1.0).to_event(1), obs=x)
 
-    def fits(x):
-        return AutoFlow(conjugate, init_scale=1.0).setup(x)
-
     words = r"latent site 'theta' is not in the model, which has 'phi', but the guide was built for one of shape \(2,\)"
     settings = {"observed": {"x": torch.zeros(2)}}
     for check, guide, more in (
         (calibrate, posterior(), {}),
-        (calibrate, fits, {}),
         (local_c2st, posterior(), settings),
         (misspecification, posterior(), settings),
     ):

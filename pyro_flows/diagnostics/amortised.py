@@ -11,38 +11,32 @@ from torch import Tensor
 from ..arguments import check_program
 from ..guides import AutoPlateFlow
 from ..guides.amortised import OfDatasets
-from ..guides.checks import check_shapes
 from ..guides.guide_call import Call, Found, RowMasks, masks_of_all
 from ..programs.simulator import Simulator
 
 
-def check_amortised(caller: str, guide: Any, others: str = "") -> None:
+def check_amortised(caller: str, guide: Any) -> None:
     """Raise ValueError unless a guide is amortised and trained.
 
     Args:
         caller: The name of the public function.
         guide: The guide.
-        others: What else the function takes, in words.
     """
     if isinstance(guide, type):
         check_program(guide=guide)
     if not getattr(guide, "is_amortised", False):
         kind = type(guide).__name__ + (" without one" if hasattr(guide, "is_amortised") else "")
-        must = f"an AutoFlow with an encoder, or an AutoPlateFlow with a global_encoder{others}"
+        must = "an AutoFlow with an encoder, or an AutoPlateFlow with a global_encoder"
         raise ValueError(f"{caller}: guide must be {must}, got {kind}.")
     if guide.prototype_trace is None:
         raise ValueError(f"{caller}: the guide was never trained. Fit it first: fit_amortized(model, guide).")
 
 
 def check_model(guide: Any, simulator: Simulator, data: dict[str, Tensor]) -> Found:
-    """Raise ValueError unless a model has the latents of a guide; return its sites for a dataset."""
+    """Raise ValueError unless a model has the latents of an amortised guide; return its sites for a dataset."""
     args, kwargs = simulator.arguments(data)
     call = Call(simulator.caller, simulator.model.call, args, kwargs, guide.prototype_trace, guide.row_plates)
-    if guide.is_amortised:
-        return cast(Found, guide.check_same(call))
-    found = call.look()  # supports may depend on other latents
-    check_shapes(call, found)
-    return found
+    return cast(Found, guide.check_same(call))
 
 
 def simulator_of(

@@ -14,7 +14,6 @@ from ..arguments import check_integers
 from ..encoders.training_record import unjudged
 from ..guides.amortised import OfDatasets
 from ..programs.plate_nesting import runs_programs
-from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
 from .amortised import check_amortised, check_model, posteriors
 
@@ -133,8 +132,7 @@ def calibrate(
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
         guide: An ``AutoFlow`` with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder``; of its rows, one at
-            random counts for each dataset.  Or a function that takes the model's arguments with data, and returns
-            an ``AutoFlow`` fitted to them; it is called for each dataset.
+            random counts for each dataset.
         *args: The model's arguments without the data.
         num_simulations: The number M of datasets, at least 20.
         num_samples: The number of draws per dataset, at least 20.
@@ -144,9 +142,8 @@ def calibrate(
         The :class:`~pyro_flows.diagnostics.Calibration`.
 
     Raises:
-        ValueError: If a number is out of its range.  If the guide is not amortised or is untrained, or the function
-            returns no ``AutoFlow``.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`, or has
-            other latents than the guide.
+        ValueError: If a number is out of its range, or the guide is not amortised or is untrained.  If the model cannot
+            be simulated, as for :func:`~pyro_flows.simulate`, or has other latents than the guide.
 
     Example::
 
@@ -163,16 +160,15 @@ def calibrate(
         torch.Size([200, 2])
     """
     check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
-    amortised = hasattr(guide, "is_amortised") or isinstance(guide, torch.nn.Module) or not callable(guide)
-    if amortised:
-        check_amortised("calibrate", guide, ", or a function that fits a guide to a dataset")
+    check_amortised("calibrate", guide)
     simulator = Simulator("calibrate", model, args, kwargs)
     known = simulator.draw(num_simulations)
-    size = max(1, 100_000 // num_samples) if amortised else 1
+    check_model(guide, simulator, known.row(0))
+    size = max(1, 100_000 // num_samples)
     parts = []
     for start in range(0, num_simulations, size):
         rows = known.take(slice(start, start + size))
-        posterior = _posterior(guide, amortised, simulator, rows)
+        posterior = posteriors(guide, simulator, rows.data)
         parts.append(_compare(posterior, rows.latents, num_samples))
     ranks, coverage, truth, draws = map(torch.cat, zip(*parts, strict=True))
     tarp = _tarp(truth, draws)
@@ -180,21 +176,6 @@ def calibrate(
     sbc_p = min(1.0, float(rank_p.min()) * len(rank_p))
     coverage_p, tarp_p = uniformity(coverage, num_samples), uniformity(tarp, num_samples)
     return Calibration(posterior.labels, ranks, coverage, tarp, rank_p, sbc_p, coverage_p, tarp_p)
-
-
-def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> OfDatasets:
-    """Return the posterior of some datasets."""
-    if amortised:
-        check_model(guide, simulator, rows.row(0))
-        return posteriors(guide, simulator, rows.data)
-    args, kwargs = simulator.arguments(rows.row(0))
-    with torch.enable_grad():
-        fitted = guide(*args, **kwargs)
-    if not hasattr(fitted, "pack"):
-        raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
-    check_model(fitted, simulator, rows.row(0))
-    found: OfDatasets = fitted.of_datasets(*args, **kwargs)
-    return found
 
 
 def _compare(posterior: OfDatasets, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
