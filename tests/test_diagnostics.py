@@ -215,64 +215,6 @@ def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():
     assert weigh(-2 * torch.rand(1000).log()).log_evidence_se == math.inf  # they have no mean
 
 
-def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
-    """Under a plate of draws, the model would run without an error, but count its factor once per draw."""
-
-    def model() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        pyro.factor("f", -0.5 * (x - 1).pow(2).sum())
-
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.5, 0.7).expand([2]).to_event(1))
-
-    with pytest.raises(ValueError, match=r"^the model.s log-density at site .* for one draw, but .* vectorised"):
-        psis(Program(model, vectorize="plate"), guide, num_samples=100)
-    for engine in ("auto", "vmap", "loop"):
-        found = psis(Program(model, vectorize=engine), guide, num_samples=2000)
-        # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
-        assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
-
-
-def test_a_model_that_does_not_broadcast_has_the_weights_of_one_that_does():
-    """The data are in a plate that the guide lacks; model and guide are still tested together."""
-    x = torch.randn(20, 3)
-
-    def model(product) -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("y", dist.Normal(product(w), 1.0), obs=torch.zeros(20))
-
-    def guide(product) -> None:
-        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-
-    def weights(product, **settings):
-        pyro.set_rng_seed(0)
-        return psis(Program(model, **settings), guide, product, num_samples=30).log_weights
-
-    with pytest.raises(
-        ValueError, match=r"does not run vectorised over draws.*with \(x \* w\).sum\(-1\) in place of x @ w"
-    ):
-        weights(lambda w: x @ w, vectorize="plate")
-    wanted = weights(lambda w: (x * w).sum(-1), vectorize="plate")  # the remedy in the error
-    torch.testing.assert_close(weights(lambda w: x @ w), wanted)
-
-    def total(w):
-        return (w * x.sum(0)).sum()
-
-    with pytest.raises(ValueError, match=r"log-density at site .* for one draw, but .* vectorised over draws"):
-        weights(total, vectorize="plate")
-    torch.testing.assert_close(weights(total), weights(lambda w: (w * x.sum(0)).sum(-1, keepdim=True)))
-
-
-def test_a_latent_without_a_guide_is_refused():
-    def model() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="latent site 'z' of the model is not in the guide"):
-        psis(model, gaussian(0.9), num_samples=100)
-
-
 def test_a_point_is_refused():
     with pytest.raises(ValueError, match="the guide is a point"):
         psis(target, AutoDelta(target), num_samples=100)

@@ -109,12 +109,7 @@ def test_a_model_that_does_not_run_under_a_plate_is_refused_by_its_own_line(mode
         with pytest.raises(ValueError, match=way(model)) as error:
             use(pf.Program(model, vectorize="plate"), model, y)
         assert "\n" not in str(error.value)
-
-
-def test_the_error_of_a_model_is_the_cause_of_ours():
-    with pytest.raises(ValueError, match=way(misses)) as error:
-        pf.psis(pf.Program(misses, vectorize="plate"), misses, torch.tensor(1.0))
-    assert isinstance(error.value.__cause__, AttributeError)
+        assert type(error.value.__cause__).__name__ in str(error.value)
 
 
 @every_fault
