@@ -103,11 +103,17 @@ def given_nesting(program: Function) -> int | None:
     return next((nesting for nesting in asked if nesting is not None), None)
 
 
-def bound_values(program: Function, args: Args, kwargs: Kwargs) -> Args:
-    """Return the values of all arguments of a call, those that a :class:`Program` holds included."""
+def _bound(program: Function, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Return all arguments of a call, those that a :class:`Program` holds included."""
     for layer in _layers_of(program):
         if isinstance(layer, Program):
             args, kwargs = (*layer.args, *args), {**(layer.kwargs or {}), **kwargs}
+    return args, kwargs
+
+
+def bound_values(program: Function, args: Args, kwargs: Kwargs) -> Args:
+    """Return the values of all arguments of a call, those that a :class:`Program` holds included."""
+    args, kwargs = _bound(program, args, kwargs)
     return *args, *kwargs.values()
 
 
@@ -144,9 +150,7 @@ def outline(arguments: Iterable[tuple[str, str]]) -> inspect.Signature:
 
 def arguments_of(program: Function, args: Args, kwargs: Kwargs) -> Kwargs:
     """Return the arguments of a call by their names, defaults included; by their places if the names are unknown."""
-    for layer in _layers_of(program):
-        if isinstance(layer, Program):
-            args, kwargs = (*layer.args, *args), {**(layer.kwargs or {}), **kwargs}
+    args, kwargs = _bound(program, args, kwargs)
     try:
         bound = signature_of(inner_of(program)).bind(*args, **kwargs)
     except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
