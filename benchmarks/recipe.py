@@ -41,6 +41,7 @@ from pyro_flows.guides import init_to_center
 from pyro_flows.guides.default_training import plan_of
 from pyro_flows.guides.guide_flow import LIMITS
 from pyro_flows.guides.guide_flow import affine_couplings as default
+from pyro_flows.sampling.gaussian import Matching
 from pyro_flows.training.stopping import Horizon
 from pyro_flows.transforms import Elementwise
 
@@ -147,8 +148,8 @@ VARIANTS = {
     "reference": Variant(),
     "no warm start": Variant(fit={"warm_start": False}),
     "Laplace start": Variant(fit={"warm_start": False}, prepare=laplace),
-    "start with scales alone": Variant(other={"sampling.gaussian.POOR": 0}),
-    "start with all correlations": Variant(other={"sampling.gaussian.POOR": math.inf}),
+    "start with scales alone": Variant(other={"sampling.gaussian.MATCHING": Matching(poor=0.0)}),
+    "start with all correlations": Variant(other={"sampling.gaussian.MATCHING": Matching(poor=math.inf)}),
     "plain gradient": Variant(fit={"objective": Trace_ELBO}),
     "Adam alone": Variant(other={"fitting.elbo.optimizers": adam_alone}),
     "Muon for all networks": Variant(other={"fitting.elbo.optimizers": muon_for_matrices}),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sampling.chains import FROZEN
+from ..sampling.chains import MOVES
 from .drift import SLOWEST, TOLERANCE, Drift
 from .measurements import Measurements, certainty
 
@@ -252,7 +252,7 @@ def _failed(seen: Measurements) -> Iterator[Finding]:
     """Yield findings of a search and of chains that failed."""
     if seen.missing.is_blind:
         yield Finding("blind")
-    if max(seen.acceptance) < FROZEN:
+    if max(seen.acceptance) < MOVES.frozen:
         yield Finding("frozen", "", max(seen.acceptance))
 
 

@@ -13,7 +13,7 @@ from ..arguments import check_integers
 from ..programs.density import Density
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
-from ..sampling.chains import FROZEN, Chains
+from ..sampling.chains import MOVES, Chains
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter
 from .findings import worst_moment
@@ -122,7 +122,7 @@ def refine(
             if transition >= transitions // 2:
                 meter.record(space.quantities(chains.z))
         draws, acceptance = space.values(chains.z), chains.acceptance
-    if max(acceptance) < FROZEN:
+    if max(acceptance) < MOVES.frozen:
         warn_user(
             f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), so the draws are still the guide's. "
             "Check that the gradient of the model's density is finite."

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sampling.chains import FROZEN, Chains
+from ..sampling.chains import MOVES, Chains
 from ..sampling.coordinates import Coordinates, GuideDensity
 from ..vjp import LogDensity
 
@@ -55,7 +55,7 @@ def adapted(
     chains, places = Chains(density, charts, z, twin=twin), list[Tensor]()
     for place in chains.sweeps(SHORT_RUN.tries * SHORT_RUN.adapt, adapt=True):
         places.append(place)
-        if len(places) >= SHORT_RUN.adapt and max(chains.acceptance) > FROZEN:
+        if len(places) >= SHORT_RUN.adapt and max(chains.acceptance) > MOVES.frozen:
             break
     return chains, torch.cat(places)
 

@@ -39,7 +39,7 @@ from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
 from ..sampling.annealed_population import ISLANDS, Effort, Population, bridge, moved_on
 from ..sampling.annealed_population import anneal as anneal_population
-from ..sampling.climbs import SOME, ways_up
+from ..sampling.climbs import CLIMBS, ways_up
 from ..sampling.mode_mixture import ModeMixture
 from ..sampling.start_distribution import Reference
 from ..training import Training, distributed
@@ -176,8 +176,9 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
 
         def particles() -> tuple[Population | None, Tensor]:
             with torch.random.fork_rng([at.device] if at.is_cuda else []):  # the particles do not depend on the check
-                check_bounded(CALLER, guide, space, reference.draw(SOME))
-            return anneal_population(reference, number, Effort()), ways_up(space.log_prob, reference.draw(SOME))
+                check_bounded(CALLER, guide, space, reference.draw(CLIMBS.some))
+            found = anneal_population(reference, number, Effort())
+            return found, ways_up(space.log_prob, reference.draw(CLIMBS.some))
 
         population, others = distributed.broadcast(particles)
         distributed.sync()

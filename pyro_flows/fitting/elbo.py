@@ -25,7 +25,7 @@ from ..training.loop import Descent, Fit, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
 from .elbo_loss import ELBOLoss, FreshMean
-from .gaussian_start import SECONDS, SHARE, Start, start_from_blocks, start_from_gaussian
+from .gaussian_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .model_batches import ModelBatches
 from .optimizers import optimizers
 from .program_checks import culprit
@@ -155,8 +155,8 @@ class ELBOFit:
         if not (new if wish.warm_start is None else wish.warm_start):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-        suited, seconds = self.plan.schedule(), math.inf if wish.warm_start else SECONDS
-        budget = SHARE * suited.steps * suited.num_particles
+        suited, seconds = self.plan.schedule(), math.inf if wish.warm_start else STARTS.seconds
+        budget = STARTS.share * suited.steps * suited.num_particles
         return start_from_gaussian(guide, task, power, budget, wish.progress, seconds)
 
     def _where(self, start: Start | None, parameters: list[Tensor], kept: dict[str, Any] | None) -> tuple[bool, bool]:

@@ -18,8 +18,8 @@ from ..programs.latents import check_likelihood
 from ..programs.model_and_guide import Task, check_trained
 from ..programs.plate_nesting import runs_programs
 from ..sampling import Samples
-from ..sampling.chains import FROZEN
-from ..sampling.converged_chains import Goal, NoDensity, Run
+from ..sampling.chains import MOVES
+from ..sampling.converged_chains import ChainRun, Goal, NoDensity
 from ..training.interrupts import watching
 from ..user_code import warn_user
 
@@ -99,7 +99,7 @@ def sample(
         found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
         words = f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."
-        if max(found.acceptance) < FROZEN:
+        if max(found.acceptance) < MOVES.frozen:
             words = "They hardly move. Is the gradient of the model's density finite?"
         elif found.sweeps < max_sweeps:
             words = "They were interrupted."
@@ -123,7 +123,7 @@ def exact(
     num_chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
     with watching(tqdm(disable=not progress, unit="sweep", dynamic_ncols=True)) as watch:
         try:
-            run = Run(target_of(space, BATCH), num_chains, goal, watch, others)
+            run = ChainRun(target_of(space, BATCH), num_chains, goal, watch, others)
         except NoDensity:
             check_likelihood("sample", space.task.traces[0])
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from pyro import validation_enabled
@@ -35,13 +36,36 @@ from ..training.interrupts import watching
 from ..user_code import warn_user
 from ..vjp import LogDensity
 
-MATCHED = 512  # latents, beyond which batch and match takes too many draws
-FEWEST, ROUNDS, PER_LATENT = 10, 80, 4  # rounds of natural gradients then, and gradients of each per latent
-LEAST = 10_000  # gradients for a start of low rank
-SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
-SECONDS, LEAST_RUNS = 60.0, 3000  # the longest search if the model runs one draw at a time, and the fewest runs for one
 Start = Gaussian | BlockGaussian | LowRankGaussian
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Settings of the search for a start.
+
+    Attributes:
+        matched: Latents, beyond which batch and match takes too many draws.
+        fewest: The fewest rounds of natural gradients then; fewer are worse than none.
+        rounds: The most of them.
+        per_latent: Gradients of each round per latent.
+        least: The fewest gradients for a start of low rank.
+        share: The budget of the start, as a share of the gradients of a fit.
+        seconds: The longest search if the model runs one draw at a time.
+        least_runs: The fewest runs of such a model for a search.
+    """
+
+    matched: int = 512
+    fewest: int = 10
+    rounds: int = 80
+    per_latent: int = 4
+    least: int = 10_000
+    share: float = 0.25
+    seconds: float = 60.0
+    least_runs: int = 3000
+
+
+STARTS = Starts()
 
 
 def start_from_gaussian(
@@ -50,7 +74,7 @@ def start_from_gaussian(
     power: float = 1.0,
     budget: float = math.inf,
     progress: bool = False,
-    seconds: float = SECONDS,
+    seconds: float = STARTS.seconds,
 ) -> Start | None:
     """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
 
@@ -74,7 +98,7 @@ def start_from_gaussian(
         def density(latent: Tensor) -> Tensor:
             return power * untempered(latent)
 
-        if guide.latent_dim > MATCHED:
+        if guide.latent_dim > STARTS.matched:
             return _start_wide(guide, density, budget, watch)
         found = fit_gaussian(density, *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1) if found.is_poor else found.scale_tril)
@@ -83,16 +107,16 @@ def start_from_gaussian(
 
 def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Start | None:
     """Start a guide of more latents than batch and match has draws for, unless too few rounds are within the budget."""
-    dim, gradients = guide.latent_dim, budget / SHARE
+    dim, gradients = guide.latent_dim, budget / STARTS.share
     if dim > LIMITS.dense:
-        if gradients < LEAST:
+        if gradients < STARTS.least:
             return None
         sparse = fit_low_rank(density, *guide.start, rank_for(dim), budget=gradients, watch=watch)
         if sparse is not None:
             guide.start_at(sparse.loc, sparse.scale, sparse.directions, sparse.stretch)
         return sparse
-    rounds = int(min(ROUNDS, gradients / PER_LATENT / dim))
-    if rounds < FEWEST:
+    rounds = int(min(STARTS.rounds, gradients / STARTS.per_latent / dim))
+    if rounds < STARTS.fewest:
         return None
     everything = Layout(torch.arange(dim).reshape(1, 1, -1), ())
     wide = fit_blocks(density, [everything], *guide.start, rounds=rounds, watch=watch)
@@ -112,7 +136,7 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         task: The model and the guide.
         progress: True to show a progress bar if the search takes more than a second.
     """
-    if not guide.takes_gaussian or not _allows(runs := task.settle().budget(SECONDS)):
+    if not guide.takes_gaussian or not _allows(runs := task.settle().budget(STARTS.seconds)):
         return None
     with watching(_bar(progress), SKIPPED) as held, validation_enabled(False):
         density = density_of_all_rows(guide, task.settle()) if task.subsampled else None
@@ -165,10 +189,10 @@ def density_of_all_rows(guide: BlockGuide, task: Task) -> LogDensity | None:
 
 def _allows(runs: RunBudget, way: str = "") -> bool:
     """True if a budget is enough for a search; warn otherwise."""
-    if runs.number < LEAST_RUNS:
+    if runs.number < STARTS.least_runs:
         words = f"no Gaussian is sought to start from, since {runs.words}"
         warn_user(f"fit_svi: {words}. Training begins at the guide's own start; give more steps{way}.")
-    return runs.number >= LEAST_RUNS
+    return runs.number >= STARTS.least_runs
 
 
 def _bar(progress: bool) -> tqdm:

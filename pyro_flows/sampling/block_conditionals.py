@@ -110,7 +110,7 @@ class Conditional(NamedTuple):
         return recur(self.matrix, applied(self.scale, applied(self.scale.mT, c)))
 
 
-class Structure:
+class BlockStructure:
     """The blocks of a packed vector, parents first, and what follows from them.
 
     Args:

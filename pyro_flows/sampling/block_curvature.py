@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import Conditional, Layout, Precision, Structure
+from .block_conditionals import BlockStructure, Conditional, Layout, Precision
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Curvature:
             and items.
     """
 
-    def __init__(self, density: LogDensity, structure: Structure) -> None:
+    def __init__(self, density: LogDensity, structure: BlockStructure) -> None:
         self._density, self._structure, self.is_coupled = density, structure, False
         self._colours = [_colours(layout) for layout in structure.layouts]
         self.directions = sum(map(len, self._colours))

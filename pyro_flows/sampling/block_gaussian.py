@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import Bends, Conditional, Layout, Structure
+from .block_conditionals import Bends, BlockStructure, Conditional, Layout
 from .block_curvature import Curvature
 from .start_search import Watch, elbo_of, is_no_worse, log_weights
 
@@ -92,7 +92,7 @@ def fit_blocks(
         rounds: The largest number of rounds.
         watch: Called after each round; True ends the search.
     """
-    structure = Structure(layouts)
+    structure = BlockStructure(layouts)
     numbers = sum(layout.places.numel() * layout.places.shape[-1] for layout in layouts)
     if numbers > SEARCH.numbers or len(structure.root) > SEARCH.many:
         return None
@@ -129,7 +129,7 @@ class _Search:
         holds_root: True to leave the root as it is.
     """
 
-    def __init__(self, density: LogDensity, structure: Structure, loc: Tensor, scale: float) -> None:
+    def __init__(self, density: LogDensity, structure: BlockStructure, loc: Tensor, scale: float) -> None:
         self._structure, self._dtype = structure, loc.dtype
         self._density = lambda z: density(z.to(loc)).to(z)
         self._curvature = Curvature(self._density, structure)

@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo for many chains at once, in several sets of coordinates, with proposals from a guide.
 
 A transition proposes the end of a trajectory of L leapfrog steps of size ε.  Each chain multiplies ε by a random factor
-between LEAST and MOST.  So travel times differ, no trajectory is periodic, and some chains enter narrow regions.
+between 0.4 and 1.2.  So travel times differ, no trajectory is periodic, and some chains enter narrow regions.
 During adaptation ε follows the mean acceptance.  The travel time T ascends the *ChEES criterion*, the expected squared
 change in |x - mean|²: a transition should carry a chain from the centre to the tails and back.
 
@@ -29,11 +29,30 @@ from ..vjp import LogDensity
 from .coordinates import Coordinates, GuideDensity
 
 Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # draws z, (N, D), and log p and log q there, (N,)
-FROZEN = 0.2  # mean acceptance below which chains hardly move
-TARGET = 0.8  # the mean acceptance that adaptation aims at
-LEAST, MOST = 0.4, 1.2  # range of a chain's step size, in units of the common one
-QUARTER = math.pi / 2 / 0.8  # the first travel time: on average a quarter of the period of a standard normal
-DIVERGED = 1000.0  # energy error, in nats, of a divergent trajectory
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Settings of Hamiltonian Monte Carlo.
+
+    Attributes:
+        frozen: The mean acceptance below which chains hardly move.
+        target: The mean acceptance that adaptation aims at.
+        least: The least factor of a chain's step size, in units of the common one.
+        most: The largest.
+        first: The first travel time: on average a quarter of the period of a standard normal.
+        diverged: The energy error, in nats, of a divergent trajectory.
+    """
+
+    frozen: float = 0.2
+    target: float = 0.8
+    least: float = 0.4
+    most: float = 1.2
+    first: float = math.pi / 2 / 0.8
+    diverged: float = 1000.0
+
+
+MOVES = Moves()
 
 
 @dataclass(frozen=True)
@@ -89,14 +108,14 @@ class HMC:
         twin: GuideDensity | None = None,
     ) -> None:
         self.density, self.coordinates, self.max_steps, self.twin = density, coordinates, max_steps, twin
-        self.step, self.time = 1.2 * dim**-0.25, QUARTER
+        self.step, self.time = 1.2 * dim**-0.25, MOVES.first
         self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
         self._count, self._first, self._second = 0, 0.0, 0.0
         self._latest: _State | None = None
 
     def retarget(self, density: LogDensity, coordinates: Coordinates) -> None:
         """Set another density and other coordinates, and restart adaptation from the present step size."""
-        self.density, self.coordinates, self.time = density, coordinates, max(self.time, QUARTER)
+        self.density, self.coordinates, self.time = density, coordinates, max(self.time, MOVES.first)
         self._count, self._first, self._second = 0, 0.0, 0.0
 
     @torch.no_grad()
@@ -106,7 +125,7 @@ class HMC:
         if start is None or start.z is not z or start.coordinates is not self.coordinates:
             start = self._state(self.coordinates.inverse(z))
         first = len(z) if self.twin is None else len(z) // 2
-        factor = LEAST + (MOST - LEAST) * self._shared(torch.rand_like(start.x[:first, :1]))
+        factor = MOVES.least + (MOVES.most - MOVES.least) * self._shared(torch.rand_like(start.x[:first, :1]))
         count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
         size = min(self.step, self.time / count) * factor  # (N, 1)
         self.gradients += 1 + count
@@ -118,7 +137,7 @@ class HMC:
             end = self._state(end.x + size * momentum)
             momentum = momentum + size / 2 * end.score
         error = (end.log_p - momentum.square().sum(-1) / 2 - energy).nan_to_num(-math.inf, math.inf, -math.inf)
-        self.divergences += int((error[:first] < -DIVERGED).sum())
+        self.divergences += int((error[:first] < -MOVES.diverged).sum())
         chance = error.clamp_max(0).exp()
         taken = self._shared(torch.rand_like(chance[:first])) < chance
         self.acceptance = float(chance[:first].mean())
@@ -135,7 +154,7 @@ class HMC:
     def _adapt(self, x: Tensor, end: Tensor, momentum: Tensor, chance: Tensor, times: Tensor) -> None:
         """Adapt the step size to the acceptance, and the travel time by a step of Adam."""
         self._count += 1
-        self.step *= math.exp(1.5 * self._count**-0.5 * (self.acceptance - TARGET))
+        self.step *= math.exp(1.5 * self._count**-0.5 * (self.acceptance - MOVES.target))
         usable = (chance > 0.01) & end.isfinite().all(-1)
         if usable.sum() < 8:
             return
@@ -149,7 +168,7 @@ class HMC:
         root = math.sqrt(self._second / (1 - 0.95**self._count)) + 1e-12
         direction = self._first / (1 - 0.8**self._count) / root
         time = self.time * math.exp(0.1 * min(1.0, max(-1.0, direction)))
-        self.time = min(max(time, self.step), MOST * self.max_steps * self.step)
+        self.time = min(max(time, self.step), MOVES.most * self.max_steps * self.step)
 
     def _state(self, x: Tensor) -> _State:
         with torch.enable_grad():

@@ -8,6 +8,7 @@ connected to several tops, and belongs to the nearest.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,15 +17,41 @@ from torch import Tensor
 from ..vjp import LogDensity, value_and_score
 from .coordinates import White
 
-CLIMB = 60  # steps of a climb
-PATIENCE = 5  # steps between the tests that end climbs
-TOP = 0.002  # squared slope that leaves at most 0.001 nats to the top
-NEIGHBOURS = 6
-SOME, NARROW, FAR = 256, 0.1, 0.2  # starts drawn from the prior; step sizes from there and from far out, in prior sds
-DIP = 1.0  # nats by which the density must fall between places of different modes
-BETWEEN = 6  # evaluations between two places, at random fractions: at fixed ones a lattice may have further modes
-BATCH = 4096  # places per evaluation
-WAYPOINTS, STEPS = 12, (0.5, 0.1, 0.02)  # evaluations along a climb; its step sizes, tried in turn
+
+@dataclass(frozen=True)
+class Climbs:
+    """Settings of climbs and of the assignment to modes.
+
+    Attributes:
+        steps: Steps of a climb.
+        patience: Steps between the tests that end climbs.
+        top: The squared slope that leaves at most 0.001 nats to the top.
+        neighbours: Neighbours of each place to which the line is examined.
+        some: Starts drawn from the prior.
+        narrow: The step size from there, in standard deviations of the prior.
+        far: That from places far out.
+        dip: Nats by which the density must fall between places of different modes.
+        between: Evaluations between two places, at random fractions: at fixed ones a lattice may have further modes.
+        batch: Places per evaluation.
+        waypoints: Evaluations along a climb that must not cross a valley.
+        sizes: The step sizes of such a climb, tried in turn.
+    """
+
+    steps: int = 60
+    patience: int = 5
+    top: float = 0.002
+    neighbours: int = 6
+    some: int = 256
+    narrow: float = 0.1
+    far: float = 0.2
+    dip: float = 1.0
+    between: int = 6
+    batch: int = 4096
+    waypoints: int = 12
+    sizes: tuple[float, ...] = (0.5, 0.1, 0.02)
+
+
+CLIMBS = Climbs()
 
 
 def climb(density: LogDensity, coordinates: White, z: Tensor, size: float = 0.5, least: float = -math.inf) -> Tensor:
@@ -55,17 +82,17 @@ def climb(density: LogDensity, coordinates: White, z: Tensor, size: float = 0.5,
         best[higher], highest[higher], slope[higher] = x[is_higher], height[is_higher], score[is_higher]
         return score, is_higher
 
-    for step in range(1, CLIMB + 1):
+    for step in range(1, CLIMBS.steps + 1):
         score, _ = visit(x)
         first, second = 0.8 * first + 0.2 * score, 0.9 * second + 0.1 * score.square()
         direction = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
-        x = x + size * (1 - step / (CLIMB + 1)) * direction
-        if step % PATIENCE == 1:
+        x = x + size * (1 - step / (CLIMBS.steps + 1)) * direction
+        if step % CLIMBS.patience == 1:
             before = slope[left].square().sum(-1)
             score, is_higher = visit(best[left] + slope[left])
             after = score.square().sum(-1)
-            goes_on = ~(is_higher & (after < before / 4) & (after < TOP))
-            reach = size * (CLIMB - step) ** 2 / (2 * CLIMB)  # the remaining path of each coordinate
+            goes_on = ~(is_higher & (after < before / 4) & (after < CLIMBS.top))
+            reach = size * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # the remaining path of each coordinate
             goes_on &= highest[left] + reach * slope[left].abs().sum(-1) >= least
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
             if not len(left):
@@ -80,12 +107,12 @@ def ascend(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
     A climb that has crossed a valley is repeated with smaller steps.  Places whose last climb still crosses one stay.
     """
     ends, left = z.clone(), torch.arange(len(z), device=z.device)
-    shares = torch.arange(1, WAYPOINTS).to(z).view(-1, 1, 1) / WAYPOINTS
-    for size in STEPS:
+    shares = torch.arange(1, CLIMBS.waypoints).to(z).view(-1, 1, 1) / CLIMBS.waypoints
+    for size in CLIMBS.sizes:
         start, end = z[left], climb(density, coordinates, z[left], size)
         path = density((start + shares * (end - start)).flatten(0, 1)).view(len(shares), -1)
         lowest = path.nan_to_num(-math.inf, math.inf, -math.inf).amin(0)
-        crosses = lowest < density(start).nan_to_num(-math.inf, math.inf, -math.inf) - DIP
+        crosses = lowest < density(start).nan_to_num(-math.inf, math.inf, -math.inf) - CLIMBS.dip
         ends[left[~crosses]] = end[~crosses]
         left = left[crosses]
         if not len(left):
@@ -105,8 +132,8 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
     middle, some = z.median(0).values, z[: len(z) // 8]
     between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
     white, few = White(z), torch.stack((torch.zeros_like(middle), middle))
-    beyond = climb(density, white, white.forward(far(white.inverse(some)))[0], FAR, least)
-    return torch.cat((few, between, climb(density, white, z, NARROW, least), beyond))
+    beyond = climb(density, white, white.forward(far(white.inverse(some)))[0], CLIMBS.far, least)
+    return torch.cat((few, between, climb(density, white, z, CLIMBS.narrow, least), beyond))
 
 
 def far(x: Tensor) -> Tensor:
@@ -131,7 +158,7 @@ def components(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
     one, near = _neighbours(x)
     joined = _joined(density, z, heights, one, near)
     rises = heights[near] - heights[one]
-    is_top = ~(joined & (rises > DIP)).any(-1)
+    is_top = ~(joined & (rises > CLIMBS.dip)).any(-1)
     level = joined & is_top[one] & is_top[near]
     up = joined & (rises > 0)
     nearest = up & (up.cumsum(-1) == 1)  # neighbours are sorted by distance
@@ -154,10 +181,10 @@ def highest_of_each(labels: Tensor, heights: Tensor) -> Tensor:
 def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the indices of all places and of the nearest neighbours of each, both ``(N, k)``."""
     rows, parts = torch.arange(len(x), device=x.device), []
-    for part in rows.split(BATCH):
+    for part in rows.split(CLIMBS.batch):
         distances = torch.cdist(x[part], x)
         distances[rows[: len(part)], part] = math.inf
-        parts.append(distances.topk(min(NEIGHBOURS, len(x) - 1), largest=False).indices)
+        parts.append(distances.topk(min(CLIMBS.neighbours, len(x) - 1), largest=False).indices)
     near = torch.cat(parts)
     return rows.unsqueeze(-1).expand_as(near), near
 
@@ -165,12 +192,12 @@ def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
 def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Return True, for each pair of indices of places, if the density does not fall between the two."""
     first, second = one.flatten(), other.flatten()
-    least = torch.minimum(heights[first], heights[second]) - DIP
+    least = torch.minimum(heights[first], heights[second]) - CLIMBS.dip
     joined = torch.arange(len(first), device=z.device)
-    for place in range(BETWEEN):
+    for place in range(CLIMBS.between):
         kept = [joined[:0]]
-        for part in joined.split(BATCH) if len(joined) else ():
-            share = (place + torch.rand(len(part), 1).to(z)) / BETWEEN
+        for part in joined.split(CLIMBS.batch) if len(joined) else ():
+            share = (place + torch.rand(len(part), 1).to(z)) / CLIMBS.between
             between = z[first[part]] + share * (z[second[part]] - z[first[part]])
             kept.append(part[density(between) > least[part]])
         joined = torch.cat(kept)

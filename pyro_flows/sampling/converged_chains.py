@@ -93,7 +93,7 @@ class NoDensity(ValueError):
     """The model has no finite density at any draw of the guide."""
 
 
-class Run:
+class ChainRun:
     """A run of chains of a posterior.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,29 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..vjp import LogDensity, score_of, value_and_score
 from .start_search import Watch, elbo_of, log_weights
 
-NEAR = 0.25  # standard deviation of the log-weights, in nats, of a Gaussian that hardly differs from the posterior
-TRIED = 32  # draws at which each size is tried
-FEWEST = 10  # rounds
-LAST = 20  # rounds in which the learning rate decreases
-CLOSE = 0.5  # mean square of a difference between scores, relative to that of a score
-POOR = 5.0  # standard deviation of the log-weights, in nats, of a Gaussian whose correlations may mislead
+
+@dataclass(frozen=True)
+class Matching:
+    """Settings of batch and match.
+
+    Attributes:
+        near: The standard deviation of the log-weights, in nats, of a Gaussian that hardly differs from the posterior.
+        poor: That of a Gaussian whose correlations may mislead.
+        tried: Draws at which each size of a mode is tried.
+        fewest: The fewest rounds, however small the budget.
+        last: Rounds in which the learning rate decreases.
+        close: The mean square of a difference between scores, relative to that of a score, at which fits rest.
+    """
+
+    near: float = 0.25
+    poor: float = 5.0
+    tried: int = 32
+    fewest: int = 10
+    last: int = 20
+    close: float = 0.5
+
+
+MATCHING = Matching()
 
 
 class Gaussian(NamedTuple):
@@ -50,12 +68,12 @@ class Gaussian(NamedTuple):
     @property
     def is_near(self) -> bool:
         """True if the Gaussian hardly differs from the posterior."""
-        return self.spread < NEAR
+        return self.spread < MATCHING.near
 
     @property
     def is_poor(self) -> bool:
         """True if the Gaussian fits so badly that its correlations may mislead."""
-        return self.spread > POOR
+        return self.spread > MATCHING.poor
 
 
 def fit_gaussian(
@@ -73,7 +91,7 @@ def fit_gaussian(
     """
     start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
     found = [_judged(density, loc, start)]
-    rounds = int(min(rounds, max(FEWEST, budget / 2 / _draws(len(loc)))))
+    rounds = int(min(rounds, max(MATCHING.fewest, budget / 2 / _draws(len(loc)))))
     for place in (_climb(density, loc), loc):
         gaussian = match(density, place, start, rounds, watch)
         if gaussian is not None:
@@ -90,7 +108,7 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
     down or leads away.
     """
     sizes = 3.0 ** -torch.arange(1.0, 7.0).to(top)
-    noise = torch.randn(len(sizes), TRIED, len(top), dtype=top.dtype, device=top.device) @ scale_tril.T
+    noise = torch.randn(len(sizes), MATCHING.tried, len(top), dtype=top.dtype, device=top.device) @ scale_tril.T
     with torch.no_grad():
         heights = density((top + sizes.view(-1, 1, 1) * noise).flatten(0, 1)).view(len(sizes), -1)
         fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
@@ -121,7 +139,7 @@ def match(
             errors.append(float((score @ scale_tril + noise).square().mean()))
             if number < rests and _is_at_rest(errors):
                 rests = number
-            if number > rests + LAST or watch():
+            if number > rests + MATCHING.last or watch():
                 break
             rate = draws / max(1.0, number - rests)
             weight = rate / (1 + rate)
@@ -150,7 +168,7 @@ def _is_at_rest(errors: list[float]) -> bool:
     if len(errors) < 6:
         return False
     latest, before = statistics.median(errors[-3:]), statistics.median(errors[-6:-3])
-    return latest < CLOSE and latest > 0.7 * before
+    return latest < MATCHING.close and latest > 0.7 * before
 
 
 def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:

@@ -18,6 +18,7 @@ arXiv:2410.22292) fits the same family by scores alone.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,16 +29,39 @@ from ..vjp import LogDensity, score_of, value_and_score
 from .lanczos import lanczos
 from .start_search import SLACK, Watch, elbo_of, is_no_worse, log_weights
 
-PAIRS = 64  # antithetic pairs of draws of a round
-CURVED = 8  # draws of a round at which second derivatives are taken
-SHIFT = 0.5  # of differences of scores, in units of S, at first; later of the sharpest direction's deviation
-DAMPINGS = 0.0, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO
-SURE = 2.0  # standard errors by which a square of S must differ from the others to be moved apart
-FLAT = 1e-6  # the least eigenvalue, relative to the largest or to one
-FIRST = 8  # directions, which double when the ELBO rises no more: many would hide that S is wrong
-MOST = 16.0  # the largest factor of a square of S in a round
-STILL = 0.03  # the root mean square change, in standard deviations, at which the search ends
-ROUNDS, AVERAGED = 60, 12  # rounds at most, and those that are averaged
+
+@dataclass(frozen=True)
+class LowRankSearch:
+    """Settings of a search.
+
+    Attributes:
+        pairs: Antithetic pairs of draws of a round.
+        curved: Draws of a round at which second derivatives are taken.
+        shift: The distance between scores, in units of S at first, later of the sharpest direction's deviation.
+        dampings: Of a step that does not increase the ELBO.
+        sure: Standard errors by which a square of S must differ from the others to be moved apart.
+        flat: The least eigenvalue, relative to the largest or to one.
+        first: Directions at first, which double when the ELBO rises no more: many would hide that S is wrong.
+        most: The largest factor of a square of S in a round.
+        still: The root mean square change, in standard deviations, at which the search ends.
+        rounds: The largest number of rounds.
+        averaged: The largest number of rounds that are averaged.
+    """
+
+    pairs: int = 64
+    curved: int = 8
+    shift: float = 0.5
+    dampings: tuple[float, ...] = (0.0, 1.0, 10.0, 100.0, 1000.0)
+    sure: float = 2.0
+    flat: float = 1e-6
+    first: int = 8
+    most: float = 16.0
+    still: float = 0.03
+    rounds: int = 60
+    averaged: int = 12
+
+
+SEARCH = LowRankSearch()
 
 
 class LowRankGaussian(NamedTuple):
@@ -82,17 +106,17 @@ def fit_low_rank(
         watch: Called after each round; True ends the search.
     """
     most = min(rank, len(loc))
-    search = _Search(density, loc, scale, min(FIRST, most))
+    search = _Search(density, loc, scale, min(SEARCH.first, most))
     began, averaged = search.q.elbo, 1
-    for _ in range(ROUNDS):
+    for _ in range(SEARCH.rounds):
         before = search.q.elbo
         search.advance(1 / averaged)
         rises = search.q.elbo > before + SLACK or not math.isfinite(search.q.elbo)
         if (
             watch()
             or search.gradients > budget
-            or averaged > AVERAGED
-            or (averaged > 1 and not rises and search.step < STILL)
+            or averaged > SEARCH.averaged
+            or (averaged > 1 and not rises and search.step < SEARCH.still)
         ):
             break
         if not rises and search.rank < most:
@@ -114,7 +138,7 @@ class _Search:
 
     def __init__(self, density: LogDensity, loc: Tensor, scale: float, rank: int) -> None:
         self.density, self.like, self.rank = density, loc, rank
-        self.step, self.gradients, self._shift = math.inf, 0, SHIFT
+        self.step, self.gradients, self._shift = math.inf, 0, SEARCH.shift
         none = loc.new_zeros(len(loc), 0)
         q = LowRankGaussian(loc, torch.full_like(loc, scale), none, none[0])
         self.q = q._replace(elbo=self._judged(q, self._noise()))
@@ -127,13 +151,13 @@ class _Search:
         self.gradients += len(z)
         usable = value.isfinite() & score.isfinite().all(-1)
         gradient = q.scale * score[usable].mean(0)
-        found = self._curvature(z[usable][:CURVED], gradient, rate) if usable.sum() >= len(z) / 2 else None
+        found = self._curvature(z[usable][: SEARCH.curved], gradient, rate) if usable.sum() >= len(z) / 2 else None
         if found is None:
             self.q = q._replace(scale=q.scale / 2)
             return
         basis, values = found
         start, moved = self._judged(q, noise), 0.0
-        for damping in DAMPINGS:
+        for damping in SEARCH.dampings:
             damped = values * (1 + damping)
             change = basis @ (basis.T @ gradient / damped)
             new = q._replace(loc=q.loc + rate * q.scale * change, directions=basis, stretch=damped.rsqrt())
@@ -154,7 +178,7 @@ class _Search:
         terms = _controlled((score * (q.loc - z))[usable], own[usable])
         start, change = self._judged(q, noise), -rate / 2 * _shrunk_log(terms)
         self.q, self.step = q._replace(elbo=start), moved
-        for _ in DAMPINGS:
+        for _ in SEARCH.dampings:
             new = q._replace(scale=q.scale * change.exp())
             elbo = self._judged(new, noise)
             if is_no_worse(elbo, start, self.like.dtype):
@@ -177,8 +201,8 @@ class _Search:
         if found is None:
             return None
         basis, values = found
-        values = values.abs().clamp_min(FLAT * max(1.0, float(values.abs().max())))
-        self._shift = SHIFT / max(1.0, float(values.max()) ** 0.5)
+        values = values.abs().clamp_min(SEARCH.flat * max(1.0, float(values.abs().max())))
+        self._shift = SEARCH.shift / max(1.0, float(values.max()) ** 0.5)
         return basis, values
 
     def _product(self, places: Tensor, vector: Tensor) -> Tensor:
@@ -190,7 +214,7 @@ class _Search:
         return self.q.scale * apart[apart.isfinite().all(-1)].mean(0) / (2 * self._shift)
 
     def _noise(self) -> Tensor:
-        half = torch.randn(PAIRS, len(self.like), dtype=self.like.dtype, device=self.like.device)
+        half = torch.randn(SEARCH.pairs, len(self.like), dtype=self.like.dtype, device=self.like.device)
         return torch.cat((half, -half))
 
     @torch.no_grad()
@@ -208,9 +232,9 @@ def _controlled(terms: Tensor, known: Tensor) -> Tensor:
 
 def _shrunk_log(terms: Tensor) -> Tensor:
     """Return logarithms of means of draws, ``(N, D) -> (D,)``, moved together as far as their differences are noise."""
-    if len(terms) < PAIRS:
+    if len(terms) < SEARCH.pairs:
         return torch.zeros_like(terms.sum(0))
     square, noise = terms.mean(0), terms.var(0) / len(terms)
     apart = square - square.mean()
-    clear = (1 - SURE**2 * noise / apart.square().clamp_min(1e-12)).clamp_min(0)
-    return (square.mean() + apart * clear).clamp(1 / MOST, MOST).log()
+    clear = (1 - SEARCH.sure**2 * noise / apart.square().clamp_min(1e-12)).clamp_min(0)
+    return (square.mean() + apart * clear).clamp(1 / SEARCH.most, SEARCH.most).log()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,20 +19,45 @@ from torch.distributions import MultivariateNormal
 
 from ..vjp import LogDensity
 from .annealed_population import Population
-from .climbs import NARROW, ascend, climb, components, highest_of_each
+from .climbs import CLIMBS, ascend, climb, components, highest_of_each
 from .coordinates import White
 from .gaussian import Gaussian, match_top
 
 Wrapped = Callable[[Tensor, Tensor], Tensor]
-FITTED = 20  # effective draws per dimension from which a component's mean and covariance are estimated
-ROUNDS = 50  # of expectation maximisation
-ENOUGH = 5  # particles per dimension from which a mode has its own covariance
-PROBES = 1024  # draws that estimate the weight of a mode without particles, a multiple of the islands
-WIDER = 1.5, 0.02  # scale and weight, relative to each Gaussian, of a second, wider one around it
-PARTS = 8  # largest number of Gaussians per mode; all modes together have at most twice as many, or one each
-OTHERS, LITTLE = 8, 6.0  # examined modes without particles; nats by which they may lie below the evidence
-LARGEST = 500.0  # nats by which they may lie above the evidence before weights overflow
-FEW = 0.002  # share of the particles below which a mode is only a place where climbs stopped early
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Settings of a mixture over modes.
+
+    Attributes:
+        fitted: Effective draws per dimension from which a component's mean and covariance are estimated.
+        rounds: Rounds of expectation maximisation.
+        enough: Particles per dimension from which a mode has its own covariance.
+        probes: Draws that estimate the weight of a mode without particles, a multiple of the islands.
+        wider: The scale of a second, wider Gaussian around each.
+        share: Its weight, relative to the other.
+        parts: The most Gaussians per mode; all modes together have at most twice as many, or one each.
+        others: Examined modes without particles.
+        little: Nats by which they may lie below the evidence.
+        largest: Nats by which they may lie above the evidence before weights overflow.
+        few: The share of the particles below which a mode is only a place where climbs stopped early.
+    """
+
+    fitted: int = 20
+    rounds: int = 50
+    enough: int = 5
+    probes: int = 1024
+    wider: float = 1.5
+    share: float = 0.02
+    parts: int = 8
+    others: int = 8
+    little: float = 6.0
+    largest: float = 500.0
+    few: float = 0.002
+
+
+MIXING = Mixing()
 
 
 class Mixture(NamedTuple):
@@ -58,7 +84,7 @@ class Mixture(NamedTuple):
         Components with too few draws keep their means and covariances.  Copies of a draw count as one.
         """
         found, (x, weights) = self, _distinct(x, weights)
-        for _ in range(ROUNDS):
+        for _ in range(MIXING.rounds):
             chances = weights.unsqueeze(-1) * found.log_joint(x).softmax(-1)
             total = chances.sum(0)
             effective = total.square() / chances.square().sum(0).clamp_min(1e-30)
@@ -66,7 +92,7 @@ class Mixture(NamedTuple):
             loc = shares @ x
             scaled = shares.sqrt().unsqueeze(-1) * (x - loc.unsqueeze(1))  # (K, N, D)
             scale_tril, failed = torch.linalg.cholesky_ex(scaled.mT @ scaled)
-            usable = (effective > FITTED * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
+            usable = (effective > MIXING.fitted * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
             found = Mixture(
                 torch.where(usable[:, None], loc, found.loc),
                 torch.where(usable[:, None, None], scale_tril, found.scale_tril),
@@ -111,11 +137,11 @@ class ModeMixture:
             tops = ends[highest_of_each(self.labels, density(ends).nan_to_num(-math.inf, math.inf, -math.inf))]
         weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
         modes = list(zip(tops, *self._gaussians(len(tops)), weights, strict=True))
-        more = self._wrapped(climb(density, white, starts, NARROW))
+        more = self._wrapped(climb(density, white, starts, CLIMBS.narrow))
         for top in _others(density, white, tops, torch.cat((more, tops))):
             found = match_top(density, top, white.scale_tril)
             if found is not None and self._lacks(found):
-                weight = math.exp(min(found.elbo - population.log_evidence, LARGEST))
+                weight = math.exp(min(found.elbo - population.log_evidence, MIXING.largest))
                 modes.append((top, found.loc, found.scale_tril, weight))
         places, loc, scale_tril, weights = map(list, zip(*modes, strict=True))
         self.places = torch.stack(places)
@@ -131,10 +157,11 @@ class ModeMixture:
         _, weights = _distinct(z[inside], log_weights[inside].exp())
         mass, share = found.elbo - self.population.log_evidence, self.population.share(inside)[0]
         effective = 1 / float(log_weights.exp().square().sum())  # copies count here, as long as islands weigh the same
-        least = min(ENOUGH * len(found.loc), share * effective / 4)  # few particles make no mode of a small population
+        # Few particles make no mode of a small population.
+        least = min(MIXING.enough * len(found.loc), share * effective / 4)
         is_rare = float(weights.sum()) ** 2 < least * float(weights.square().sum())
         lacks = share < math.exp(min(mass, 0.0)) / 4
-        return mass > -LITTLE and (lacks or is_rare)
+        return mass > -MIXING.little and (lacks or is_rare)
 
     def _gaussians(self, modes: int) -> tuple[Tensor, list[Tensor]]:
         """Fit a Gaussian to the particles of each mode; modes with few particles share a pooled covariance."""
@@ -143,14 +170,14 @@ class ModeMixture:
         within = [White(z[own], (log_weights[own] - log_weights[own].max()).exp()) for own in parts]
         loc = torch.stack([white.loc for white in within])
         pooled = White(z - loc[self.labels], log_weights.exp())
-        enough = [int(own.sum()) > ENOUGH * z.shape[1] for own in parts]
+        enough = [int(own.sum()) > MIXING.enough * z.shape[1] for own in parts]
         return loc, [(own if known else pooled).scale_tril for own, known in zip(within, enough, strict=True)]
 
     def mixture(self) -> Mixture:
         """Return Gaussians for the base of a guide: some per mode, fitted to its draws, each with a wider one."""
-        (z, log_weights, *_), (loc, factor, weights), (wider, share) = self.population, self.gaussians, WIDER
+        (z, log_weights, *_), (loc, factor, weights) = self.population, self.gaussians
         modes, dim = loc.shape
-        number = max(1, min(PARTS, 2 * PARTS // modes, len(z) // (modes * FITTED * dim)))
+        number = max(1, min(MIXING.parts, 2 * MIXING.parts // modes, len(z) // (modes * MIXING.fitted * dim)))
         locs, factors = [loc], [factor]  # one at the mode's mean, the others at draws of the mode
         for _ in range(number - 1):
             chances = torch.stack([self.labels == k for k in range(modes)]).double()
@@ -158,7 +185,7 @@ class ModeMixture:
             factors.append(factor / 2)
         found = Mixture(torch.cat(locs), torch.cat(factors), weights.clamp_min(1e-4).repeat(number) / number)
         found = found.fitted(z, log_weights.exp()) if number > 1 else found
-        outer = found.loc, wider * found.scale_tril, share * found.weights
+        outer = found.loc, MIXING.wider * found.scale_tril, MIXING.share * found.weights
         return Mixture(*map(torch.cat, zip(found, outer, strict=True)))
 
     @torch.no_grad()
@@ -171,10 +198,10 @@ class ModeMixture:
         parts = [(found.z, found.log_p, scores.where(self.label(found.z) < own, -math.inf), self.labels)]
         for k in range(own, len(self.places)):
             gaussian = MultivariateNormal(self.gaussians.loc[k], scale_tril=self.gaussians.scale_tril[k])
-            x = gaussian.sample(torch.Size((PROBES,)))
+            x = gaussian.sample(torch.Size((MIXING.probes,)))
             heights, labels = density(x), self.label(x)
             scores = (heights - gaussian.log_prob(x)).double().nan_to_num(-math.inf, -math.inf, -math.inf)
-            scores = scores.where(labels == k, -math.inf) - math.log(PROBES)
+            scores = scores.where(labels == k, -math.inf) - math.log(MIXING.probes)
             parts.append((x, heights, scores, torch.full_like(labels, k)))
         z, log_p, scores, labels = (
             torch.cat([part.reshape(islands, -1, *part.shape[1:]) for part in column], 1)
@@ -195,7 +222,7 @@ class ModeMixture:
 def _merged(labels: Tensor, x: Tensor) -> Tensor:
     """Assign the places of tiny modes to the nearest other mode; return labels without gaps, ``(N,)``."""
     counts = labels.bincount()
-    kept = (counts >= min(float(counts.max()), max(2.0, FEW * len(labels))))[labels]
+    kept = (counts >= min(float(counts.max()), max(2.0, MIXING.few * len(labels))))[labels]
     if not bool(kept.all()):
         labels = labels.clone()
         labels[~kept] = labels[kept][torch.cdist(x[~kept], x[kept]).argmin(-1)]
@@ -221,4 +248,4 @@ def _others(density: LogDensity, white: White, tops: Tensor, ends: Tensor) -> li
     found.sort(key=lambda top: -float(heights[top]))
     old = [top for top in found if int(labels[top]) in known]
     new = [top for top in found if top not in old]
-    return [ends[top] for top in (*new[:OTHERS], *old[:OTHERS])]
+    return [ends[top] for top in (*new[: MIXING.others], *old[: MIXING.others])]
