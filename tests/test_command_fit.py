@@ -18,8 +18,7 @@ from models import prior_answer
 from pyro_flows.__main__ import main
 from pyro_flows.answers.table import table_of
 from pyro_flows.commands import Refused, answer, fit
-from pyro_flows.commands.model import check_arguments, load_model
-from pyro_flows.commands.model_arguments import read_data
+from pyro_flows.commands.model import check_arguments, load_model, read_data
 from pyro_flows.training import loop
 
 with warnings.catch_warnings():

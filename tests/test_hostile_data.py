@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused
-from pyro_flows.commands.model_arguments import read_data
+from pyro_flows.commands.model import read_data
 from pyro_flows.commands.table_file import read_arrays
 
 MODEL = """

@@ -50,8 +50,7 @@ from pyro_flows.encoders import (
     TransformerEncoder,
 )
 from pyro_flows.persistence.classes import BY_NAME
-from pyro_flows.persistence.packing import pack
-from pyro_flows.persistence.spec import build, describe
+from pyro_flows.persistence.packing import build, describe, pack
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute
 

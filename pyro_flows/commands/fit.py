@@ -19,8 +19,7 @@ from ..programs import Program
 from ..programs.masks import is_observation
 from . import Refused
 from .answer import answer
-from .model import check_arguments, in_one_line, line_of, load_model
-from .model_arguments import Data, read_data
+from .model import Data, check_arguments, in_one_line, line_of, load_model, read_data
 from .outputs import Outputs
 
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw

@@ -19,8 +19,7 @@ from ..atomic_files import write_atomically
 from ..flows import Dequantized, Flow, Mixed
 from .allowance import Allowance
 from .classes import BY_NAME, BY_TYPE, has_parts
-from .packing import check_comes_back, checksum, pack, unpack
-from .spec import WAY_OUT, named
+from .packing import WAY_OUT, check_comes_back, checksum, named, pack, unpack
 
 FORMAT = 2
 
