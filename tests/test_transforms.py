@@ -511,7 +511,7 @@ def test_actnorm_sets_itself_from_data() -> None:
         ),
         (lambda: Autoregressive(RationalQuadraticSpline(), MADE(3, 2)), ValueError, r"\(3, 23\) .*got \(3, 2\)"),
         (lambda: Autoregressive(Affine(), MLP(3, 3, 2)), TypeError, r"a MADE or a CausalTransformer, got MLP"),
-        (lambda: Elementwise(Affine(), 3, MLP(2, 4, 2)), ValueError, r"\(3, 2\) for 3 .*Affine, got \(4, 2\)"),
+        (lambda: Elementwise(Affine(), 3, MLP(2, 4, 2)), ValueError, r"\(3, 2\) for 3 features, got \(4, 2\)"),
         (lambda: Planar(3, MLP(2, 1, 6)), ValueError, r"num_params\) = \(1, 7\) for 3 features, got \(1, 6\)"),
         (lambda: Compose([]), ValueError, r"transforms must not be empty"),
         (lambda: Compose([ActNorm(2), ActNorm(3)]), ValueError, r"transforms\[1\] must act on .* \(2,\), .*got \(3,\)"),
