@@ -7,94 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from vector_laws import Edged, Mixture, Ring
 
 import pyro_flows as pf
 from pyro_flows import check
 from pyro_flows.diagnostics.narrow_modes import NARROW_MODES, narrowest_shown
 
 Program = Callable[[], None]
-Law = dist.TorchDistribution
-NO_BATCH = torch.Size()
 
 
-def normal(loc: float, scale: float, dim: int) -> Law:
+def normal(loc: float, scale: float, dim: int) -> dist.TorchDistribution:
     return dist.Normal(loc * torch.ones(dim), scale).to_event(1)
 
 
-class Mixture(dist.TorchDistribution):
-    """Mixture of two distributions of vectors; the first has the given share of the mass."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = dist.constraints.real_vector
-
-    def __init__(self, share: float, first: Law, second: Law) -> None:
-        super().__init__(first.batch_shape, first.event_shape, validate_args=False)
-        self.share, self.first, self.second = share, first, second
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Mixture:
-        return Mixture(self.share, self.first.expand(batch_shape), self.second.expand(batch_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        first, second = (law.sample(torch.Size(sample_shape)) for law in (self.first, self.second))
-        return torch.where(torch.rand(first.shape[:-1]).unsqueeze(-1) < self.share, first, second)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        first, second = self.first.log_prob(value), self.second.log_prob(value)
-        return torch.logaddexp(first + math.log(self.share), second + math.log(1 - self.share))
-
-
-class Edged(dist.TorchDistribution):
-    """Uniform distribution on a cube, extended to all vectors by a density of zero."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = dist.constraints.real_vector
-
-    def __init__(self, low: float, high: float, dim: int, batch_shape: torch.Size = NO_BATCH) -> None:
-        super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
-        self.low, self.high = low, high
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Edged:
-        return Edged(self.low, self.high, self.event_shape[0], torch.Size(batch_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.low + (self.high - self.low) * torch.rand(self.shape(torch.Size(sample_shape)))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        inside = ((value > self.low) & (value < self.high)).all(-1)
-        height = -self.event_shape[0] * math.log(self.high - self.low)
-        return torch.full(inside.shape, height).where(inside, -math.inf)
-
-
-class Ring(dist.TorchDistribution):
-    """Distribution with a normal radius, 3 ± .3, and a uniform direction."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = dist.constraints.real_vector
-
-    def __init__(self, batch_shape: torch.Size = NO_BATCH) -> None:
-        super().__init__(batch_shape, torch.Size((2,)), validate_args=False)
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Ring:
-        return Ring(torch.Size(batch_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        way = torch.randn(self.shape(torch.Size(sample_shape)))
-        radius = 3 + 0.3 * torch.randn(way.shape[:-1])
-        return radius.unsqueeze(-1) * way / way.norm(dim=-1, keepdim=True)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        radius = value.norm(dim=-1)
-        return dist.Normal(3.0, 0.3).log_prob(radius) - (2 * math.pi * radius).log()
-
-
-def posterior(law: Law, scale: float) -> Program:
+def posterior(law: dist.TorchDistribution, scale: float) -> Program:
     """Return a model whose posterior is a given distribution; its prior is normal with this sd."""
     prior = normal(0.0, scale, law.event_shape[0])
 
@@ -105,7 +37,7 @@ def posterior(law: Law, scale: float) -> Program:
     return model
 
 
-def sampling(law: Law) -> Program:
+def sampling(law: dist.TorchDistribution) -> Program:
     def guide() -> None:
         pyro.sample("x", law)
 
@@ -127,11 +59,11 @@ LAWS = {
     "spike": (SPIKE, 3.0),
     "far": (FAR, 20.0),
     "boxes": (BOXES, 5.0),
-    "ring": (Ring(), 4.0),
+    "ring": (Ring(2), 4.0),
     "cross": (CROSS, 4.0),
 }
 RADIUS = math.sqrt((9 + 0.09) / 2)  # the standard deviation of the ring's coordinates
-WRONG: dict[str, tuple[str, Law, set[str]]] = {
+WRONG: dict[str, tuple[str, dist.TorchDistribution, set[str]]] = {
     "one labelling of two": ("labels", LABELS.first, {"mode", "collapsed"}),
     "a spike without its slab": ("spike", SPIKE.first, {"mode", "collapsed"}),
     "a slab without its spike": ("spike", SPIKE.second, {"mode", "collapsed"}),

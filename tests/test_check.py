@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -23,6 +22,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
+from vector_laws import StudentT
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
@@ -187,35 +187,13 @@ def test_a_few_wrong_ones_of_many_latents_are_found():
     assert not found.trusted
 
 
-class MultivariateStudentT(dist.TorchDistribution):
-    """A t of 1,100 dimensions with unit scales and few degrees of freedom."""
-
-    arg_constraints: ClassVar[dict] = {}
-    support = dist.constraints.real_vector
-
-    def __init__(self, df: float, batch_shape: torch.Size = torch.Size()):  # noqa: B008
-        self.df = df
-        super().__init__(batch_shape, torch.Size([1100]), validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        return MultivariateStudentT(self.df, torch.Size(batch_shape))
-
-    def sample(self, sample_shape=torch.Size()):  # noqa: B008
-        shape = torch.Size(sample_shape) + self.batch_shape
-        chi2 = torch.distributions.Chi2(self.df).sample(shape)
-        return torch.randn(*shape, 1100) * (self.df / chi2).sqrt().unsqueeze(-1)
-
-    def log_prob(self, value):
-        return -(self.df + 1100) / 2 * torch.log1p(value.square().sum(-1) / self.df)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("df", [3.0, 10.0])
 def test_a_scale_that_many_latents_share_is_too_slow_to_judge(df):
     """A guide of the typical scale fits where it draws, but its standard deviations are too small."""
 
     def model() -> None:
-        pyro.sample("x", MultivariateStudentT(df))
+        pyro.sample("x", StudentT(df, 1100))
 
     def guide() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(1100), 0.85).to_event(1))
