@@ -461,7 +461,8 @@ class FlowGuide(Plan, AutoGuide):
         """
         store = pyro.get_param_store()
         for name, parameter in {} if _is_module_local_param_enabled() else self._stored().items():
-            if (kept := store._params.get(name)) is None or kept.data_ptr() == parameter.data_ptr():
+            kept = store._params.get(name)
+            if kept is None or kept is parameter or kept.data_ptr() == parameter.data_ptr():
                 continue
             stored = store[name].detach()
             if stored.shape != parameter.shape:
