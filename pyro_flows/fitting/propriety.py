@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from pyro import validation_enabled
@@ -29,11 +30,29 @@ from ..training.randomness import unchanged
 from ..user_code import warn_user
 from ..vjp import LogDensity, score_of
 
-MANY = 200  # latents with flat priors beyond which the search would take long; the most axes that are followed
-PLACES, STEPS = 4, (3.0, 1e1, 3e1, 1e2, 1e3, 1e4, 1e6, 1e9, 1e12)  # starts on each axis; steps, in standard deviations
-ROUND_OFF = 0.1  # relative change of a place there and back, from which the edge of a support has rounded it
-SLOWEST = -0.5  # power of the distance; a density that falls more slowly than the power -1 has no integral
-BATCH = 2048  # vectors per run of the model
+
+@dataclass(frozen=True)
+class Walks:
+    """Constants of the walks along axes.
+
+    Attributes:
+        axes: The most axes, and the most latents with flat priors: more would take long.
+        places: The number of starts on each axis; all must show the fault.
+        steps: The lengths of the steps, in standard deviations of the prior.
+        round_off: The relative change of a place there and back from which the edge of a support has rounded it.
+        slowest: The power of the distance; a density that falls more slowly than the power -1 has no integral.
+        batch: The number of vectors per run of the model, for its memory.
+    """
+
+    axes: int = 200
+    places: int = 4
+    steps: tuple[float, ...] = (3.0, 1e1, 3e1, 1e2, 1e3, 1e4, 1e6, 1e9, 1e12)
+    round_off: float = 0.1
+    slowest: float = -0.5
+    batch: int = 2048
+
+
+WALKS = Walks()
 
 
 def check_proper(caller: str, space: Density, start: Tensor) -> None:
@@ -45,7 +64,7 @@ def check_proper(caller: str, space: Density, start: Tensor) -> None:
         start: A vector in it, ``(D,)``, to search around.
     """
     flat = _flat_latents(space)
-    if not 0 < sum(map(len, flat.values())) <= MANY:
+    if not 0 < sum(map(len, flat.values())) <= WALKS.axes:
         return
     density = space.log_prob
     for on_lines, places in flat.items():
@@ -88,14 +107,14 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
     """
     z = z[z.isfinite().all(-1)]
     axes = (~torch.tensor(guide.circular)).nonzero().flatten()  # angles have no end
-    axes = axes[torch.randperm(len(axes))[:MANY]].to(z.device)
-    if len(z) < PLACES or not len(axes):
+    axes = axes[torch.randperm(len(axes))[: WALKS.axes]].to(z.device)
+    if len(z) < WALKS.places or not len(axes):
         return
-    steps = torch.tensor(STEPS).to(z)
+    steps = torch.tensor(WALKS.steps).to(z)
     unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
     walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
-    ends = z[:PLACES].view(-1, 1, 1, 1, z.shape[1]) + walks
-    log_p = torch.cat([_where_exact(space, part, space.log_prob) for part in ends.flatten(0, -2).split(BATCH)])
+    ends = z[: WALKS.places].view(-1, 1, 1, 1, z.shape[1]) + walks
+    log_p = torch.cat([_where_exact(space, part, space.log_prob) for part in ends.flatten(0, -2).split(WALKS.batch)])
     endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
     if bool(endless.any()):
         sites = sorted({guide.coordinates[int(axis)] for axis in axes[endless]})
@@ -110,7 +129,7 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
 def _where_exact(space: Density, z: Tensor, density: LogDensity) -> Tensor:
     """Return a log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
     back = space.placement.located(space.constrain(z))
-    off = torch.zeros_like(z) if back is None else (back - z).abs() - ROUND_OFF * z.abs()
+    off = torch.zeros_like(z) if back is None else (back - z).abs() - WALKS.round_off * z.abs()
     return density(z).where((off <= 0).all(-1), math.nan)
 
 
@@ -125,7 +144,7 @@ def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:
     count = known.sum(-1, keepdim=True)
     slopes = (log_p.diff(dim=-1) / log_steps.diff()).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     last = slopes.gather(-1, (count - 2 - torch.arange(2, device=log_p.device)).clamp_min(0))
-    return (count.squeeze(-1) > 2) & (last > SLOWEST).all(-1)
+    return (count.squeeze(-1) > 2) & (last > WALKS.slowest).all(-1)
 
 
 def _flat_latents(space: Density) -> dict[bool, list[int]]:

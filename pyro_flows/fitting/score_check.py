@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +32,31 @@ from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 
-STEPS = 1.0, 2.0, 4.0  # in units of the smallest step
-FEW = 20  # latents that are compared one by one
-ROUNDING = 10.0  # round-off of a log-density, in units of eps times the size of its terms
-SPREAD = 5.0  # the error of a difference, in units of the range of differences with several steps
-SMALL, LARGE = 0.01, 0.1  # relative errors: of the whole score, and of a site's score for one latent
 WAY_OUT = "Keep latents in torch. For a model without scores use pf.anneal(model, ...), which is right without them"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Constants of the comparison.
+
+    Attributes:
+        steps: The lengths of the steps h, in units of the smallest, which balances truncation and round-off.
+        latents: The most latents that are compared one by one, since each takes runs of the model.
+        rounding: The round-off of a log-density, in units of eps times the size of its terms.
+        spread: The error of a difference, in units of the range of differences with several steps.
+        whole: The relative error of the whole score that is no fault.
+        of_site: The relative error of a site's score for one latent that is no fault.
+    """
+
+    steps: tuple[float, ...] = (1.0, 2.0, 4.0)
+    latents: int = 20
+    rounding: float = 10.0
+    spread: float = 5.0
+    whole: float = 0.01
+    of_site: float = 0.1
+
+
+LIMITS = Limits()
 
 
 class NoScore(ValueError):
@@ -59,7 +79,7 @@ def check_score(task: Task) -> None:
 def _check(task: Task) -> None:
     places = [_Place(task, task.traces[0], 0), _Place(task, task.once()[0], 1)]
     try:
-        suspects = [place.faults(place.names, STEPS[:1], SMALL) for place in places]
+        suspects = [place.faults(place.names, LIMITS.steps[:1], LIMITS.whole) for place in places]
     except RuntimeError as error:
         raise ValueError(
             f"fit_svi: the model has no gradients, by which guides are trained: {quoted(error)}. Keep latents in "
@@ -69,10 +89,12 @@ def _check(task: Task) -> None:
     if not any(suspects) or not all(fn.has_rsample or is_discrete(fn) for fn in own):  # others train without scores
         return
     places.append(_Place(task, task.once()[0], 2))
-    if sum(bool(place.faults(place.names, STEPS, SMALL)) for place in places) < 2:  # one may lie at a kink
+    if (
+        sum(bool(place.faults(place.names, LIMITS.steps, LIMITS.whole)) for place in places) < 2
+    ):  # one may lie at a kink
         return
-    for name in places[0].names[:FEW]:
-        met = [place.faults([name], STEPS, LARGE, by_site=True) for place in places]
+    for name in places[0].names[: LIMITS.latents]:
+        met = [place.faults([name], LIMITS.steps, LIMITS.of_site, by_site=True) for place in places]
         for site, number in Counter(site for found in met for site in found).items():
             if number < 2:
                 continue
@@ -144,7 +166,9 @@ class _Place:
             if not all(site in known for known in rates):
                 continue
             rate = torch.stack([known[site] for known in rates])
-            doubt = SPREAD * (rate.max() - rate.min()) + ROUNDING * self.eps * values[site][1] / lengths[0]
+            doubt = (
+                LIMITS.spread * (rate.max() - rate.min()) + LIMITS.rounding * self.eps * values[site][1] / lengths[0]
+            )
             apart, size = (rate[0] - score).abs(), torch.maximum(rate[0].abs(), score.abs())
             if apart.isfinite() and apart > doubt + share * size and rate[0].abs() > doubt:
                 found[site] = float(score), float(rate[0])
