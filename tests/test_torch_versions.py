@@ -41,11 +41,9 @@ def model():
 guide = pf.AutoFlow(model, functools.partial(flows.realnvp, num_transforms=1, hidden_dims=(8,)))
 assert pf.fit_svi(model, guide, steps=3, progress=False).steps == 3
 """,
-    "a file, whose sums are there": """
-import zipfile
+    "a file": """
 with tempfile.TemporaryDirectory() as folder:
     pf.save(flows.nice(3), folder + "/flow")
-    assert zipfile.ZipFile(folder + "/flow").testzip() is None
     assert pf.load(folder + "/flow").event_shape == (3,)
 """,
     "a compiled flow": """

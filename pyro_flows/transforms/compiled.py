@@ -60,10 +60,10 @@ class CompiledVerb:
                 raise
             answer = self.plain(x, theta)  # errors in the arguments are reported as without a compiler
             self._compiled = dict.fromkeys((False, True), self.plain)
-            name = getattr(self.plain, "__qualname__", repr(self.plain))
+            name = f"{type(getattr(self.plain, '__self__', None)).__name__}.{self.plain.__name__}"
             reason = " ".join(str(error).split())
             said = f"A part of this flow runs uncompiled, {name}: {type(error).__name__}: {reason:.300}"
-            warnings.warn(said, stacklevel=4)
+            warnings.warn(said, stacklevel=5)
             return answer
 
     def __getstate__(self) -> dict[str, Any]:
