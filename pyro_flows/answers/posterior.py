@@ -94,7 +94,7 @@ def posterior(
     try:
         with within(seconds or math.inf):
             _go_on(stages, chosen)
-    except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+    except (KeyboardInterrupt, ValueError, ArithmeticError, RuntimeError) as error:
         if not stages.judged and isinstance(error, TimeUp):
             stages.judged.append(Judged(chosen))
         if not stages.judged:

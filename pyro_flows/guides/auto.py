@@ -214,13 +214,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """The packed, unconstrained latents at the start, from ``init_loc_fn``, and ``init_scale``."""
         return self.flow.fixed.loc.detach().clone(), self._init_scale
 
-    def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:
-        """Return a new, untrained guide of the same model, with another recipe or with the same."""
-        new = copy.deepcopy(self)
-        new._recipe = flow or self._recipe
-        new._build_flow(self.flow.context_dim)
-        return new
-
     def start_at(
         self, loc: Tensor, scale: Tensor, directions: Tensor | None = None, stretch: Tensor | None = None
     ) -> None:

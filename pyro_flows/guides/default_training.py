@@ -39,7 +39,7 @@ class Plan:
     """The properties of a guide that its training depends on.  These are the defaults for guides of other packages.
 
     Attributes:
-        is_joint: True if the guide is one flow over all latents, which can be rebuilt and compared with others.
+        is_joint: True if the guide is one flow over all latents, which can be compared with others.
     """
 
     is_joint = False
