@@ -260,8 +260,11 @@ class Stages:
         checked, part = self.best.check, "" if self.can_check else f": {self.task.subsampled}"
         if checked is None:
             return f"The guide was not checked{part}."
+        if chains is None and checked.verdict != "reweight":
+            return checked.reason
         if chains is None:
-            return f"The draws are resampled. {checked.reason}" if checked.verdict == "reweight" else checked.reason
+            fault = next(str(finding) for finding in checked.findings if finding.verdict == checked.verdict)
+            return f"The draws are resampled by reliable weights (k-hat {checked.khat:.2f}). Of the guide: {fault}"
         state = "The draws are exact: chains have converged" if self.is_exact else "The chains have not converged"
         return f"{state} ({chains.worst}). Of the guide: {checked.reason}"
 
