@@ -256,9 +256,9 @@ def test_bad_arguments_are_refused(monkeypatch):
 
 
 def test_the_best_answer_in_the_time_is_returned():
-    began = time.perf_counter()
     found = pf.posterior(normal, Y, seconds=0.05, **SMALL)
-    assert time.perf_counter() - began < 20
+    assert names(found) == ["fit"]
+    assert "out of time" in found.steps[0].said
     assert found.draws["x"].isfinite().all()
     assert (found.verdict, found.reason) == ("do not trust", "The guide was not checked.")
 
