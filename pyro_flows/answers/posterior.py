@@ -31,7 +31,7 @@ from .record import Posterior, Question
 from .stages import Judged, Stages
 
 CALLER = "posterior"
-MANY = 512  # numbers in all latents, beyond which one flow over all of them is slow
+MANY = 256  # numbers in all latents; with 218 an AutoFlow is trusted, with 302 in groups the other guide is faster
 
 
 @runs_programs
