@@ -67,7 +67,7 @@ class Effort:
     starts: int = 8
     share: float = 0.6
     lost_evidence: float = 0.1
-    per_draw: int = 4
+    per_draw: int = 2
 
 
 EFFORT = Effort()
