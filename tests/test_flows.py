@@ -343,6 +343,21 @@ def test_any_distribution_can_be_the_base(base: dist.TorchDistribution, context_
     close(flow(context).log_prob(y.detach().clone()), log_prob)
 
 
+@every_context
+def test_planar_flows_score_what_they_did_not_draw(context_dim: int) -> None:
+    """At large parameters, the density of new values integrates to one and equals that of the draws."""
+    flow = flows.planar_flow(1, context_dim, num_transforms=4, hidden_dims=(8,)).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(flow.parameters()):
+            parameter.copy_(laws.normal(*parameter.shape, seed=seed))
+        q = flow(context_of(flow))
+        grid = torch.linspace(-300, 300, 600001, dtype=torch.float64).unsqueeze(-1)
+        mass = q.log_prob(grid).exp() * 1e-3
+        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+        below = (q.sample((20000,)) < grid[::20000].T).double().mean(0)
+        assert (below - mass.cumsum(0)[::20000]).abs().max() < 0.02
+
+
 # -------------------------------------------------------------------------------------------------------------- angles
 
 

@@ -1071,3 +1071,16 @@ def test_rows_start_alike_and_learn_apart():
     fit_svi(hierarchy, guide, y, 1, steps=100, num_particles=4, lr=0.05, progress=False)
     _, _, levels, sd = exact(y)
     assert ((guide.sample(500, y)["level"].mean(0) - levels) / sd).abs().max() < 0.5
+
+
+@both_ways
+def test_module_local_params_make_no_difference(amortised):
+    losses, y = [], data(8)
+    for local in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        with pyro.settings.context(module_local_params=local):
+            guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None)
+            losses.append(fit_svi(hierarchy, guide, y, 4, steps=20, num_particles=8, progress=False).losses)
+            assert bool(pyro.get_param_store().keys()) != local
+    assert torch.equal(*losses)

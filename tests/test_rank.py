@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_flows import flows
 from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import MLP
-from pyro_flows.transforms import FlowTransform, Householder, Orthogonal, Permute, Radial, Sylvester
+from pyro_flows.transforms import FlowTransform, Householder, Orthogonal, Permute, Planar, Radial, Sylvester
 from pyro_flows.transforms.orthogonal import unit
 
 ROWS = 8
@@ -193,6 +193,19 @@ def test_the_papers_kinds_are_choices_of_two_numbers() -> None:
     assert between == [Sylvester, Permute, Sylvester, Permute, Sylvester]
     assert flows.sylvester_flow(3, num_transforms=2, reflections=0).transforms[1].permutation.tolist() == [2, 1, 0]
     assert all(type(layer) is Sylvester for layer in flows.sylvester_flow(3).transforms)
+
+
+def test_sylvester_of_rank_one_is_planar() -> None:
+    """With u along w they are the same map: w = R̃ q, û = R q."""
+    layer = laws.randomise(Sylvester(4, rank=1, reflections=1)).double()
+    q, _, inner, b = factors_of(layer)
+    w = (q * inner).squeeze(-1)
+    u = layer.params.detach()[0] * w / (w @ w)
+    planar = with_params(Planar(4), torch.cat((u, w, b)))
+    y = laws.normal(ROWS, 4, seed=1, scale=3.0)
+    for verb in ("forward_and_log_det", "inverse_and_log_det"):
+        for ours, theirs in zip(getattr(layer, verb)(y), getattr(planar, verb)(y), strict=True):
+            close(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 10.0, 1e4])
