@@ -538,7 +538,7 @@ def test_arrays_are_to_be_made_tensors(guide, amortised):
 
 
 def test_plots_of_a_guide_ask_for_its_draws(guide):
-    refused(ValueError, r"got AutoFlow\. Give draws by site, such as guide\.sample\(1000\)", pf.plots.marginals, guide)
+    refused(ValueError, r"such as guide\.sample\(1000\).*got AutoFlow", pf.plots.marginals, guide)
 
 
 def test_tensors_are_quoted_without_their_numbers():
