@@ -22,8 +22,8 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics import few_latents, missing_modes
 from pyro_flows.diagnostics.importance import Weighing
-from pyro_flows.fitting import gaussian_start
-from pyro_flows.fitting.gaussian_start import start_from_gaussian
+from pyro_flows.fitting import guide_start
+from pyro_flows.fitting.guide_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import or_nan
@@ -671,7 +671,7 @@ def test_the_search_for_a_start_of_a_slow_model_is_left_out_or_ended_by_its_budg
     ):
         assert start_from_gaussian(guide, task, seconds=2000.0) is None
     assert len(COUNTED) == before
-    monkeypatch.setattr(gaussian_start, "LEAST_RUNS", 100)
+    monkeypatch.setattr(guide_start, "LEAST_RUNS", 100)
     with pytest.warns(UserWarning, match=r"the search for a start ended after 600 runs, as the model runs one draw"):
         assert start_from_gaussian(guide, task, seconds=600.0) is not None
     assert len(COUNTED) - before < 2000  # a search without a budget takes more

@@ -25,8 +25,8 @@ import pyro_flows as pf
 from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import elbo
-from pyro_flows.fitting.gaussian_start import density_of_all_rows
-from pyro_flows.guides.structure import PROBE, Nesting, Structure
+from pyro_flows.fitting.guide_start import density_of_all_rows
+from pyro_flows.guides.read_structure import PROBE, Nesting, Structure
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 

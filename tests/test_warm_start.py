@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.gaussian_start import start_from_gaussian
+from pyro_flows.fitting.guide_start import start_from_gaussian
 from pyro_flows.guides import guide_flow
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task

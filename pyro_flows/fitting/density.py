@@ -28,7 +28,7 @@ from ..flows import Dequantized, Flow
 from ..flows.columns import Columns
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
-from .initialization import culprit, start
+from .density_start import culprit, start
 from .mixed_precision import check_single
 from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
 

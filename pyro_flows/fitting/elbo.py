@@ -25,7 +25,7 @@ from ..training.loop import Descent, Fit, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
 from .elbo_loss import ELBOLoss, FreshMean
-from .gaussian_start import STARTS, Start, start_from_blocks, start_from_gaussian
+from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .model_batches import ModelBatches
 from .optimizers import optimizers
 from .program_checks import culprit

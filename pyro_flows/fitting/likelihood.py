@@ -26,7 +26,7 @@ from ..programs.simulations import check_draws
 from ..training import Training, distributed
 from ..training.checkpoint import check_path, design, fingerprint
 from ..user_code import warn_user
-from .initialization import start
+from .density_start import start
 from .row_training import RowFit, checked, objective_of, train_on_rows
 
 CALLER = "fit_likelihood"

@@ -39,7 +39,7 @@ from .guide_flow import (
     sequence_flow,
 )
 from .packing import Packing, check_supports, is_circular, moving_supports, place
-from .structure import Nesting, Structure, check_nestings, takes_all
+from .read_structure import Nesting, Structure, check_nestings, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
 Encoder = Callable[..., Tensor]

@@ -25,7 +25,7 @@ from .contexts import BlockRows, RowContexts
 from .guide_call import Key, RowMasks
 from .guide_flow import GuideFlow
 from .packing import Packing
-from .structure import Nesting
+from .read_structure import Nesting
 
 LEANS = 16  # the largest number of shared latents on which gains depend
 Parts = tuple[Tensor | None, ...]  # the tensors of a frame, in the order of Frame.set

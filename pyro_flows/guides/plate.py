@@ -26,7 +26,7 @@ from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
 from .guide_call import Call, Found, Key, RowMasks
 from .guide_flow import bound
-from .structure import Structure
+from .read_structure import Structure
 
 
 class AutoPlateFlow(BlockGuide):

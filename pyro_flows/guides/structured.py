@@ -18,7 +18,7 @@ from .block_guide import BlockGuide, Encoder
 from .contexts import RowContexts
 from .guide_call import Call, Key
 from .guide_flow import LIMITS
-from .structure import Structure, read_structure
+from .read_structure import Structure, read_structure
 
 
 class AutoStructuredFlow(BlockGuide):
