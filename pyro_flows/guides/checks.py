@@ -349,7 +349,7 @@ class Calls:
     def check_hidden(self, call: Call, found: Found) -> None:
         """Raise ValueError, naming the site, if latents outside of rows have other masks than at setup."""
         now, built = hidden_outside(call, found), self._hidden
-        for name in now.keys() | built.keys():
+        for name in {**built, **now}:
             if not (name in now and name in built and torch.equal(now[name], built[name])):
                 fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
                 way = "Build another guide, or use AutoPlateFlow(model, plate), whose rows take a new mask in each call"

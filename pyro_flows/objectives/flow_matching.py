@@ -61,8 +61,9 @@ class FlowMatching(nn.Module):
 
         >>> import torch
         >>> from pyro_flows import flows, fit_density
+        >>> from pyro_flows.training import Training
         >>> x = torch.randn(200, 2)
-        >>> fit = fit_density(flows.cnf(2), x, objective=FlowMatching(), max_epochs=5, progress=False)
+        >>> fit = fit_density(flows.cnf(2), x, training=Training(FlowMatching()), max_epochs=5, progress=False)
         >>> fit.guide.log_prob(x).shape
         torch.Size([200])
     """

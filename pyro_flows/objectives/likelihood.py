@@ -34,11 +34,12 @@ class Likelihood(nn.Module):
 
         >>> import torch
         >>> from pyro_flows import flows, fit_density
+        >>> from pyro_flows.training import Training
         >>> x, flow = torch.randn(20, 2), flows.cnf(2, hidden_dims=(16,))
         >>> torch.equal(Likelihood()(flow, x), -flow.log_prob(x).mean())
         True
         >>> objective = Likelihood(kinetic=0.01, jacobian=0.01)
-        >>> fit = fit_density(flow, x, objective=objective, max_epochs=1, progress=False)
+        >>> fit = fit_density(flow, x, training=Training(objective=objective), max_epochs=1, progress=False)
     """
 
     in_nats = True

@@ -9,7 +9,7 @@ Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210). 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import opt_einsum
@@ -27,6 +27,7 @@ from .plate_nesting import plates_of
 from .sampling_ring import SamplingRing
 
 REST = "the sum over all sites that depend on no discrete latent"
+TRIES = 3  # runs whose rows have different discrete values, against which a sum is checked
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
 Factors = OrderedDict[frozenset[str], list[Packed]]
 TraceAt = Callable[..., Trace]  # the trace of a model at values: trace_at(values, enumerate=False)
@@ -65,14 +66,22 @@ class Parallel:
         self._sites = {n: s for n, s in sites.items() if self._summed & set(s["packed"]["log_prob"]._pyro_dims)}
         self._scale = self._common_scale()
         terms = {n: v.unsqueeze(0) for n, v in self._read(View(trace, trace, None, nesting)).items()}
+        self.single_log_prob = self._total(terms)  # raises NotImplementedError for plates that cross
         # A model that uses .any() or .max() of discrete values differs from its enumeration at the ends of supports.
-        ends = (
+        # One whose rows depend on each other differs where rows have different values.
+        ends = [
             {name: self._support(name)[end].expand(shape) for name, shape in self._shapes.items()} for end in (0, -1)
-        )
-        for plain in (single, *map(trace_at, ends)):
+        ]
+        for plain in (single, *map(trace_at, [*ends, *self._mixed()])):
             self._check(terms, View(plain, plain, None, nesting))
         check_masks(single, trace, names)
-        self.single_log_prob = self._total(terms)  # raises NotImplementedError for plates that cross
+
+    def _mixed(self) -> Iterator[Values]:
+        """Yield values that differ from row to row, the same at each call."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(TRIES):
+            supports = ((name, self._support(name)) for name in self._shapes)
+            yield {n: s[torch.randint(len(s), self._batch(n), generator=generator).to(s.device)] for n, s in supports}
 
     def _common_scale(self) -> Any:
         scales = {name: site["scale"] for name, site in self._sites.items()}
