@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+import types
 import warnings
 
 import pyro
@@ -101,6 +102,7 @@ def test_reliable_weights_correct_the_draws():
     assert names(found) == ["fit", "check"]
     assert found.steps[1].verdict == "reweight"
     assert found.trusted
+    assert found.resampled
     assert "resampled" in found.reason
     torch.testing.assert_close(found.draws["x"].std(0), torch.full((3,), 0.5**0.5), rtol=0.08, atol=0)
 
@@ -112,11 +114,13 @@ def test_draws_are_exact_where_the_guide_is_not_trusted(monkeypatch):
     assert names(found) == ["fit", "check", "chains"]
     assert found.trusted
     assert found.chains.converged
+    assert not found.resampled
     assert found.draws["x"].shape == (400, 3)
     evidence = dist.Normal(0.0, math.sqrt(2)).log_prob(Y).sum().item()
     assert abs(found.log_evidence - evidence) < 5 * found.log_evidence_se + 1e-3
     assert "R-hat" in found.summary().splitlines()[0]
-    assert found.to_arviz(log_likelihood=False)["posterior"].sizes["chain"] == 256
+    data = found.to_arviz(log_likelihood=False)["posterior"]
+    assert (data.sizes["chain"], data.attrs["inference_method"], data.attrs["converged"]) == (256, "mcmc", 1)
 
 
 @pytest.mark.slow
@@ -260,7 +264,20 @@ def test_the_best_answer_in_the_time_is_returned():
     assert names(found) == ["fit"]
     assert "out of time" in found.steps[0].said
     assert found.draws["x"].isfinite().all()
-    assert (found.verdict, found.reason) == ("do not trust", "The guide was not checked.")
+    assert found.verdict == "do not trust"
+    assert found.reason == "The guide was not checked. The time was too short: give more than 0.05 seconds."
+    assert not found.interrupted
+
+
+def test_chains_that_the_time_ends_are_not_interrupted(answer, monkeypatch):
+    cut = types.SimpleNamespace(converged=False, sweeps=1, worst="R-hat 1.50")
+    monkeypatch.setattr(stages, "exact", lambda *_, **__: cut)
+    run = stages.Stages(answer.question, 100, progress=False, judged=[stages.Judged(answer.guide)])
+    for left, words in ((math.inf, "interrupted R-hat 1.50"), (-1.0, "out of time R-hat 1.50")):
+        monkeypatch.setattr(stages, "seconds_left", lambda left=left: left)
+        with pytest.raises(KeyboardInterrupt):
+            run.sample()
+        assert run.steps[-1].said == words
 
 
 @pytest.mark.slow
@@ -307,7 +324,7 @@ def test_an_interruption_before_any_answer_is_raised(monkeypatch):
 def test_stages_are_told_as_they_run(progress, capsys):
     pf.posterior(normal, Y, **{**SMALL, "progress": progress})
     said = capsys.readouterr().err
-    assert ("posterior: check (" in said) == progress
+    assert ("posterior: check (weights, chains, search for modes; " in said) == progress
     assert progress or not said
 
 
@@ -347,6 +364,17 @@ def test_predictions_at_the_data_and_elsewhere(answer):
     assert alone.predictive(line, X)["y"].shape == (400, 12)
     with pytest.raises(ValueError, match="model must be given"):
         alone.predictive()
+    with pytest.raises(TypeError, match=r"must be a model or None, got a Tensor. Give None first"):
+        answer.predictive(X)
+
+
+def test_predictions_without_a_site_to_predict_are_refused():
+    draws = {"x": torch.zeros(10, 3)}
+    given = pf.Posterior(draws, "trust", "", 0.0, 0.0, (), 0.0, question=Question(normal, (Y,), {}, normal))
+    assert given.predictive()["y"].shape == (10, 3)
+    assert given.predictive(None, None)["y"].shape == (10, 3)
+    with pytest.raises(ValueError, match=r"must leave a site to predict.*Give None in place of the data"):
+        given.predictive(None, Y)
 
 
 def test_rows_of_another_number_are_drawn_anew():
@@ -361,9 +389,14 @@ def test_an_answer_as_arviz_data_as_a_table_and_as_a_figure(answer):
     data = answer.to_arviz(posterior_predictive=True)
     assert data["posterior"].sizes == {"chain": 1, "draw": 400, "row": 12}
     assert "y" in data["posterior_predictive"]
+    facts = {"inference_library", "inference_method", "importance_resampled", "sampling_time"}
+    for group in ("posterior", "observed_data"):
+        assert data[group].attrs.keys() - {"created_at"} == facts
+        assert data[group].attrs["inference_method"] == "variational"
+        assert data[group].attrs["importance_resampled"] == answer.resampled
     lines = answer.summary(mean=[f"at {place}" for place in range(12)]).splitlines()
     assert lines[0].split() == ["mean", "sd", "5", "%", "95", "%"]
     assert lines[2].startswith("mean[at 0]")
     assert answer.plot() is not None
-    with pytest.raises(ValueError, match="has no model"):
+    with pytest.raises(ValueError, match=r"has no model.*pf.to_arviz\(model, found.guide"):
         dataclasses.replace(answer, question=None).to_arviz()

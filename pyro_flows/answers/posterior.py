@@ -101,7 +101,7 @@ def posterior(
             raise
         if not isinstance(error, KeyboardInterrupt):
             warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {error}")
-    return stages.answer(began)
+    return stages.answer(began, seconds or math.inf)
 
 
 def _go_on(stages: Stages, guide: Any) -> None:

@@ -79,6 +79,7 @@ class Posterior:
         guide: The guide that the draws come from, or that the chains started from.
         chains: The chains, with R-hat and effective sample sizes; None if the draws come from a guide.
         question: The model and its arguments, which are not saved; None after :func:`~pyro_flows.load`.
+        resampled: True if draws of the guide were resampled by their weights.
 
     Example::
 
@@ -104,6 +105,7 @@ class Posterior:
     guide: Any = None
     chains: Samples | None = None
     question: Question | None = field(default=None)
+    resampled: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -146,16 +148,27 @@ class Posterior:
             ``(num_draws, *site_shape)``.
 
         Raises:
-            ValueError: If a loaded answer is given no model.
+            TypeError: If the model cannot be called, such as data that are given without None before them.
+            ValueError: If a loaded answer is given no model, or no site is left to predict.
         """
+        if not (model is None or callable(model)):
+            fault = f"model must be a model or None, got a {type(model).__name__}"
+            raise TypeError(f"predictive: {fault}. Give None first: predictive(None, x).")
         if model is None and self.question is None:
             raise ValueError("predictive: model must be given to a loaded answer, got None. Give the model of the fit.")
         if self.question and model is None and not (args or kwargs):
             return predicted(self.draws, *self.question[:3], again=True)
-        return predicted(self.draws, model or self.question.bare, args, kwargs, again=False)  # type: ignore[union-attr]
+        found = predicted(self.draws, model or self.question.bare, args, kwargs, again=False)  # type: ignore[union-attr]
+        if not found:
+            fault = "the arguments must leave a site to predict, but all sites are given"
+            raise ValueError(f"predictive: {fault}. Give None in place of the data: predictive(None, x, None).")
+        return found
 
     def to_arviz(self, **settings: Any) -> Any:
         """Return the draws in ArviZ's container, with their chains if they come from chains.
+
+        Draws of a guide are one chain, with the attributes ``inference_method="variational"`` and
+        ``importance_resampled`` (1 or 0).
 
         Args:
             **settings: Settings of :func:`~pyro_flows.to_arviz`, such as ``posterior_predictive=True``.
@@ -164,9 +177,14 @@ class Posterior:
             ValueError: If the answer was loaded, and so has no model.
         """
         if self.question is None:
-            raise ValueError("to_arviz: a loaded answer has no model. Use its draws, or ask again by posterior(...).")
+            anew = "Draw from its guide anew by pf.to_arviz(model, found.guide, ...)"
+            raise ValueError(f"to_arviz: a loaded answer has no model. {anew}, or ask again by pf.posterior(...).")
         model, args, kwargs, _ = self.question
-        return to_arviz(Program(model, kwargs=kwargs), self._as_chains(), *args, **settings)
+        data = to_arviz(Program(model, kwargs=kwargs), self._as_chains(), *args, **settings)
+        for group in data.values() if self.chains is None else ():
+            del group.attrs["converged"], group.attrs["divergences"]
+            group.attrs.update(inference_method="variational", importance_resampled=int(self.resampled))
+        return data
 
     def _as_chains(self) -> Samples:
         """Return the chains, or the draws as one chain."""
@@ -176,7 +194,10 @@ class Posterior:
         return Samples(draws, [], none, none, none, self.trusted, 0, [], math.nan, 0, self.seconds, self.guide)
 
     def plot(self) -> Any:
-        """Plot the marginals of all numbers: :func:`pyro_flows.plots.marginals`."""
+        """Plot the marginals of the first twelve numbers, by :func:`pyro_flows.plots.marginals`.
+
+        For others give it their draws: ``pf.plots.marginals({"theta": found.draws["theta"][:, 12:24]})``.
+        """
         return plots.marginals(self.draws)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -163,13 +163,14 @@ class Stages:
                     if not getattr(guide, "is_fresh", True):  # what was trained can be drawn from
                         self.judged.append(Judged(guide))
                     raise
-                said[1] = f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps"
+                end = ", when its share of the time was up" if fit.stopped == "interrupted" else ""
+                said[1] = f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps{end}"
         self.judged.append(Judged(guide))
 
     def check(self) -> None:
         """Check the latest guide, and compare its evidence with that of earlier ones."""
         (model, args, kwargs, _), guide = self.question, self.judged[-1].guide
-        with self._step("check") as said:
+        with self._step("check", " (weights, chains, search for modes; it can take as long as the fit)") as said:
             found = self._compared(check(model, guide, *args, **kwargs))
             self.judged[-1] = Judged(guide, found)
             said[:] = found.verdict, found.reason
@@ -184,7 +185,7 @@ class Stages:
             self.chains = exact(Density.sound(self.task), goal, None, progress=self.progress, others=self._places())
             said[:] = "trust" if self.is_exact else "do not trust", self.chains.worst
             if not self.chains.converged and self.chains.sweeps < EFFORT.sweeps:
-                raise KeyboardInterrupt
+                raise TimeUp if seconds_left() < 0 else KeyboardInterrupt
 
     def cover(self) -> None:
         """Fit a guide to the modes of a population, and to places with mass that earlier guides know."""
@@ -195,24 +196,32 @@ class Stages:
             self.judged.append(Judged(found.guide))
             said[1] = f"{len(found.modes)} mode{'s' * (len(found.modes) > 1)}"
 
-    def answer(self, began: float) -> Posterior:
-        """Return the answer: draws of the best guide if they can be used, or else of chains if there are any."""
+    def answer(self, began: float, limit: float) -> Posterior:
+        """Return the answer: draws of the best guide if they can be used, or else of chains if there are any.
+
+        Args:
+            began: The time at which the stages began.
+            limit: The seconds that they had.
+        """
+        left = limit - (time.perf_counter() - began)
+        is_short = self.can_check and not self.is_settled and left < self.steps[0].seconds
         best, chains = self.best, None if self.best.is_usable else self.chains
         with validation_enabled(False):  # draws without a density are no errors
-            draws, evidence = self._of_chains(chains) if chains else self._of_guide(best)
+            draws, evidence, resampled = (*self._of_chains(chains), False) if chains else self._of_guide(best)
         evidence = evidence if self.is_settled else UNKNOWN
         verdict, seconds = "trust" if self.is_settled else "do not trust", time.perf_counter() - began
-        steps, question = tuple(self.steps), self.question
-        return Posterior(draws, verdict, self._reason(chains), *evidence, steps, seconds, best.guide, chains, question)
+        reason = self._reason(chains) + f" The time was too short: give more than {limit:g} seconds." * is_short
+        record = draws, verdict, reason, *evidence, tuple(self.steps), seconds, best.guide, chains, self.question
+        return Posterior(*record, resampled)
 
     def _task(self, guide: Any) -> Task:
         return Task(self.question.model, guide, self.question.args, self.question.kwargs)
 
     @contextmanager
-    def _step(self, name: str) -> Iterator[list[str]]:
+    def _step(self, name: str, doing: str = "") -> Iterator[list[str]]:
         """Time a stage, and record it with the verdict and the words that are left in the list."""
         began, said = time.perf_counter(), ["", ""]
-        self._say(f"{name} ...")
+        self._say(f"{name}{doing} ...")
         try:
             yield said
         except KeyboardInterrupt as error:
@@ -268,21 +277,21 @@ class Stages:
         state = "The draws are exact: chains have converged" if self.is_exact else "The chains have not converged"
         return f"{state} ({chains.worst}). Of the guide: {checked.reason}"
 
-    def _of_guide(self, best: Judged) -> tuple[Values, tuple[float, float]]:
-        """Return draws of a guide, resampled by their weights if these are reliable, and the evidence."""
+    def _of_guide(self, best: Judged) -> tuple[Values, tuple[float, float], bool]:
+        """Return draws of a guide, the evidence, and True if reliable weights have resampled the draws."""
         task, number, checked = self.task, self.num_draws, best.check
         if not self.can_check:  # the guide itself draws all rows
-            return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN
+            return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN, False
         task = task.check()
         if checked is None or not best.is_usable or math.isinf(checked.log_evidence_se):
-            return task.values(task.draw(number).latents), UNKNOWN
+            return task.values(task.draw(number).latents), UNKNOWN, False
         found = task.draw(EFFORT.per_draw * number)
         psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at)
-        kept = torch.arange(number)
-        if psis.reliable or not checked.trusted:  # k-hat is itself an estimate
+        kept, resampled = torch.arange(number), psis.reliable or not checked.trusted  # k-hat is itself an estimate
+        if resampled:
             kept = systematic(psis.smoothed.double().exp(), number)[torch.randperm(number)]
-        known = math.isfinite(psis.log_evidence_se)
-        return task.values(found.latents_at(kept)), (psis.log_evidence, psis.log_evidence_se) if known else UNKNOWN
+        evidence = (psis.log_evidence, psis.log_evidence_se) if math.isfinite(psis.log_evidence_se) else UNKNOWN
+        return task.values(found.latents_at(kept)), evidence, resampled
 
     @torch.no_grad()
     def _of_chains(self, chains: Samples) -> tuple[Values, tuple[float, float]]:
