@@ -61,6 +61,13 @@ def nested(y):
             pyro.sample("y", dist.Normal(level, 1.0), obs=y)
 
 
+def counts(x, group, y, groups):
+    with pyro.plate("group", groups):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Poisson((level[..., group] + x).exp()), obs=y)
+
+
 def single(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
@@ -529,6 +536,32 @@ def test_bad_data_are_refused_before_training(name, content, words, folder, caps
     if content is not None:
         (folder / name).write_text(content)
     assert words in refused(capsys, "models.py:normal", "--data", name)
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"group": [1, 2, 3]}, "index 3 is out of bounds for dimension 0 with size 3 (models.py, line"),
+        ({"x": [0.5, 1.5]}, "The size of tensor a (3) must match the size of tensor b (2)"),
+        ({"y": [-1, 2, 0]}, "observed site 'y' holds data outside of the support of Poisson (1 of 3, such as -1). Re"),
+    ],
+)
+def test_the_fault_of_the_data_is_told_and_not_that_of_a_reading(fault, words, suffix, folder, capsys):
+    data = {"x": [0.5, 1.5, 2.5], "group": [0, 1, 2], "y": [1, 2, 0], "groups": 3, **fault}
+    (folder / "d.json").write_text(json.dumps(data))
+    np.savez("d.npz", **data)
+    assert words in refused(capsys, "models.py:counts", "--data", f"d.{suffix}")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_error_that_quotes_all_data_is_cut_short(folder, capsys):
+    (folder / "long.py").write_text("def model(y): raise ValueError('bad: ' + '-1, ' * 500)")
+    message = refused(capsys, "long.py:model", "--data", "data.json")
+    assert message.startswith("ValueError: bad: -1, -1, ")
+    assert message.endswith("[...] (long.py, line 1)\n")
+    assert len(message) < 700
 
 
 @pytest.mark.parametrize(

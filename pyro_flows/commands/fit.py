@@ -16,10 +16,11 @@ from pyro.infer.autoguide.initialization import InitMessenger
 
 from ..guides import init_to_center
 from ..programs import Program
+from ..programs.error_text import check_observed
 from ..programs.masks import is_observation
 from . import Refused
 from .answer import answer
-from .model import Data, check_arguments, in_one_line, line_of, load_model, read_data
+from .model import Data, blames_types, check_arguments, in_one_line, line_of, load_model, read_data
 from .outputs import Outputs
 
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
@@ -62,18 +63,20 @@ def _first_that_runs(model: Callable[..., Any], data: Data, file: Path) -> tuple
     """Return the first reading of the data with which a model runs, and how many numbers it observes.
 
     Raises:
-        Refused: If it runs with none.
+        Refused: If it runs with none; the error is of the reading that reached the most sites.
     """
-    first: BaseException | None = None
+    faults: dict[tuple[int, bool], BaseException] = {}
     for arguments in data.readings():
+        tracer = poutine.trace(InitMessenger(init_to_center)(model))
         try:
-            trace = poutine.trace(InitMessenger(init_to_center)(model)).get_trace(**arguments)
+            trace = tracer.get_trace(**arguments)
+            check_observed("", trace, arguments)
             trace.compute_log_prob()
             sites = [trace.nodes[name] for name in trace.observation_nodes]
             return arguments, sum(site["value"].numel() for site in sites if is_observation(site))
         except (Exception, SystemExit) as error:
-            first = first or error
+            faults.setdefault((len(tracer.trace), not blames_types(error)), error)
         finally:
             pyro.clear_param_store()
-    assert first is not None  # there is at least one reading
-    raise Refused(in_one_line(first, file)) from first
+    fault = faults[max(faults)]  # there is at least one reading
+    raise Refused(in_one_line(fault, file)) from fault

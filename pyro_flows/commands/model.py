@@ -14,7 +14,9 @@ import importlib.util
 import inspect
 import json
 import math
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from . import Refused
 from .inputs import read_file, read_numpy, repeated
 
 TRIALS = 128  # readings of the data
+SHOWN = 600  # characters of an error, which may quote all data
 NAMES: dict[type, str] = {type(None): "null", dict: "object", list: "lists of unequal lengths"}
 INTEGERS = torch.iinfo(torch.int64)
 
@@ -95,10 +98,15 @@ def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
 
 def in_one_line(error: BaseException, file: Path) -> str:
     """Return an error in one line, with its kind and line number if the user's file raised it."""
-    words = " ".join(str(error).partition("Trace Shapes:")[0].split()) or "no reason given"
+    words = textwrap.shorten(str(error).partition("Trace Shapes:")[0], SHOWN) or "no reason given"
     if line := line_of(error, file):
         return f"{type(error).__name__}: {words} ({file.name}, line {line})"
     return words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
+
+
+def blames_types(error: BaseException) -> bool:
+    """True if an error is about the type of a value, which another reading of the data may change."""
+    return isinstance(error, TypeError | AttributeError) or bool(re.search(r"types?\b|used as indices", str(error)))
 
 
 def line_of(error: BaseException, file: Path) -> int | None:
