@@ -69,7 +69,8 @@ def test_as_a_command(quiet, tmp_path):
     assert done.returncode == 0, done.stderr
     check_files(tmp_path)
     if quiet:
-        assert done.stdout == done.stderr == ""
+        assert done.stdout == "Trust these draws. Wrote eight_schools.nc and eight_schools.png.\n"
+        assert done.stderr == ""
     else:
         assert table_of(done.stdout)["mu"][0] == pytest.approx(4.4, abs=0.5)
         assert "Trust these draws." in done.stdout
@@ -93,13 +94,17 @@ def test_prints_table_evidence_and_verdict(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_quiet_prints_nothing_and_the_verdict_is_the_exit_status(tmp_path, capsys, monkeypatch):
+def test_quiet_prints_one_line_with_the_verdict_that_is_the_exit_status(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for verdict, status in (("trust", 0), ("do not trust", 3)):
+    for verdict, said, status in (
+        ("trust", "Trust these draws.", 0),
+        ("do not trust", "Do not trust these draws. For a test.", 3),
+    ):
         monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, verdict=verdict))
         assert main(["--quiet"]) == status
         captured = capsys.readouterr()
-        assert captured.out == captured.err == ""
+        assert captured.out == f"{said} Wrote eight_schools.nc and eight_schools.png.\n"
+        assert captured.err == ""
         check_files(tmp_path)
 
 
@@ -139,13 +144,16 @@ def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, 
 
 @pytest.mark.parametrize(
     "words",
-    [["--quiet", "--seed", "3", "fit", "a:b", "--out", "x.nc"], ["fit", "a:b", "--quiet", "--out=x.nc", "--seed=3"]],
+    [
+        ["--quiet", "--seed", "3", "--seconds", "9", "fit", "a:b", "--out", "x.nc"],
+        ["fit", "a:b", "--quiet", "--out=x.nc", "--seed=3", "--seconds=9"],
+    ],
 )
 def test_common_options_stand_before_or_after_a_command(words, monkeypatch):
     seen = []
     monkeypatch.setattr(fit, "run", lambda wish: seen.append(wish) or True)
     assert main(words) == 0
-    assert (seen[0].quiet, seen[0].seed, seen[0].out, seen[0].seconds) == (True, 3, Path("x.nc"), None)
+    assert (seen[0].quiet, seen[0].seed, seen[0].out, seen[0].seconds) == (True, 3, Path("x.nc"), 9.0)
 
 
 def refused(arguments: list[str], capsys) -> str:

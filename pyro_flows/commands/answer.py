@@ -47,11 +47,12 @@ def answer(
         outputs.keep_old()
     with outputs.hold_ctrl_c():
         outputs.write(found.to_arviz(log_likelihood=log_likelihood).to_netcdf)
-        if not wish.quiet:  # first, so that a picture that cannot be written does not cost the report
+        if wish.quiet:  # first, so that a picture that cannot be written does not cost the report
+            print(VERDICTS[found.verdict], *([] if found.trusted else [found.reason]), end=" ")
+        else:
             print(*_report(found, labels), sep="\n")
         outputs.draw(lambda: figure(found))
-        if not wish.quiet:
-            print(f"Wrote {outputs}.")
+        print(f"Wrote {outputs}.")
     return found.trusted
 
 
