@@ -25,6 +25,7 @@ from .. import plots
 from ..allocator import keep_memory
 from ..programs.log_density import NonFiniteDraw, is_breakdown
 from ..threads import Threads, using
+from ..time_limit import seconds_left
 from ..user_code import warn_user
 from . import distributed
 from .best_state import Average, Best, Optimizer, fill
@@ -214,7 +215,8 @@ class Descent:
             lost = f" (loss {self.best.mean:.3f})" if math.isfinite(self.best.mean) else ""
             saved = self.checkpoint.path is not None and not self.checkpoint.problem
             onward = "  The same call resumes from the checkpoint." if saved else ""
-            print(f"Interrupted after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
+            why = "Time was up" if seconds_left() < 0 else "Interrupted"
+            print(f"{why} after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
         self._warn_of_skipped()
         losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
         record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
