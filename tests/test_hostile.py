@@ -242,3 +242,10 @@ def test_small_results_of_all_kinds_are_let_through_unchanged() -> None:
         assert torch.linalg.qr(torch.eye(3)).R.device.type == "cpu"
         assert torch.bincount(torch.tensor([0, 2, 2])).tolist() == [1, 0, 2]
         assert torch.arange(5)[torch.arange(5) > 2].tolist() == [3, 4]
+
+
+def test_metadata_of_null_are_refused(tmp_path: Path) -> None:
+    header = b'{"__metadata__":null}'
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"is not a file of pyro_flows\.save"):
+        pf.load(tmp_path / "file")

@@ -148,7 +148,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except Exception as error:
         words = f"or was cut off ({error!s:.100}). Copy it again or save it anew."
         if data[:1] in (b"P", b"\x80"):  # of archives and pickles
