@@ -8,6 +8,7 @@ with a message, and its code does not run.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import pickle
@@ -923,3 +924,38 @@ def test_a_posterior_comes_back(own: bool, tmp_path: Path) -> None:
         assert again.guide is None
     with pytest.raises(ValueError, match="model"):
         again.predictive()
+
+
+ANSWER = pf.Posterior({"x": torch.ones(7, 2)}, "trust", "good", -2.5, 0.1, (Step("fit", 1.5, "", "loss 3"),), 1.6)
+
+
+@pytest.mark.parametrize("value", [torch.ones(3, dtype=torch.complex128), torch.eye(3).to_sparse()])
+def test_draws_that_files_do_not_hold_are_refused_by_name(value: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"save: draws\['x'\] is a tensor \(.*, which files do not hold"):
+        dataclasses.replace(ANSWER, draws={"x": value}).save(tmp_path / "answer")
+    assert not (tmp_path / "answer").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"draws": None},
+        {"draws": {"dict": [["x", 1]]}},
+        {"draws": {"dict": [[5, {"tensor": "arguments/draws['x']"}]]}},
+        {"verdict": 5},
+        {"reason": None},
+        {"log_evidence": "a"},
+        {"log_evidence_se": []},
+        {"seconds": None},
+        {"steps": []},
+        {"steps": [["fit", "long", "", ""]]},
+        {"steps": [5]},
+        {"guide": 5},
+        {"chains": 5},
+    ],
+)
+def test_a_forged_answer_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    ANSWER.save(tmp_path / "answer")
+    edited(tmp_path / "answer", lambda content, _: content["arguments"].update(change))
+    with pytest.raises(ValueError, match=r"cannot be restored: answers\.Posterior refuses its arguments"):
+        pf.load(tmp_path / "answer")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import plots
 from ..diagnostics import to_arviz
@@ -210,8 +210,8 @@ class Posterior:
 
         Raises:
             OSError: If the file cannot be written; then nothing has changed.
-            ValueError: If the guide holds parts of your own classes; leave it out, by
-                ``dataclasses.replace(answer, guide=None)``.
+            ValueError: If draws are sparse or of complex128, or the guide holds parts of your own classes; leave it
+                out, by ``dataclasses.replace(answer, guide=None)``.
         """
         save(self, path)
 
@@ -222,9 +222,31 @@ class Posterior:
         return {**own, "steps": [tuple(step) for step in self.steps], "guide": guide}
 
     @classmethod
-    def from_parts(cls, steps: Sequence[Sequence[Any]], **parts: Any) -> Posterior:
-        """Build an answer from its :meth:`parts`."""
-        return cls(steps=tuple(Step(*step) for step in steps), **parts)
+    def from_parts(
+        cls, draws: dict[str, Tensor], steps: Sequence[Sequence[Any]], guide: Any = None, **facts: Any
+    ) -> Posterior:
+        """Build an answer from its :meth:`parts`.
+
+        Raises:
+            TypeError: If a part is missing.
+            ValueError: If a part is not of its kind.
+        """
+        made = cls(draws, steps=tuple(Step(*step) for step in steps), guide=guide, **facts)
+        numbers = made.log_evidence, made.log_evidence_se, made.seconds, *(step.seconds for step in made.steps)
+        texts = made.reason, *(text for step in made.steps for text in (step.name, step.verdict, step.said))
+        kinds = {
+            "draws": isinstance(draws, dict) and all(isinstance(v, Tensor) and v.ndim for v in draws.values()),
+            "names": isinstance(draws, dict) and all(isinstance(name, str) for name in draws),
+            "verdict": made.verdict in ("trust", "do not trust"),
+            "numbers": all(type(number) in (int, float) for number in numbers),
+            "texts": all(isinstance(text, str) for text in texts),
+            "steps": bool(made.steps),
+            "guide": guide is None or isinstance(guide, nn.Module),
+            "chains": made.chains is None and made.question is None,
+        }
+        if wrong := [name for name, fits in kinds.items() if not fits]:
+            raise ValueError(f"its {wrong[0]} are not those of an answer")
+        return made
 
     def __repr__(self) -> str:
         lines = self.summary().splitlines()

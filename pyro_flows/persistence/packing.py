@@ -176,7 +176,7 @@ def describe(value: object, state: Mapping[str, Tensor] | None = None) -> tuple[
         state: Tensors with names already, such as those of a ``state_dict``.
 
     Raises:
-        ValueError: If it, or a part of it, is of a class that files may not name.
+        ValueError: If it, or a part of it, is of a class that files may not name, or a tensor that they cannot hold.
     """
     describer = _Describer(state or {})
     return describer.describe(value, ""), describer.tensors
@@ -203,6 +203,11 @@ class _Describer:
         if isinstance(value, type) and _of_torch(value.__name__) is value:
             return {"torch.nn": value.__name__}
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.dtype is torch.complex128:
+                kind = f"{value.layout}, {value.dtype}".replace("torch.", "")
+                raise ValueError(
+                    f"save: {place} is a tensor ({kind}), which files do not hold. Use .to_dense() or .cfloat()."
+                )
             name = self._names.setdefault(id(value), f"{ARGUMENTS}{place}")
             self.tensors[name] = value
             return {"parameter" if isinstance(value, nn.Parameter) else "tensor": name}
