@@ -26,6 +26,7 @@ from pyro_flows import AutoFlow, check, flows
 from pyro_flows.answers import stages
 from pyro_flows.answers.posterior import _choose
 from pyro_flows.answers.record import Question
+from pyro_flows.programs.quantities import Quantities
 from pyro_flows.training import distributed
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
@@ -90,6 +91,24 @@ def test_a_guide_that_is_trusted_is_the_answer():
     assert found.seconds >= sum(step.seconds for step in found.steps)
     for words in ("trust", found.reason, "x[2]", "fit → check"):
         assert words in repr(found)
+
+
+def test_complex_and_short_numbers_are_read(tmp_path):
+    def model(y: Tensor) -> None:
+        normal(y)
+        pyro.deterministic("c", torch.complex(y, -y))
+        pyro.deterministic("b", y.bfloat16())
+
+    trace = pyro.poutine.trace(model).get_trace(Y)
+    read = Quantities(trace.nodes, ["x"])
+    values = {name: trace.nodes[name]["value"][None] for name in ("x", "c", "b")}
+    assert read.names[3:5] == ["re c[0]", "re c[1]"]
+    torch.testing.assert_close(read.numbers(values)[0, 3:], torch.cat([Y, -Y, Y]))
+    draws = {name: value.expand(9, 3) for name, value in values.items()}
+    found = pf.Posterior(draws, "trust", "", -1.0, 0.1, (pf.answers.Step("fit", 1.0, "", ""),), 1.0)
+    assert "im c[2]" in found.summary()
+    found.save(tmp_path / "answer")
+    assert torch.equal(pf.load(tmp_path / "answer").draws["c"], draws["c"])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ..persistence.classes import BY_TYPE, register
 from ..programs import Program
 from ..sampling import Samples
 from .predictions import predicted
-from .table import table_of
+from .table import arrays_of, table_of
 
 SHOWN = 12  # lines of the table in a notebook
 
@@ -122,14 +122,16 @@ class Posterior:
 
         Args:
             **labels: Names for the numbers of a site, in place of their indices.
+
+        Raises:
+            ValueError: If a site has other labels than numbers.
         """
         columns = {}
         if self.chains is not None:
             ess = self.chains.ess_bulk.minimum(self.chains.ess_tail)
             for name, rhat, size in zip(self.chains.names, self.chains.rhat, ess, strict=True):
                 columns[name] = f"{float(rhat):.3f}", f"{float(size):.0f}"
-        arrays = {name: value.numpy(force=True) for name, value in self.draws.items()}
-        return "\n".join(table_of(arrays, labels, ("R-hat", "ESS"), columns))
+        return "\n".join(table_of(arrays_of(self.draws), labels, ("R-hat", "ESS"), columns))
 
     def predictive(self, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw predictions: the sites of a model that are not given, at each draw of the posterior.

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import floor, log10
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Arrays = Mapping[str, np.ndarray]
 Cells = Mapping[str, tuple[str, ...]]
@@ -13,6 +15,14 @@ Cells = Mapping[str, tuple[str, ...]]
 MANY = 40  # rows, beyond which long sites are cut short
 NONE: Cells = {}
 HEADINGS = "mean", "sd", "5 %", "95 %"
+
+
+def arrays_of(draws: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return draws for a table: complex numbers are two sites, and bfloat16, which NumPy lacks, becomes single."""
+    real: dict[str, Tensor] = {}
+    for name, value in draws.items():
+        real |= {f"re {name}": value.real, f"im {name}": value.imag} if value.is_complex() else {name: value}
+    return {n: (v.float() if v.dtype is torch.bfloat16 else v).numpy(force=True) for n, v in real.items()}
 
 
 def table_of(
@@ -25,6 +35,9 @@ def table_of(
         labels: Names for the numbers of a site, in place of their indices.
         more: The headings of further columns.
         cells: The entries of these columns, by the name of the number, such as ``x[0, 1]``.
+
+    Raises:
+        ValueError: If a site has other labels than numbers.
     """
     columns = {name: values.reshape(len(values), -1).astype(float) for name, values in draws.items()}
     total = sum(values.shape[1] for values in columns.values())
@@ -33,6 +46,8 @@ def table_of(
     for name, values in columns.items():
         places = [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
         numbers = [_named(name, place) for place in places]
+        if (own_labels := labels.get(name)) and len(own_labels) != len(places):
+            raise ValueError(f"summary: {name!r} has {len(places)} numbers and got {len(own_labels)} labels.")
         shown = [_named(name, label) for label in labels.get(name) or places]
         entries = [(*own, *cells.get(key, ())) for own, key in zip(_summary(values), numbers, strict=True)]
         lines = [(label, *own) for label, own in zip(shown, entries, strict=True)]

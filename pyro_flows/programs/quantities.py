@@ -28,7 +28,8 @@ class Quantities:
         enumerated: The discrete latents that are summed out.
 
     Attributes:
-        names: The names of the K quantities; angles count as their cosine and sine.
+        names: The names of the K quantities; angles count as their cosine and sine, and complex
+            numbers as their real and imaginary parts.
         sites: The site of each.
         derived: The deterministic sites among them.  They are left out if discrete latents are summed out, since they
             may depend on these latents.
@@ -44,7 +45,9 @@ class Quantities:
         self.names, self.sites = [], []
         for name, turn in self._turns.items():
             own = labels_of(name, nodes[name]["value"].shape)
-            labels = own if turn is None else [f"{part} {label}" for part in ("cos", "sin") for label in own]
+            parts = ("re", "im") if nodes[name]["value"].is_complex() else ("cos", "sin")
+            plain = turn is None and parts[0] == "cos"
+            labels = own if plain else [f"{part} {label}" for part in parts for label in own]
             self.names += labels
             self.sites += [name] * len(labels)
         self.angles = {name for name in latents if self._turns[name] is not None}
@@ -61,7 +64,10 @@ class Quantities:
         columns = []
         for name, turn in self._turns.items():
             value = values[name]
-            parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
+            if value.is_complex():
+                parts: tuple[Tensor, ...] = value.real, value.imag
+            else:
+                parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
             columns += [part.reshape(len(part), -1) for part in parts]
         return torch.cat(columns, -1)[:, self._kept]
 
