@@ -16,6 +16,7 @@ import torch
 from models import prior_answer
 
 from pyro_flows.__main__ import main
+from pyro_flows.answers import Posterior
 from pyro_flows.answers.table import table_of
 from pyro_flows.commands import Refused, answer, fit
 from pyro_flows.commands.model import check_arguments, load_model, read_data
@@ -107,6 +108,16 @@ def subsampled(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y), subsample_size=2) as rows:
         pyro.sample("y", dist.Normal(x, 1.0), obs=y[rows.long()])
+
+
+def half(y):
+    single(y)
+    pyro.deterministic("d", torch.ones((), dtype=torch.bfloat16))
+
+
+def complexes(y):
+    single(y)
+    pyro.deterministic("d", torch.ones(2, dtype=torch.complex64))
 
 
 def exits(y):
@@ -286,6 +297,26 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(las
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("model", ["subsampled", "half", "complexes"])
+def test_no_answer_is_lost_for_its_sites(model, folder, capsys):
+    assert run(f"models.py:{model}", "--data", "data.json") == 0
+    captured = capsys.readouterr()
+    assert "Trust these draws." in captured.out
+    assert captured.err.count("The file holds no log-likelihood, only draws: ") == (model == "subsampled")
+    data = az.from_netcdf("posterior.nc")
+    assert data.posterior.sizes["draw"] == 4000
+    assert set(data.posterior) == {"x", *{"half": {"d"}, "complexes": {"re d", "im d"}}.get(model, set())}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_cannot_be_written_does_not_cost_the_report(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Posterior, "to_arviz", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("models.py:normal", "--data", "data.json")
+    assert "Trust these draws." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_likelihood_of_very_many_observations_is_not_kept(folder, monkeypatch):
     monkeypatch.setattr(fit, "MOST_OBSERVED", 2)
     run("models.py:normal", "--data", "data.json", "--quiet")
@@ -330,6 +361,11 @@ def test_decimals_follow_the_standard_deviation(scale, words):
     values = RANDOM.standard_normal(2000)
     values = scale * (1.234 + (values - values.mean()) / values.std())
     assert table({"x": values})[1].split()[1].startswith(words)
+
+
+def test_as_many_labels_as_numbers():
+    with pytest.raises(ValueError, match="summary: 'x' has 3 numbers and got 2 labels"):
+        list(table_of({"x": np.ones((5, 3))}, {"x": ["one", "two"]}))
 
 
 def test_columns_stay_apart_and_level():
@@ -570,7 +606,6 @@ def test_an_error_that_quotes_all_data_is_cut_short(folder, capsys):
         ("improper", "the posterior is improper"),
         ("no_latents", "must have a continuous latent site"),
         ("discrete", "must have a continuous latent site"),
-        ("subsampled", "plate 'row', which is subsampled"),
     ],
 )
 def test_what_training_refuses_is_one_line(model, words, folder, capsys):

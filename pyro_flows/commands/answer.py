@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import warnings
 from argparse import Namespace
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..answers import Posterior, posterior
+from ..diagnostics.arviz import draws_alone
 from .outputs import Outputs
 
 VERDICTS = {"trust": "Trust these draws.", "do not trust": "Do not trust these draws."}
@@ -46,14 +48,24 @@ def answer(
     if found.interrupted:
         outputs.keep_old()
     with outputs.hold_ctrl_c():
-        outputs.write(found.to_arviz(log_likelihood=log_likelihood).to_netcdf)
-        if wish.quiet:  # first, so that a picture that cannot be written does not cost the report
+        if wish.quiet:  # first, so that a file that cannot be written does not cost the report
             print(VERDICTS[found.verdict], *([] if found.trusted else [found.reason]), end=" ")
         else:
             print(*_report(found, labels), sep="\n")
+        outputs.write(_as_data(found, log_likelihood).to_netcdf)
         outputs.draw(lambda: figure(found))
         print(f"Wrote {outputs}.")
     return found.trusted
+
+
+def _as_data(found: Posterior, log_likelihood: bool) -> Any:
+    """Return the draws for ArviZ; alone if the model cannot be read at them, which is told."""
+    try:
+        return found.to_arviz(log_likelihood=log_likelihood)
+    except (ValueError, TypeError, RuntimeError) as error:
+        data = draws_alone(found.draws)
+        print(f"The file holds no log-likelihood, only draws: {' '.join(str(error).split()):.300}", file=sys.stderr)
+        return data
 
 
 def _report(found: Posterior, labels: dict[str, list[str]]) -> list[str]:

@@ -120,6 +120,11 @@ def to_arviz(
     return container(groups, {"inference_library": "pyro_flows", **attrs})
 
 
+def draws_alone(draws: Values) -> Any:
+    """Return draws of sites, each ``(N, *site_shape)``, in ArviZ's container, as one chain and without a model."""
+    return container({"posterior": _by_draw({}, draws, 1)}, {"inference_library": "pyro_flows"})
+
+
 def _from_guide(
     task: Task, number: int, num_weighed: int | None, importance: bool, at_once: int
 ) -> tuple[Values, Values, dict[str, Any]]:
@@ -172,13 +177,20 @@ def _from_chains(task: Task, samples: Samples, at_once: int) -> tuple[Values, Va
 def _by_draw(
     nodes: Mapping[str, Site], values: Values, chains: int, event_dim: int | None = None
 ) -> dict[str, Variable]:
-    """Return values ``(N, *shape)`` of sites, or statistics of draws, as ArviZ variables of some chains."""
+    """Return values ``(N, *shape)`` of sites, or statistics of draws, as ArviZ variables of some chains.
+
+    Complex numbers, which netCDF lacks, are two variables, and bfloat16, which NumPy lacks, becomes single.
+    """
+    real: dict[str, tuple[str, torch.Tensor]] = {}
+    for name, value in values.items():
+        parts = {f"re {name}": value.real, f"im {name}": value.imag} if value.is_complex() else {name: value}
+        real |= {label: (name, part.float() if part.dtype is torch.bfloat16 else part) for label, part in parts.items()}
     return {
-        name: (
+        label: (
             ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
             value.unflatten(0, (chains, -1)).numpy(force=True),
         )
-        for name, value in values.items()
+        for label, (name, value) in real.items()
     }
 
 
