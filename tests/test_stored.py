@@ -166,3 +166,37 @@ def test_parameters_of_guides_are_freed_as_the_page_on_scale_says(how: str) -> N
     del guide
     gc.collect()
     assert parameter() is None
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_trained_guide_is_trained_when_the_store_is_loaded_after_setup(kind: str) -> None:
+    guide, store = GUIDES[kind](), pyro.get_param_store()
+    guide(Y)
+    stir(guide)
+    trained = {name: value.clone() for name, value in guide.state_dict().items()}
+    guide(Y)
+    state, name = copy.deepcopy(store.get_state()), guide._pyro_name
+    del guide
+    for read in (lambda g: g.is_fresh, repr, lambda g: getattr(g, "flow", None) or g.posterior):
+        pyro.clear_param_store()
+        new = GUIDES[kind]()
+        new._pyro_name = name
+        assert "untrained" in repr(new.setup(Y))
+        store.set_state(copy.deepcopy(state))
+        read(new)
+        for key, value in new.named_parameters():
+            torch.testing.assert_close(value.detach(), trained[key])
+        assert "untrained" not in repr(new)
+
+
+def test_what_was_loaded_is_checked_and_not_refused() -> None:
+    guide, store = AutoFlow(model, small, name="loaded"), pyro.get_param_store()
+    pf.fit_svi(model, guide, Y, steps=5, progress=False)
+    guide(Y)
+    state = copy.deepcopy(store.get_state())
+    del guide
+    gc.collect()
+    pyro.clear_param_store()
+    new = AutoFlow(model, small, name="loaded").setup(Y)
+    store.set_state(state)
+    assert checked(new)["log_evidence"].isfinite()

@@ -246,8 +246,10 @@ class FlowGuide(Plan, AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
-        call = self.setup(*args, **kwargs)._call(args, kwargs)
-        self._state_parameters()
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        call, stored = self._call(args, kwargs), self._adopt_stored()
+        self._state_parameters(stored)
         with self._calls.watch.over(self, call):
             found = self._draws(call)
         return {**found, **draw_discrete(call, found)}
@@ -454,13 +456,13 @@ class FlowGuide(Plan, AutoGuide):
         }
         return found if all(type(parameter) is nn.Parameter for parameter in found.values()) else {}
 
-    def _adopt_stored(self) -> None:
+    def _adopt_stored(self) -> dict[str, nn.Parameter]:
         """Copy what the parameter store holds under the guide's names, for example after its ``load``.
 
-        The store then drops its own tensors, so that it and the guide share one set.
+        The store then drops its own tensors, so that it and the guide share one set.  Returns the parameters by name.
         """
-        store = pyro.get_param_store()
-        for name, parameter in {} if _is_module_local_param_enabled() else self._stored().items():
+        store, own = pyro.get_param_store(), self._stored()
+        for name, parameter in {} if _is_module_local_param_enabled() else own.items():
             kept = store._params.get(name)
             if kept is None or kept is parameter or kept.data_ptr() == parameter.data_ptr():
                 continue
@@ -473,11 +475,12 @@ class FlowGuide(Plan, AutoGuide):
             with torch.no_grad():
                 parameter.copy_(stored)
             del store[name]
+        return own
 
-    def _state_parameters(self) -> None:
+    def _state_parameters(self, stored: Mapping[str, nn.Parameter]) -> None:
         """Make a param statement of each trained parameter, by which Pyro's optimisers find it."""
         local = _is_module_local_param_enabled()
-        for name, parameter in self._stored().items():
+        for name, parameter in stored.items():
             if parameter.requires_grad and not local:
                 pyro.param(name, parameter)
             elif parameter.requires_grad:
@@ -489,9 +492,20 @@ class FlowGuide(Plan, AutoGuide):
         super()._pyro_set_supermodule(self._pyro_name, context)
 
     def __getattr__(self, name: str) -> Any:
-        """Return a network as it is, without the param statements that Pyro makes at each access."""
+        """Return a network as it is, without the param statements that Pyro makes at each access.
+
+        After a load of the store it has what was loaded: its first trained parameter tells, since a load replaces all.
+        """
         found = self.__dict__.get("_modules", {}).get(name)
-        return super().__getattr__(name) if found is None or isinstance(found, PyroModule) else found
+        if found is None or isinstance(found, PyroModule):
+            return super().__getattr__(name)
+        for inner, parameter in found.named_parameters():
+            if parameter.requires_grad:
+                full = param_with_module_name(f"{self._pyro_name}.{name}", inner)
+                if pyro.get_param_store()._params.get(full, parameter) is not parameter:
+                    self._adopt_stored()
+                break
+        return found
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._adopt_stored()
