@@ -453,3 +453,17 @@ def test_models_that_catch_exceptions_run_as_others():
     guide = AutoPlateFlow(catching, "row")
     fit_svi(catching, guide, y, steps=3, progress=False)
     assert guide.sample(2, y)["x"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError, TypeError])
+def test_an_error_of_a_recipe_or_of_a_start_is_not_called_the_model_s(kind):
+    def fails(*_):
+        raise kind("my own words")
+
+    def one(y):
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0, 1)), 1), obs=y)
+
+    for guide, words in ((AutoFlow(one, fails), "flow"), (AutoFlow(one, init_loc_fn=fails), "init_loc_fn")):
+        with pytest.raises(kind, match=rf"AutoFlow: {words}.* fails.*my own words") as caught:
+            guide.setup(torch.tensor(1.0))
+        assert "the model fails" not in str(caught.value)

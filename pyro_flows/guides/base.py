@@ -30,7 +30,7 @@ from ..arguments import check_integers, check_kind, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
-from ..programs.error_text import count_nan, explained
+from ..programs.error_text import BUILT_IN, count_nan, explained
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
 from ..programs.program import arguments_of, outline, outline_of
@@ -132,7 +132,7 @@ class FlowGuide(Plan, AutoGuide):
         check_encoder(type(self).__name__, encoder)
         check_program(model=model)
         seen = HideDiscrete()(MarkCircles()(model))
-        AutoGuide.__init__(self, InitMessenger(init_loc_fn or init_to_center)(seen))
+        AutoGuide.__init__(self, InitMessenger(_named(type(self).__name__, init_loc_fn))(seen))
         self._chooses_start = init_loc_fn is None
         self._calls = Calls()
         self._outline = outline_of(model)
@@ -538,6 +538,23 @@ def holders(parameters: Collection[Tensor]) -> list[nn.Module]:
     """Return the live guides that hold some of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
     return [guide for guide in _live.values() if any(id(parameter) in wanted for parameter in guide.parameters())]
+
+
+def _named(owner: str, init_loc_fn: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a strategy for the start whose errors are not said to be the model's; by default ``init_to_center``."""
+    if init_loc_fn is None:
+        return init_to_center
+
+    def start(site: dict[str, Any]) -> Any:
+        try:
+            return init_loc_fn(site)
+        except BUILT_IN as error:
+            if type(error) not in BUILT_IN:
+                raise
+            fault = f"init_loc_fn fails at site {site['name']!r}"
+            raise type(error)(f"{owner}: {fault}: {str(error).rstrip('.')}.") from error
+
+    return start
 
 
 def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
 from ..flows.mixture import FlowMixture
+from ..programs.error_text import BUILT_IN
 from ..transforms import (
     ActNorm,
     Conditioned,
@@ -227,7 +228,7 @@ def built(
     """Build the flow from the recipe that the user gives under a name, or from the default recipe.
 
     Raises:
-        TypeError: If the recipe fails.
+        TypeError: If the recipe fails by one; its errors of other classes keep those.
         ValueError: If it returns no flow over that number of features, with contexts of that width; or one with an
             encoder, unless it ``may_encode``.
     """
@@ -235,8 +236,10 @@ def built(
     call = f"{name}({', '.join(map(str, sizes))})"
     try:
         flow = (build or default)(*sizes)
-    except TypeError as error:
-        raise TypeError(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
+    except BUILT_IN as error:
+        if type(error) not in BUILT_IN:
+            raise
+        raise type(error)(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
     fits = isinstance(flow, Flow) and flow.event_shape == (input_dim,)
     encodes = fits and flow.encoder is not None  # then the encoder takes the contexts
     if not fits or (flow.context_dim != context_dim and not (encodes and may_encode)):
