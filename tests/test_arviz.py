@@ -176,6 +176,16 @@ def test_a_model_that_does_not_broadcast_is_told_how():
         assert (found["wide"].values == found["x"].values[..., None]).all()
 
 
+def test_a_model_that_runs_one_draw_at_a_time_is_said_once():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0 if x.item() > 0 else 2.0), obs=torch.tensor(1.0))
+
+    with pytest.warns(UserWarning) as found:
+        to_arviz(model, gaussian(0.9), num_samples=30, num_weighed=30)
+    assert sum("one draw at a time" in str(one.message) for one in found) == 1
+
+
 def test_agrees_with_arviz():
     checked = psis(target, gaussian(0.7), num_samples=2000)
     log_smoothed, khat = arviz_psislw(checked.log_weights.double().numpy())

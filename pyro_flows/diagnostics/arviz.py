@@ -92,7 +92,8 @@ def to_arviz(
         raise ValueError("to_arviz: importance must be False for draws of pf.sample, got True. They need no weights.")
     task = Task(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        at_once = WEIGHING.at_once(task.check(whole=False).settle())
+        task = task.check(whole=False).settle()
+        at_once = WEIGHING.at_once(task)
     if chains:
         latents, stats, attrs = _from_chains(task, chains, at_once)
     else:
