@@ -93,6 +93,8 @@ def test_parameters_of_a_module_that_it_holds_are_trained():
     [
         ({"args": Y}, "args must be a tuple of arguments, got Tensor"),
         ({"kwargs": "x"}, "kwargs must be a dict of keyword arguments, got 'x'"),
+        ({"args": (1.0, Y, Y)}, r"model, which takes \(scale, y, num_samples\), got 3 in args: too many"),
+        ({"kwargs": {"kk": 1.0}}, "got 0 in args, kk: got an unexpected keyword argument 'kk'"),
         ({"vectorize": "many"}, "vectorize must be 'auto' or 'plate' or 'vmap' or 'loop', got 'many'"),
         ({"max_plate_nesting": -1}, "max_plate_nesting must be an integer of at least 0, got -1"),
     ],

@@ -38,7 +38,8 @@ class Program:
             run shows it.  That is too few if a model has undeclared dimensions to the left of its plates.
 
     Raises:
-        TypeError: If the model is no program, ``args`` is no tuple, or ``kwargs`` no dictionary.
+        TypeError: If the model is no program, ``args`` is no tuple, ``kwargs`` no dictionary, or the model does not take
+            them.
         ValueError: If ``vectorize`` or ``max_plate_nesting`` is out of its range.
 
     Example::
@@ -71,6 +72,20 @@ class Program:
         check_integers("Program", 0, optional=True, max_plate_nesting=self.max_plate_nesting)
         object.__setattr__(self, "args", tuple(self.args))
         object.__setattr__(self, "kwargs", dict(self.kwargs or {}))
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Raise TypeError if the model does not take the arguments that are held; unknown signatures take all."""
+        try:
+            signature = signature_of(self.model)
+        except (TypeError, ValueError):
+            return
+        try:
+            signature.bind_partial(*self.args, **(self.kwargs or {}))
+        except TypeError as error:
+            must = f"args and kwargs must fit the model, which takes ({', '.join(signature.parameters)})"
+            held = ", ".join([f"{len(self.args)} in args", *(self.kwargs or {})])
+            raise TypeError(f"Program: {must}, got {held}: {error}.") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the arguments that are held, followed by others."""
