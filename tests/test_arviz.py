@@ -181,7 +181,8 @@ def test_a_model_that_runs_one_draw_at_a_time_is_said_once():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0 if x.item() > 0 else 2.0), obs=torch.tensor(1.0))
 
-    with pytest.warns(UserWarning) as found:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         to_arviz(model, gaussian(0.9), num_samples=30, num_weighed=30)
     assert sum("one draw at a time" in str(one.message) for one in found) == 1
 

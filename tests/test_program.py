@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import pyro
@@ -70,6 +71,21 @@ def test_it_stands_in_for_a_model_from_the_fit_to_predictions():
     assert Predictive(program, guide=guide, num_samples=7)()["y"].shape == (7, 3)
     assert pf.posterior_graph(program, Y).shape == (1, 1)
     assert pf.sample(program, guide, Y, num_draws=200, progress=False).converged
+
+
+def test_a_keyword_of_a_partial_model_is_its_own():
+    def named(y, vectorize=1.0):
+        x = pyro.sample("x", dist.Normal(0.0, vectorize))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    def guide(y, vectorize=1.0):
+        pyro.sample("x", dist.Normal(2.0, 1.0))
+
+    y = torch.tensor(2.0)
+    found = pf.psis(functools.partial(named), guide, y, num_samples=500, vectorize=3.0)
+    assert abs(found.log_evidence - float(dist.Normal(0.0, 10**0.5).log_prob(y))) < 0.05
+    with pytest.raises(TypeError, match="max_plate_nesting must be given with the model"):
+        pf.psis(functools.partial(named), guide, y, max_plate_nesting=1)
 
 
 def test_parameters_of_a_module_that_it_holds_are_trained():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..arguments import check_keywords, quoted
 from ..threads import using
 from .latents import innermost
-from .program import given_nesting, inner_of, signature_of
+from .program import given_nesting, inner_of, outline_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,7 +75,8 @@ def _check_keywords(caller: str, known: Mapping[str, Any], model: Any, given: Ma
     is_plain = isinstance(inner, nn.Module) and type(inner).__call__ in (nn.Module.__call__, PyroModule.__call__)
     program = inner.forward if is_plain else inner
     is_known = isinstance(program, FunctionType | MethodType) and not hasattr(program, "__wrapped__")
-    taken = signature_of(model).parameters if is_known else {}
+    shown = outline_of(model)
+    taken = shown.parameters if shown else {}
     for name in [name for name in OF_PROGRAM if name in given and name not in {*taken, *known}]:
         must = f"{name} must be given with the model, got {quoted(given[name])} as an argument of {caller}"
         raise TypeError(f"{caller}: {must}. Give pf.Program(model, {OF_PROGRAM[name]}=...) in place of the model.")

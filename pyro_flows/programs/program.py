@@ -38,8 +38,8 @@ class Program:
             run shows it.  That is too few if a model has undeclared dimensions to the left of its plates.
 
     Raises:
-        TypeError: If the model is no program, ``args`` is no tuple, ``kwargs`` no dictionary, or the model does not take
-            them.
+        TypeError: If the model is no program, ``args`` is no tuple, ``kwargs`` no dictionary, or the model does not
+            take them.
         ValueError: If ``vectorize`` or ``max_plate_nesting`` is out of its range.
 
     Example::
