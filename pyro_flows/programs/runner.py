@@ -107,6 +107,7 @@ class Runner:
         self._scaled: Trace | None = self.single  # a run at the scales of the rows
         self._sum_of_shares: Parallel | Sequential | None = None
         self._choose = choose
+        self._draws_alone = False  # True once vmap has failed to draw
         self.threads, self._threads_without_gradient = Threads(), Threads()  # for a part of many draws
 
     @functools.cached_property
@@ -192,12 +193,13 @@ class Runner:
 
     def sample(self, read: Read, held: Values, size: int, *, place: Place = poutine.condition) -> Values:
         """Run the program as :meth:`run` does, and draw the other sites: one by one if vmap cannot draw."""
-        if self.engine == "vmap":
+        if self.engine == "vmap" and not self._draws_alone:
             try:
                 return self.run(read, held, size, place=place, divides=False)
             except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
-                return self.by("loop").run(read, held, size, place=place)
-        return self.run(read, held, size, place=place)
+                self._draws_alone = True
+        program = self.by("loop") if self._draws_alone else self
+        return program.run(read, held, size, place=place)
 
     def all_rows(self, observed: Sequence[str]) -> list[RowShare]:
         """Return shares that hold all rows, if all subsampled plates draw their rows and take data by row; or none.
