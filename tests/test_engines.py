@@ -530,6 +530,54 @@ def test_a_density_that_changes_from_run_to_run_is_refused_at_its_site(verb, mod
             verb(model, guide, Y)
 
 
+def shaken(sd):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", sd * torch.randn(()))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    return model
+
+
+def test_a_noisy_density_is_refused_for_weights_after_its_engine_was_chosen():
+    model = shaken(20.0)
+    task = Task(model, AutoFlow(model).setup(), (), {})
+    with pytest.warns(UserWarning, match="log-density is an estimate"):
+        task.settle()
+    with pytest.raises(ValueError, match=r"most at site 'f': draws cannot be weighed"):
+        task.check()
+    task.check(whole=False)
+
+
+def test_a_noisy_density_is_said_once_for_all_guides_of_a_task():
+    model = shaken(1.0)
+    task = Task(model, AutoFlow(model).setup(), (), {})
+    with pytest.warns(UserWarning, match="log-density is an estimate"):
+        task.settle()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task.of(AutoFlow(model).setup()).check().settle()
+
+
+def test_vmap_that_cannot_draw_is_tried_once():
+    runs = []
+
+    def model():
+        runs.append(1)
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        if not torch._C._functorch.is_batchedtensor(x):
+            return
+        raise RuntimeError("cannot draw")
+
+    guide = AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))).setup()
+    runner, number = Task(model, guide, (), {}).model.by("vmap"), []
+    for _ in range(2):
+        before = len(runs)
+        runner.sample(lambda view: {"x": view.read("x")}, {"x": torch.zeros(3, 2)}, 3)
+        number.append(len(runs) - before)
+    assert number == [4, 3]
+
+
 class Remembering(PyroModule):
     """Model that creates a parameter in its first run, and whose density changes between runs."""
 

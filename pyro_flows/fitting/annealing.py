@@ -123,7 +123,8 @@ def anneal(
     Raises:
         TypeError: If a guide is given.
         ValueError: If a number is out of its range, ``AutoFlow`` refuses the model, or hardly a draw of the prior has a
-            density.  If the posterior is detectably improper; the error names the sites.
+            density.  If the posterior is detectably improper; the error names the sites.  If the model's log-density is
+            an estimate too noisy to weigh draws by.
 
     Warns:
         UserWarning: If the model runs one draw at a time, or its log-density is a visibly noisy estimate.

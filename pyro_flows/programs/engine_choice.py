@@ -183,7 +183,7 @@ def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
     return bool((gap | ~(value.isfinite() | other.isfinite())).all())
 
 
-def check_noise(noise: Noise, *, is_weighed: bool) -> None:
+def check_noise(noise: Noise, *, is_weighed: bool, warns: bool = True) -> None:
     """Warn of a model whose log-density is an estimate, or refuse to weigh draws by it if weights would be noise.
 
     Raises:
@@ -199,7 +199,7 @@ def check_noise(noise: Noise, *, is_weighed: bool) -> None:
             "with dropout into eval mode; draw noise once, outside of the model, or at a pyro.sample site; give "
             f"{more}."
         )
-    if deviation > NOISY:
+    if warns and deviation > NOISY:
         warn_user(
             f"the model's log-density is an estimate, {seen}: weights, k-hat and verdicts see that noise too. Give "
             f"{more}, or fit flow, not Dequantized(flow), to x + noise drawn once."

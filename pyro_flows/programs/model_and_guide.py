@@ -96,7 +96,7 @@ class Task:
         check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)
         self.traces, self._vectorize = (single, drawn), vectorize_of(model)
-        self._weighs = False
+        self._weighs, self._warns = False, True
         enumerated = tuple(summable(single, drawn))
         self.guide = Runner(guide, args, kwargs, drawn, nesting, choose=self._choose_for_guide)
         program = WithoutHiddenNaN()(model) if hides_nan(single) else model
@@ -111,7 +111,9 @@ class Task:
     def of(self, guide: Function, model: Function | None = None) -> Task:
         """Return the task of another guide of the model, or of the model changed by a handler, with the same engine."""
         engine = "auto" if model else self.model.engine if self.is_settled else self._vectorize
-        return Task(Program(model or self.model.call, vectorize=engine), guide, *self._arguments)
+        other = Task(Program(model or self.model.call, vectorize=engine), guide, *self._arguments)
+        other._warns = model is not None or not self.is_settled
+        return other
 
     @torch.no_grad()
     def once(self) -> tuple[Trace, Trace]:
@@ -175,7 +177,7 @@ class Task:
 
         Raises:
             ValueError: If the guide is a point, or has other latents than the model.  If a subsampled plate holds
-                latents, or does not draw its rows.
+                latents, or does not draw its rows.  If engines are chosen, and the density is too noisy for weights.
         """
         check_match(*self.traces, self.left_out)
         shares = self.model.all_rows(list(self.sites("observed"))) if whole and not self.draws_rows else []
@@ -185,6 +187,8 @@ class Task:
             )
         other = copy.copy(self)
         other._weighs = whole
+        if self.is_settled:
+            check_noise(self.model.choice.noise, is_weighed=whole, warns=False)
         other.guide = self.guide.with_(_choose=other._choose_for_guide)
         other.model = self.model.with_(shares=shares, _choose=other._choose_for_model)
         return other
@@ -206,7 +210,7 @@ class Task:
         choice = choose(model, {name: self._second[name] for name in self.latents}, self._vectorize, "model")
         if choice.engine == "loop" and self._vectorize == "auto":
             warn_user(why_alone("model", choice))
-        check_noise(choice.noise, is_weighed=self._weighs)
+        check_noise(choice.noise, is_weighed=self._weighs, warns=self._warns)
         return choice
 
     def settle(self) -> Task:
