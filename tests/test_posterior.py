@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
+import signal
 import time
-import types
 import warnings
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -27,7 +29,9 @@ from pyro_flows.answers import stages
 from pyro_flows.answers.posterior import _choose
 from pyro_flows.answers.record import Question
 from pyro_flows.programs.quantities import Quantities
+from pyro_flows.time_limit import seconds_left, within
 from pyro_flows.training import distributed
+from pyro_flows.training.interrupts import uninterrupted
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
 Y = torch.tensor([1.0, 0.0, -2.0])
@@ -116,7 +120,6 @@ def test_reliable_weights_correct_the_draws():
     """A guide that is too wide is resampled by its weights, without any training."""
     wide = AutoNormal(normal, init_loc_fn=init_to_value(values={"x": Y / 2}), init_scale=1.0)
     wide(Y)
-    wide.is_fresh = False
     found = pf.posterior(normal, Y, guide=wide, progress=False)
     assert names(found) == ["fit", "check"]
     assert found.steps[1].verdict == "reweight"
@@ -140,6 +143,24 @@ def test_draws_are_exact_where_the_guide_is_not_trusted(monkeypatch):
     assert "R-hat" in found.summary().splitlines()[0]
     data = found.to_arviz(log_likelihood=False)["posterior"]
     assert (data.sizes["chain"], data.attrs["inference_method"], data.attrs["converged"]) == (256, "mcmc", 1)
+
+
+@pytest.mark.parametrize(("loc", "is_known"), [(1.0, True), (31.0, False)])
+def test_the_evidence_is_unknown_where_the_guide_hardly_overlaps_the_posterior(loc, is_known):
+    def guide(y: Tensor) -> None:
+        pyro.sample("x", dist.Normal(torch.full((3,), loc), 0.7).to_event(1))
+
+    y = torch.ones(3)
+    chains = SimpleNamespace(flat={"x": 0.5 + 0.5**0.5 * torch.randn(2048, 3)}, converged=True, worst="")
+    run = stages.Stages(Question(normal, (y,), {}, normal), 16, progress=False, chains=chains)
+    psis = SimpleNamespace(log_weights=torch.zeros(1))
+    checked = SimpleNamespace(verdict="do not trust", findings=(), reason="Far.", psis=psis)
+    run.judged.append(stages.Judged(guide, checked))
+    found = run.answer(0.0)
+    assert found.draws["x"].shape == (16, 3)
+    assert ("evidence is unknown" in found.reason) != is_known
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(y).sum().item()
+    assert math.isnan(found.log_evidence) if not is_known else abs(found.log_evidence - exact) < 0.3
 
 
 @pytest.mark.slow
@@ -253,6 +274,37 @@ def test_a_trained_guide_is_not_trained_again():
     assert "trained before" in found.steps[0].said
 
 
+def test_a_given_guide_is_taken_as_it_is_unless_it_is_known_to_be_untrained(monkeypatch):
+    class Trained(torch.nn.Module):
+        def forward(self, y: Tensor) -> None:
+            normal(y)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    called = AutoNormal(normal)
+    called(Y)
+    monkeypatch.setattr(stages, "fit_svi", broken)
+    run = stages.Stages(Question(normal, (Y,), {}, normal), 10, progress=False)
+    for guide in (called, Trained()):
+        run.fit(guide, is_given=True)
+        assert "trained before" in run.steps[-1].said
+    for guide in (AutoNormal(normal), AutoFlow(normal, small)):
+        with pytest.raises(KeyboardInterrupt):
+            run.fit(guide, is_given=True)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(Trained())
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 0.02])
+def test_no_time_to_train_is_said(seconds, recwarn):
+    found = pf.posterior(normal, Y, seconds=seconds, **SMALL)
+    assert names(found) == ["fit"]
+    assert found.steps[0].said == "out of time AutoFlow"
+    assert "give more than" in found.reason
+    assert not any("failed" in str(one.message) for one in recwarn)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -267,7 +319,7 @@ def test_models_without_a_posterior_are_refused(model, words):
 
 
 def test_bad_arguments_are_refused(monkeypatch):
-    for settings in ({"num_draws": 0}, {"seconds": -1.0}, {"progress": "no"}):
+    for settings in ({"num_draws": 0}, {"seconds": -1.0}, {"progress": "no"}, {"guide": 5}, {"guide": lambda _: None}):
         with pytest.raises((ValueError, TypeError), match=next(iter(settings))):
             pf.posterior(normal, Y, **settings)
     monkeypatch.setattr(distributed, "size", lambda: 2)
@@ -289,7 +341,7 @@ def test_the_best_answer_in_the_time_is_returned():
 
 
 def test_chains_that_the_time_ends_are_not_interrupted(answer, monkeypatch):
-    cut = types.SimpleNamespace(converged=False, sweeps=1, worst="R-hat 1.50")
+    cut = SimpleNamespace(converged=False, sweeps=1, worst="R-hat 1.50")
     monkeypatch.setattr(stages, "exact", lambda *_, **__: cut)
     run = stages.Stages(answer.question, 100, progress=False, judged=[stages.Judged(answer.guide)])
     for left, words in ((math.inf, "interrupted R-hat 1.50"), (-1.0, "out of time R-hat 1.50")):
@@ -297,6 +349,12 @@ def test_chains_that_the_time_ends_are_not_interrupted(answer, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run.sample()
         assert run.steps[-1].said == words
+
+
+def test_the_end_of_the_time_is_no_interruption():
+    with within(0.001), uninterrupted():
+        time.sleep(0.01)
+    assert seconds_left() == math.inf
 
 
 @pytest.mark.slow
@@ -313,7 +371,7 @@ def _late(self) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LookupError("bad")])
 def test_a_stage_that_breaks_off_costs_no_other(monkeypatch, error):
     def broken(*_, **__):
         raise error
@@ -326,8 +384,60 @@ def test_a_stage_that_breaks_off_costs_no_other(monkeypatch, error):
     assert names(found)[:3] == ["fit", "check", "chains"]
     assert found.interrupted == isinstance(error, KeyboardInterrupt)
     assert found.steps[2].said == ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed: bad")
-    assert any("a stage failed" in str(one.message) for one in caught) == isinstance(error, ValueError)
+    assert any("a stage failed" in str(one.message) for one in caught) != found.interrupted
     assert found.verdict == "do not trust"
+
+
+def test_a_factorisation_that_fails_is_met_by_a_population(monkeypatch):
+    def broken(*_, **__):
+        raise torch.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(stages, "fit_svi", broken)
+    monkeypatch.setattr(stages.Stages, "cover", broken)
+    with pytest.warns(UserWarning, match="a population takes over. singular"), pytest.raises(RuntimeError):
+        pf.posterior(normal, Y, **SMALL)
+
+
+def test_an_answer_that_cannot_be_drawn_is_an_earlier_one(monkeypatch):
+    def broken(y: Tensor) -> None:
+        raise LookupError("lost")
+
+    first = AutoNormal(normal)
+    first(Y)
+
+    def add(self, *_: object) -> None:
+        self.question = Question(normal, (Y,), {}, normal)
+        self.judged += [stages.Judged(broken), stages.Judged(first)]
+
+    monkeypatch.setattr(importlib.import_module("pyro_flows.answers.posterior"), "_go_on", add)
+    with pytest.warns(UserWarning, match="a stage failed.*lost"):
+        assert pf.posterior(normal, Y, num_draws=10, **SMALL).draws["x"].shape == (10, 3)
+
+
+def test_draws_keep_to_the_time_and_to_a_first_interruption(monkeypatch):
+    def pause(y: Tensor) -> None:
+        time.sleep(0.005)
+        normal(y)
+
+    slow = pf.Program(pause, vectorize="loop")
+    guide = AutoNormal(slow)
+    guide(Y)
+    add = lambda self, *_: self.judged.append(stages.Judged(guide))  # noqa: E731
+    monkeypatch.setattr(importlib.import_module("pyro_flows.answers.posterior"), "_go_on", add)
+    with pytest.warns(UserWarning, match="time allows for .* draws"):
+        found = pf.posterior(slow, Y, seconds=0.5, guide=guide, progress=False)
+    assert len(found.draws["x"]) < 100
+    assert found.seconds < 2
+    of_guide = stages.Stages._of_guide
+
+    def pressed(*args):
+        signal.raise_signal(signal.SIGINT)
+        return of_guide(*args)
+
+    monkeypatch.setattr(stages.Stages, "_of_guide", pressed)
+    found = pf.posterior(slow, Y, num_draws=5, guide=guide, progress=False)
+    assert len(found.draws["x"]) == 5
+    assert found.interrupted
 
 
 def test_an_interruption_before_any_answer_is_raised(monkeypatch):

@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..arguments import check_flags, check_integers, check_numbers, check_program
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow, init_to_center
@@ -54,7 +55,8 @@ def posterior(
         *args: The model's arguments.
         num_draws: The number of draws.
         seconds: The time after which the best answer so far is returned; by default there is no limit.
-        guide: A guide, or a class or function that makes one from the model.  A trained guide is not trained again.
+        guide: A guide, or a class or function that makes one from the model.  A guide itself is taken as it is, unless
+            it is known to be untrained: a guide of pyro_flows, or a Pyro ``AutoGuide`` that was never called.
             The default is an :class:`~pyro_flows.AutoFlow`, an :class:`~pyro_flows.AutoStructuredFlow` for many latents
             with a structure, and an :class:`~pyro_flows.AutoPlateFlow` if latents lie in a subsampled plate.
         progress: Whether to show progress bars, and what each stage finds.
@@ -64,6 +66,7 @@ def posterior(
         The :class:`~pyro_flows.Posterior`.  Ctrl-C returns the best answer so far.
 
     Raises:
+        TypeError: If ``guide`` neither is nor makes a guide.
         ValueError: If a number is out of its range, the model has no continuous latents, or has parameters, or its
             posterior is detectably improper; or if several processes run.
 
@@ -90,25 +93,38 @@ def posterior(
         fault = f"posterior runs in one process, got {distributed.size()}"
         raise ValueError(f"{CALLER}: {fault}. Let them share fit_svi, and call check in one of them.")
     question, chosen = _choose(model, args, kwargs, guide)
-    stages = Stages(question, num_draws, progress)
+    stages = Stages(question, num_draws, progress, seconds or math.inf)
     try:
         with within(seconds or math.inf):
-            _go_on(stages, chosen)
-    except (KeyboardInterrupt, ValueError, ArithmeticError, RuntimeError) as error:
+            _go_on(stages, chosen, chosen is guide)
+    except (KeyboardInterrupt, Exception) as error:
         if not stages.judged and isinstance(error, TimeUp):
             stages.judged.append(Judged(chosen))
         if not stages.judged:
             raise
         if not isinstance(error, KeyboardInterrupt):
-            warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {error}")
-    return stages.answer(began, seconds or math.inf)
+            _warn_of(error)
+    while True:
+        try:
+            return stages.answer(began)
+        except Exception as error:
+            lost = stages.best
+            stages.judged = [one for one in stages.judged if one is not lost]
+            if not stages.judged:
+                raise
+            _warn_of(error)
 
 
-def _go_on(stages: Stages, guide: Any) -> None:
+def _warn_of(error: BaseException) -> None:
+    words = str(error) or type(error).__name__
+    warn_user(f"{CALLER}: a stage failed, and the best answer before it is returned. {words}")
+
+
+def _go_on(stages: Stages, guide: Any, is_given: bool) -> None:
     """Fit and check a guide, and go on until the answer can be trusted."""
     try:
-        stages.fit(guide)
-    except FloatingPointError as error:  # for example at a hard edge, where a population still works
+        stages.fit(guide, is_given=is_given)
+    except (FloatingPointError, LinAlgError) as error:  # for example at a hard edge
         warn_user(f"{CALLER}: training broke down, and a population takes over. {error}")
         stages.cover()
     if not stages.can_check:
@@ -134,6 +150,7 @@ def _choose(model: Function, args: Args, kwargs: Kwargs, guide: Any) -> tuple[Qu
         guide: A guide, a function from the model to a guide, or None for the one that suits the model.
 
     Raises:
+        TypeError: If no guide is given or made.
         ValueError: If the model has no continuous latents, or has parameters.
     """
     program = Program(model, args, kwargs)
@@ -141,7 +158,13 @@ def _choose(model: Function, args: Args, kwargs: Kwargs, guide: Any) -> tuple[Qu
     _check_no_parameters(inner_of(model), trace)
     if isinstance(guide, AutoGuide | nn.Module):  # it is called with the arguments of the model
         return Question(model, args, kwargs, model), guide
-    return Question(program, (), {}, model), guide(program) if guide is not None else _suited(program, trace)
+    if guide is None:
+        return Question(program, (), {}, model), _suited(program, trace)
+    made = guide(program) if callable(guide) else guide
+    if not callable(made):
+        fault = f"guide must be a guide, or a class or function that makes one from the model, got {guide!r}"
+        raise TypeError(f"{CALLER}: {fault}.")
+    return Question(program, (), {}, model), made
 
 
 def _suited(program: Program, trace: Trace) -> Any:

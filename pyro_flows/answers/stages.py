@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..diagnostics import Check, Finding, check
 from ..diagnostics.findings import VERDICTS
@@ -34,8 +36,10 @@ from ..sampling import Samples
 from ..sampling.annealed_population import ISLANDS, Population, bridge
 from ..sampling.converged_chains import Goal
 from ..sampling.resampling import systematic
-from ..time_limit import TimeUp, seconds_left, within
+from ..time_limit import TimeUp, seconds_left, taken_over, within
+from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit
+from ..user_code import warn_user
 from .record import Posterior, Question, Step
 
 LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not reach
@@ -54,9 +58,13 @@ class Effort:
         longest: The factor by which heavy tails may lengthen a run: only ``num_draws`` of its draws are kept.
         least_ess: The least effective sample size of chains, below which R-hat says little.
         starts: The draws of each guide from which climbs to modes start.
+        drawing: The share of a time limit that draws may take, even if no time is left.
+        told: The seconds after which drawing counts as a step.
         share: The share of a time limit that a fit may take, so that time is left to check it.
         lost_evidence: The nats by which the evidence of a guide may fall short of an earlier one's.
         per_draw: The weighted draws for each that is kept, so that few are kept twice.
+        bridged: The most draws of chains, and of a guide, that give the evidence.
+        least_overlap: The least effective number of either on which the evidence rests.
     """
 
     particles: int = 2048
@@ -65,9 +73,13 @@ class Effort:
     longest: float = 2.0
     least_ess: int = 400
     starts: int = 8
+    drawing: float = 0.1
+    told: float = 10.0
     share: float = 0.6
     lost_evidence: float = 0.1
     per_draw: int = 2
+    bridged: int = 4096
+    least_overlap: int = 100
 
 
 EFFORT = Effort()
@@ -106,6 +118,7 @@ class Stages:
         question: The model with its arguments.
         num_draws: The number of draws.
         progress: True to say which stage runs, and what it has found.
+        seconds: The time limit.
         judged: The guides so far, with their checks.
         chains: The latest chains.
         steps: The steps so far.
@@ -114,6 +127,7 @@ class Stages:
     question: Question
     num_draws: int
     progress: bool
+    seconds: float = math.inf
     judged: list[Judged] = field(default_factory=list)
     chains: Samples | None = None
     steps: list[Step] = field(default_factory=list)
@@ -149,13 +163,16 @@ class Stages:
         """The model with the best guide."""
         return self._task(self.best.guide)
 
-    def fit(self, guide: Any) -> None:
-        """Fit a guide, unless it was trained before."""
+    def fit(self, guide: Any, *, is_given: bool = False) -> None:
+        """Fit a guide, unless it was trained before; one that is given was, unless it is known to be untrained."""
         with self._step("fit") as said:
-            said[1] = f"{type(guide).__name__}, trained before"
-            if getattr(guide, "is_fresh", True):
+            said[1] = type(guide).__name__
+            if not _is_fresh(guide, otherwise=not is_given):
+                said[1] += ", trained before"
+            else:
                 if isinstance(guide, AutoFlow):
-                    guide.setup(*self.question.args, **self.question.kwargs)
+                    with taken_over():  # half a guide could not be drawn from
+                        guide.setup(*self.question.args, **self.question.kwargs)
                     check_proper("posterior", Density(self._task(guide)), guide.start[0])
                 try:
                     fit = self._fit(guide)
@@ -163,6 +180,8 @@ class Stages:
                     if not getattr(guide, "is_fresh", True):  # what was trained can be drawn from
                         self.judged.append(Judged(guide))
                     raise
+                if getattr(guide, "is_fresh", False) and seconds_left() < math.inf:  # no step was taken
+                    raise TimeUp
                 end = ", when its share of the time was up" if fit.stopped == "interrupted" else ""
                 said[1] = f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps{end}"
         self.judged.append(Judged(guide))
@@ -196,21 +215,22 @@ class Stages:
             self.judged.append(Judged(found.guide))
             said[1] = f"{len(found.modes)} mode{'s' * (len(found.modes) > 1)}"
 
-    def answer(self, began: float, limit: float) -> Posterior:
-        """Return the answer: draws of the best guide if they can be used, or else of chains if there are any.
-
-        Args:
-            began: The time at which the stages began.
-            limit: The seconds that they had.
-        """
-        left = limit - (time.perf_counter() - began)
-        is_short = self.can_check and not self.is_settled and left < self.steps[0].seconds
+    def answer(self, began: float) -> Posterior:
+        """Return the answer: draws of the best guide if they can be used, or else of chains if there are any."""
+        left = self.seconds - (time.perf_counter() - began)
+        first = self.steps[0].seconds if self.steps else 0.0  # no later stage is begun in less time
+        is_short = self.can_check and not self.is_settled and left < first
+        given = max(left, EFFORT.drawing * self.seconds)
         best, chains = self.best, None if self.best.is_usable else self.chains
-        with validation_enabled(False):  # draws without a density are no errors
-            draws, evidence, resampled = (*self._of_chains(chains), False) if chains else self._of_guide(best)
-        evidence = evidence if self.is_settled else UNKNOWN
+        with self._drawn(), validation_enabled(False):  # draws without a density are no errors
+            found = (*self._of_chains(chains, given), False) if chains else self._of_guide(best, given)
+        draws, evidence, resampled = found
+        reason = self._reason(chains) + f" The time was too short: give more than {self.seconds:g} seconds." * is_short
+        if not self.is_settled:
+            evidence = UNKNOWN
+        elif chains and math.isnan(evidence[0]):
+            reason += " The evidence is unknown: the guide hardly overlaps the posterior, or has no density."
         verdict, seconds = "trust" if self.is_settled else "do not trust", time.perf_counter() - began
-        reason = self._reason(chains) + f" The time was too short: give more than {limit:g} seconds." * is_short
         record = draws, verdict, reason, *evidence, tuple(self.steps), seconds, best.guide, chains, self.question
         return Posterior(*record, resampled)
 
@@ -233,6 +253,22 @@ class Stages:
         finally:
             self.steps.append(Step(name, time.perf_counter() - began, *said))
             self._say(str(self.steps[-1]))
+
+    @contextmanager
+    def _drawn(self) -> Iterator[None]:
+        """Hold a first Ctrl-C back while draws are made, and record a step if that takes long."""
+        began = time.perf_counter()
+        with hold_interrupts(notice="posterior: the draws are completed; Ctrl-C again gives them up.\n") as asked:
+            yield
+            seconds = time.perf_counter() - began
+            if asked() or seconds > EFFORT.told:
+                was = self.steps and self.steps[-1].said.startswith("interrupted")
+                self.steps.append(Step("draws", seconds, "", "interrupted" if asked() or was else ""))
+
+    def _within(self, number: int, left: float, each: int) -> int:
+        """Return how many of some draws a model that runs one at a time makes in the seconds left."""
+        runs = self.task.settle().budget(left).number if math.isfinite(left) else math.inf
+        return min(number, max(int(min(runs, number * each) / each), 1))
 
     def _say(self, words: str) -> None:
         if self.progress:
@@ -277,12 +313,14 @@ class Stages:
         state = "The draws are exact: chains have converged" if self.is_exact else "The chains have not converged"
         return f"{state} ({chains.worst}). Of the guide: {checked.reason}"
 
-    def _of_guide(self, best: Judged) -> tuple[Values, tuple[float, float], bool]:
+    def _of_guide(self, best: Judged, left: float) -> tuple[Values, tuple[float, float], bool]:
         """Return draws of a guide, the evidence, and True if reliable weights have resampled the draws."""
         task, number, checked = self.task, self.num_draws, best.check
         if not self.can_check:  # the guide itself draws all rows
             return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN, False
-        task = task.check()
+        task, number = task.check(), self._within(number, left, EFFORT.per_draw + 1)
+        if number < self.num_draws:
+            warn_user(f"posterior: the time allows for {number:,} draws. Give more seconds.")
         if checked is None or not best.is_usable or math.isinf(checked.log_evidence_se):
             return task.values(task.draw(number).latents), UNKNOWN, False
         found = task.draw(EFFORT.per_draw * number)
@@ -294,20 +332,50 @@ class Stages:
         return task.values(found.latents_at(kept)), evidence, resampled
 
     @torch.no_grad()
-    def _of_chains(self, chains: Samples) -> tuple[Values, tuple[float, float]]:
+    def _of_chains(self, chains: Samples, left: float) -> tuple[Values, tuple[float, float]]:
         """Return draws of chains, evenly spread over all of them, and the evidence.
 
         It comes from bridge sampling between these draws and draws of the guide (Meng, Wong 1996).
         """
-        space, number = Density.sound(self.task), self.num_draws
-        kept = torch.arange(number) * len(next(iter(chains.flat.values()))) // number
-        draws = {name: value[kept] for name, value in chains.flat.items()}
-        size = number // ISLANDS * ISLANDS
-        at = space.placement
-        z = at.located({name: draws[name][:size] for name in space.task.latents}) if size else None
-        if z is None or not at.has_log_q:
+        number, recorded = self.num_draws, len(next(iter(chains.flat.values())))
+        draws = {name: value[_spread(number, recorded)] for name, value in chains.flat.items()}
+        try:
+            return draws, self._bridged(
+                chains, self._within(min(recorded, EFFORT.bridged), left, 2) // ISLANDS * ISLANDS
+            )
+        except Exception as error:  # the draws of the chains are in hand
+            warn_user(f"posterior: the evidence is unknown. {error}")
             return draws, UNKNOWN
+
+    def _bridged(self, chains: Samples, size: int) -> tuple[float, float]:
+        """Return the evidence from some of the draws of chains, and as many of the guide; unknown if few overlap."""
+        space = Density.sound(self.task)
+        at, kept = space.placement, _spread(size, len(next(iter(chains.flat.values()))))
+        z = at.located({name: chains.flat[name][kept] for name in space.task.latents}) if size else None
+        if z is None or not at.has_log_q:
+            return UNKNOWN
         log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, at.log_q))
         even = torch.full((len(z),), -math.log(len(z))).to(log_p)
         known, of_guide = Population(z, even, log_p, torch.zeros(ISLANDS), [0.0, 1.0]), space.draw(len(z))
-        return draws, bridge(known, log_p - log_q, of_guide.log_p - of_guide.log_q)
+        of_p, of_q = log_p - log_q, of_guide.log_p - of_guide.log_q
+        log_r, error = bridge(known, of_p, of_q)
+        overlap = min(_effective(of_q - log_r), _effective(log_r - of_p))
+        return (log_r, error) if math.isfinite(error) and overlap >= EFFORT.least_overlap else UNKNOWN
+
+
+def _is_fresh(guide: Any, *, otherwise: bool) -> bool:
+    """True if a guide says that it is untrained; if it does not say, what counts otherwise."""
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        return True
+    return bool(getattr(guide, "is_fresh", otherwise and not isinstance(guide, AutoGuide)))
+
+
+def _spread(number: int, total: int) -> Tensor:
+    """Return some indices of draws, evenly spread over all of them."""
+    return torch.arange(number) * total // max(number, 1)
+
+
+def _effective(log_odds: Tensor) -> float:
+    """Return the effective number of draws of one density in a bridge to another, as many of whose draws there are."""
+    share = logsigmoid(log_odds.double().nan_to_num(-math.inf, math.inf, -math.inf))
+    return float((2 * share.logsumexp(0) - (2 * share).logsumexp(0)).exp().nan_to_num(0.0))

@@ -72,10 +72,12 @@ def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Delay a first Ctrl-C to the end of a block, such as an import that could not be repeated."""
-    with hold_interrupts() as asked:
-        before = asked()
+    before = signal.getsignal(signal.SIGINT)
+    is_held = isinstance(before, _Hold) and before.held()
+    with hold_interrupts():
+        hold = signal.getsignal(signal.SIGINT)
         yield
-    if asked() and not before:
+    if hold is not before and isinstance(hold, _Hold) and hold.held() and not is_held:  # and not that the time is up
         signal.raise_signal(signal.SIGINT)
 
 
