@@ -41,8 +41,10 @@ class Paced(nn.Module):
     def set_unit(self, unit: float) -> None:
         """Change the unit and keep what the module computes, exactly in floating point if units are powers of 2."""
         if self.stored and unit != self.unit:
-            for name in self.stored:
-                self._rescale(self.get_parameter(name), self.unit / unit)
+            for name, parameter in self.named_parameters():
+                # Pruning and norms of torch keep a weight as weight_orig, or below parametrizations.weight.
+                if name.removeprefix("parametrizations.").startswith(self.stored):
+                    self._rescale(parameter, self.unit / unit)
             self.unit = unit
 
     def paced(self, stored: Tensor) -> Tensor:
