@@ -34,7 +34,7 @@ nitpicky = True  # references to names of ours must lead somewhere; those of oth
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|pyro|numpy|collections|abc|os|typing|pathlib|matplotlib)\..*"),
     ("py:.*", r"pyro_flows\.\w+\.\w+\..*"),  # where private classes are defined
-    ("py:class", r"Tensor|Module|Picture|Draws|optional"),
+    ("py:class", r"Tensor|Module|Picture|Draws|Drift|Missing|RowWeights|Shape|Spreads|optional"),
 ]
 
 html_theme = "furo"

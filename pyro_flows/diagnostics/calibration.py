@@ -22,7 +22,7 @@ LIMIT = 0.01 / 3  # the p-value of each of three tests below which the draws are
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tests of an amortised posterior over M simulated datasets: the result of :func:`calibrate`.
+    """Tests of an amortised posterior over M simulated datasets: the result of :func:`~pyro_flows.calibrate`.
 
     Each of the three tests has values u that are uniform on (0, 1) if the posterior is right.  Its p-value is that of
     the Kolmogorov-Smirnov test of u (location) and of ``|2 u - 1|`` (spread).  Small p-values indicate a wrong guide.

@@ -31,7 +31,7 @@ from .neighbours import Neighbours, neighbours_of
 
 @dataclass(frozen=True, repr=False)
 class LocalC2ST(ObservationTest):
-    """Test of an amortised posterior at one observation: the result of :func:`local_c2st`.
+    """Test of an amortised posterior at one observation: the result of :func:`~pyro_flows.local_c2st`.
 
     Attributes:
         names: The names of the K elements of the latents.

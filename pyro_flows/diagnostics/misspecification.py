@@ -25,7 +25,7 @@ from .largest_statistic import ObservationTest, Statistic, largest, p_value
 
 @dataclass(frozen=True, repr=False)
 class Misspecification(ObservationTest):
-    """Test whether a model could have made an observation: the result of :func:`misspecification`.
+    """Test whether a model could have made an observation: the result of :func:`~pyro_flows.misspecification`.
 
     Attributes:
         names: The names of the T statistics.

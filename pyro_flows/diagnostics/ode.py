@@ -16,7 +16,7 @@ from ..transforms import Continuous
 
 @dataclass(frozen=True)
 class OdeReport:
-    """Report of a continuous flow's solver on N rows: the result of :func:`ode_report`.
+    """Report of a continuous flow's solver on N rows: the result of :func:`~pyro_flows.ode_report`.
 
     Attributes:
         log_prob: The log-density of each row, ``(N,)``, in nats.

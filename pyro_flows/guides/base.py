@@ -215,7 +215,7 @@ class FlowGuide(Plan, AutoGuide):
     @property
     @abstractmethod
     def is_amortised(self) -> bool:
-        """True if the whole posterior is a function of the data, of any dataset: it can be trained on simulations."""
+        """True if the whole posterior is a function of the data, so that simulations can train it."""
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates, self._outline)
