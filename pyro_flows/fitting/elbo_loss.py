@@ -133,7 +133,6 @@ class FreshMean:
     most: int = 50
     sharp: float = 0.01
 
-    @torch.no_grad()
     def of(self, loss: Callable[[], Tensor]) -> float:
         """Return the mean, NaN if no loss is finite; random numbers are left alone."""
         found: list[float] = []
@@ -141,7 +140,7 @@ class FreshMean:
             pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
             while len(found) < self.least or self._goes_on(found):
                 try:
-                    found.append(float(loss()))
+                    found.append(float(loss().detach()))  # TraceEnum_ELBO needs gradients
                 except Exception as error:
                     if not is_breakdown(error):
                         raise
