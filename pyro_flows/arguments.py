@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Activation = type[nn.Module]
+Widths = Sequence[int]  # of the hidden layers of networks
 IMAGE = "(channels, height, width)"  # words for error messages
 BIJECTOR = "a bijector such as bijectors.Affine()"
 CONDITIONER = "a conditioner such as conditioners.MLP(...)"

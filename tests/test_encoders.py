@@ -291,12 +291,6 @@ def test_a_feature_that_is_hidden_everywhere_keeps_the_identity() -> None:
         standardize.initialize(torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.bool))
 
 
-def test_the_standardisation_is_shown() -> None:
-    encoder = MLPEncoder(6, 1)
-    encoder.initialize(torch.tensor([2.5, 0.0]).repeat(3)[None])
-    assert "Standardize((6,), loc=[2.5, 0, 2.5, 0, …], scale=[1, 1, 1, 1, …])" in repr(encoder)
-
-
 # ------------------------------------------------------------ sets
 
 
@@ -505,10 +499,7 @@ def test_seconds_since_1970_keep_their_gaps(build: BuildSeries) -> None:
     narrow.initialize(x.float(), times=times)
     again = copy.deepcopy(narrow)
     again.initialize(x.float(), times=later)
-    gaps = [
-        net.standardize_steps(net.standardize, x.float(), t, None).features[..., 8:10]
-        for net, t in ((narrow, times), (again, later))
-    ]
+    gaps = [net.steps(x.float(), None, t)[0][..., 8:10] for net, t in ((narrow, times), (again, later))]
     torch.testing.assert_close(*gaps, atol=1e-3, rtol=1e-3)
 
 
@@ -711,10 +702,6 @@ def test_elements_may_be_numbers(name: str) -> None:
         Scalars(network)(torch.tensor(1.0))
     with pytest.raises(TypeError, match=r"^Scalars: network must be a network or a function, got <class"):
         Scalars(SetEncoder)
-
-
-def test_the_choice_is_shown() -> None:
-    assert "Arguments(\n  0, 'size', mask=2" in repr(Arguments(nn.Linear(1, 1), 0, "size", mask=2))
 
 
 # ------------------------------------------------------------ errors

@@ -104,9 +104,6 @@ class Arguments(nn.Module):
                 way = "Give ones if nothing is missing" if label.startswith("mask") else "Give it"
                 raise ValueError(f"Arguments: {label} must be given, as in all of training, got None. {way}.")
 
-    def extra_repr(self) -> str:
-        return ", ".join([*map(repr, self.positions), *(f"{name}={place!r}" for name, place in self.named.items())])
-
 
 class Joined(nn.Module):
     """Several encoders of the same arguments, whose contexts follow one another in one vector.

@@ -1,4 +1,4 @@
-"""Encoders of sets, which do not depend on the order of the elements."""
+"""Encoders of sets, which do not depend on the order of the elements; masks and pooling of elements."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_sizes
-from .base import Encoder
-from .elements import Lengths, as_mask, pooling_weights
-from .mlp import hidden_layers
-from .standardize import Standardize
+from ..arguments import Activation, Widths, check_integers, check_sizes
+from ..compiler_state import is_traced
+from .base import Encoder, Standardize
+from .rows import hidden_layers
+from .training_record import Lengths
 
 
 class SetEncoder(Encoder):
@@ -62,11 +62,11 @@ class SetEncoder(Encoder):
         self,
         element_dim: int,
         context_dim: int,
-        hidden_dims: Sequence[int] = (64, 64),
+        hidden_dims: Widths = (64, 64),
         *,
         num_queries: int = 4,
         num_moments: int = 8,
-        activation: type[nn.Module] = nn.SiLU,
+        activation: Activation = nn.SiLU,
     ) -> None:
         name = type(self).__name__
         check_integers(name, element_dim=element_dim, context_dim=context_dim)
@@ -76,7 +76,7 @@ class SetEncoder(Encoder):
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
-        self.lengths = Lengths(name, "element")
+        self.lengths = Lengths(name)
         self.phi = hidden_layers(name, 2 * element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
@@ -115,3 +115,47 @@ class SetEncoder(Encoder):
         pooled = (weights.mT @ torch.cat((h, linear), -1)).flatten(-2)  # (*batch, (1 + Q) (H + E + M))
         summary = torch.cat((pooled, log_spread.squeeze(-2), size.log1p()), -1)
         return self.output(self.rho(summary)) + self.direct(summary)
+
+
+def as_mask(caller: str, x: Tensor, mask: Tensor | None, *shapes: Sequence[int]) -> Tensor:
+    """Return a mask as bools; without one, everything in the data is there.
+
+    A model that draws its mask from a Bernoulli distribution has a mask of the numbers 0 and 1.
+
+    Args:
+        caller: The name of the encoder, for errors.
+        x: The data.
+        mask: Bools, or the numbers 0 and 1.
+        *shapes: The shapes that a mask may have; without a mask the first.
+
+    Raises:
+        ValueError: If the mask has another shape, or holds other numbers.  ``torch.compile`` and ``torch.func`` skip
+            the check of the numbers.
+    """
+    if mask is None:
+        return torch.ones(tuple(shapes[0]), dtype=torch.bool, device=x.device)
+    there = mask.bool()
+    if tuple(mask.shape) not in map(tuple, shapes):
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        got = f"for data of shape {tuple(x.shape)}, got {tuple(mask.shape)}"
+        raise ValueError(f"{caller}: mask must have shape {wanted}, {got}.")
+    if not (is_traced() or mask.dtype == torch.bool) and (wrong := mask[mask != there]).numel():
+        raise ValueError(f"{caller}: mask must hold True and False, or 1 and 0, got {wrong[0].item():g}.")
+    return there
+
+
+def pooling_weights(scores: Tensor, there: Tensor) -> Tensor:
+    """Return the weights of elements in their mean, and under the attention of each query.
+
+    Args:
+        scores: The logits of Q queries, ``(*batch, n, Q)``.
+        there: True for the elements that count, ``(*batch, n)``.
+
+    Returns:
+        Of shape ``(*batch, n, 1 + Q)``, the mean first.  Each column sums to 1, or to 0 if no element counts.
+    """
+    there = there.unsqueeze(-1)
+    # The lowest finite number, not -inf: the softmax of an empty set would be NaN.  There the mask makes it zero.
+    attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-2) * there
+    size = there.sum(-2, keepdim=True).to(scores.dtype)  # (*batch, 1, 1)
+    return torch.cat((there / size.clamp(min=1.0), attention), -1)

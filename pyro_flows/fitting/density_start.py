@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..distributions import CircularBase, StandardNormal, StudentTBase
 from ..encoders import Standardize
-from ..encoders.base import at_rest
-from ..encoders.standardize import learning
+from ..encoders.base import at_rest, learning
 from ..flows import Flow
 from ..guides.guide_flow import permutes
 from ..transforms import FixedAffine, PerPixel

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from ..arguments import check_integers, check_sizes, is_integer, quoted
+from ..arguments import Widths, check_integers, check_sizes, is_integer, quoted
 from ..compiler_state import is_traced
 
 HALF = torch.float16, torch.bfloat16
-Activation = type[nn.Module]
-Widths = Sequence[int]  # of the hidden layers of networks
 
 
 class Sizes(NamedTuple):

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..arguments import suggests_keywords
+from ..arguments import Activation, Widths, suggests_keywords
 from ..bijectors import Affine, Bernstein, Bijector, Integral, RationalQuadraticSpline, Sigmoidal, SumOfSquares
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
 from ..transforms import Autoregressive, BlockAutoregressive, FlowTransform, Permute
-from .arguments import Activation, Sizes, Widths, checked_sizes
+from .arguments import Sizes, checked_sizes
 from .coupling import context_network, marginal
 from .flow import Flow
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..arguments import suggests_keywords
+from ..arguments import Activation, Widths, suggests_keywords
 from ..conditioners import MLPField
 from ..transforms import Continuous
 from ..transforms.continuous import Solution
-from .arguments import Activation, Widths, checked_sizes
+from .arguments import checked_sizes
 from .distribution import FlowDistribution
 from .flow import Flow
 

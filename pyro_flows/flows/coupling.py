@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_flags, check_flags, suggests_keywords
+from ..arguments import Activation, Widths, as_flags, check_flags, suggests_keywords
 from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
 from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear, Orthogonal
-from .arguments import Activation, Sizes, Widths, checked_sizes
+from .arguments import Sizes, checked_sizes
 from .flow import Flow
 
 

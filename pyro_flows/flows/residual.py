@@ -7,11 +7,11 @@ networks, whose bounded slopes keep it invertible.  All of them score any value,
 
 from __future__ import annotations
 
-from ..arguments import suggests_keywords
+from ..arguments import Widths, suggests_keywords
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
 from ..transforms.low_rank import check_ridges
-from .arguments import Widths, checked_sizes
+from .arguments import checked_sizes
 from .coupling import context_network
 from .flow import Flow
 

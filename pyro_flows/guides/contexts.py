@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..conditioners.pace import Paced
 from ..encoders import Arguments, Joined, Standardize
-from ..encoders.base import at_rest
-from ..encoders.standardize import learning
+from ..encoders.base import at_rest, learning
 from ..encoders.training_record import unjudged
 from ..programs.plate_minibatches import Shuffled
 from ..vjp import graph_of
