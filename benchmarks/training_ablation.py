@@ -18,7 +18,7 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MLP
-from pyro_flows.conditioners.pace import Linear, networks_of, set_pace
+from pyro_flows.conditioners.base import Linear, networks_of, set_pace
 from pyro_flows.distributions import StandardNormal
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import Coupling, LULinear

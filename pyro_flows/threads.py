@@ -1,4 +1,4 @@
-"""The number of torch's threads that a job uses: as many as make it faster, and at most as many as the user allows.
+"""Threads and memory of a job: as many threads as make it faster, at most as many as the user allows, and memory kept.
 
 Threads wait for each other after each operation.  Small operations take longer with two threads than with one, and ten
 times as long while another process keeps a core busy.  Small jobs always use one thread, so that their results can be
@@ -9,6 +9,7 @@ log-densities of many draws of a model of many rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -23,6 +24,7 @@ TRIED = 5  # steps of a trial; the first two warm up
 FASTER = 0.8  # the ratio of times below which several threads are kept
 RECENT = 0.1  # weight of a step in the running mean: threads rarely wait for a core, but then for long
 
+LARGEST_BLOCK = 32 * 2**20 - 2**16  # bytes: glibc looks at blocks of up to 32 MB, with its own header
 
 _allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside all jobs
 
@@ -101,3 +103,13 @@ class Threads:
             self.saw((time.perf_counter() - start) / size)
         finally:
             self._is_busy = False
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let blocks of up to 32 MB be used again, which makes steps on hundreds of rows of data up to five times as fast.
+
+    glibc maps large blocks anew each time, so that the system clears each of their pages.  Once it has seen a block
+    freed, it keeps blocks up to that size (mallopt(3), M_MMAP_THRESHOLD).  With other C libraries nothing happens.
+    """
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)

@@ -40,7 +40,7 @@ from pyro_flows.conditioners import (
     Periodic,
     StepNet,
 )
-from pyro_flows.conditioners.pace import networks_of, set_pace
+from pyro_flows.conditioners.base import networks_of, set_pace
 from pyro_flows.distributions import (
     CircularBase,
     ContaminatedNormalBase,

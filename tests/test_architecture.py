@@ -12,7 +12,7 @@ import pyro_flows
 
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
-    {"arguments", "allocator", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
+    {"arguments", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
     {"transforms"},
     {"distributions", "sampling"},
@@ -97,7 +97,7 @@ def test_the_reader_of_imports_sees_them() -> None:
 def test_maps_and_networks_know_neither_pyro_nor_each_other(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
-        assert parts_imported_by(path) <= {package, *LAYERS[0]} - {"allocator", "threads"}, path
+        assert parts_imported_by(path) <= {package, *LAYERS[0]} - {"threads"}, path
 
 
 def test_samplers_know_neither_pyro_nor_programs() -> None:

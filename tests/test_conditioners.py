@@ -20,10 +20,10 @@ from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
 from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, Periodic, stream, stream_vjp
-from pyro_flows.conditioners.pace import networks_of, set_pace
+from pyro_flows.conditioners.base import networks_of, set_pace
 from pyro_flows.transforms import Autoregressive
+from pyro_flows.transforms.autoregressive import invert_by_passes
 from pyro_flows.transforms.carried import network_and_pull
-from pyro_flows.transforms.inversion import invert_by_passes
 
 aten = torch.ops.aten
 NARROW, WIDE = (2, 3), (70, 70)

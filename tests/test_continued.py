@@ -27,8 +27,7 @@ from pyro_flows.bijectors import (
     Sigmoidal,
     SumOfSquares,
 )
-from pyro_flows.bijectors.numerical_inverse import bracketed_root
-from pyro_flows.bijectors.sigmoidal import mixture_logit
+from pyro_flows.bijectors.continued import bracketed_root, mixture_logit
 
 CONTINUED: dict[str, Continued] = {name: b for name, b in laws.BIJECTORS.items() if isinstance(b, Continued)}
 DEFAULTS: dict[str, Bijector] = {

@@ -15,7 +15,7 @@ from pyro_flows import AutoFlow, fit_svi, flows, posterior_graph, psis
 from pyro_flows.bijectors import Affine, RationalQuadraticSpline
 from pyro_flows.conditioners import MADE
 from pyro_flows.transforms import Autoregressive
-from pyro_flows.transforms.inversion import invert_by_passes
+from pyro_flows.transforms.autoregressive import invert_by_passes
 
 ROWS = 6
 every_context = pytest.mark.parametrize("context_dim", [0, 3], ids=["plain", "context"])

@@ -18,7 +18,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
-from pyro_flows.conditioners.pace import Linear, Paced, networks_of, set_pace
+from pyro_flows.conditioners.base import Linear, Paced, networks_of, set_pace
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting.training_mode import in_training
 from pyro_flows.guides.guide_flow import share_step

@@ -15,7 +15,7 @@ from pyro_flows import flows
 from pyro_flows.compiler_state import NEW_COMPILER
 from pyro_flows.conditioners import MLP
 from pyro_flows.transforms import FlowTransform, Householder, Orthogonal, Permute, Planar, Radial, Sylvester
-from pyro_flows.transforms.orthogonal import unit
+from pyro_flows.transforms.linear import unit
 
 ROWS = 8
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from pyro_flows import flows
 from pyro_flows.conditioners import LipschitzMLP
-from pyro_flows.conditioners.lipschitz import Jacobian, spectral_bound
+from pyro_flows.conditioners.jacobian import Jacobian, spectral_bound
 from pyro_flows.transforms import Residual
 from pyro_flows.transforms.residual import _search
 

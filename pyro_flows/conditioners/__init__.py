@@ -2,15 +2,15 @@
 
 from .base import Conditioner as Conditioner
 from .conv import ConvNet as ConvNet
-from .incremental import stream as stream
-from .incremental import stream_vjp as stream_vjp
-from .lipschitz import LipschitzMLP as LipschitzMLP
+from .conv import StepNet as StepNet
+from .jacobian import LipschitzMLP as LipschitzMLP
+from .jacobian import MLPField as MLPField
+from .jacobian import VectorField as VectorField
 from .made import MADE as MADE
+from .made import stream as stream
+from .made import stream_vjp as stream_vjp
 from .mlp import MLP as MLP
-from .pass_through import Given as Given
-from .periodic import Periodic as Periodic
-from .steps import StepNet as StepNet
+from .mlp import Given as Given
+from .mlp import Periodic as Periodic
 from .transformer import CausalTransformer as CausalTransformer
 from .transformer import Tokens as Tokens
-from .vector_field import MLPField as MLPField
-from .vector_field import VectorField as VectorField

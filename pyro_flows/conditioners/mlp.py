@@ -1,16 +1,16 @@
-"""Multilayer perceptrons, the conditioners of coupling layers."""
+"""Multilayer perceptrons, the conditioners of coupling layers, also of angles; and parameters that are given."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flags
-from .base import Conditioner, activation_of
-from .pace import Linear
+from ..arguments import CONDITIONER, as_flags, check_flags, check_integers, check_kind, check_numbers
+from .base import Conditioner, Linear, activation_of
 
 POINTS = 16  # an even number: the mirror image of each point is a point
 
@@ -102,3 +102,106 @@ class MLP(Conditioner):
             update = self.act(layer(h))
             h = h + update if self.residual and update.shape == h.shape else update
         return h
+
+
+class Given(Conditioner):
+    """A conditioner whose parameters are given by its input, or are linear in the last numbers of its input::
+
+        θ_ip = x_ip + Σ_k x_ipk g_k
+
+    An input holds ``num_params * output_dim`` numbers x_ip, as many for each k, and at its end the numbers g.  It takes
+    ``(*batch, input_dim)`` to ``(*batch, output_dim, num_params)``, and no context.  Its maps are the identity where
+    the coefficients are zero.  As for other conditioners, they should be zero at the start.
+
+    Args:
+        input_dim: The number of inputs; those between the coefficients and g are ignored.
+        output_dim: The number of features that receive parameters.
+        num_params: The number of parameters of each feature (``bijector.num_params``).
+        num_factors: The number of factors g; by default the parameters are the numbers x_ip.
+
+    Raises:
+        ValueError: If a size is out of its range, or there are too few inputs.
+
+    Example::
+
+        >>> import torch
+        >>> Given(5, 2, num_params=2)(torch.arange(5.0)).tolist()
+        [[0.0, 2.0], [1.0, 3.0]]
+        >>> Given(6, 1, num_params=2, num_factors=1)(torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 10.0])).tolist()
+        [[31.0, 42.0]]
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_params: int, num_factors: int = 0) -> None:
+        super().__init__(input_dim, output_dim, num_params, (1,), 0)
+        check_integers("Given", 0, num_factors=num_factors)
+        self.num_factors = num_factors
+        if input_dim < (least := self.num_coefficients(output_dim, num_params, num_factors) + num_factors):
+            raise ValueError(f"Given: input_dim must be at least {least} for these sizes, got {input_dim}.")
+
+    @staticmethod
+    def num_coefficients(output_dim: int, num_params: int, num_factors: int) -> int:
+        """Return the number of coefficients at the start of an input."""
+        return num_params * output_dim * (1 + num_factors)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        number, size = self.num_factors, self.num_params * self.output_dim
+        params = x[..., :size]
+        if number:
+            linear = x[..., size : size * (1 + number)].unflatten(-1, (number, size))
+            params = params + (x[..., None, -number:] @ linear).squeeze(-2)
+        return self.arranged(params)
+
+
+class Periodic(Conditioner):
+    """Another conditioner, made periodic in some of its inputs: it takes cos(π x / B) and sin(π x / B) in place of x.
+
+    It takes ``(*batch, D)`` to ``(*batch, output_dim, num_params)`` and serves coupling layers of angles.  It reorders
+    the features, so do not wrap a network whose features are ordered, such as a :class:`MADE`.
+
+    Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+
+    Args:
+        net: The network.  Its inputs are the cosines of the P periodic features, then their sines, then the D - P other
+            features.  So ``net.input_dim`` is D + P.
+        periodic: For each of the D features, True if it is periodic.
+        bound: Half the period, B; by default the periodic features are angles in radians.
+
+    Raises:
+        ValueError: If ``periodic`` does not fit the network's inputs, or ``bound`` is not positive and finite.  In use,
+            if the network takes contexts and none is given.
+
+    Example::
+
+        >>> import math, torch
+        >>> from pyro_flows.conditioners import MLP
+        >>> inner = MLP(3, 2, num_params=5)
+        >>> _ = torch.nn.init.normal_(inner.output.weight)
+        >>> net = Periodic(inner, [True, False])
+        >>> x = torch.randn(7, 2)
+        >>> torch.allclose(net(x), net(x + torch.tensor([2 * math.pi, 0.0])), atol=1e-4)
+        True
+    """
+
+    periodic: Tensor
+    order: Tensor
+
+    def __init__(self, net: Conditioner, periodic: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
+        check_kind("Periodic", Conditioner, CONDITIONER, net=net)
+        periodic = as_flags("Periodic", "periodic", periodic)
+        check_numbers("Periodic", above=0, bound=bound)
+        wanted = len(periodic) + int(periodic.sum())
+        if net.input_dim != wanted:
+            fault = f"net must take {wanted} inputs, two for each periodic feature, for periodic = {periodic.tolist()}"
+            raise ValueError(f"Periodic: {fault}, got net.input_dim = {net.input_dim}.")
+        super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
+        self.context_dim = net.context_dim  # the context enters inside the network
+        self.net = net
+        self.bound = bound
+        self.register_buffer("periodic", periodic)
+        self.register_buffer("order", torch.argsort(~periodic, stable=True))  # the periodic features first
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x.index_select(-1, self.order)
+        count = self.net.input_dim - self.input_dim
+        angle = x[..., :count] * (math.pi / self.bound)
+        return self.net(torch.cat((angle.cos(), angle.sin(), x[..., count:]), -1), context)

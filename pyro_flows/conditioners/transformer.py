@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from ..arguments import as_image, as_order, check_integers
 from ..attention import AttentionLayer
-from .base import Conditioner
-from .pace import zero_
+from .base import Conditioner, zero_
 
 
 class CausalTransformer(Conditioner):

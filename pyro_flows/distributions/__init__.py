@@ -3,8 +3,8 @@
 from .mixture import MixtureBase as MixtureBase
 from .mixture import ModesBase as ModesBase
 from .normal import CircularBase as CircularBase
+from .normal import ContaminatedNormalBase as ContaminatedNormalBase
 from .normal import FixedBase as FixedBase
 from .normal import NormalBase as NormalBase
 from .normal import StandardNormal as StandardNormal
-from .tails import ContaminatedNormalBase as ContaminatedNormalBase
-from .tails import StudentTBase as StudentTBase
+from .normal import StudentTBase as StudentTBase

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..conditioners.pace import Paced
+from ..conditioners.base import Paced
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
 from .elbo_loss import forget_compiled

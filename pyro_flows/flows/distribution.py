@@ -16,9 +16,8 @@ from torch.distributions import Distribution
 
 from ..distributions.normal import log_prob_of
 from ..transforms import FixedAffine, FlowTransform, View
-from ..transforms.base import chained
+from ..transforms.base import can_be_kept, chained, unchanged_from_now
 from ..transforms.carried import can_be_carried, carry_draws
-from ..transforms.unchanged import can_be_kept, unchanged_from_now
 from .arguments import as_size, check_value, parameter_of
 from .columns import Columns
 
@@ -30,8 +29,7 @@ class FlowDistribution(dist.TransformedDistribution):
     are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
 
     The last draw is kept until it is scored, together with a copy of all numbers that it depends on
-    (:mod:`~pyro_flows.transforms.unchanged`).  If nothing has changed, ``log_prob`` of this very tensor runs no
-    network.
+    (``transforms.base.unchanged_from_now``).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
         base: A module that builds the base distribution.

@@ -22,7 +22,7 @@ from ..encoders import Standardize
 from ..transforms import Compose, FlowTransform
 from ..transforms.base import chained
 from ..transforms.compiled import CompiledRuns
-from ..transforms.compose import checked_chain
+from ..transforms.wrapped import checked_chain
 from .arguments import as_size, check_context, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
 from .columns import Columns

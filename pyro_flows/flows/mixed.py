@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..arguments import check_integers, check_kind, check_sizes
-from ..conditioners.pace import zero_
+from ..conditioners.base import zero_
 from ..encoders import Standardize
 from ..encoders.rows import hidden_layers
 from .arguments import as_size, check_context, check_event, check_tensor

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from ..conditioners.pace import Paced
+from ..conditioners.base import Paced
 from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest, learning
 from ..encoders.training_record import unjudged

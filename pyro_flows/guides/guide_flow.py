@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import flows
 from ..bijectors import Affine, RationalQuadraticSpline, SoftplusAffine
 from ..conditioners import MLP, Given, StepNet
-from ..conditioners.pace import networks_of, set_pace
+from ..conditioners.base import networks_of, set_pace
 from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
 from ..flows.arguments import checked_sizes

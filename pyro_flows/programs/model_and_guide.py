@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .. import arguments
-from ..allocator import keep_memory
+from ..threads import keep_memory
 from ..user_code import warn_user
 from .engine_choice import check_noise, choose, why_alone
 from .engines import Site, Values, View, in_batches, plate_like, value_of

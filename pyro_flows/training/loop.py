@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import plots
-from ..allocator import keep_memory
 from ..programs.log_density import NonFiniteDraw, is_breakdown
-from ..threads import Threads, using
+from ..threads import Threads, keep_memory, using
 from ..time_limit import seconds_left
 from ..user_code import warn_user
 from . import distributed

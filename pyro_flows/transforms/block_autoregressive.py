@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_map
 
 from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
-from ..bijectors.numerical_inverse import bracketed_root, implicit_root
+from ..bijectors.continued import bracketed_root, implicit_root
 from ..conditioners import Conditioner
+from ..conditioners.base import Network
 from ..conditioners.made import MaskedLinear
-from ..conditioners.pace import Network
-from .conditional import Conditional
+from .elementwise import Conditional
 
 STEPS = 11  # of the search to the last bits, and one more for each nat of max_log_slope in each layer
 

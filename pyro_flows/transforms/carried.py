@@ -21,14 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from ..bijectors import Affine, Bijector, SoftplusAffine
 from ..conditioners import MLP, Conditioner
+from ..conditioners.base import Linear
 from ..conditioners.jacobian import SLOPES
-from ..conditioners.pace import Linear
 from ..vjp import is_plain, vjp
 from .base import FlowTransform
-from .compose import Compose
 from .coupling import Coupling
 from .elementwise import Elementwise
 from .linear import ScaledLinear
+from .wrapped import Compose
 
 Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
 PullNetwork = Callable[[Tensor, bool], tuple[Tensor, Gradients]]  # (g, True for those of parameters) -> of x, of these

@@ -19,8 +19,7 @@ from ..bijectors import Bijector
 from ..compiler_state import COMPILE_SETTINGS, is_traced
 from .autoregressive import Autoregressive
 from .base import FlowTransform, Inverse
-from .compose import Compose
-from .wrapped import Wrapped
+from .wrapped import Compose, Wrapped
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.

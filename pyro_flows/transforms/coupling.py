@@ -12,7 +12,7 @@ from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
 from .base import TwoWay, WithScore
-from .conditional import check_params
+from .elementwise import check_params
 
 
 class Coupling(TwoWay):

@@ -1,4 +1,4 @@
-"""Affine maps of vectors by diagonal and triangular matrices: log-determinants are sums of D numbers.
+"""Affine maps of vectors by diagonal, triangular and orthogonal matrices: log-determinants are sums of D numbers.
 
 Dense maps cost O(D²) per vector.  Their trained diagonals are exp(b tanh(a / b)), so that no parameters make them
 singular.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular
 from torch.nn import functional as F
 
-from ..arguments import as_flags, check_flags, check_integers, check_numbers
+from ..arguments import as_flags, as_order, check_flags, check_integers, check_numbers
 from ..bijectors.base import bounded
-from ..conditioners.pace import Paced
-from .base import VectorTransform, WithScore
+from ..conditioners import Conditioner
+from ..conditioners.base import Paced
+from .base import TwoWay, VectorTransform, WithScore
+from .elementwise import Conditional
 
 
 class ActNorm(VectorTransform):
@@ -379,3 +382,237 @@ def _orthogonal(dim: int, seed: int) -> Tensor:
 def _polished(rotation: Tensor) -> Tensor:
     """Return the rotation up to the square of its rounding, which may be that of a coarser dtype: a Newton step."""
     return 1.5 * rotation - 0.5 * rotation @ (rotation.T @ rotation)
+
+
+class Isometry(TwoWay, VectorTransform):
+    """A map of vectors ``(*batch, D)`` by an orthogonal matrix Q, which maps values and scores alike."""
+
+    @abstractmethod
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
+        """Return Q x, or Qᵀ x if ``back``."""
+
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self._turn(value, inverse), value.new_zeros(value.shape[:-1])
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
+        return *self.forward_and_log_det(x), self._turn(score, False).detach()
+
+
+class Permute(Isometry):
+    """A fixed permutation π of the features of a vector ``(*batch, D)``, y_i = x_{π(i)}, with log-determinant zero.
+
+    It is a buffer: it is saved, loaded and moved with the flow.
+
+    Args:
+        permutation: ``permutation[i]`` is the feature of x that becomes feature i of y.
+
+    Raises:
+        ValueError: If ``permutation`` is empty or not a permutation of 0 … D - 1.
+
+    Example::
+
+        >>> import torch
+        >>> Permute([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
+        [30.0, 10.0, 20.0]
+    """
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        order = as_order("Permute", "permutation", permutation)
+        super().__init__(len(order))
+        self.register_buffer("permutation", torch.tensor(order, device=getattr(permutation, "device", None)))
+
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
+        places = torch.argsort(self.permutation) if back else self.permutation
+        return x.index_select(-1, places)
+
+
+class Householder(Isometry):
+    """A rotation of vectors ``(*batch, D)``, a product of an even number of reflections, the identity at the start::
+
+        y = Q x,    Q = Π_k (1 - 2 v_k v_kᵀ / |v_k|²),    log|det dy/dx| = 0
+
+    The vectors v start in pairs of two equal random vectors: gradients are not zero, and all pairs differ.  Each
+    reflection costs O(D) per vector.
+
+    Improving Variational Auto-Encoders using Householder Flow (Tomczak, Welling 2016, arXiv:1611.09630).
+
+    Args:
+        input_dim: The number D of features.
+        reflections: The number of reflections, even; some D of them reach every rotation.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or ``reflections`` not positive and even.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Householder(3, reflections=2)
+        >>> layer(torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
+        >>> _ = torch.nn.init.normal_(layer.vectors)
+        >>> round(layer(torch.tensor([0.0, 3.0, 4.0])).norm().item(), 4)  # lengths stay
+        5.0
+    """
+
+    def __init__(self, input_dim: int, reflections: int = 8) -> None:
+        super().__init__(input_dim)
+        check_integers("Householder", reflections=reflections)
+        if reflections % 2:
+            raise ValueError(f"Householder: reflections must be positive and even, got {reflections}.")
+        self.reflections = reflections
+        self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
+
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
+        units = unit(self.vectors)
+        pairs = (units.flip(0) if back else units).unflatten(0, (-1, 2)).unbind(0)
+        for first, second in pairs:
+            x = _turn_plane(x, first, second)
+        return x
+
+
+class Orthogonal(Isometry):
+    """Any rotation of vectors ``(*batch, D)``, the identity at the start::
+
+        y = Q x,    Q = exp(A - Aᵀ),    log|det dy/dx| = 0
+
+    It costs O(D³) per batch and O(D²) per vector.
+
+    Cheap Orthogonal Constraints in Neural Networks (Lezcano-Casado, Martínez-Rubio 2019, arXiv:1901.08428).
+
+    Args:
+        input_dim: The number D of features; the D (D - 1) / 2 parameters are the entries of A below its diagonal.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Orthogonal(2)
+        >>> layer(torch.tensor([1.0, 0.0])).tolist()
+        [1.0, 0.0]
+        >>> _ = torch.nn.init.constant_(layer.params, torch.pi / 2)  # a quarter of a turn
+        >>> layer(torch.tensor([1.0, 0.0])).round(decimals=4).abs().tolist()
+        [0.0, 1.0]
+    """
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim)
+        self.params = nn.Parameter(torch.zeros(input_dim * (input_dim - 1) // 2))
+
+    def _turn(self, x: Tensor, back: bool) -> Tensor:
+        rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.params.device)
+        lower = self.params.new_zeros(self.input_dim, self.input_dim).index_put((rows, columns), self.params)
+        matrix = torch.linalg.matrix_exp(lower - lower.T)
+        return x @ (matrix if back else matrix.T)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scale vectors ``(*, D)`` to length one; vectors too short to have a direction become zero and reflect nothing.
+
+    The division by the largest entry comes first, since squares of small numbers underflow, and a vector that is too
+    short reflects by too little.
+    """
+    tiny = torch.finfo(vectors.dtype).tiny
+    vectors = vectors / vectors.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)
+    return vectors * vectors.square().sum(-1, keepdim=True).clamp_min(tiny).rsqrt()
+
+
+def reflect(x: Tensor, units: Tensor) -> Tensor:
+    """Reflect along unit vectors, the first one first, ``(*batch, D), (*batch, H, D) -> (*batch, D)``."""
+    for v in units.unbind(-2):
+        x = torch.addcmul(x, (x * v).sum(-1, keepdim=True), v, value=-2)
+    return x
+
+
+def _turn_plane(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Reflect along ``first``, then along ``second``, ``(*batch, D), (D), (D) -> (*batch, D)``.
+
+    Two reflections turn the plane of their vectors.  With unit vectors v, v' and d = v' - v, 2 v·v' = 2 - |d|², so
+
+        (1 - 2 v vᵀ)(1 - 2 v' v'ᵀ) = 1 + 2 v dᵀ - 2 (d + |d|² v) v'ᵀ:
+
+    in this form two equal vectors are the identity to the last bit.
+    """
+    gap = first - second
+    of_gap, of_first = (x * gap).sum(-1, keepdim=True), (x * first).sum(-1, keepdim=True)
+    return x + 2 * (of_gap * second - of_first * (gap + gap.square().sum() * second))
+
+
+MAX_LOG_SCALE = 8.0  # bound on each log-scale, in nats
+
+
+class TriangularAffine(Conditional):
+    """An affine map of a vector ``(*batch, D)`` by a triangular matrix, the identity at the start::
+
+        y = exp(s) * (x + N x / √D) + t,    log|det dy/dx| = Σ_i s_i
+
+    N is strictly lower triangular.  Each log-scale s is bounded smoothly to ±8.  If x is standard normal, y is normal,
+    with any mean and, within the bound, any covariance.  With a conditioner both depend on the context: a last layer of
+    this kind learns distributions that are nearly normal from few draws, and the layers before it learn what is left.
+    The number of its functions of the context, D (D + 3) / 2, grows quadratically.
+
+    The parameters (s, t, N by rows) are a table that starts at zero.  A conditioner adds to the table what depends on
+    the context.
+
+    Using Neural Networks to Model Conditional Multivariate Densities (Williams 1996, Neural Computation 8(4)).
+
+    Args:
+        input_dim: The number D of features.
+        conditioner: A network from contexts to parameters, with ``input_dim = context_dim``, ``output_dim = 1`` and
+            ``num_params = TriangularAffine.count_params(input_dim)``; by default there is no context.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.  In use, if there is a
+            conditioner and no context is given.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import MLP
+        >>> layer = TriangularAffine(3, MLP(4, 1, TriangularAffine.count_params(3)))
+        >>> _ = torch.nn.init.normal_(layer.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = layer.inverse_and_log_det(y, context)
+        >>> torch.allclose(layer.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
+    """
+
+    def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        start = torch.zeros(self.count_params(input_dim))
+        super().__init__(input_dim, conditioner, (1, len(start)))
+        self.params = nn.Parameter(start)
+
+    @staticmethod
+    def count_params(input_dim: int) -> int:
+        """Return the number of parameters, D (D + 3) / 2, that a conditioner has to yield.
+
+        Raises:
+            ValueError: If ``input_dim`` is not a positive integer.
+        """
+        check_integers("TriangularAffine", input_dim=input_dim)
+        return input_dim * (input_dim + 3) // 2
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, shift, below = self._parts(context)
+        moved = x + torch.einsum("...ij,...j->...i", below, x)
+        y = torch.addcmul(shift, moved, log_scale.exp())
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, shift, below = self._parts(context)
+        moved = ((y - shift) * (-log_scale).exp()).unsqueeze(-1)
+        x = torch.linalg.solve_triangular(below, moved, upper=False, unitriangular=True).squeeze(-1)
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log-scales and shifts ``(*batch, D)``, and N / √D, ``(*batch, D, D)``."""
+        size = self.input_dim
+        log_scale, shift, entries = self._params(context).split((size, size, size * (size - 1) // 2), -1)
+        below = torch.ones(size, size, dtype=torch.long, device=entries.device).tril(-1)
+        # The place of each entry of N in its list, from 1 by rows; 0 on the diagonal and above.
+        place = below.flatten().cumsum(0).unflatten(0, (size, size)) * below
+        # The factor keeps sums of order one for any number of features.
+        return bounded(log_scale, MAX_LOG_SCALE), shift, F.pad(entries, (1, 0))[..., place] / size**0.5

@@ -21,8 +21,8 @@ from ..bijectors.base import bounded
 from ..compiler_state import NEW_COMPILER
 from ..conditioners import Conditioner
 from .base import WithScore
-from .conditional import Conditional
-from .orthogonal import reflect, unit
+from .elementwise import Conditional
+from .linear import reflect, unit
 
 MAX_LOG_SLOPE = 4.0  # B
 MAX_LOG_SCALE = 2.0  # bound on log R̃_ii of a Sylvester transform: ridges are between 1/7 and 7 wide

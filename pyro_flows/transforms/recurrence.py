@@ -14,7 +14,7 @@ from ..arguments import CONDITIONER, check_integers, check_kind
 from ..bijectors.base import bounded
 from ..conditioners import Conditioner
 from .base import FlowTransform, VectorTransform
-from .conditional import check_outputs
+from .elementwise import check_outputs
 
 MAX_LOG_SCALE = 5.0  # bound of the log-scales, in nats
 SMALL = 4  # the largest matrices whose products are faster by sums than by matrix products

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map
 
 from ..arguments import check_flags, check_kind
 from ..conditioners import LipschitzMLP
-from ..conditioners.jacobian import Jacobian
-from ..conditioners.lipschitz import Layers
+from ..conditioners.jacobian import Jacobian, Layers
 from .base import FlowTransform
 
 # Exact log-determinants take the time of estimates at a width of 16, and six times as much at 64.  But there one
