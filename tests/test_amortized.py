@@ -817,12 +817,16 @@ def test_simulations_of_another_class_are_refused(kind):
         quick(linear, AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,))), simulations=given)
 
 
-def test_names_of_arguments_are_those_of_keyword_only_arguments():
+def test_arguments_are_chosen_by_position_or_by_name():
     def model(x: Tensor | None = None, mask: Tensor | None = None) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(mean, 1.0).expand([4, 1]).to_event(2), obs=x)
 
-    for name, words in (("mask", "argument at position 1. Give the position, 1"), ("msak", "the model has x, mask")):
-        guide = AutoFlow(model, encoder=Arguments(SetEncoder(1, 4), 0, mask=name))
-        with pytest.raises(ValueError, match=words):
-            guide.setup(torch.zeros(4, 1))
+    network, x, mask = SetEncoder(1, 4), torch.randn(4, 1), torch.ones(4, dtype=torch.bool)
+    contexts = [
+        AutoFlow(model, encoder=Arguments(network, 0, mask=place)).setup(x, mask).context(x, mask=mask)
+        for place in (1, "mask")
+    ]
+    assert torch.equal(*contexts)
+    with pytest.raises(ValueError, match="the model has x, mask"):
+        AutoFlow(model, encoder=Arguments(network, 0, mask="msak")).setup(x)

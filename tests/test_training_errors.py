@@ -283,5 +283,5 @@ def test_copies_leave_the_last_draw_behind():
     model = breaking(after=10**9)
     guide = auto(model)
     train(model, guide, Y, steps=1)
-    assert guide._calls.watch._last
-    assert not copy.deepcopy(guide)._calls.watch._last
+    assert guide._watch._last
+    assert not copy.deepcopy(guide)._watch._last

@@ -18,8 +18,8 @@ Network = Callable[..., Tensor]
 class Arguments(nn.Module):
     """A network of some of the model's arguments; a guide calls its encoder with all of them.
 
-    An argument is told by its position in the signature of the model, from 0, or by its name if it is keyword-only.  An
-    argument that a call leaves out is None, which is an error if all of training has given it.
+    An argument is told by its position in the signature of the model, from 0, or by its name.  An argument that a call
+    leaves out is None, which is an error if all of training has given it.
 
     Args:
         network: A network or function from these arguments to contexts.

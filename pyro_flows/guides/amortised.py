@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
@@ -38,33 +38,48 @@ class SimulatedVectors(NamedTuple):
     log_det: Tensor
 
 
-class Posteriors:
-    """The posteriors of M datasets: of all latents, or of those outside of a plate and in one row.
-
-    ``take(index)`` returns those of some datasets, and ``pick(latents)`` the values of the posterior's latents from M
-    simulations.  ``shared`` are the posteriors of the latents outside of a plate, whose vectors are the first numbers
-    of all.  ``sample_all(number)`` draws all latents, those in all rows of a plate included.
+class OfDatasets:
+    """The posteriors of M datasets, whose latents have one vector.
 
     Values of sites have shape ``(..., M, *site_shape)``.  Their packed, unconstrained vectors z = T(u; context), and
     the coordinates u of the flow's base, have shape ``(..., M, D)``.
 
     Args:
-        q: The distribution of vectors, with the methods of :class:`~pyro_flows.flows.distribution.FlowDistribution`.
+        at: Returns the distribution of vectors at contexts, with the methods of
+            :class:`~pyro_flows.flows.distribution.FlowDistribution`.
         context: The contexts of the datasets, ``(M, context_dim)``; None for a guide of one dataset.
-        labels: The names of the K numbers of the latents.
         layout: The map between vectors and values.
+        shapes: The shapes of the sites of the latents.
+        widens: False if some of them are angles, whose base cannot be widened.
+
+    Attributes:
+        q: The distribution of vectors.
+        labels: The names of the K numbers of the latents.
     """
 
-    def __init__(self, q: Any, context: Tensor | None, labels: list[str], layout: Any) -> None:
-        self.q, self.context, self.labels, self.layout = q, context, labels, layout
+    def __init__(
+        self,
+        at: Callable[[Tensor | None], Any],
+        context: Tensor | None,
+        layout: Any,
+        shapes: dict[str, torch.Size],
+        *,
+        widens: bool = True,
+    ) -> None:
+        q = at(context)
+        self.q = q if q.batch_shape else q.expand((1,))
+        self.labels = [label for name, shape in shapes.items() for label in labels_of(name, shape)]
+        self.at, self.context, self.layout, self.shapes, self.widens = at, context, layout, shapes, widens
 
     def values(self, z: Tensor) -> Values:
         """Return the values of vectors."""
-        return self.layout.values(z)
+        found: Values = self.layout.values(z)
+        return found
 
     def pack(self, values: Values) -> tuple[Tensor, Tensor]:
         """Return the vectors of values, and log|det dz/dvalues| in nats, ``(..., M)``."""
-        return self.layout.pack(values)
+        found: tuple[Tensor, Tensor] = self.layout.pack(values)
+        return found
 
     def sample(self, number: int) -> Values:
         """Return draws."""
@@ -80,44 +95,22 @@ class Posteriors:
         """Return the numbers of the latents as columns, ``(..., M, K)``, from vectors."""
         return torch.cat([value.reshape(*z.shape[:-1], -1) for value in self.values(z).values()], -1)
 
-
-class OfJoint(Posteriors):
-    """The posteriors of latents that have one vector.
-
-    Args:
-        at: Returns the distribution of vectors at contexts.
-        context: The contexts.
-        layout: The packing of the latents.
-        shapes: The shapes of their sites.
-        widens: False if some of them are angles, whose base cannot be widened.
-    """
-
-    def __init__(
-        self,
-        at: Callable[[Tensor | None], Any],
-        context: Tensor | None,
-        layout: Any,
-        shapes: dict[str, torch.Size],
-        *,
-        widens: bool = True,
-    ) -> None:
-        q = at(context)
-        labels = [label for name, shape in shapes.items() for label in labels_of(name, shape)]
-        super().__init__(q if q.batch_shape else q.expand((1,)), context, labels, layout)
-        self.at, self.shapes, self.widens = at, shapes, widens
-
-    def take(self, index: Tensor) -> OfJoint:
+    def take(self, index: Tensor) -> OfDatasets:
+        """Return the posteriors of some datasets."""
         context = None if self.context is None else self.context[index]
-        return OfJoint(self.at, context, self.layout, self.shapes, widens=self.widens)
+        return OfDatasets(self.at, context, self.layout, self.shapes, widens=self.widens)
 
     def pick(self, latents: Values) -> Values:
+        """Return the values of the posteriors' latents in M simulations."""
         return {name: latents[name] for name in self.shapes}
 
     @property
-    def shared(self) -> OfJoint:
+    def shared(self) -> OfDatasets:
+        """The posteriors of the latents outside of a plate, whose vectors are the first numbers of all."""
         return self
 
     def sample_all(self, number: int) -> Values:
+        """Return draws of all latents, those in all rows of a plate included."""
         return self.sample(number)
 
     def widened(self, by: float) -> Any:
@@ -125,7 +118,7 @@ class OfJoint(Posteriors):
         return self.q.widened(by) if self.widens else self.q
 
 
-class OfRow(Posteriors):
+class OfRow(OfDatasets):
     """The posteriors of the latents outside of a plate, and in one row of it for each dataset.
 
     Args:
@@ -135,23 +128,20 @@ class OfRow(Posteriors):
     """
 
     def __init__(self, posterior: Blocks, rows: Sequence[BlockRows], places: Tensor) -> None:
-        self.posterior, self.rows, self.places = posterior, rows, places
-        of_all, of_each = (own.contexts for own in rows)
-        assert of_all is not None
-        assert of_each is not None
-        index = places.reshape(-1, 1, 1).expand(-1, 1, of_each.shape[-1])
-        own = of_each.gather(1, index)
-        labels = [
-            label
-            for block in posterior.blocks
-            for name, part in block.packing.parts.items()
-            for label in _labels(name, part, block.packing.dims)
-        ]
+        self.posterior, self.rows, self.places, shapes = posterior, rows, places, dict[str, torch.Size]()
+        of_all, of_each = (cast(Tensor, own.contexts) for own in rows)
+        own = of_each.gather(1, places.reshape(-1, 1, 1).expand(-1, 1, of_each.shape[-1]))
+        for block in posterior.blocks:
+            for name, part in block.packing.parts.items():
+                shape = list(part.start.shape)
+                for dim in block.packing.dims:
+                    del shape[dim - part.event_dim]
+                shapes[f"{name}[row]" if block.packing.dims else name] = torch.Size(shape)
         q = OneRow(posterior, [rows[0], BlockRows(None, own)])
-        super().__init__(q, torch.cat((of_all, own[:, 0]), -1), labels, RowLayout(posterior))
+        super().__init__(lambda _: q, torch.cat((of_all, own[:, 0]), -1), q, shapes)
 
     def take(self, index: Tensor) -> OfRow:
-        rows = [BlockRows(None, own.contexts[index]) for own in self.rows if own.contexts is not None]
+        rows = [BlockRows(None, cast(Tensor, own.contexts)[index]) for own in self.rows]
         return OfRow(self.posterior, rows, self.places[index])
 
     def pick(self, latents: Values) -> Values:
@@ -160,50 +150,22 @@ class OfRow(Posteriors):
         for name, part in of_rows.parts.items():
             value, axis = latents[name], of_rows.dims[0] - part.event_dim
             index = self.places.reshape(-1, *(1,) * (value.dim() - 1))
-            shape = list(value.shape)
-            shape[axis] = 1
-            found[name] = value.gather(axis, index.expand(shape))
+            found[name] = value.gather(axis, index.expand([*value.shape[:axis], 1, *value.shape[axis:][1:]]))
         return found
 
     @property
-    def shared(self) -> OfJoint:
+    def shared(self) -> OfDatasets:
         block = self.posterior.blocks[0]
         shapes = {name: part.start.shape for name, part in block.packing.parts.items()}
-        context = None if self.rows[0].contexts is None else self.rows[0].contexts.to(block.packing.dtype)
-        return OfJoint(block.flow, context, block.packing, shapes)
+        context = cast(Tensor, self.rows[0].contexts).to(block.packing.dtype)
+        return OfDatasets(block.flow, context, block.packing, shapes)
 
     def sample_all(self, number: int) -> Values:
         return self.posterior.draw(number, self.rows, {})
 
 
-class RowLayout:
-    """The map between packed vectors and values of the latents outside of a plate, and in one row of it."""
-
-    def __init__(self, posterior: Blocks) -> None:
-        self._posterior = posterior
-
-    def values(self, z: Tensor) -> Values:
-        """Return the values of vectors."""
-        found = Values()
-        parts = z.split([block.packing.size for block in self._posterior.blocks], -1)
-        for block, part in zip(self._posterior.blocks, parts, strict=True):
-            aligned = part.reshape(*part.shape[:-1], *(1,) * block.packing.depth, -1)
-            found.update(block.packing.values(aligned))
-        return found
-
-    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
-        """Return the vectors of values, and the log-determinant."""
-        vectors, total = list[Tensor](), torch.zeros(())
-        for block in self._posterior.blocks:
-            z, log_det = block.packing.pack(values)
-            batch = log_det.shape[: log_det.dim() - block.packing.depth]
-            vectors.append(z.reshape(*batch, -1))
-            total = total + log_det.reshape(batch)
-        return torch.cat(vectors, -1), total
-
-
 class OneRow:
-    """The distribution of the packed vectors of all blocks, with one row in each of M datasets.
+    """The distribution of the packed vectors of all blocks, with one row in each of M datasets, and their layout.
 
     Args:
         posterior: The blocks.
@@ -211,9 +173,27 @@ class OneRow:
     """
 
     def __init__(self, posterior: Blocks, rows: Sequence[BlockRows]) -> None:
-        self.map, self.batch = BlockTransform(posterior, rows), posterior.batch_of(rows)
+        self.map, self.batch_shape = BlockTransform(posterior, rows), posterior.batch_of(rows)
         self.bases = [block.flow.base() for block in posterior.blocks]
-        self.sizes = [block.packing.size for block in posterior.blocks]
+        self.packings = [block.packing for block in posterior.blocks]
+        self.sizes = [packing.size for packing in self.packings]
+
+    def values(self, z: Tensor) -> Values:
+        """Return the values of vectors."""
+        found = Values()
+        for packing, part in zip(self.packings, z.split(self.sizes, -1), strict=True):
+            found.update(packing.values(part.reshape(*part.shape[:-1], *(1,) * packing.depth, -1)))
+        return found
+
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Return the vectors of values, and the log-determinant."""
+        vectors, total = list[Tensor](), torch.zeros(())
+        for packing in self.packings:
+            z, log_det = packing.pack(values)
+            batch = log_det.shape[: log_det.dim() - packing.depth]
+            vectors.append(z.reshape(*batch, -1))
+            total = total + log_det.reshape(batch)
+        return torch.cat(vectors, -1), total
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Sample the bases, ``(*shape, D)``."""
@@ -222,34 +202,21 @@ class OneRow:
     @torch.no_grad()
     def sample(self, shape: Sequence[int]) -> Tensor:
         """Return draws, ``(*shape, M, D)``."""
-        return self.place(self.noise((*shape, *self.batch)))
+        return self.place(self.noise((*shape, *self.batch_shape)))
 
     def place(self, u: Tensor) -> Tensor:
         """Map base coordinates ``(..., M, D)`` to vectors."""
-        return self.map(u.expand(*u.shape[:-2], *self.batch, -1))
+        return self.map(u.expand(*u.shape[:-2], *self.batch_shape, -1))
 
     def coordinates(self, z: Tensor) -> Tensor:
         """Map vectors ``(..., M, D)`` to base coordinates."""
-        found: Tensor = self.map.inv(z)
-        return found
+        return cast(Tensor, self.map.inv(z))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of vectors in nats, ``(..., M)``."""
         u = self.coordinates(z)
         log_p = [base.log_prob(part) for base, part in zip(self.bases, u.split(self.sizes, -1), strict=True)]
         return sum(log_p[1:], log_p[0]) - self.map.log_abs_det_jacobian(u, z)
-
-
-def _labels(name: str, part: Any, dims: tuple[int, ...]) -> list[str]:
-    """Return the names of a site's numbers, outside of a plate or in one row of it."""
-    shape = list(part.start.shape)
-    if dims:
-        del shape[dims[0] - part.event_dim]
-        name = f"{name}[row]"
-    return labels_of(name, torch.Size(shape))
-
-
-OfDatasets = OfJoint | OfRow
 
 
 class LatentPrior:
@@ -274,22 +241,21 @@ class LatentPrior:
 
         The latents before them are included.
         """
-        data = self.simulator.sites.values()
-        latents = [name for name, _ in self.simulator.model.single.iter_stochastic_nodes() if name not in data]
+        model, data = self.simulator.model, self.simulator.sites.values()
+        latents = [name for name, _ in model.single.iter_stochastic_nodes() if name not in data]
 
         def read(view: View) -> Values:
             drawn = {name: view.read(name) for name in latents if name in view.trace.nodes}
             return {**drawn, "log_p": view.log_prob(self.names.__contains__)}
 
-        found = self.simulator.model.sample(read, values or {}, size, place=self._before_data)
+        def before_data(model: Callable[..., Any], data: Values) -> Callable[..., Any]:
+            held = poutine.condition(model, data=data)
+
+            def run(*args: Any, **kwargs: Any) -> None:  # until all latents of the guide are drawn or held
+                with contextlib.suppress(Reached), Found("", (), self.names, {}):
+                    held(*args, **kwargs)
+
+            return run
+
+        found = model.sample(read, values or {}, size, place=before_data)
         return found, found.pop("log_p")
-
-    def _before_data(self, model: Callable[..., Any], data: Values) -> Callable[..., Any]:
-        """Return a program that ends when all latents of the guide are drawn or held."""
-        held = poutine.condition(model, data=data)
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(Reached), Found("", (), self.names, {}):
-                held(*args, **kwargs)
-
-        return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -25,7 +25,7 @@ from ..flows.distribution import FlowDistribution
 from ..flows.mixture import FlowMixture
 from ..transforms import Compose, View
 from ..vjp import keeps
-from .amortised import OfDatasets, OfJoint, Packed, SimulatedVectors
+from .amortised import OfDatasets, Packed, SimulatedVectors
 from .base import FlowGuide, check_fits, sites_of
 from .contexts import check_finite, encode, initialize, width_for_one
 from .default_training import Schedule, schedule_of_many
@@ -121,13 +121,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.is_amortised:
             check_supports(call, moving)
         self._engine = Moving(call, self.packings["latent"]).engine if moving else None
-        self._build_flow(width_for_one(call, self.encoder))
-
-    def _build_flow(self, context_dim: int) -> None:
         self.latent_dim = self.packings["latent"].size  # without absent elements
-        circular, sizes = self.circular, (self.latent_dim, context_dim)
-        flow = built("AutoFlow", "flow", self._recipe, default_for(circular, context_dim), *sizes)
-        self.flow = assemble(flow, self._base_recipe, self.packings["latent"].start, self._init_scale, circular)
+        width = width_for_one(call, self.encoder)
+        flow = built("AutoFlow", "flow", self._recipe, default_for(self.circular, width), self.latent_dim, width)
+        self.flow = assemble(flow, self._base_recipe, self.packings["latent"].start, self._init_scale, self.circular)
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
@@ -158,8 +155,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def draws_from_flow(self) -> bool:
         """True if the guide has no encoder, and no subclass changes how it samples from its flow."""
-        single = self.encoder is None and isinstance(self.flow, Flow)
-        return single and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
+        is_plain = keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
+        return self.encoder is None and isinstance(self.flow, Flow) and is_plain
 
     @property
     def has_default_flow(self) -> bool:
@@ -259,9 +256,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def scored(self, packed: Packed, *args: Any, **kwargs: Any) -> list[SimulatedVectors]:
         """Return the packed latents of N simulations with the contexts of their data, the model's arguments."""
         ((z, log_det),) = packed
-        context = self.context(*args, **kwargs)
-        if context is None or context.shape[:-1] != z.shape[:-1]:
-            shape = None if context is None else tuple(context.shape)
+        context = cast(Tensor, self.context(*args, **kwargs))
+        if context.shape[:-1] != z.shape[:-1]:
+            shape = tuple(context.shape)
             raise ValueError(f"AutoFlow: the encoder must return shape ({len(z)}, context_dim), got {shape}.")
         return [SimulatedVectors(self.flow, z, context, log_det)]
 
@@ -271,7 +268,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             context = self.context(*args, **kwargs)
         shapes = {name: site["value"].shape for name, site in self.prototype_trace.iter_stochastic_nodes()}
         layout = self._layout(self._call(args, kwargs))
-        return OfJoint(self.flow, context, layout, shapes, widens=not self.has_circles)
+        return OfDatasets(self.flow, context, layout, shapes, widens=not self.has_circles)
 
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""
@@ -286,8 +283,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
             raise ValueError(f"AutoFlow.bind: the guide {reason}.")
         call = self.setup()._call(args, kwargs)
-        seen = self._context_at_rest(call)
-        if seen is None or seen.dim() != 1:
+        seen = cast(Tensor, self._context_at_rest(call))
+        if seen.dim() != 1:
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
         self._check_draw(call)
         new = copy.deepcopy(self)
@@ -441,25 +438,21 @@ def _check(guides: Sequence[Any]) -> None:
         raise TypeError(f"ensemble: guides must be a list of AutoFlows, got {quoted(guides)}.")
     if len(guides) < 2:
         raise ValueError(f"ensemble: guides must hold at least two guides, got {len(guides)}. Train another one.")
+    latents = list[list[str]]()
     for number, guide in enumerate(guides):
-        if guide.encoder is None:
-            way = "Build AutoFlow(model, encoder=...), and train it by fit_amortized"
-            raise ValueError(f"ensemble: guides[{number}] must have an encoder, got none. {way}.")
-        if guide.prototype_trace is None or guide.is_fresh:
-            raise ValueError(f"ensemble: guides[{number}] must be trained. Fit it first: fit_amortized(model, guide).")
-        if _latents(guide) != _latents(guides[0]):
-            got = f"{_latents(guide)} and {_latents(guides[0])}"
+        way = "Build AutoFlow(model, encoder=...), and train it by fit_amortized"
+        for fails, fault in (
+            (guide.encoder is None, f"have an encoder, got none. {way}"),
+            (guide.prototype_trace is None or guide.is_fresh, "be trained. Fit it first: fit_amortized(model, guide)"),
+            (isinstance(guide.flow, FlowMixture), "be a single guide, got an ensemble. Give its members"),
+        ):
+            if fails:
+                raise ValueError(f"ensemble: guides[{number}] must {fault}.")
+        latents.append([f"{site.name} {tuple(site.value.shape)} in {site.support}" for site in sites_of(guide)])
+        if latents[number] != latents[0]:
+            got = f"{latents[number]} and {latents[0]}"
             raise ValueError(f"ensemble: guides must have the same latents, got {got}. Give guides of one model.")
-        if isinstance(guide.flow, FlowMixture):
-            raise ValueError(f"ensemble: guides[{number}] must be a single guide, got an ensemble. Give its members.")
     weights = [id(weight) for guide in guides for weight in guide.parameters()]
     if len(set(weights)) < len(weights):
-        fault = (
-            "guides must have weights of their own, got a network that is shared, so that each fit changed the others"
-        )
-        raise ValueError(f"ensemble: {fault}. Build an encoder for each guide.")
-
-
-def _latents(guide: AutoFlow) -> list[str]:
-    """Return the names, shapes and supports of a guide's latents, in words."""
-    return [f"{site.name} {tuple(site.value.shape)} in {site.support}" for site in sites_of(guide)]
+        fault = "have weights of their own, got a network that is shared, so that each fit changed the others"
+        raise ValueError(f"ensemble: guides must {fault}. Build an encoder for each guide.")

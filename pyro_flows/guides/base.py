@@ -30,16 +30,17 @@ from ..arguments import check_integers, check_kind, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
-from ..programs.error_text import BUILT_IN, count_nan, explained
+from ..programs.error_text import count_nan, explained
+from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import warn_untrained
-from ..programs.program import arguments_of, outline, outline_of
-from .checks import Calls, check_arguments, check_continuous, check_latents, check_shapes
+from ..programs.program import arguments_of, outline, outline_of, signature_of
 from .contexts import check_encoder
 from .default_training import Plan
-from .guide_call import NONE, Call, Found
+from .draw_watch import DrawWatch
+from .guide_call import NONE, Call, Calls, Found
 from .left_out import HideDiscrete, draw_discrete, with_reparametrised
-from .packing import MarkCircles, Packing
+from .packing import MarkCircles, Packing, bijection_onto, scalar_support
 from .start_location import init_to_center, settle_start
 
 
@@ -85,22 +86,6 @@ def sites_of(guide: Any) -> list[SavedSite]:
     return sites
 
 
-def program_of(sites: Sequence[SavedSite]) -> Callable[[], None]:
-    """Return a program that draws sites in their plates, with flat distributions over their supports."""
-
-    def program() -> None:
-        plates: dict[str, Any] = {}
-        for site in sites:
-            with ExitStack() as stack:
-                for name, dim, size, full_size in site.plates:
-                    if name not in plates:
-                        plates[name] = pyro.plate(name, full_size, subsample=torch.arange(size), dim=dim)
-                    stack.enter_context(plates[name])
-                pyro.sample(site.name, dist.ImproperUniform(site.support, site.batch_shape, site.event_shape))
-
-    return program
-
-
 def check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
     """Raise ValueError unless a flow is over ``size`` numbers with contexts of a width; None stands for 0 numbers."""
     got = (0, 0) if flow is None else (flow.event_shape.numel(), flow.context_dim)
@@ -131,10 +116,14 @@ class FlowGuide(Plan, AutoGuide):
     ) -> None:
         check_encoder(type(self).__name__, encoder)
         check_program(model=model)
-        seen = HideDiscrete()(MarkCircles()(model))
-        AutoGuide.__init__(self, InitMessenger(_named(type(self).__name__, init_loc_fn))(seen))
+
+        def start(site: dict[str, Any]) -> Any:
+            with explained("init_loc_fn", {"site": site["name"]}):
+                return (init_loc_fn or init_to_center)(site)
+
+        AutoGuide.__init__(self, InitMessenger(start)(HideDiscrete()(MarkCircles()(model))))
         self._chooses_start = init_loc_fn is None
-        self._calls = Calls()
+        self._calls, self._watch = Calls(), DrawWatch()
         self._outline = outline_of(model)
         self._claim_name(name)
 
@@ -192,12 +181,12 @@ class FlowGuide(Plan, AutoGuide):
         # An amortised guide is trained on draws: the data may have no density, and the model may break at the centre.
         with validation_enabled(False) if self.is_amortised else nullcontext():
             AutoGuide._setup_prototype(self, *args, **kwargs)
-            check_continuous(self._call(args, kwargs))
+            _check_continuous(self._call(args, kwargs))
             self._read_structure(self._call(args, kwargs))
             call = self._call(args, kwargs)
             found = self._calls.begin(call, varies=self.is_amortised)
             self._given_plates = found.given
-            check_latents(call)
+            _check_whole(call)
             if not call.latents:
                 raise ValueError(f"{call.owner}: the model has no latents.")
             if not self.is_amortised:
@@ -250,7 +239,7 @@ class FlowGuide(Plan, AutoGuide):
             self.setup(*args, **kwargs)
         call, stored = self._call(args, kwargs), self._adopt_stored()
         self._state_parameters(stored)
-        with self._calls.watch.over(self, call):
+        with self._watch.over(self, call):
             found = self._draws(call)
         return {**found, **draw_discrete(call, found)}
 
@@ -272,8 +261,7 @@ class FlowGuide(Plan, AutoGuide):
         if call.model is None:
             return None
         found = call.look()
-        check_shapes(call, found)
-        self._calls.check_hidden(call, found)
+        self._calls.check(call, found)
         there = self._layouts({name: found.latents[name] for name in call.latents})
         for name, packing in self.packings.items():
             packing.check_same(call.owner, there[name])
@@ -293,7 +281,7 @@ class FlowGuide(Plan, AutoGuide):
         """
         call = self._asked("sample", args, kwargs)
         check_integers(f"{call.owner}.sample", num_samples=num_samples)
-        drawn = self._calls.watch.checked(self, call, self._sampled(num_samples, call))
+        drawn = self._watch.checked(self, call, self._sampled(num_samples, call))
         return with_reparametrised(call, self._calls.reparametrised, drawn)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -312,7 +300,7 @@ class FlowGuide(Plan, AutoGuide):
     @torch.no_grad()
     def _check_draw(self, call: Call) -> None:
         """Raise an error if a draw is not finite, since an encoder's data are far from those of training."""
-        self._calls.watch.checked(self, call, self._sampled(1, call))
+        self._watch.checked(self, call, self._sampled(1, call))
 
     @abstractmethod
     def _sampled(self, number: int, call: Call) -> dict[str, Tensor]:
@@ -329,7 +317,14 @@ class FlowGuide(Plan, AutoGuide):
             TypeError: If a guide with rows is set up, and lacks arguments of its model.
         """
         if self.row_plates and self.prototype_trace is not None and self.model is not None:
-            check_arguments(f"{type(self).__name__}.{method}", self.model, args, kwargs)
+            with suppress(ValueError):  # Python does not know the signature
+                signature = signature_of(self.model)
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as error:
+                    call, owner = f"guide.{method}(..., {', '.join(signature.parameters)})", type(self).__name__
+                    fault = f"the model's arguments must be given too, got {error}"
+                    raise TypeError(f"{owner}.{method}: {fault}. Use {call}.") from error
         return self.setup(*args, **kwargs)._call(args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -374,7 +369,7 @@ class FlowGuide(Plan, AutoGuide):
                 encoder's data.
         """
         z = pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
-        self._calls.watch.see(self, name, q, z, rows)
+        self._watch.see(self, name, q, z, rows)
         return z
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -415,7 +410,18 @@ class FlowGuide(Plan, AutoGuide):
         taken = name in _live or any(key.startswith(f"{name}.") for key in pyro.get_param_store())
         start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
         settings = {key: parts.pop(key) for key in cls.settings if key in parts}
-        guide = cls(program_of(sites), init_loc_fn=start, name=None if taken else name, **settings)
+
+        def program() -> None:
+            plates: dict[str, Any] = {}
+            for site in sites:
+                with ExitStack() as stack:
+                    for plate, dim, size, full_size in site.plates:
+                        if plate not in plates:
+                            plates[plate] = pyro.plate(plate, full_size, subsample=torch.arange(size), dim=dim)
+                        stack.enter_context(plates[plate])
+                    pyro.sample(site.name, dist.ImproperUniform(site.support, site.batch_shape, site.event_shape))
+
+        guide = cls(program, init_loc_fn=start, name=None if taken else name, **settings)
         AutoGuide._setup_prototype(guide)
         guide._calls.present = {site.name: site.present for site in sites if site.present is not None}
         guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
@@ -443,25 +449,19 @@ class FlowGuide(Plan, AutoGuide):
         _live[name] = self
         self.__dict__["_pyro_name"] = name
 
-    def _stored(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by their names in the store.
-
-        There are none if torch has put other tensors in their place, as by ``torch.func.functional_call`` or
-        ``torch.export``, which the store must not keep.
-        """
-        found = {
-            param_with_module_name(f"{self._pyro_name}.{outer}", inner): parameter
-            for outer, module in self._modules.items()
-            for inner, parameter in (module.named_parameters() if module is not None else ())
-        }
-        return found if all(type(parameter) is nn.Parameter for parameter in found.values()) else {}
-
     def _adopt_stored(self) -> dict[str, nn.Parameter]:
         """Copy what the parameter store holds under the guide's names, for example after its ``load``.
 
-        The store then drops its own tensors, so that it and the guide share one set.  Returns the parameters by name.
+        The store then drops its own tensors, so that it and the guide share one set.  Returns the parameters by their
+        names in the store.  There are none if torch has put other tensors in their place, as by
+        ``torch.func.functional_call`` or ``torch.export``, which the store must not keep.
         """
-        store, own = pyro.get_param_store(), self._stored()
+        store, own = pyro.get_param_store(), dict[str, nn.Parameter]()
+        for outer, module in self._modules.items():
+            for inner, parameter in module.named_parameters() if module is not None else ():
+                own[param_with_module_name(f"{self._pyro_name}.{outer}", inner)] = parameter
+        if not all(type(parameter) is nn.Parameter for parameter in own.values()):
+            return {}
         for name, parameter in {} if _is_module_local_param_enabled() else own.items():
             kept = store._params.get(name)
             if kept is None or kept is parameter or kept.data_ptr() == parameter.data_ptr():
@@ -469,9 +469,8 @@ class FlowGuide(Plan, AutoGuide):
             stored = store[name].detach()
             if stored.shape != parameter.shape:
                 shapes = f"of shape {tuple(stored.shape)}, but the guide needs {tuple(parameter.shape)}"
-                raise ValueError(
-                    f"The parameter store holds {name!r} {shapes}; give the guide another name= or clear the store."
-                )
+                way = "give the guide another name= or clear the store"
+                raise ValueError(f"The parameter store holds {name!r} {shapes}; {way}.")
             with torch.no_grad():
                 parameter.copy_(stored)
             del store[name]
@@ -540,21 +539,30 @@ def holders(parameters: Collection[Tensor]) -> list[nn.Module]:
     return [guide for guide in _live.values() if any(id(parameter) in wanted for parameter in guide.parameters())]
 
 
-def _named(owner: str, init_loc_fn: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return a strategy for the start whose errors are not said to be the model's; by default ``init_to_center``."""
-    if init_loc_fn is None:
-        return init_to_center
+def _check_continuous(call: Call) -> None:
+    """Refuse discrete latents, and supports without volume or bijection."""
+    if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
+        which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
+        why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
+        way = "Sum out by hand (a Poisson of Gamma rate is a GammaPoisson), cut off at a Categorical, or condition"
+        raise ValueError(f"{call.owner}: latent {which} discrete, and cannot be enumerated: {why}. {way}.")
+    for name, site in call.latents.items():
+        support = site["fn"].support
+        bijection_onto(call.owner, name, support)
+        bounds = [getattr(scalar_support(support), bound, None) for bound in ("lower_bound", "upper_bound")]
+        if None not in bounds and (torch.as_tensor(bounds[0]) >= torch.as_tensor(bounds[1])).any():
+            fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
+            raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
 
-    def start(site: dict[str, Any]) -> Any:
-        try:
-            return init_loc_fn(site)
-        except BUILT_IN as error:
-            if type(error) not in BUILT_IN:
-                raise
-            fault = f"init_loc_fn fails at site {site['name']!r}"
-            raise type(error)(f"{owner}: {fault}: {str(error).rstrip('.')}.") from error
 
-    return start
+def _check_whole(call: Call) -> None:
+    """Refuse latents in subsampled plates other than the guide's."""
+    for name, site in call.latents.items():
+        for frame in site["cond_indep_stack"]:
+            if frame.name not in call.plates and frame.full_size is not None and frame.size < frame.full_size:
+                rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
+                way = "Let it run over all rows, or use AutoStructuredFlow(model)"
+                raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
 
 
 def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma
 from __future__ import annotations
 
 import contextlib
-import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,7 +45,11 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
     if isinstance(encoder, Joined):
         context = encoder.join([encode(call, network) for network in encoder.networks])
     else:
-        context = _encoded(call, encoder)
+        places, names = _arranged(call, encoder)
+        try:
+            context = encoder(*places, **names)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise _failure(call.owner, [*places, *names.values()], error) from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"{call.owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
@@ -55,67 +59,51 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
     return context
 
 
-def _encoded(call: Call, encoder: Any) -> Any:
-    """Return the result of an encoder; its errors name the shapes of the arguments."""
-    places, names = _arranged(call, gaps=isinstance(encoder, Arguments))
-    if isinstance(encoder, Arguments):
-        _check_names(call, encoder)
-    try:
-        return encoder(*places, **names)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        values = (*places, *names.values())
-        seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values]
-        fault = f"the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none at all'}"
-        way = "It must take all of them, in the model's order; choose some by encoders.Arguments(network, 0)"
-        if not values:
-            must = "the encoder must get the model's data, got no arguments"
-            raise TypeError(f"{call.owner}: {must}. Give them, as in guide.sample(1000, x).") from error
-        if arrays := [type(value).__name__ for value in values if isinstance(value, np.ndarray | list)]:
-            must = f"the data for the encoder must be tensors, got {arrays[0]}"
-            raise TypeError(f"{call.owner}: {must}. Use torch.as_tensor(...).") from error
-        end = "" if isinstance(error, ValueError) else f" {way}."  # others do not know that they encode a model's data
-        raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}.{end}") from error
+def _failure(owner: str, values: list[Any], error: Exception) -> Exception:
+    """Return the error of an encoder with the shapes of its arguments."""
+    seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values]
+    if not values:
+        must = "the encoder must get the model's data, got no arguments"
+        return TypeError(f"{owner}: {must}. Give them, as in guide.sample(1000, x).")
+    if arrays := [type(value).__name__ for value in values if isinstance(value, np.ndarray | list)]:
+        must = f"the data for the encoder must be tensors, got {arrays[0]}"
+        return TypeError(f"{owner}: {must}. Use torch.as_tensor(...).")
+    fault = f"the encoder fails on the arguments that the model is given, {', '.join(seen)}"
+    way = " It must take all of them, in the model's order; choose some by encoders.Arguments(network, 0)."
+    end = "" if isinstance(error, ValueError) else way  # others do not know that they encode a model's data
+    return ValueError(f"{owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}.{end}")
 
 
-def _arranged(call: Call, *, gaps: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arranged(call: Call, encoder: Any) -> tuple[Sequence[Any], dict[str, Any]]:
     """Return the arguments of a call in the order of the model's signature, so that encoders need no names.
 
-    Keyword-only arguments of the model keep their names.  With ``gaps`` an argument that was left out before others is
-    None, so that positions are those in the signature.
+    Keyword-only arguments of the model keep their names.  ``Arguments`` may choose any argument by its name or by its
+    position in the signature; one that was left out is None.
     """
     try:
         if (signature := call.signature) is None:
             return call.args, call.kwargs
-        bound = signature.bind(*call.args, **call.kwargs)
+        given = signature.bind(*call.args, **call.kwargs).arguments
     except (TypeError, ValueError) as error:  # Python does not know the signature, or the arguments do not fit it
         if call.model is None:
             raise TypeError(f"{call.owner}: the arguments must be those of the model: {error}.") from error
         return call.args, call.kwargs
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    if gaps and (given := [n for n in bound.arguments if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]):
-        names = list(kinds)
-        for name in names[: names.index(given[-1])]:
-            bound.arguments.setdefault(name, None)
-    named = bound.kwargs  # with those after an argument that was left out, which Python passes by name
-    by_name = {n: v for n, v in named.items() if kinds.get(n) is not inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    return (*bound.args, *(value for name, value in named.items() if name not in by_name)), by_name
-
-
-def _check_names(call: Call, encoder: Arguments) -> None:
-    """Raise ValueError for names that are not keyword-only in the model."""
-    chosen = [found for found in (*encoder.positions, *encoder.named.values()) if isinstance(found, str)]
-    if not chosen or call.signature is None:
-        return
-    parameters = list(call.signature.parameters.values())
-    kinds = {parameter.name: parameter.kind for parameter in parameters}
-    loose = any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
-    for name in chosen:
-        if name not in kinds and not loose:
-            raise ValueError(f"{call.owner}: Arguments takes {name!r}, but the model has {', '.join(kinds)}.")
-        if kinds.get(name) is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            place = list(kinds).index(name)
-            fault = f"Arguments takes {name!r} by name, but it is the model's argument at position {place}"
-            raise ValueError(f"{call.owner}: {fault}. Give the position, {place}.")
+    places, names, kinds = list[Any](), dict[str, Any](), signature.parameters
+    chooses = isinstance(encoder, Arguments)
+    for name, parameter in kinds.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            places += given.get(name, ())
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            names |= given.get(name, {})
+        else:
+            if parameter.kind is not parameter.KEYWORD_ONLY and (chooses or name in given):
+                places.append(given.get(name))
+            if name in given and (chooses or parameter.kind is parameter.KEYWORD_ONLY):
+                names[name] = given[name]
+    wanted = [*encoder.positions, *encoder.named.values()] if chooses else []
+    if unknown := [name for name in wanted if isinstance(name, str) and name not in kinds and name not in names]:
+        raise ValueError(f"{call.owner}: Arguments takes {unknown[0]!r}, but the model has {', '.join(kinds)}.")
+    return places, names
 
 
 def check_finite(owner: str, context: Tensor | None) -> None:
@@ -135,12 +123,12 @@ def remoteness(call: Call, encoders: Sequence[Any]) -> str:
                 if isinstance(part, Standardize) and not part.is_fresh:
                     stack.enter_context(part.register_forward_hook(lambda _, __, seen: standard.append(seen)))
             contexts.append(encode(call, encoder))
-    sizes = [float(seen.abs().nan_to_num(0.0).max()) for seen in standard or contexts if seen.numel()]
-    if max(sizes, default=0.0) < REMOTE:
+    largest = max((float(seen.abs().nan_to_num(0.0).max()) for seen in standard or contexts if seen.numel()), default=0)
+    if largest < REMOTE:
         return ""
     if standard:
-        return f"the data lie up to {max(sizes):.2g} standard deviations from the mean of those in training"
-    return f"the contexts of the data reach {max(sizes):.2g}"
+        return f"the data lie up to {largest:.2g} standard deviations from the mean of those in training"
+    return f"the contexts of the data reach {largest:.2g}"
 
 
 def initialize(call: Call, encoder: Callable[..., Any] | None) -> None:
@@ -220,7 +208,7 @@ def check_tied(call: Call, name: str, rows: Rows) -> None:
     for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
         found = call.look(indices={name: indices})  # all with the same random numbers: only the indices differ
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
-    if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
+    if seen[0] and all(map(torch.equal, 9 * seen[0], itertools.chain(*seen[1:]))):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
         way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
         fault = "but its data are the same whatever its indices"
@@ -256,7 +244,7 @@ class RowContexts(Paced):
         super().__init__()
         self.sizes = (0,) * len(plates)
         self.plates, self.encoder, self.width = plates, encoder, 0
-        self.embedding: nn.Embedding | None = None
+        self.embedding: Any = None
 
     def setup(self, call: Call, rows: Sequence[Rows], like: Tensor, num_zeros: int, noise: int) -> None:
         """Find the width by the encoder, and make a vector of zeros and then random numbers for each row."""
@@ -288,19 +276,26 @@ class RowContexts(Paced):
     def of(self, call: Call, plates: Sequence[Any], indices: Sequence[Tensor]) -> BlockRows:
         """Return the rows at ``indices`` of the plates."""
         places = [self._places(call, plate, rows) for plate, rows in zip(plates, indices, strict=True)]
-        if self.embedding is not None and self.encoder is None:
-            for plate, rows, found in zip(plates, indices, places, strict=True):
+        if self.encoder is None:
+            flat = torch.zeros((), dtype=torch.long)  # the places in the table of parameters
+            for plate, rows, found, size in zip(plates, indices, places, self.sizes, strict=True):
                 self._check_known(call, plate.name, plate.size)
                 if found is None:
                     got = f"plate {plate.name!r} is given the data of {len(rows)} of {plate.size} rows as subsample="
                     raise ValueError(f"{call.owner}: {got}. Give an encoder, or the rows' indices as subsample=.")
-            flat = self._flat(places).to(self.embedding.weight.device)
+                flat = flat.unsqueeze(-1) * size + found.to(self.embedding.weight.device)
             return BlockRows(flat, self.paced(self.embedding(flat)))
         (plate,), (rows,), (found,) = plates, indices, places
         if found is None:  # the arguments hold these rows alone
             return BlockRows(None, self._corrected(self._encode(call, len(rows)), None))
         if len(found) < plate.size:
-            call = _take_rows(call, found, plate.size)
+
+            def take(value: Any) -> Any:  # some rows of each tensor that has one for each row of the plate
+                whole = isinstance(value, Tensor) and value.dim() and len(value) == plate.size
+                return value[found.to(value.device)] if whole else value
+
+            kwargs = {name: take(value) for name, value in call.kwargs.items()}
+            call = call._replace(args=tuple(map(take, call.args)), kwargs=kwargs)
         elif found is rows and not torch.equal(rows, torch.arange(plate.size, device=rows.device)):
             fault = f"plate {plate.name!r} takes all of its rows in another order, by subsample="
             raise ValueError(f"{call.owner}: {fault}. Leave subsample= out where all rows are taken.")
@@ -326,19 +321,12 @@ class RowContexts(Paced):
             raise ValueError(f"{call.owner}: {fault}, as it is. Write subsample=x, or leave it out.")
         return places
 
-    def _flat(self, places: Sequence[Any]) -> Tensor:
-        """Return the places of rows in the table of parameters, from their places in each plate."""
-        flat = places[0]
-        for size, found in zip(self.sizes[1:], places[1:], strict=True):
-            flat = flat.unsqueeze(-1) * size + found
-        return flat
-
     def of_all(self, call: Call) -> BlockRows:
         """Return all rows in the arguments, of one dataset or, with an encoder, of a batch of them.
 
         An encoder's vectors belong to as many rows as they were made for.
         """
-        if self.embedding is not None and self.encoder is None:
+        if self.encoder is None:
             for plate, rows in call.look(until=()).rows.items() if call.model is not None else ():
                 if plate in self.plates:
                     self._check_known(call, plate, rows.full_size)
@@ -371,15 +359,3 @@ class RowContexts(Paced):
             wanted = f"one vector for {each} of plate {self.plates[0]!r}, ({all_rows or 'rows'}, context_dim)"
             raise ValueError(f"{call.owner}: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
         return context
-
-
-def _take_rows(call: Call, indices: Tensor, full_size: int) -> Call:
-    """Return a call with some rows of each tensor that has one row for each row of the plate."""
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == full_size:
-            return value[indices.to(value.device)]
-        return value
-
-    kwargs = {name: take(value) for name, value in call.kwargs.items()}
-    return call._replace(args=tuple(map(take, call.args)), kwargs=kwargs)

@@ -1,6 +1,9 @@
-"""Calls of guides as values, looks at a model, and the masks of its latents.
+"""Calls of guides: looks at a model, the masks of its latents, and the check of each call.
 
 A look finds the latents of a model, its data, and the rows of plates.
+
+A guide draws the latents that it was built for, whatever the model draws with other arguments.  If the model lacks one,
+or a mask removes it, the guide's entropy counts without the model's density, and grows without bound.
 
 A mask takes elements out of the model's density, so it must take them out of the guide's.  An element that a mask hides
 is *absent* if no visible site depends on it: the steps that pad a series, or the rows that ``obs_mask`` observes.  A
@@ -13,7 +16,7 @@ draws and scores it as any other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,11 +28,12 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..programs.engines import Site
 from ..programs.error_text import explained
 from ..programs.latents import named
-from ..programs.masks import is_masked, is_observation, mask_of
+from ..programs.masks import is_masked, is_observation, is_reparametrised, mask_of
 from ..programs.program import arguments_of, signature_of
 from ..programs.traces import outside_plates, trace_at
 
@@ -86,10 +90,6 @@ class Call(NamedTuple):
     def start(self) -> dict[str, Tensor]:
         """The values of the prototype's latents."""
         return {name: site["value"].detach() for name, site in self.latents.items()}
-
-    def is_outside(self, site: dict[str, Any]) -> bool:
-        """True if a site lies outside of the plates whose rows have flows."""
-        return not frames_of(site, self.plates)
 
     def trace_at(self, values: dict[str, Tensor]) -> Trace:
         """Return the trace of a run of the model with some sites held at values."""
@@ -160,23 +160,21 @@ class Found(Messenger):
         if chosen is not None:
             self.given.append(name)
         if name in self.plates:
-            size = fn.size if fn.subsample_size is None else fn.subsample_size
-            if chosen is not None:
-                chosen = torch.as_tensor(chosen)
-                size = len(chosen)
-            elif name in self.indices:
+            if chosen is None and name in self.indices:
                 msg["value"] = self.indices[name]
+            chosen = None if chosen is None else torch.as_tensor(chosen)
+            size = (fn.subsample_size or fn.size) if chosen is None else len(chosen)
             self.rows[name] = Rows(fn.size, min(size, fn.size), chosen)
-            self._stop(msg)
+            self._stop()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if not isinstance(msg["fn"], _Subsample):
             self.frames.update((frame.name, frame) for frame in msg["cond_indep_stack"])
             kind = self.observed if msg["is_observed"] else self.latents
             kind[msg["name"]] = msg.copy()
-            self._stop(msg)
+            self._stop()
 
-    def _stop(self, msg: Any) -> None:
+    def _stop(self) -> None:
         placed = {*self.plates} <= self.rows.keys() | self.frames.keys()
         if self._until is not None and placed and self._until <= self.latents.keys() | self.observed.keys():
             self._until = None  # a model that catches the exception runs to its end
@@ -209,10 +207,16 @@ def frame_of(site: dict[str, Any], plate: str) -> Any:
     return next((frame for frame in site["cond_indep_stack"] if frame.name == plate), None)
 
 
-def rows_in(site: dict[str, Any], dim: int) -> int:
+def batch_of(site: Site) -> torch.Size:
+    """Return the batch shape of the value of a site."""
+    shape: torch.Size = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return shape
+
+
+def rows_in(site: Site, dim: int) -> int:
     """Return the size of a site in the (negative) dimension of a plate, or 0 if it lacks that dimension."""
-    shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-    return int(shape[dim]) if len(shape) >= -dim else 0
+    batch = batch_of(site)
+    return batch[dim] if len(batch) >= -dim else 0
 
 
 FLAT = "For a flat prior write dist.ImproperUniform."
@@ -236,50 +240,14 @@ class RowMasks(NamedTuple):
         """Return vectors of rows, aligned, ``(*batch, *rows, size)``, with the origin in place of hidden rows."""
         return z if isinstance(self.rows, bool) else z.where(self.rows.to(z.device).unsqueeze(-1), 0.0)
 
-
-def hidden_outside(call: Call, found: Found) -> dict[str, Tensor]:
-    """Return the masks of the latents outside of rows that are hidden in part, over their batch shapes.
-
-    Raises:
-        ValueError: Naming the site, if a mask divides an event.
-    """
-    outside = {name: site for name, site in found.latents.items() if call.is_outside(site)}
-    masks = _masks_of(call.owner, {name: site for name, site in outside.items() if mask_of(site).hides})
-    for name, mask in masks.items():
-        batch = outside[name]["value"].shape[: outside[name]["value"].dim() - outside[name]["fn"].event_dim]
-        if mask.shape != batch:
-            shapes = f"by shape {tuple(mask.shape)}, but its batch shape is {tuple(batch)}"
-            way = "Give a mask that broadcasts to the latent, or mask the observed sites only"
-            raise ValueError(f"{call.owner}: latent site {name!r} is masked {shapes}. {way}.")
-    return masks
-
-
-def present_outside(call: Call, hidden: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
-    """Return the masks of the present elements of the latents outside of rows that are absent in part.
-
-    Args:
-        call: The call of the guide at setup.
-        hidden: The masks of the latents that are hidden in part.
-        found: All sites of the model.
-
-    Raises:
-        ValueError: Naming the site, if a mask hides what the rest of the model depends on.  If all latents are absent.
-    """
-    if _are_flat(found, hidden):
-        return {}
-    absent = absent_of(call, hidden, found, {})
-    outside = [name for name, site in found.latents.items() if call.is_outside(site)]
-    if absent and all(name in absent and not absent[name].any() for name in outside):
-        where = f" outside of plate {named(call.plates)}" if call.plates else ""
-        fault = f"masks hide all latents{where}, {named(outside)}"
-        raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only.")
-    return absent
-
-
-def _are_flat(found: Found, hidden: Mapping[str, Tensor]) -> bool:
-    """True if masks only leave flat priors: a single number hides each latent, and no data are hidden."""
-    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
-    return not hides_data and all(mask_of(found.latents[name]).is_scalar for name in hidden)
+    def patterns(self, key: Key, found: Found) -> set[tuple[Key, Key, bytes]]:
+        """Return the patterns of hidden parts: the plates of the rows, the latents, and the bytes of a row."""
+        columns, names = [], tuple(sorted(self.hidden))
+        for name in names:
+            dims = [frame.dim for frame in frames_of(found.latents[name], key)]
+            whole = self.hidden[name].movedim(dims, [*range(len(dims))])
+            columns.append(whole.reshape(whole.shape[: len(dims)].numel(), -1))
+        return {(key, names, bytes(row)) for row in torch.cat(columns, -1).tolist()} if columns else set()
 
 
 def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -290,11 +258,16 @@ def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
         if not torch.equal(some, every):
             fault = f"the mask of latent site {name!r} divides an event"
             raise ValueError(f"{owner}: {fault}. Mask whole events, or the observed sites only.")
-        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-        while every.dim() > len(batch) and every.shape[0] == 1:
+        while every.dim() > len(batch_of(site)) and every.shape[0] == 1:
             every = every[0]
-        masks[name] = every.bool().expand(torch.broadcast_shapes(every.shape, batch))
+        masks[name] = every.bool().expand(torch.broadcast_shapes(every.shape, batch_of(site)))
     return masks
+
+
+def _are_flat(found: Found, hidden: Collection[str]) -> bool:
+    """True if masks only leave flat priors: a single number hides each latent, and no data are hidden."""
+    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
+    return not hides_data and all(mask_of(found.latents[name]).is_scalar for name in hidden)
 
 
 def masks_of_rows(found: Found) -> dict[Key, RowMasks]:
@@ -307,30 +280,44 @@ def masks_of_rows(found: Found) -> dict[Key, RowMasks]:
     for name, site in found.latents.items():
         if key := tuple(frame.name for frame in frames_of(site, found.plates)):
             blocks.setdefault(key, {})[name] = site
-    return {key: _masks_of_block(key, inside, found) for key, inside in blocks.items()}
+    result = {}
+    for key, inside in blocks.items():
+        masks, result[key] = _masks_of(found.owner, inside), RowMasks()
+        hidden = {name: mask for name, mask in masks.items() if not mask.all()}
+        if hidden and not _are_flat(found, hidden):
+            rows = torch.stack([_reduced(masks[name], site, key) for name, site in inside.items()]).any(0)
+            parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
+            result[key] = RowMasks(bool(rows.all()) or rows, parts, hidden)
+    return result
 
 
-def _masks_of_block(key: Key, inside: dict[str, Site], found: Found) -> RowMasks:
-    masks = _masks_of(found.owner, inside)
-    hidden = {name: mask for name, mask in masks.items() if not mask.all()}
-    if not hidden or _are_flat(found, hidden):
-        return RowMasks()
-    rows = torch.stack([_reduced(masks[name], site, key) for name, site in inside.items()]).any(0)
-    parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
-    return RowMasks(bool(rows.all()) or rows, parts, hidden)
+def _reduced(mask: Tensor, site: Site, key: Key) -> Tensor:
+    """Return a mask of the rows of some plates, aligned: True for rows with a part that counts."""
+    sizes = {frame.dim: frame.size if frame.size > 0 else rows_in(site, frame.dim) for frame in frames_of(site, key)}
+    depth = -min(sizes)
+    whole = mask.reshape((1,) * (depth - mask.dim()) + mask.shape)
+    others = [dim for dim in range(-whole.dim(), 0) if dim not in sizes]
+    reduced = whole.any(others, keepdim=True) if others else whole
+    return reduced.reshape(reduced.shape[-depth:]).expand([sizes.get(dim, 1) for dim in range(-depth, 0)])
 
 
-def patterns_of(key: Key, masks: RowMasks, found: Found) -> set[tuple[Key, Key, bytes]]:
-    """Return the patterns of hidden parts in the rows of some plates: plates, latents and the bytes of a row."""
-    columns, names = [], tuple(sorted(masks.hidden))
-    for name in names:
-        dims = [frame.dim for frame in frames_of(found.latents[name], key)]
-        whole = masks.hidden[name].movedim(dims, [*range(len(dims))])
-        columns.append(whole.reshape(whole.shape[: len(dims)].numel(), -1))
-    return {(key, names, bytes(row)) for row in torch.cat(columns, -1).tolist()} if columns else set()
+def masks_of_all(found: Found) -> dict[Key, RowMasks]:
+    """Return the masks of the latents of all rows.
+
+    Raises:
+        ValueError: As :func:`masks_of_rows`, or if a plate is subsampled, which leaves other rows' masks unknown.
+    """
+    for name, site in found.latents.items():
+        for frame in frames_of(site, found.plates) if is_masked(site) else ():
+            rows = found.rows[frame.name]
+            if rows.size < rows.full_size:
+                subsampled = f"plate {frame.name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
+                fault = f"latent site {name!r} is masked, and {subsampled}"
+                raise ValueError(f"{found.owner}.log_prob: {fault}. Let the plate run over all rows.")
+    return masks_of_rows(found)
 
 
-def absent_of(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _absent_of(call: Call, hidden: dict[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the masks of those latents whose hidden parts change nothing else in the model.
 
     Outside of rows, a mask that hides all of a latent leaves a flat prior if the model depends on the latent.
@@ -345,13 +332,13 @@ def absent_of(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapp
         ValueError: Naming the site, if another mask hides a part on which the rest of the model depends.
     """
     if not hidden or not _dependent(call, hidden, found, rows):
-        return dict(hidden)
+        return hidden
     absent = {}
     for name, mask in hidden.items():
         site = _dependent(call, {name: mask}, found, rows)
         if not site:
             absent[name] = mask
-        elif mask.any() or not call.is_outside(found.latents[name]):
+        elif mask.any() or frames_of(found.latents[name], call.plates):
             fault = f"hides a part of it that the rest of the model depends on, as site {site!r}"
             way = "Mask both alike, or the observed sites only"
             raise ValueError(f"{call.owner}: the mask of latent site {name!r} {fault}. {way}. {FLAT}")
@@ -361,71 +348,205 @@ def absent_of(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapp
 def _dependent(call: Call, hidden: Mapping[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> str:
     """Return the site whose density changes if hidden parts of latents move, or an empty string.
 
-    Other latents are at the start and then elsewhere, since a product of latents may not change at its zero.
+    Other latents are at the start and then elsewhere, since a product of latents may not change at its zero.  All runs
+    have the same random numbers.  A model with numbers of its own shows them in the first two runs at a place.
     """
-    places = [{name: site["value"].detach() for name, site in found.latents.items()}]
-    maps = {name: biject_to(site["fn"].support) for name, site in found.latents.items() if name in call.start}
-    generator = torch.Generator().manual_seed(0)
-    free = {name: known.inv(places[0][name]) for name, known in maps.items()}
-    away = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in free.items()}
-    places.append({**places[0], **{name: known(free[name] + away[name]) for name, known in maps.items()}})
-    changed = (_changed(call, hidden, found, {**rows, **values}) for values in places)
-    return next(filter(None, changed), "")
-
-
-def _changed(call: Call, hidden: Mapping[str, Tensor], found: Found, values: dict[str, Tensor]) -> str:
-    """Return the site whose density changes if hidden parts of latents move from some values, or an empty string.
-
-    All runs have the same random numbers.  A model with numbers of its own shows them in its first two runs.
-    """
-    known: dict[str, Tensor] = {}
-    noise: dict[str, Tensor] = {}
-    for shift in (0.0, 0.0, -3.0, -1.0, 1.0, 3.0):
-        moved = {}
-        for name, mask in hidden.items():
-            fn, here = found.latents[name]["fn"], values[name]
-            bijection, counts = biject_to(fn.support), mask.reshape(mask.shape + (1,) * fn.event_dim)
-            moved[name] = torch.where(counts, here, bijection(bijection.inv(here) + shift))
-        with call.same_draws(), validation_enabled(False):
-            torch.manual_seed(0)
-            trace = call.trace_at({**values, **moved})
-            trace.compute_log_prob()
-        sites = {key: site for key, site in trace.nodes.items() if site["type"] == "sample"}
-        densities = {key: site["log_prob"] for key, site in sites.items() if site["log_prob"].numel()}
-        known = known or densities
-        apart = {key: (value - known[key]).abs().nan_to_num(0.0, torch.inf) for key, value in densities.items()}
-        if known is not densities and not noise:
-            noise = {key: 10 * value.max() for key, value in apart.items()}
-        for key, value in densities.items() if noise else ():
-            slack = noise[key] + ROUND_OFF * torch.finfo(value.dtype).eps * known[key].abs().nan_to_num(0.0, 0.0, 0.0)
-            if bool((apart[key] > slack).any()) or not torch.equal(value.isnan(), known[key].isnan()):
-                return key
+    here, away, generator = {}, {}, torch.Generator().manual_seed(0)
+    for name, site in found.latents.items():
+        here[name] = away[name] = site["value"].detach()
+        if name in call.start:
+            noise = torch.randn(biject_to(site["fn"].support).inv(here[name]).shape, generator=generator)
+            away[name] = _shifted(site, here[name], noise.to(here[name]))
+    for values in (here, away):
+        known, apart_by_chance = dict[str, Tensor](), dict[str, Tensor]()
+        for run, shift in enumerate((0.0, 0.0, -3.0, -1.0, 1.0, 3.0)):
+            moved = {}
+            for name, mask in hidden.items():
+                site = found.latents[name]
+                counts = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+                moved[name] = torch.where(counts, values[name], _shifted(site, values[name], shift))
+            with call.same_draws(), validation_enabled(False):
+                torch.manual_seed(0)
+                trace = call.trace_at({**rows, **values, **moved})
+                trace.compute_log_prob()
+            for key, site in trace.nodes.items():
+                if site["type"] != "sample" or not site["log_prob"].numel():
+                    continue
+                now, before = site["log_prob"], known.setdefault(key, site["log_prob"])
+                apart = (now - before).abs().nan_to_num(0.0, torch.inf)
+                if run == 1:
+                    apart_by_chance[key] = 10 * apart.max()
+                slack = ROUND_OFF * torch.finfo(now.dtype).eps * before.abs().nan_to_num(0.0, 0.0, 0.0)
+                if run and ((apart > apart_by_chance[key] + slack).any() or (now.isnan() != before.isnan()).any()):
+                    return key
     return ""
 
 
-def masks_of_all(found: Found) -> dict[Key, RowMasks]:
-    """Return the masks of the latents of all rows.
+def _shifted(site: Site, value: Tensor, by: Tensor | float) -> Tensor:
+    """Return a value that is moved in the unconstrained space."""
+    bijection = biject_to(site["fn"].support)
+    return bijection(bijection.inv(value) + by)
 
-    Raises:
-        ValueError: As :func:`masks_of_rows`, or if a plate is subsampled, which leaves other rows' masks unknown.
+
+def _check_shapes(call: Call, found: Found) -> None:
+    """Refuse a model that lacks a latent of the guide or has another shape, apart from the numbers of rows."""
+    for name, site in call.latents.items():
+        shape, now = list(site["value"].shape), found.latents.get(name)
+        for frame in frames_of(site, call.plates):
+            shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
+        if now is not None and now["value"].shape == tuple(shape):
+            continue
+        built = "" if now is not None else "one of shape "
+        if now is not None:
+            there = f"has shape {tuple(now['value'].shape)}"
+        elif name in found.observed:
+            there = "is observed"
+        else:
+            there = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
+        fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
+        way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+        if not call.latents.keys() & found.latents.keys():
+            way = "Give the model that the guide was built for"
+        raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
+
+
+PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
+
+
+class Calls:
+    """The calls of one guide.  The model is not run again for the very arguments of the call before.
+
+    Attributes:
+        reparametrised: The sites that ``poutine.reparam`` replaced.
+        masked: True if some latents have a mask.
+        present: The masks of the present elements of latents outside of rows that are absent in part.
     """
-    for name, site in found.latents.items():
-        for frame in frames_of(site, found.plates):
-            rows = found.rows[frame.name]
-            if is_masked(site) and rows.size < rows.full_size:
-                subsampled = f"plate {frame.name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
-                fault = f"latent site {name!r} is masked, and {subsampled}"
-                raise ValueError(f"{found.owner}.log_prob: {fault}. Let the plate run over all rows.")
-    return masks_of_rows(found)
+
+    def __init__(self) -> None:
+        self._observed: frozenset[str] = frozenset()  # the sites that were data when the guide was built
+        self.reparametrised: tuple[str, ...] = ()
+        self.masked = False
+        self.present: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}  # the masks of latents outside of rows
+        self._absent: set[tuple[Key, Key, bytes]] = set()  # patterns of hidden parts of rows that change nothing else
+        self._last: list[object] | None = None  # the keys of the last arguments
+
+    def begin(self, call: Call, *, varies: bool = False) -> Found:
+        """Look at all of a model with the arguments that the guide is built for.
+
+        Args:
+            call: The call of the guide.
+            varies: True for a guide of any dataset, whose vectors cannot lack what one dataset hides.
+
+        Raises:
+            ValueError: Naming the site, if a mask hides what the rest of the model depends on.  If all latents are
+                absent.
+        """
+        found = call.look()
+        self._observed, self._hidden = frozenset(found.observed), self._hidden_outside(found)
+        self.present = {} if _are_flat(found, self._hidden) else _absent_of(call, self._hidden, found, {})
+        outside = [name for name, site in found.latents.items() if not frames_of(site, call.plates)]
+        if self.present and all(name in self.present and not self.present[name].any() for name in outside):
+            where = f" outside of plate {named(call.plates)}" if call.plates else ""
+            fault = f"masks hide all latents{where}, {named(outside)}"
+            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only.")
+        if varies and self.present:
+            fault = f"latent site {next(iter(self.present))!r} is masked, and other datasets may have other masks"
+            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only, or fit each dataset by fit_svi.")
+        self.reparametrised = tuple(name for name, site in found.observed.items() if is_reparametrised(site))
+        self._settle(call, found)
+        if call.plates and all(rows.size == rows.full_size for rows in found.rows.values()):
+            self._checked(call, found, {})
+        return found
+
+    def rows(self, call: Call, *, needed: bool) -> dict[str, Rows]:
+        """Check new arguments, and return the rows of the plates if they are needed.
+
+        Raises:
+            ValueError: Naming the site, if the model lacks a latent of the guide, has a further one or another shape,
+                or masks latents that the guide cannot leave out.
+        """
+        known = self._knows(call)
+        if call.model is None or (known and not needed):
+            return {}
+        found = call.look(until=() if known else call.latents)
+        if not known:
+            self.check(call, found)
+            for name, site in found.latents.items():
+                if name not in call.prototype.nodes and name not in self._observed:  # missing data are predicted
+                    fault = f"the model has the latent site {name!r} of shape {tuple(site['value'].shape)}"
+                    way = "Build another guide, or let the model draw the same sites for all data"
+                    raise ValueError(f"{call.owner}: {fault}, which it had not when the guide was built. {way}.")
+            self._settle(call, found)
+        return found.rows
+
+    def masks(self, call: Call, indices: Mapping[str, Tensor]) -> dict[Key, RowMasks]:
+        """Return the masks of the latents at some rows of the plates."""
+        if not self.masked or call.model is None or not call.plates:
+            return {}
+        return self._checked(call, call.look(indices=indices), indices)
+
+    def _checked(self, call: Call, found: Found, rows: Mapping[str, Tensor]) -> dict[Key, RowMasks]:
+        """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
+        found_masks = masks_of_rows(found)
+        for key, masks in found_masks.items():
+            if new := masks.patterns(key, found) - self._absent:
+                _absent_of(call, masks.hidden, found, rows)
+                self._absent |= new
+        return found_masks
+
+    def _settle(self, call: Call, found: Found) -> None:
+        """Remember the arguments of a call whose model was looked at."""
+        self.masked, self._last = any(map(is_masked, found.latents.values())), _keys(call)
+
+    def check(self, call: Call, found: Found) -> None:
+        """Raise ValueError, naming the site, if latents have other shapes than at setup, or outside of rows masks."""
+        _check_shapes(call, found)
+        now, built = self._hidden_outside(found), self._hidden
+        for name in {**built, **now}:
+            if not (name in now and name in built and torch.equal(now[name], built[name])):
+                fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
+                way = "Build another guide, or use AutoPlateFlow(model, plate), whose rows take a new mask in each call"
+                raise ValueError(f"{call.owner}: {fault}. {way}.")
+
+    def _hidden_outside(self, found: Found) -> dict[str, Tensor]:
+        """Return the masks of the latents outside of rows that are hidden in part, over their batch shapes."""
+        sites = found.latents.items()
+        hidden = {n: site for n, site in sites if not frames_of(site, found.plates) and mask_of(site).hides}
+        masks = _masks_of(found.owner, hidden)
+        for name, mask in masks.items():
+            if mask.shape != (batch := batch_of(hidden[name])):
+                shapes = f"by shape {tuple(mask.shape)}, but its batch shape is {tuple(batch)}"
+                way = "Give a mask that broadcasts to the latent, or mask the observed sites only"
+                raise ValueError(f"{found.owner}: latent site {name!r} is masked {shapes}. {way}.")
+        return masks
+
+    def _knows(self, call: Call) -> bool:
+        """True if the model need not be run for the arguments of a call.
+
+        Without arguments the guide draws again, as Pyro's guides do.  A traced program has one structure.  Iterators
+        are for the model alone, which would find them used up.  A mask may change unseen.
+        """
+        if any(isinstance(leaf, Iterator) for leaf in tree_leaves((call.args, call.kwargs))):
+            return True
+        if self.masked and call.plates:
+            return False
+        return not (call.args or call.kwargs) or bool(torch._C._get_tracing_state()) or self._last == _keys(call)
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
+        return {**self.__dict__, "_last": None}
 
 
-def _reduced(mask: Tensor, site: Site, key: Key) -> Tensor:
-    """Return a mask of the rows of some plates, aligned: True for rows with a part that counts."""
-    frames = frames_of(site, key)
-    sizes = {frame.dim: frame.size if frame.size > 0 else rows_in(site, frame.dim) for frame in frames}
-    depth = -min(sizes)
-    whole = mask.reshape((1,) * (depth - mask.dim()) + mask.shape)
-    others = [dim for dim in range(-whole.dim(), 0) if dim not in sizes]
-    reduced = whole.any(others, keepdim=True) if others else whole
-    aligned = [sizes.get(dim, 1) for dim in range(-depth, 0)]
-    return reduced.reshape(reduced.shape[reduced.dim() - depth :]).expand(aligned)
+def _keys(call: Call) -> list[object]:
+    """Return keys that two calls share only if their arguments are the same, unchanged objects."""
+
+    def key(leaf: Any) -> object:
+        if isinstance(leaf, PLAIN):
+            return type(leaf), leaf
+        # The key holds the object, so that no other one takes its identity.
+        if isinstance(leaf, Tensor) and not leaf.is_inference():  # inference tensors could have changed unseen
+            return id(leaf), leaf._version, leaf
+        return (id(leaf), leaf) if callable(leaf) else object()
+
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    return [spec, *map(key, leaves)]

@@ -84,11 +84,9 @@ def draw_discrete(call: Call, latents: Values) -> Values:
     if not latents or get_mask() is not False or not hidden_names(call.model):
         return {}
     program = summed(call)
-    if program.subsamples or not program.enumerated:
-        return {}
-    sites, found = program.single.nodes, {}
+    sites, found = program.single.nodes, Values()
     latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}
-    if latent != {*latents, *program.enumerated}:
+    if program.subsamples or not program.enumerated or latent != {*latents, *program.enumerated}:
         return {}
     # A plate of draws lies to the left of the latents' plates; a discrete latent may lie in more plates.
     depth = max(value.dim() - sites[name]["fn"].event_dim for name, value in latents.items())
@@ -120,14 +118,14 @@ def with_reparametrised(call: Call, names: Sequence[str], latents: Values) -> Va
         names: These sites.
         latents: The guide's latents, ``(N, *site_shape)`` each.
     """
-    if not names or call.model is None:
+    if not names or call.model is None or not all(map(len, latents.values())):
         return latents
     try:
         signature_of(call.model).bind(*call.args, **call.kwargs)
     except (TypeError, ValueError):  # the model needs other arguments
         return latents
     program = summed(call)
-    if program.subsamples or not all(map(len, latents.values())):
+    if program.subsamples:
         return latents
     first = {name: value[:1] for name, value in latents.items()}
     program = program.with_(choice=choose(program, first, "auto", "model"))

@@ -26,7 +26,7 @@ from ..programs.masks import is_observation
 from ..programs.plate_nesting import check_crossed
 from ..programs.program import arguments_of
 from ..programs.runner import Runner
-from .checks import worst
+from .draw_watch import worst
 from .guide_call import Call
 from .left_out import summed
 from .packing import Packing, bijection_onto
@@ -71,11 +71,9 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
         if not centres:
             raise
         return centres[0]
-    for value in centres:
-        if bijection.inv(value).isfinite().all():
-            return value
     like = next(iter(_tensors(fn)), torch.zeros(()))
-    return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
+    origin = bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
+    return next((value for value in centres if bijection.inv(value).isfinite().all()), origin)
 
 
 def _centres(fn: Any) -> list[Tensor]:
@@ -104,12 +102,11 @@ def settle_start(call: Call, *, choose: bool) -> None:
         call: The call of a guide at setup.
         choose: True to move the latents first, as the module's docstring says.
     """
-    owner = f"{call.owner}: "
     with call.same_draws():
         program = summed(call)
         with validation_enabled(False):
-            check_crossed(owner, program.single)
-        check_observed(owner, program.single, arguments_of(call.model, call.args, call.kwargs))
+            check_crossed(f"{call.owner}: ", program.single)
+        check_observed(f"{call.owner}: ", program.single, arguments_of(call.model, call.args, call.kwargs))
     if choose:
         _choose(call, program)
     _check_density(call, program)
@@ -122,36 +119,36 @@ def _choose(call: Call, program: Runner) -> None:
     validates = not is_validation_enabled()  # otherwise distributions have validated their parameters at the centre
 
     def log_density(z: Tensor) -> float:
-        if validates and not _is_valid(call, packing.values(z)):
-            return -math.inf
+        try:
+            if validates:
+                with validation_enabled(True):
+                    call.trace_at(packing.values(z))
+        except Exception as error:
+            if is_breakdown(error):
+                return -math.inf
+            raise
         change = sum(log_det.sum() for *_, log_det in packing.unpack(z))
         total = program.log_prob(packing.values(z.unsqueeze(0)), 1)[0] + change
         return -math.inf if total.isnan() else float(total)
+
+    def elsewhere() -> Iterator[Tensor]:
+        """Yield latents within 2 of the origin, then draws of their distributions, with others at the centre."""
+        for _ in range(TRIES):
+            yield 4 * torch.rand_like(centre) - 2
+        with suppress(NotImplementedError):  # an ImproperUniform cannot be sampled
+            for _ in range(TRIES):
+                yield packing.pack({name: site["fn"].sample() for name, site in call.latents.items()})[0]
 
     with torch.no_grad(), call.same_draws(), validation_enabled(False):
         at_centre = log_density(centre)
         at_origin = log_density(origin) if centre.any() else at_centre
         place = origin if math.isfinite(at_origin) and at_centre < at_origin - ABSURD * len(origin) else centre
         if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
-            places = _elsewhere(packing, call)
-            place = next((elsewhere for elsewhere in places if math.isfinite(log_density(elsewhere))), centre)
+            place = next((z for z in elsewhere() if math.isfinite(log_density(z))), centre)
         # Sites that are hidden from the guide may be drawn anew in each run; then the densities cannot be compared.
-        if place is centre or (log_density(centre), log_density(origin)) != (at_centre, at_origin):
-            return
-        for name, value in packing.values(place).items():
-            call.latents[name]["value"] = value
-
-
-def _is_valid(call: Call, values: dict[str, Tensor]) -> bool:
-    """True if the model's distributions accept their parameters at latents."""
-    try:
-        with validation_enabled(True):
-            call.trace_at(values)
-    except Exception as error:
-        if is_breakdown(error):
-            return False
-        raise
-    return True
+        if place is not centre and (log_density(centre), log_density(origin)) == (at_centre, at_origin):
+            for name, value in packing.values(place).items():
+                call.latents[name]["value"] = value
 
 
 def _check_density(call: Call, program: Runner) -> None:
@@ -163,39 +160,19 @@ def _check_density(call: Call, program: Runner) -> None:
     """
     with validation_enabled(False):  # its errors would come first and say less
         if program.enumerated:
-            values = {name: value.unsqueeze(0) for name, value in call.start.items()}
-            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
-            return
-        trace = call.trace_at(call.start)
-        trace.compute_log_prob()
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample":
-            value = site["value"]
-            infinite = int(value.isinf().sum()) if is_observation(site) and isinstance(value, Tensor) else 0
-            _check_finite(call.owner, f"site {name!r}", site["log_prob"], infinite)
-
-
-def _check_finite(owner: str, what: str, log_prob: Tensor, infinite: int = 0) -> None:
-    """Raise ValueError unless a log-density is finite; the data hold some infinite numbers."""
-    if not log_prob.isfinite().all():
-        fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
+            at_start = program.log_prob({name: value.unsqueeze(0) for name, value in call.start.items()}, 1)
+            sites = {"the model, discrete latents summed out,": {"log_prob": at_start}}
+        else:
+            trace = call.trace_at(call.start)
+            trace.compute_log_prob()
+            sites = {f"site {name!r}": site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    for what, site in sites.items():
+        if site["log_prob"].isfinite().all():
+            continue
+        fault = f"the log-density of {what} is {worst(site['log_prob'])} at the guide's start"
         way = "give a better one with init_loc_fn=init_to_value(values={...})"
-        if infinite:
+        data = site["value"] if "type" in site and is_observation(site) else None
+        if infinite := int(data.isinf().sum()) if isinstance(data, Tensor) else 0:
             held = f"its data hold {infinite} infinite number{'s' * (infinite > 1)}"
             way = f"{held}. Leave those rows out, or mask them by poutine.mask"
-        raise ValueError(f"{owner}: {fault}; {way}.")
-
-
-def _elsewhere(packing: Packing, call: Call) -> Iterator[Tensor]:
-    """Yield unconstrained latents within 2 of the origin, then draws of their distributions.
-
-    These distributions are those of the prototype, with other latents at the centre.
-    """
-    for _ in range(TRIES):
-        yield 4 * torch.rand_like(packing.start) - 2
-    for _ in range(TRIES):
-        try:
-            drawn = {name: site["fn"].sample() for name, site in call.latents.items()}
-        except NotImplementedError:  # an ImproperUniform cannot be sampled
-            return
-        yield packing.pack(drawn)[0]
+        raise ValueError(f"{call.owner}: {fault}; {way}.")
