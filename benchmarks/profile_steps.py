@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.fitting.elbo import ELBOFit, Wish
 from pyro_flows.fitting.elbo_loss import ELBOLoss
 from pyro_flows.fitting.optimizers import optimizers
+from pyro_flows.fitting.svi import ELBOFit
 from pyro_flows.programs.model_and_guide import Task
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -96,7 +96,7 @@ def fit() -> Step:
     """Return a step of ``fit_svi`` with ``AutoFlow``."""
     guide = pf.AutoFlow(model).setup()
     task, parameters = Task(model, guide, (), {}), list(guide.parameters())
-    loss = ELBOLoss(task, ELBOFit(task, Wish(num_particles=64)).objective, None)
+    loss = ELBOLoss(task, ELBOFit(task, num_particles=64).elbo, None)
     (optimizer,) = optimizers(parameters, 1e-6, by_soap=guide.by_soap(), by_muon=[])
 
     def step() -> None:

@@ -20,7 +20,7 @@ from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
 from pyro_flows.conditioners.base import Linear, Paced, networks_of, set_pace
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.fitting.training_mode import in_training
+from pyro_flows.fitting.elbo_loss import in_training
 from pyro_flows.guides.guide_flow import share_step
 from pyro_flows.training import Gradients
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear

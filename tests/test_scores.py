@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.fitting.score_check import check_score
+from pyro_flows.fitting.program_checks import check_score
 from pyro_flows.objectives import ForwardKL
 from pyro_flows.programs.model_and_guide import Task
 

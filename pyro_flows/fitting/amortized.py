@@ -46,7 +46,7 @@ CALLER = "fit_amortized"
 NUMBERS = 10_000_000  # numbers of data from which encoders are standardised
 
 
-@distributed.collective
+@distributed.collective(CALLER)
 @runs_programs
 @recorded()
 def fit_amortized(

@@ -46,8 +46,8 @@ from ..training import Training, distributed
 from ..training.loop import Fit
 from .annealed import Annealed, Mode
 from .density import fit_density
+from .program_checks import NoScore
 from .propriety import check_bounded, check_proper
-from .score_check import NoScore
 from .svi import fit_svi
 
 CALLER = "anneal"

@@ -36,7 +36,7 @@ CALLER = "fit_density"
 NUMBER = 64  # images in a picture
 
 
-@distributed.collective
+@distributed.collective(CALLER)
 @suggests_keywords
 @recorded()
 def fit_density(

@@ -1,22 +1,29 @@
-"""The loss of one step of a fit by an ELBO, as the training loop calls it, and its mean at the end."""
+"""The loss of one step of a fit by an ELBO, as the training loop calls it, and its mean at the end.
+
+The settings of ``fit_svi``, its warm-up, decay and clipping, were tuned for weights as torch initialises and scales
+them.  Guides store their networks in units that are safe with any optimiser; training puts these aside.  The parameters
+of each row take larger steps than shared ones, since each row is seen once in many steps.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine, validation_enabled
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ..conditioners.pace import Paced
 from ..flows import Flow
+from ..guides.base import holders
+from ..guides.contexts import RowContexts
 from ..programs.density import Density
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
@@ -30,6 +37,10 @@ from .program_checks import is_vectorised
 
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 COMPILED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
+OF_ROWS = 32.0  # the unit of the parameters of rows, unless the rows start near the posterior
+# New losses of which the mean is taken: the fewest, which tell how noisy they are; the most, about a tenth of the time
+# of a short fit; and the standard error, in nats, below which no more are taken: the digits that a fit prints.
+LEAST, MOST, SHARP = 10, 50, 0.01
 
 
 class ELBOLoss:
@@ -39,11 +50,20 @@ class ELBOLoss:
         task: The model and the guide.
         objective: The objective.
         batches: The source of the model's arguments in each step; None if they stay the same.
+
+    Attributes:
+        program: The model as the objective runs it: unchanged, or lifted if the objective needs that.
     """
 
     def __init__(self, task: Task, objective: Any, batches: ModelBatches | None) -> None:
         self.task, self.objective, self.batches = task, objective, batches
-        self._program = _program_of(task, objective)
+        sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
+        self.program: Any = task.model.call
+        if isinstance(objective, TraceEnum_ELBO):
+            self.program = task.model.marked
+        elif not sums_itself and (task.model.enumerated or is_vectorised(objective)):
+            with unchanged():
+                self.program = task.broadcasting
 
     @property
     def companions(self) -> list[Any]:
@@ -61,16 +81,17 @@ class ELBOLoss:
 
     def __call__(self) -> Tensor:
         """Return the loss of a step."""
+        is_lifted = isinstance(self.program, Lifted)
         if self.batches:
-            self.batches.feed(self.task, is_lifted=isinstance(self._program, Lifted))
+            self.batches.feed(self.task, is_lifted=is_lifted)
         model, guide, objective = self.task.model, self.task.guide.call, self.objective
         if hasattr(objective, "differentiable_loss"):
             # A lifted model is one factor, without the plates whose rows are given; an engine has validated it.
-            silent = self.task.has_bare_dimensions or isinstance(self._program, Lifted)
+            silent = self.task.has_bare_dimensions or is_lifted
             with validation_enabled(False) if silent else contextlib.nullcontext():
-                return objective.differentiable_loss(self._program, guide, *model.args, **model.kwargs)
+                return objective.differentiable_loss(self.program, guide, *model.args, **model.kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
-        found = objective.loss_and_grads(self._program, guide, *model.args, **model.kwargs)
+        found = objective.loss_and_grads(self.program, guide, *model.args, **model.kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     def joint(self) -> Tensor:
@@ -101,52 +122,52 @@ class ELBOLoss:
         return list(unique.values())
 
 
-def _program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
-    """Return the model as an objective runs it: unchanged, or lifted if the objective needs that."""
-    if isinstance(objective, TraceEnum_ELBO):
-        return task.model.marked
-    sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
-    if sums_itself or not (task.model.enumerated or is_vectorised(objective)):
-        return task.model.call
+def fresh_mean(loss: Callable[[], Tensor]) -> float:
+    """Return the mean of new losses, NaN if none is finite; random numbers are left alone."""
+    found: list[float] = []
     with unchanged():
-        return task.broadcasting
+        pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
+        while len(found) < LEAST or (len(found) < MOST and torch.tensor(found).std() > SHARP * len(found) ** 0.5):
+            try:
+                found.append(float(loss().detach()))  # TraceEnum_ELBO needs gradients
+            except Exception as error:
+                if not is_breakdown(error):
+                    raise
+                found.append(math.nan)
+    every = [value for values in distributed.all_gather(lambda: found) for value in values if math.isfinite(value)]
+    return sum(every) / len(every) if every else math.nan
 
 
-def forget_compiled(objective: Any) -> None:
-    """Drop the compiled functions of an objective."""
-    for name in COMPILED:
-        if name in getattr(objective, "__dict__", ()):
-            setattr(objective, name, None)
+def parts_of(guide: Any, parameters: list[Tensor]) -> list[nn.Module]:
+    """Return all modules of a guide; guides that a function calls are found by their parameters."""
+    guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
+    return [part for one in guides for part in one.modules()]
 
 
-@dataclass(frozen=True)
-class FreshMean:
-    """The mean of a loss over new draws: as many as it takes to know it, within limits.
+@contextlib.contextmanager
+def in_training(guide: Any, parameters: list[Tensor], objective: Any, *, rows_near: bool = False) -> Iterator[None]:
+    """Put a guide into training mode, without paces; afterwards into evaluation mode, with its own.
 
-    Attributes:
-        least: The fewest losses, which tell how noisy they are.
-        most: The most losses, about a tenth of the time of a short fit.
-        sharp: The standard error, in nats, below which no more are taken: the digits that a fit prints.
+    The outputs of the guide stay the same, bit for bit.
+
+    Args:
+        guide: The guide.
+        parameters: The tensors that are trained.
+        objective: The loss, whose compiled functions are dropped, since units are constants in them.
+        rows_near: True if rows of plates start near their posteriors.
     """
 
-    least: int = 10
-    most: int = 50
-    sharp: float = 0.01
+    def forget_compiled() -> None:
+        for name in {*COMPILED} & getattr(objective, "__dict__", {}).keys():
+            setattr(objective, name, None)
 
-    def of(self, loss: Callable[[], Tensor]) -> float:
-        """Return the mean, NaN if no loss is finite; random numbers are left alone."""
-        found: list[float] = []
-        with unchanged():
-            pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
-            while len(found) < self.least or self._goes_on(found):
-                try:
-                    found.append(float(loss().detach()))  # TraceEnum_ELBO needs gradients
-                except Exception as error:
-                    if not is_breakdown(error):
-                        raise
-                    found.append(math.nan)
-        every = [value for values in distributed.all_gather(lambda: found) for value in values if math.isfinite(value)]
-        return sum(every) / len(every) if every else math.nan
-
-    def _goes_on(self, found: list[float]) -> bool:
-        return len(found) < self.most and bool(torch.tensor(found).std() > self.sharp * len(found) ** 0.5)
+    with contextlib.ExitStack() as stack:
+        stack.callback(forget_compiled)
+        for part in parts_of(guide, parameters):
+            stack.callback(part.eval)
+            part.train()
+            if isinstance(part, Paced):
+                stack.callback(part.set_unit, part.unit)
+                part.set_unit(OF_ROWS if isinstance(part, RowContexts) and not rows_near else 1.0)
+        forget_compiled()
+        yield

@@ -34,7 +34,7 @@ FEWEST = 20  # rows that can be split
 MOST = 1000  # categories of an entry
 
 
-@distributed.collective
+@distributed.collective(CALLER)
 @suggests_keywords
 def fit_likelihood(
     theta: Tensor,

@@ -87,7 +87,7 @@ def train_on_rows(
     settings = Settings(
         steps=max_epochs * source.steps,
         lr=lr,
-        progress=progress,
+        progress=progress and not distributed.rank(),
         checkpoint=checkpoint,
         **_settings(fit, training, moved),
     )

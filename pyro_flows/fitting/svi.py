@@ -6,27 +6,48 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
 
 from ..arguments import check_flags, check_integers, check_kind, check_numbers, check_program, quoted
 from ..encoders.training_record import recorded
-from ..guides.default_training import plan_of
+from ..guides.block_guide import BlockGuide
+from ..guides.blocks import Block
+from ..guides.default_training import Schedule, plan_of
+from ..guides.guide_call import Call
+from ..objectives import PathELBO, TemperedELBO
+from ..objectives.base import ParticleObjective
+from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs, settle
+from ..programs.program import bound_values
+from ..threads import OPERATIONS
 from ..training import Fit, Gradients, distributed
-from ..training.checkpoint import check_path
-from .elbo import ELBOFit, Wish
+from ..training.checkpoint import check_path, fingerprint, kept_settings, settings_of
+from ..training.loop import Descent, Settings
+from ..training.randomness import unchanged
+from ..training.stopping import noise_at
+from .elbo_loss import ELBOLoss, fresh_mean, in_training, parts_of
+from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .model_batches import ModelBatches, find_loader
-from .program_checks import check_task
+from .optimizers import optimizers
+from .program_checks import check_task, culprit
+from .propriety import check_proper
 
 CALLER = "fit_svi"
+CONVERGED = 0.003  # nats of the gap to the log evidence at convergence: far below what weights show
+MANY = 64  # draws per step from which on SOAP does better than Adam
+ONE_BY_ONE = 8  # draws per step if the model runs one at a time: more cost more than they gain
 
 
-@distributed.collective
+@distributed.collective(CALLER)
 @runs_programs
 @recorded()
 def fit_svi(
@@ -122,7 +143,13 @@ def fit_svi(
     check_numbers(CALLER, above=0, optional=True, lr=lr)
     gradients = Gradients() if gradients is None else gradients
     check_kind(CALLER, Gradients, "training.Gradients(...)", gradients=gradients)
-    _check_objective(objective, steps)
+    if objective is not None and not (
+        hasattr(objective, "differentiable_loss") or hasattr(objective, "loss_and_grads")
+    ):
+        raise TypeError(f"{CALLER}: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
+    annealed = getattr(objective, "num_steps", None)
+    if steps and annealed and steps < annealed:
+        raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
     loader = find_loader(args, kwargs)
     if loader is not None and warm_start:
         raise ValueError(f"{CALLER}: warm_start needs all data at once, and not a DataLoader.")
@@ -134,15 +161,143 @@ def fit_svi(
     settle(objective)
     task = Task(model, guide, args, kwargs)
     check_task(task, objective, search=bool(warm_start))
-    wish = Wish(steps, lr, objective, num_particles, warm_start, gradients, file, progress)
-    return ELBOFit(task, wish, batches).run()
+    progress = progress and not distributed.rank()
+    return ELBOFit(task, batches, steps, objective, num_particles, lr, gradients, warm_start, file, progress).run()
 
 
-def _check_objective(objective: ELBO | None, steps: int | None) -> None:
-    """Raise an error unless the objective is an ELBO, and the steps suffice for it to anneal."""
-    verbs = "differentiable_loss", "loss_and_grads"
-    if objective is not None and not any(hasattr(objective, verb) for verb in verbs):
-        raise TypeError(f"{CALLER}: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
-    annealed = getattr(objective, "num_steps", None)
-    if steps and annealed and steps < annealed:
-        raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
+@dataclass(eq=False)
+class ELBOFit:
+    """One fit of one guide by an ELBO: the objective, the start of the guide, the schedule, and the descent.
+
+    Args:
+        task: The model and the guide.
+        batches: The source of the model's arguments in each step; None if they stay the same.
+        steps: As for :func:`~pyro_flows.fit_svi`, like all that follow; None stands for what suits the guide.
+
+    Attributes:
+        marks: The settings of the default objective, which do not depend on the number of processes, and the start.
+        elbo: The user's objective, or the one that suits the guide.
+    """
+
+    task: Task
+    batches: ModelBatches | None = None
+    steps: int | None = None
+    objective: ELBO | None = None
+    num_particles: int | None = None
+    lr: float | None = None
+    gradients: Gradients = field(default_factory=Gradients)
+    warm_start: bool | None = None
+    checkpoint: Path | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        self.guide: Any = self.task.guide.call
+        self.plan, self.processes, self.marks = plan_of(self.guide), distributed.size(), dict[str, Any]()
+        self.elbo: Any = self.objective or self._default()
+
+    def _default(self) -> ELBO:
+        # Processes share the draws, or the rows of a batch.
+        processes, share = (1, 1 / self.processes) if self.batches else (self.processes, 1.0)
+        number = self.num_particles or self.plan.schedule(share=share).num_particles
+        if self.num_particles and number % processes:
+            words = f"{number} are those of all {processes} processes together"
+            raise ValueError(f"{CALLER}: num_particles={words}; give a multiple of {processes}, or leave it out.")
+        several, by_plate = number > 1, False
+        if several:
+            with unchanged():
+                by_plate = self.task.settle().guide.engine == "plate"
+            if not self.num_particles and self.task.runs_one_by_one:
+                number = min(ONE_BY_ONE, number)
+        self.marks = {"num_particles": number, "vectorize_particles": several}
+        kind = PathELBO if self.plan.takes_paths else Trace_ELBO
+        return kind(-(-number // processes), max_plate_nesting=self.task.model.nesting, vectorize_particles=by_plate)
+
+    def run(self) -> Fit:
+        """Train the guide."""
+        task, guide, plan, model = self.task, self.guide, self.plan, self.task.model
+        kept = settings_of(self.checkpoint) if self.checkpoint else None
+        plan.prepare(Call(CALLER, model.call, model.args, model.kwargs))
+        start = None if kept else self._start()
+        loss = ELBOLoss(task, self.elbo, self.batches)
+        parameters = loss.parameters()
+        trains_guide = isinstance(guide, nn.Module) and {*parameters} <= {*guide.parameters()}
+        alone = trains_guide and self._is_alone
+        near = trains_guide and start is not None and start.is_near
+        rows_near = any(part.starts_near for part in parts_of(guide, parameters) if isinstance(part, Block))
+        self.marks |= distributed.broadcast(lambda: {"near": near, "rows_near": rows_near})
+        self.marks |= {name: kept[name] for name in ("near", "rows_near")} if kept else {}
+        near, rows_near = self.marks["near"], self.marks["rows_near"]
+        if not self.objective and rows_near and isinstance(guide, BlockGuide) and guide.prefers_short_steps:
+            # Path gradients would save less noise than minibatches make, and cost a second run of the guide.
+            draws = self.elbo.num_particles, self.elbo.max_plate_nesting
+            loss.objective = self.elbo = Trace_ELBO(*draws, vectorize_particles=self.elbo.vectorize_particles)
+        with in_training(guide, parameters, self.elbo, rows_near=rows_near):
+            schedule = plan.schedule(near=near, alone=alone)
+            if near and alone and not (self.steps or self.num_particles):
+                self.elbo.num_particles = -(-schedule.num_particles // self.processes)
+            settings = self._settings(schedule, parameters, alone=alone)
+            soap, muon = plan.by_soap() if alone else [], plan.by_muon()
+            descent = Descent(
+                loss.joint if alone else loss,
+                parameters,
+                optimizers(parameters, settings.lr, by_soap=soap, by_muon=muon),
+                settings,
+                guide,
+                lambda: culprit(task),
+                companions=loss.companions,
+            )
+            fit = descent.fit()
+        if not loss.repeats or fit.stopped == "interrupted":
+            return fit
+        # The running loss of a short fit lags behind, since it is a mean over the steps that led to the state.
+        fresh = fresh_mean(descent.loss)
+        return fit if math.isnan(fresh) else replace(fit, best_loss=fresh)
+
+    def _start(self) -> Start | None:
+        """Start the guide from a Gaussian and return it, or None if the guide keeps its start.
+
+        Raises:
+            ValueError: If the posterior is improper.
+        """
+        task, guide, elbo = self.task, self.guide, self.elbo
+        new = self.plan.is_fresh and isinstance(elbo, PathELBO | ParticleObjective)
+        if not self.plan.is_joint:
+            return start_from_blocks(guide, task, self.progress) if new and isinstance(guide, BlockGuide) else None
+        new = new and elbo.vectorize_particles and not (task.subsampled or self.batches)
+        new = new and guide.encoder is None
+        if new:  # one batch is no posterior
+            check_proper(CALLER, Density(task), guide.start[0])
+        if not (new if self.warm_start is None else self.warm_start):
+            return None
+        power = elbo.beta if isinstance(elbo, TemperedELBO) else 1.0
+        suited, seconds = self.plan.schedule(), math.inf if self.warm_start else STARTS.seconds
+        budget = STARTS.share * suited.steps * suited.num_particles
+        return start_from_gaussian(guide, task, power, budget, self.progress, seconds)
+
+    @property
+    def _is_alone(self) -> bool:
+        """True if one flow is trained by many draws per step."""
+        if self.objective or self.batches or self.task.subsampled or not self.elbo.vectorize_particles:
+            return False
+        suits = self.plan.is_joint and self.plan.takes_paths and self.guide.draws_from_flow
+        return suits and self.marks["num_particles"] >= MANY
+
+    def _settings(self, schedule: Schedule, parameters: list[Tensor], *, alone: bool) -> Settings:
+        model, elbo = self.task.model, self.elbo
+        draws = getattr(elbo, "num_particles", 1)  # of this process
+        is_large = self.task.is_settled and model.chunk == 1  # a single draw is work for several threads
+        args = self.batches.others if self.batches else model.args
+        data = fingerprint(bound_values(model.call, args, model.kwargs))
+        data += [f"{self.batches.steps} batches"] if self.batches else []
+        return Settings(
+            CALLER,
+            self.steps or getattr(elbo, "num_steps", None) or schedule.steps,
+            lr=float(self.lr or schedule.lr),
+            clip_norm=float(self.gradients.clip_norm or schedule.clip_norm),
+            on_nonfinite=self.gradients.on_nonfinite,
+            progress=self.progress,
+            checkpoint=self.checkpoint,
+            marks={"objective": type(elbo).__name__, **kept_settings(elbo), **self.marks, "data": data},
+            work=math.inf if is_large else OPERATIONS * draws * sum(part.numel() for part in parameters),
+            noise=noise_at(CONVERGED, draws * self.processes) if alone and not self.steps else 0.0,
+        )

@@ -187,7 +187,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return Schedule(80, num_particles=128, lr=0.02)
         return Schedule(400 if self.latent_dim <= 16 else 600, num_particles=256, lr=0.02)
 
-    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, call: Call) -> None:
         if not isinstance(self.flow, Flow):
             fault = "fit_svi cannot train an ensemble, since its draws have no gradients"
             raise ValueError(f"AutoFlow: {fault}. Train one of its members, or resample its draws by pf.resample.")

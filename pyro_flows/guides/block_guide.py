@@ -358,10 +358,10 @@ class BlockGuide(FlowGuide):
     def data_encoders(self) -> list[Any]:
         return [*self._encoders.values()]
 
-    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, call: Call) -> None:
         if self.is_fresh:
             for encoder in self._encoders.values():
-                initialize(Call("fit_svi", model, args, kwargs), encoder)
+                initialize(call, encoder)
 
     def _draws(self, call: Call) -> dict[str, Tensor]:
         posterior, plates = self.posterior, self._plates(call)

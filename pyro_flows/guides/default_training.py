@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .guide_call import Call
 from .guide_flow import LIMITS
 
 
@@ -72,7 +72,7 @@ class Plan:
         """Return the weight matrices that Muon trains."""
         return []
 
-    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, call: Call) -> None:
         """Initialise, from the data that the guide will be trained on, layers that depend on their scale."""
 
 

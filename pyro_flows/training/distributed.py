@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import inspect
 import os
 import pickle
 import sys
@@ -21,7 +20,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyro
 import torch
@@ -33,7 +32,6 @@ from .best_state import fill
 from .interrupts import forget_cut_off
 from .randomness import random_state, set_random_state
 
-P = ParamSpec("P")
 T = TypeVar("T")
 SYMBOLIC = "sympy", "mpmath"  # packages that torch imports within a fit
 PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after another one has failed
@@ -53,34 +51,31 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def collective(fit: Callable[P, T]) -> Callable[P, T]:
+@contextlib.contextmanager
+def collective(caller: str) -> Iterator[None]:
     """Make a function one call of all processes.
 
-    Random numbers are synchronised before and after the call.  Process 0 alone warns and shows progress.  An error in
-    one process ends the call in all.
+    Random numbers are synchronised before and after the call.  Process 0 alone warns.  An error in one process ends the
+    call in all.
+
+    Args:
+        caller: The public function, for errors.
     """
-    shows_progress = "progress" in inspect.signature(fit).parameters
-
-    @functools.wraps(fit)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        forget_cut_off(*SYMBOLIC)
-        _join()
-        if size() == 1:
-            return fit(*args, **kwargs)
-        try:
-            sync()
-            with warnings.catch_warnings():
-                if rank():
-                    warnings.simplefilter("ignore")
-                    kwargs.update({"progress": False} if shows_progress else {})
-                found = fit(*args, **kwargs)
-            sync()
-            return found
-        except Exception as error:
-            _announce(error, fit.__name__)
-            raise
-
-    return call
+    forget_cut_off(*SYMBOLIC)
+    _join()
+    if size() == 1:
+        yield
+        return
+    try:
+        sync()
+        with warnings.catch_warnings():
+            if rank():
+                warnings.simplefilter("ignore")
+            yield
+        sync()
+    except Exception as error:
+        _announce(error, caller)
+        raise
 
 
 def _join() -> None:
