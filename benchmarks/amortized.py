@@ -289,7 +289,7 @@ def calibration(results: Results, options: argparse.Namespace, seed: int) -> Non
         return
     pyro.set_rng_seed(seed)
     guide = pf.AutoFlow(tasks.conjugate, encoder=encoders.Standardize((2,)))
-    fit = pf.fit_amortized(tasks.conjugate, guide, num_simulations=options.simulations, progress=False)
+    fit = pf.fit_amortized(tasks.conjugate, guide, simulations=options.simulations, progress=False)
     shrunk = copy.deepcopy(guide)
     shrunk.flow = pf.Flow(guide.flow.transforms, FixedBase(dist.Normal(torch.zeros(2), 0.8).to_event(1)))
     for kind, tested in {"trained": guide, "shrunk": shrunk}.items():

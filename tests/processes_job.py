@@ -120,7 +120,7 @@ def amortized() -> Found:
     )  # fmt: skip
     settings = {"max_epochs": 3, "batch_size": 33, "progress": False}
     found = told(fit_amortized(model, guide, simulations=Simulations({"theta": theta}, {"x": theta + 0.1}), **settings))
-    drawn = fit_amortized(model, guide, num_simulations=101, datasets=Observed({"x": theta[0]}), **settings)
+    drawn = fit_amortized(model, guide, simulations=101, datasets=Observed({"x": theta[0]}), **settings)
     return {**found, "rounds": told(drawn)}
 
 

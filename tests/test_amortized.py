@@ -51,7 +51,7 @@ small = functools.partial(flows.nsf_ar, num_transforms=2, hidden_dims=(16,))
 
 def quick(*args: Any, **settings: Any) -> Fit:
     """Fit in two epochs; options of training may be given one by one."""
-    usual = {"num_simulations": 200, "max_epochs": 2, "batch_size": 64, "progress": False}
+    usual = {"simulations": 200, "max_epochs": 2, "batch_size": 64, "progress": False}
     return fit_amortized(*args, **{**usual, **grouped(settings)})
 
 
@@ -83,7 +83,7 @@ def trained():
     """Return a trained guide of the linear model, and the record of its fit."""
     pyro.set_rng_seed(0)
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (32,)))
-    fit = fit_amortized(linear, guide, num_simulations=5000, max_epochs=18, batch_size=100, lr=1e-2, progress=False)
+    fit = fit_amortized(linear, guide, simulations=5000, max_epochs=18, batch_size=100, lr=1e-2, progress=False)
     return guide, fit
 
 
@@ -194,7 +194,7 @@ def test_bad_scales_are_standardised():
         return pyro.sample("x", dist.Normal(5e3 + 1e-1 * unit, 0.5e-1).to_event(1), obs=x)
 
     guide = AutoFlow(model, small, encoder=MLPEncoder(2, 4, (32,)))
-    fit = fit_amortized(model, guide, num_simulations=3000, max_epochs=12, batch_size=100, lr=0.01, progress=False)
+    fit = fit_amortized(model, guide, simulations=3000, max_epochs=12, batch_size=100, lr=0.01, progress=False)
     # Each unit latent has the posterior variance 1 / (1 + 4).
     entropy = math.log(2 * math.pi * math.e / 5) + math.log(10 * 1e-4)
     assert -4 / math.sqrt(300) < fit.best_loss - entropy < 0.1 + 4 / math.sqrt(300)
@@ -214,7 +214,7 @@ def bounded(x=None):
 
 def test_nothing_leaks_out_of_bounds():
     guide = AutoFlow(bounded, small, encoder=MLPEncoder(3, 4, (16,)))
-    quick(bounded, guide, num_simulations=1000, max_epochs=8)
+    quick(bounded, guide, simulations=1000, max_epochs=8)
     for x in (torch.tensor([1.5, 1.2, -0.5]), torch.tensor([9.0, -4.0, 7.0])):
         draws = guide.sample(2000, x)
         assert ((draws["a"] >= 2) & (draws["a"] <= 3)).all()
@@ -249,7 +249,7 @@ def test_an_untrained_guide_is_the_prior():
         return pyro.sample("x", dist.Normal(a, b), obs=x)
 
     guide = AutoFlow(model, encoder=lambda x: x[..., None])
-    fit_amortized(model, guide, num_simulations=5000, max_epochs=1, lr=1e-9, progress=False)
+    fit_amortized(model, guide, simulations=5000, max_epochs=1, lr=1e-9, progress=False)
     drawn = guide.sample(20_000, torch.zeros(()))
     for share in ((drawn["a"] + 1) / 4, dist.HalfCauchy(2.0).cdf(drawn["b"])):
         found = torch.histc(share, 10, 0, 1) / len(share)
@@ -273,7 +273,7 @@ def test_arguments_of_every_kind():
             return super().forward(torch.stack((counts.log1p(), y), -1))
 
     guide = AutoFlow(model, small, encoder=Both(2, 4, (8,)))
-    fit = quick(model, guide, 1.5, num_simulations=500, max_epochs=12, lr=0.01)
+    fit = quick(model, guide, 1.5, simulations=500, max_epochs=12, lr=0.01)
     assert fit.losses[-7:].mean() < fit.losses[:7].mean()
     assert guide.sample(5, 1.5, torch.tensor(3.0), y=torch.tensor(1.0))["rate"].shape == (5,)
     assert not torch.equal(guide.encoder.standardize.scale, torch.ones(2))
@@ -315,7 +315,7 @@ def test_integer_data():
             return super().forward(k.float().mean(-1, keepdim=True))
 
     guide = AutoFlow(model, small, encoder=Total(1, 2, (8,)))
-    quick(model, guide, num_simulations=1000, max_epochs=15, lr=0.01)
+    quick(model, guide, simulations=1000, max_epochs=15, lr=0.01)
     k = torch.tensor([1, 1, 0, 1, 1, 1])
     mean = guide.sample(1000, k)["p"].mean()
     exact = dist.Beta(6.0, 2.0)
@@ -333,7 +333,7 @@ def test_plates_sets_and_delta_simulators():
         return pyro.sample("x", dist.Delta(simulator(theta, noise), event_dim=2), obs=x)
 
     guide = AutoFlow(poutine.block(model, hide=["noise"]), small, encoder=SetEncoder(1, 4, (16,), num_queries=1))
-    quick(model, guide, num_simulations=2000, max_epochs=10, lr=0.01)
+    quick(model, guide, simulations=2000, max_epochs=10, lr=0.01)
     assert guide.latent_dim == 1
     draws = guide.sample(2000, 1.2 + torch.linspace(-1.4, 1.4, 5)[:, None])["theta"]
     # Five unit observations: N(5 · 1.2 / 6, 1 / 6).
@@ -369,10 +369,10 @@ def test_simulations_made_before():
     made = simulate(linear, num_simulations=600)
     order = made.latents["theta"][:, 0].argsort()
     losses = []
-    for simulations in (made, made.take(order), None):
+    for simulations in (made, made.take(order), 600):
         pyro.set_rng_seed(0)
         guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (16,)))
-        settings = {"num_simulations": 600, "max_epochs": 12, "lr": 0.01}
+        settings = {"max_epochs": 12, "lr": 0.01}
         losses.append(quick(linear, guide, simulations=simulations, **settings).best_loss)
     assert max(losses) - min(losses) < 4 * math.sqrt(2 / 60) + 0.2  # 60 rows are held out
     assert max(losses) < 2.4  # the entropy of the prior is 2.84
@@ -380,7 +380,7 @@ def test_simulations_made_before():
     words = r"simulations must hold at least 20 draws of the data arguments \['x'\], got"
     refused(linear, words + " 19", simulations=made.take(slice(0, 19)), guide=guide)
     refused(linear, words + r" 600 of \['y'\]", simulations=Simulations(made.latents, {"y": made.data["x"]}))
-    refused(linear, "either simulations or Observed", num_simulations=made, datasets=Observed({"x": X}))
+    refused(linear, "either simulations or Observed", simulations=made, datasets=Observed({"x": X}))
 
 
 def test_discrete_latents_are_named():
@@ -434,7 +434,7 @@ def test_a_bound_guide_trains_on(local):
     pyro.set_rng_seed(0)
     with pyro.settings.context(module_local_params=local):
         guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-        quick(linear, guide, num_simulations=300, max_epochs=5)
+        quick(linear, guide, simulations=300, max_epochs=5)
         bound = guide.bind(X)
         rough = psis(linear, bound, X, num_samples=500).log_weights.mean()
         fit = fit_svi(linear, bound, X, steps=80, num_particles=32, progress=False)
@@ -498,9 +498,9 @@ def test_bind_asks_for_one_data_set(trained):
 
 def test_a_second_fit_goes_on():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    before = quick(linear, guide, num_simulations=500, max_epochs=10, lr=0.01).losses[:7].mean()
+    before = quick(linear, guide, simulations=500, max_epochs=10, lr=0.01).losses[:7].mean()
     start = [value.clone() for value in (guide.flow.transforms[-1].loc, guide.encoder.standardize.loc)]
-    after = quick(linear, guide, num_simulations=500, max_epochs=1, lr=1e-6).losses.mean()
+    after = quick(linear, guide, simulations=500, max_epochs=1, lr=1e-6).losses.mean()
     assert after < before - 0.4
     assert torch.equal(start[0], guide.flow.transforms[-1].loc)
     assert torch.equal(start[1], guide.encoder.standardize.loc)
@@ -580,7 +580,7 @@ def test_second_rounds_look_closer(tmp_path, monkeypatch):
     monkeypatch.setattr(truncated.Truncated, "draw", watched)
     guide, file = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (16,))), tmp_path / "run"
     settings = {"max_epochs": 15, "batch_size": 60, "lr": 0.01, "checkpoint": file, "progress": False}
-    fit = fit_amortized(linear, guide, num_simulations=2001, datasets=Observed({"x": x}), **settings)
+    fit = fit_amortized(linear, guide, simulations=2001, datasets=Observed({"x": x}), **settings)
     first, second = (torch.load(tmp_path / f"run.{r}.simulations", weights_only=True) for r in (1, 2))
     assert (len(first["latents"]["theta"]), len(second["latents"]["theta"])) == (1000, 1001)
     ((threshold, log_q, theta),) = laws
@@ -613,7 +613,7 @@ def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
 
     guide = AutoFlow(poutine.block(model, hide=["mu"]), small, encoder=Wide(1, 4, (8,)))
     observed = {"x": torch.tensor(0.5)}
-    quick(model, guide, num_simulations=1000, max_epochs=10, lr=0.01)
+    quick(model, guide, simulations=1000, max_epochs=10, lr=0.01)
     law = truncated.Truncated(Simulator("test", model, (), {}), guide, observed)
     values = law.draw(500, batch_size=1000)
     assert values.keys() == {"mu", "theta"}
@@ -721,8 +721,8 @@ def test_guides_that_cannot_be_trained_are_refused():
 
 def test_numbers_out_of_range_are_refused():
     for name, value in (
-        ("num_simulations", 19),
-        ("num_simulations", 100.0),
+        ("simulations", 19),
+        ("simulations", True),
         ("max_epochs", 0),
         ("batch_size", True),
         ("lr", math.nan),
@@ -812,7 +812,7 @@ def test_a_latent_that_the_model_does_not_draw_is_refused():
 @pytest.mark.parametrize("kind", [DataLoader, tuple, dict])
 def test_simulations_of_another_class_are_refused(kind):
     given = kind([("theta", torch.zeros(30, 2)), ("x", torch.zeros(30, 3))])
-    words = r"simulations must be a pf\.Simulations\(latents, data\), or .*, got"
+    words = r"simulations must be a number, a pf\.Simulations\(latents, data\), or .*, got"
     with pytest.raises(TypeError, match=f"fit_amortized: {words}"):
         quick(linear, AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,))), simulations=given)
 

@@ -121,7 +121,7 @@ def test_bounds_and_plates():
 
     small = functools.partial(flows.nsf_ar, num_transforms=1, hidden_dims=(8,))
     guide = AutoFlow(bounded, small, encoder=MLPEncoder(3, 4, (8,)))
-    fit_amortized(bounded, guide, num_simulations=200, max_epochs=1, progress=False)
+    fit_amortized(bounded, guide, simulations=200, max_epochs=1, progress=False)
     found = calibrate(bounded, guide, num_simulations=50, num_samples=20)
     assert found.names == ["rate", "z[0]", "z[1]", "z[2]"]
     assert found.ranks.shape == (50, 4)

@@ -705,7 +705,7 @@ def test_it_answers_for_all_data_by_flow_matching() -> None:
     fit_amortized(
         model,
         guide,
-        num_simulations=4000,
+        simulations=4000,
         training=Training(objective=FlowMatching()),
         max_epochs=60,
         lr=5e-3,
@@ -728,7 +728,7 @@ def test_losses_of_latents_are_in_nats_as_the_model_has_them() -> None:
 
     torch.manual_seed(0)
     guide = AutoFlow(model, flow=flows.cnf, encoder=MLPEncoder(1, context_dim=2, hidden_dims=(4,)))
-    fit = fit_amortized(model, guide, num_simulations=400, max_epochs=2, progress=False)
+    fit = fit_amortized(model, guide, simulations=400, max_epochs=2, progress=False)
     prior = dist.LogNormal(3.0, 0.1)
     assert fit.best_loss == pytest.approx(prior.entropy().item(), abs=0.3)
 

@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(members):
     network = MLPEncoder(2, 4, (8,))
     shared = [AutoFlow(conjugate, small, encoder=Arguments(network, 0)) for _ in range(2)]
     for one in shared:
-        fit_amortized(conjugate, one, num_simulations=40, max_epochs=1, progress=False)
+        fit_amortized(conjugate, one, simulations=40, max_epochs=1, progress=False)
     with pytest.raises(ValueError, match=r"got a network that is shared.*Build an encoder for each"):
         ensemble(shared)
     with pytest.raises(ValueError, match=r"guides\[1\] must be a single guide, got an ensemble\. Give its members"):
@@ -210,7 +210,7 @@ def test_joined_encoders_choose_their_own_arguments():
 
     encoder = Joined([Arguments(MLPEncoder(2, 4, (8,)), 1), Arguments(MLPEncoder(3, 5, (8,)), 2)])
     guide = AutoFlow(model, small, encoder=encoder)
-    fit_amortized(model, guide, 3, num_simulations=40, max_epochs=1, progress=False)
+    fit_amortized(model, guide, 3, simulations=40, max_epochs=1, progress=False)
     assert guide.flow.context_dim == 9
     x, y = torch.randn(2), torch.randn(5, 3)
     assert guide.sample(4, 3, x, y[0])["mean"].shape == (4, 2)

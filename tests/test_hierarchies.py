@@ -32,7 +32,7 @@ from pyro_flows import (
     simulate,
 )
 from pyro_flows.encoders import Arguments, MLPEncoder, SetEncoder, Standardize
-from pyro_flows.fitting.plate_rows import PlateRows
+from pyro_flows.fitting.amortized import PlateRows
 from pyro_flows.programs.simulator import Simulator
 
 
@@ -68,7 +68,7 @@ def amortised(model=hierarchy, **settings) -> AutoPlateFlow:
 def trained() -> AutoPlateFlow:
     pyro.set_rng_seed(0)
     guide = amortised()
-    fit_amortized(hierarchy, guide, num_simulations=100, max_epochs=2, progress=False)
+    fit_amortized(hierarchy, guide, simulations=100, max_epochs=2, progress=False)
     return guide
 
 
@@ -122,7 +122,7 @@ def test_rows_have_no_order(trained):
 
 def test_masked_rows_are_as_rows_that_are_not_there():
     guide = amortised(masked)
-    fit_amortized(masked, guide, num_simulations=60, max_epochs=1, progress=False)
+    fit_amortized(masked, guide, simulations=60, max_epochs=1, progress=False)
     y, present = torch.randn(6, 3), torch.tensor([True, False, True, True, False, True])
     draws = guide.sample(10, y[present], groups=4)
     wide = {"mu": draws["mu"], "theta": torch.zeros(10, 6)}
@@ -194,7 +194,7 @@ def test_a_guide_that_is_made_double_draws_scores_trains_and_is_saved(guide, row
 
 def test_the_rows_are_those_of_the_simulations():
     guide = amortised().setup(torch.randn(3, 3), groups=3)
-    fit_amortized(hierarchy, guide, groups=8, num_simulations=40, max_epochs=1, datasets=(4, 8), progress=False)
+    fit_amortized(hierarchy, guide, groups=8, simulations=40, max_epochs=1, datasets=(4, 8), progress=False)
     assert guide.row_range == (4, 8)
 
     def outside(y: Tensor | None = None, size: Tensor | None = None) -> None:
@@ -205,7 +205,7 @@ def test_the_rows_are_those_of_the_simulations():
             pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
 
     with pytest.raises(ValueError, match=r"'size' has 6 entries.*Draw it inside of the plate"):
-        fit_amortized(outside, amortised(outside), num_simulations=40, progress=False)
+        fit_amortized(outside, amortised(outside), simulations=40, progress=False)
 
 
 def test_bind_makes_a_guide_of_one_dataset(trained, tmp_path):
@@ -251,7 +251,7 @@ def test_files_hold_both_encoders(trained, tmp_path):
     with pytest.raises(ValueError, match="OfRows"):  # a class of the user
         save(trained, tmp_path / "guide.pt")
     bare = AutoPlateFlow(only_data, "group", encoder=Standardize((3,)), global_encoder=SetEncoder(3, 8, (16,)))
-    fit_amortized(only_data, bare, num_simulations=40, max_epochs=1, datasets=(2, 5), progress=False)
+    fit_amortized(only_data, bare, simulations=40, max_epochs=1, datasets=(2, 5), progress=False)
     save(bare, tmp_path / "guide.pt")
     again = load(tmp_path / "guide.pt")
     y = torch.randn(4, 3)
@@ -291,7 +291,7 @@ def test_calibrate_names_hyperparameters_and_rows(trained):
 
 def test_a_number_of_rows_outside_of_training_warns():
     guide = amortised()
-    fit_amortized(hierarchy, guide, num_simulations=40, max_epochs=1, datasets=(3, 5), progress=False)
+    fit_amortized(hierarchy, guide, simulations=40, max_epochs=1, datasets=(3, 5), progress=False)
     with pytest.warns(UserWarning, match="have 6 rows of plate 'group', and the guide was trained on 3 to 5"):
         guide.sample(2, torch.randn(6, 3))
 
@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"datasets must be .*for an AutoPlateFlow, got \(1, 2\) for AutoFlow"):
         fit_amortized(hierarchy, AutoFlow(hierarchy, encoder=encoder), datasets=(1, 2))
     with pytest.raises(ValueError, match=r"datasets must be .*from 1 to the 6 rows.*got \(1, 9\)"):
-        fit_amortized(hierarchy, amortised(), num_simulations=40, datasets=(1, 9), progress=False)
+        fit_amortized(hierarchy, amortised(), simulations=40, datasets=(1, 9), progress=False)
     for wrong in (5, (0, 3), (4, 2), (2.5, 4)):
         with pytest.raises(ValueError, match=r"datasets must be .* integers"):
             fit_amortized(hierarchy, amortised(), datasets=wrong)
@@ -330,7 +330,7 @@ def test_a_trained_guide_finds_the_exact_posterior():
     """Means lie within .1 standard deviations and ratios of standard deviations in .93 to 1.07, for unseen sizes."""
     pyro.set_rng_seed(1)
     guide = amortised()
-    fit_amortized(hierarchy, guide, groups=20, num_simulations=6000, max_epochs=40, progress=False)
+    fit_amortized(hierarchy, guide, groups=20, simulations=6000, max_epochs=40, progress=False)
     for groups in (2, 7, 19):
         errors, ratios = [], []
         for y in simulate(hierarchy, groups=groups, num_simulations=20).data["y"]:
@@ -346,7 +346,7 @@ def test_a_trained_guide_finds_the_exact_posterior():
 def test_check_takes_the_guide_of_one_dataset():
     pyro.set_rng_seed(0)
     guide, y = amortised(), torch.randn(5, 3)
-    fit_amortized(hierarchy, guide, num_simulations=2000, max_epochs=20, progress=False)
+    fit_amortized(hierarchy, guide, simulations=2000, max_epochs=20, progress=False)
     own = guide.bind(y, groups=5)
     fit_svi(hierarchy, own, y, groups=5, progress=False)
     assert check(hierarchy, own, y, groups=5).trusted

@@ -207,7 +207,7 @@ def test_bounds_plates_and_angles():
     guide = AutoFlow(
         bounded, lambda dim, context_dim: small(dim, context_dim=context_dim), encoder=MLPEncoder(3, 4, (8,))
     )
-    fit_amortized(bounded, guide, num_simulations=200, max_epochs=1, progress=False)
+    fit_amortized(bounded, guide, simulations=200, max_epochs=1, progress=False)
     found = local_c2st(bounded, guide, observed={"x": bounded()}, num_simulations=1000)
     assert found.names == ["rate", "turn", "z[0]", "z[1]", "z[2]"]
     assert found.truths.isfinite().all()
@@ -303,7 +303,7 @@ def test_counts_that_many_simulations_share_lie_near_them():
         return pyro.sample("x", dist.Poisson(rate.expand(3)).to_event(1), obs=x)
 
     guide = AutoFlow(model, flows.iaf, encoder=MLPEncoder(3, context_dim=4))
-    fit_amortized(model, guide, num_simulations=200, max_epochs=1, progress=False)
+    fit_amortized(model, guide, simulations=200, max_epochs=1, progress=False)
     assert local_c2st(model, guide, observed={"x": torch.zeros(3)}, num_simulations=5000).distance.isfinite().all()
 
 
@@ -330,7 +330,7 @@ def test_simulations_without_finite_data_are_refused():
 
 def test_draws_that_are_not_finite_have_the_error_of_the_guide():
     guide = AutoFlow(conjugate, encoder=MLPEncoder(2, 4, (8,)))
-    fit_amortized(conjugate, guide, num_simulations=100, max_epochs=1, progress=False)
+    fit_amortized(conjugate, guide, simulations=100, max_epochs=1, progress=False)
     with pytest.raises(FloatingPointError, match=r"the data lie up to .* standard deviations from the mean"):
         run(guide, observed={"x": torch.full((2,), 1e30)}, num_simulations=1000)
 

@@ -127,7 +127,7 @@ def test_a_constant_feature_is_no_fault_unless_it_varies():
 
     pyro.set_rng_seed(0)
     guide = AutoFlow(padded, functools.partial(realnvp, num_transforms=1), encoder=SetEncoder(2, 4, (8,)))
-    fit_amortized(padded, guide, num_simulations=100, max_epochs=1, progress=False)
+    fit_amortized(padded, guide, simulations=100, max_epochs=1, progress=False)
     checked = functools.partial(misspecification, padded, guide, num_simulations=99)
     found = [checked(observed={"x": padded()}) for _ in range(2)]
     assert all(math.isfinite(one.statistic) and one.null.isfinite().all() for one in found)

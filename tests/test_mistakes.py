@@ -409,7 +409,7 @@ def simulator(x=None):
 @pytest.fixture(scope="module")
 def amortised():
     found = pf.AutoFlow(simulator, small_with_context, encoder=MLPEncoder(2, context_dim=2))
-    pf.fit_amortized(simulator, found, num_simulations=50, max_epochs=1, progress=False)
+    pf.fit_amortized(simulator, found, simulations=50, max_epochs=1, progress=False)
     return found
 
 

@@ -840,7 +840,7 @@ def test_an_encoder_of_numbers_comes_back_with_what_it_has_seen(tmp_path: Path) 
         pyro.sample("x", dist.Normal(mean[..., None], 1.0).expand([*mean.shape, 6]).to_event(1), obs=x)
 
     guide = AutoFlow(counted, small_local, encoder=Arguments(Scalars(SetEncoder(1, 2, (8,))), 0))
-    fit_amortized(counted, guide, num_simulations=20, max_epochs=1, progress=False)
+    fit_amortized(counted, guide, simulations=20, max_epochs=1, progress=False)
     again, x = there_and_back(guide, tmp_path), torch.randn(6)
     assert bits(again.context(x), guide.context(x))
     for found in (guide, again):

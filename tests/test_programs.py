@@ -166,7 +166,7 @@ def test_a_model_that_asserts_shapes_is_simulated():
     amortized = AutoFlow(model, encoder=lambda x: x[..., None])
     for use in (
         lambda program: pf.simulate(program, num_simulations=20),
-        lambda program: pf.fit_amortized(program, amortized, num_simulations=20, max_epochs=1, progress=False),
+        lambda program: pf.fit_amortized(program, amortized, simulations=20, max_epochs=1, progress=False),
         lambda program: pf.calibrate(program, amortized, num_simulations=20, num_samples=20),
     ):
         with pytest.raises(ValueError, match=r"the model does not .*test_programs.py:\d+, `assert not w.dim\(\)`"):
@@ -614,7 +614,7 @@ def test_simulations_keep_the_number_of_plates():
     assert found.data["y"].shape == (500, 3)
     assert (found.data["y"].mean(1) - centre).std() < 0.1
     guide = AutoFlow(model, encoder=MLPEncoder(3, 2))
-    pf.fit_amortized(program, guide, num_simulations=60, max_epochs=1, progress=False)
+    pf.fit_amortized(program, guide, simulations=60, max_epochs=1, progress=False)
     assert pf.calibrate(program, guide, num_simulations=20, num_samples=20).ranks.shape == (20, 1)
 
 

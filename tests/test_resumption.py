@@ -105,7 +105,7 @@ def amortised(**settings: Any) -> Fit:
         pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
 
     guide = AutoFlow(model, small, encoder=MLPEncoder(2, 4, (8,)))
-    return fit_amortized(model, guide, num_simulations=200, max_epochs=8, batch_size=64, **settings)
+    return fit_amortized(model, guide, simulations=200, max_epochs=8, batch_size=64, **settings)
 
 
 judged = functools.partial(density, validation=(TABLE[:20], CONTEXT[:20]))

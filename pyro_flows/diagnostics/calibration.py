@@ -155,7 +155,7 @@ def calibrate(
         ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
         >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
-        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = fit_amortized(model, guide, simulations=200, max_epochs=2, progress=False)
         >>> calibrate(model, guide, num_simulations=200, num_samples=50).ranks.shape
         torch.Size([200, 2])
     """

@@ -146,7 +146,7 @@ def local_c2st(
         ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
         >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
-        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = fit_amortized(model, guide, simulations=200, max_epochs=2, progress=False)
         >>> local_c2st(model, guide, observed={"x": torch.ones(2)}, num_simulations=1000).null.shape
         torch.Size([999])
     """

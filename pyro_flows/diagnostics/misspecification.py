@@ -121,7 +121,7 @@ def misspecification(
         ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
         >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
-        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = fit_amortized(model, guide, simulations=200, max_epochs=2, progress=False)
         >>> misspecification(model, guide, observed={"x": torch.ones(2)}, num_simulations=99).null.shape
         torch.Size([99])
     """

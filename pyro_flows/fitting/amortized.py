@@ -12,34 +12,29 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import (
-    check_integers,
-    check_program,
-    is_integer,
-    quoted,
-)
+from ..arguments import check_integers, check_kind, check_program, is_integer, quoted
 from ..data.batches import Batch, divided
 from ..encoders.training_record import recorded
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.amortised import Packed
-from ..guides.guide_call import Call
+from ..guides.guide_call import Call, frame_of
 from ..guides.left_out import hidden_names
 from ..programs.latents import named
 from ..programs.plate_nesting import runs_programs
 from ..programs.program import bound_values
-from ..programs.simulations import Simulations, check_draws, check_given
+from ..programs.simulations import Simulations, check_draws
 from ..programs.simulator import Simulator
 from ..training import Fit, Training, distributed
-from ..training.checkpoint import Checkpoint, check_path, fingerprint
+from ..training.checkpoint import Checkpoint, fingerprint
 from ..user_code import warn_user
-from .plate_rows import PlateRows
-from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
+from .row_training import RowTraining
 from .truncated import Observed, Truncated
 
 CALLER = "fit_amortized"
@@ -53,8 +48,7 @@ def fit_amortized(
     model: Callable[..., Any],
     guide: AutoFlow | AutoPlateFlow,
     *args: Any,
-    num_simulations: int = 10_000,
-    simulations: Simulations | None = None,
+    simulations: int | Simulations = 10_000,
     datasets: Observed | tuple[int, int] | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
@@ -93,8 +87,8 @@ def fit_amortized(
         model: A Pyro model whose data arguments are None by default.
         guide: An ``AutoFlow`` of it with an encoder, or an ``AutoPlateFlow`` with a ``global_encoder`` too.
         *args: The model's arguments without the data.
-        num_simulations: The number of simulations to draw, at least 20.
-        simulations: Existing simulations in their place, such as those of :func:`~pyro_flows.simulate`.
+        simulations: The number of simulations to draw, at least 20; or existing ones in their place, such as those of
+            :func:`~pyro_flows.simulate`.
         datasets: The datasets that the guide shall serve; by default all that the model draws.  For one dataset,
             :class:`~pyro_flows.fitting.Observed` draws simulations near it, in rounds.  For an ``AutoPlateFlow``, the
             smallest and the largest number of rows, ``(least, most)``, by default from 1 to all rows of a simulation.
@@ -119,7 +113,7 @@ def fit_amortized(
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
     Raises:
-        TypeError: If ``model`` is a guide, or ``simulations`` are of another class.
+        TypeError: If ``model`` is a guide, or ``simulations`` are neither a number nor of their class.
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
             error names the argument or site.
@@ -139,33 +133,35 @@ def fit_amortized(
         ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
         >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
-        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = fit_amortized(model, guide, simulations=200, max_epochs=2, progress=False)
         >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
         torch.Size([5, 2])
     """
-    check_integers(CALLER, 20, num_simulations=num_simulations)
-    most = 1 if max_epochs is None else max_epochs
-    training = checked(CALLER, training, max_epochs=most, batch_size=batch_size, lr=lr, progress=progress)
     check_program(model=model, guide=guide)
     _check_guide(guide, datasets)
     observed = datasets if isinstance(datasets, Observed) else None
-    rounds = observed.rounds if observed else 1
-    file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if observed else ".simulations")
+    rounds, most = observed.rounds if observed else 1, 1 if max_epochs is None else max_epochs
+    ends = f".{rounds}.simulations" if observed else ".simulations"
+    run = RowTraining(CALLER, training, most, batch_size, lr, checkpoint, progress, ends=ends)
     simulator = Simulator(CALLER, model, args, kwargs)
-    _check_data(simulator, simulations, observed)
-    given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
+    _check_simulations(simulations, simulator, observed)
+    if observed:
+        if simulator.vectorize == "loop":
+            raise ValueError(f"{CALLER}: Observed draws many latents at once; give another vectorize.")
+        simulator.check_data("observed", observed.data)
     data = fingerprint((*bound_values(model, args, kwargs), *(observed.data.values() if observed else ())))
-    parts, total = list[Simulations](), num_simulations if given is None else len(given)
+    file, parts = run.file, list[Simulations]()
     for number in range(rounds):
-        size = total * (number + 1) // rounds - total * number // rounds
-        part = file.with_name(f"{file.name}.{number + 1}") if file and observed else file
-        draw = functools.partial(_draw, simulator, guide, observed if parts else None, size)
-        settings = {"steps": 0, "data": data, "number": size}
-        parts.append(given or _kept(part, draw, settings))
+        if file and observed:
+            run.file = file.with_name(f"{file.name}.{number + 1}")
+        if isinstance(simulations, Simulations):
+            parts.append(distributed.broadcast(lambda: simulations))  # each process may have drawn its own
+        else:
+            size = simulations * (number + 1) // rounds - simulations * number // rounds
+            parts.append(_drawn(simulator, guide, observed if parts else None, run.file, data, size))
         known = functools.reduce(Simulations.join, parts)
-        epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known)))))
-        rows = _rows(simulator, guide, known, datasets, training, batch_size)
-        fit = train_on_rows(rows, training, max_epochs=epochs, lr=lr, checkpoint=part, progress=progress)
+        run.epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known)))))
+        fit = _train(run, simulator, guide, known, datasets, batch_size)
         if fit.stopped == "interrupted":
             break
     return fit
@@ -191,84 +187,133 @@ def _check_guide(guide: Any, datasets: Any) -> None:
         raise ValueError(f"{CALLER}: datasets must be {wanted}, {got}. Give datasets=(1, 20), for example.")
 
 
-def _check_data(simulator: Simulator, simulations: Any, observed: Observed | None) -> None:
-    """Raise an error unless existing simulations, or data of interest, fit the model, and only one of them is given."""
-    if simulations is not None:
-        check_given(CALLER, simulations, simulator.sites)
-        if observed:
-            raise ValueError(f"{CALLER}: give either simulations or Observed(...), which draws its own.")
+def _check_simulations(simulations: Any, simulator: Simulator, observed: Observed | None) -> None:
+    """Raise an error unless simulations are a number of them, or fit the model and no data are observed."""
+    words = "a number, a pf.Simulations(latents, data), or the result of pf.simulate(model)"
+    check_kind(CALLER, (Integral, Simulations), words, simulations=simulations)
+    if not isinstance(simulations, Simulations):
+        check_integers(CALLER, 20, simulations=simulations)
+        return
+    if simulations.data.keys() != simulator.sites.keys() or len(simulations) < 20:
+        must = f"simulations must hold at least 20 draws of the data arguments {sorted(simulator.sites)}"
+        raise ValueError(f"{CALLER}: {must}, got {len(simulations)} of {sorted(simulations.data)}.")
     if observed:
-        if simulator.vectorize == "loop":
-            raise ValueError(f"{CALLER}: Observed draws many latents at once; give another vectorize.")
-        simulator.check_data("observed", observed.data)
+        raise ValueError(f"{CALLER}: give either simulations or Observed(...), which draws its own.")
 
 
-def _draw(simulator: Simulator, guide: AutoFlow, observed: Observed | None, size: int) -> Simulations:
-    """Draw simulations, a part in each process; if data are observed, with latents from the truncated prior."""
+def _drawn(
+    simulator: Simulator, guide: AutoFlow, observed: Observed | None, file: Path | None, data: list[str], size: int
+) -> Simulations:
+    """Return the simulations that are kept with a checkpoint, or draw and keep them, a part in each process.
+
+    If data are observed, latents are drawn from the truncated prior.
+    """
+    settings = {"steps": 0, "data": data, "number": size}
+    beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), settings)
+    if (kept := beside.read()) is not None:
+        return Simulations(kept["latents"], kept["data"])
     truncated = Truncated(simulator, guide, observed.data) if observed else None
     number = -(-size // distributed.size())
-
-    def own() -> Simulations:
-        return simulator.draw(number, truncated.draw(number) if truncated else None)
-
     distributed.seed()
-    parts = distributed.all_gather(own)
+    parts = distributed.all_gather(lambda: simulator.draw(number, truncated.draw(number) if truncated else None))
     distributed.sync()
-    return functools.reduce(Simulations.join, parts).take(slice(size))
-
-
-def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
-    """Return the simulations that are kept with a checkpoint, or draw and keep them."""
-    beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), settings)
-    kept = beside.read()
-    if kept is not None:
-        return Simulations(kept["latents"], kept["data"])
-    new = draw()
+    new = functools.reduce(Simulations.join, parts).take(slice(size))
     beside.save({"latents": new.latents, "data": new.data})
     return new
 
 
-def _rows(
+def _train(
+    run: RowTraining,
     simulator: Simulator,
     guide: AutoFlow | AutoPlateFlow,
     known: Simulations,
     datasets: Any,
-    training: Training,
     size: int | None,
-) -> RowFit:
-    """Return the fit to simulations, with a share held out.
-
-    A batch holds the indices of some simulations, ``(N, 1)``.
-    """
-    packed = _standardise(simulator, guide, known)
-    objective = objective_of(training)
-    in_nats = getattr(objective, "in_nats", False)
-    plate_rows: PlateRows | None = None
+) -> Fit:
+    """Train on simulations, with a share held out; a batch holds the indices of some simulations, ``(N, 1)``."""
+    packed, plate_rows = _standardise(simulator, guide, known), None
     if isinstance(guide, AutoPlateFlow):
         plate_rows = PlateRows(CALLER, simulator, guide, datasets)
-        guide.row_range = plate_rows.least, plate_rows.most
+        guide.row_range = plate_rows.numbers
         size = size or min(64, max(1, len(known) // 20))
 
     def loss(batch: Batch) -> Tensor:
         index = batch[0][:, 0]
         data, part = known.take(index).data, [(z[index], log_det[index]) for z, log_det in packed]
         args, kwargs = simulator.arguments(data)
-        if plate_rows is not None:
+        if plate_rows:
             args, kwargs, part = plate_rows.some(data, part)
         terms = []
         for flow, z, context, log_det in guide.scored(part, *args, **kwargs):
-            found = objective(flow, z, context)
-            terms.append(found - log_det.mean() if in_nats else found)
+            found = run.objective(flow, z, context)
+            terms.append(found - log_det.mean() if run.in_nats else found)
         return sum(terms[1:], terms[0])
 
-    indices = torch.arange(len(known)).unsqueeze(-1), None
-    train, judge = divided(indices, training.share or 0.0, size)
-    marks = {
-        "data": fingerprint((*(z for z, _ in packed), *known.data.values())),
-        "datasets": repr(datasets) if isinstance(guide, AutoPlateFlow) else "",
-    }
-    words = "the guide's density of simulated latents"
-    return RowFit(CALLER, guide, train, judge, loss, marks, diagnose=lambda: words, show=format_of(objective))
+    rows = divided((torch.arange(len(known)).unsqueeze(-1), None), run.training.share or 0.0, size)
+    data = fingerprint((*(z for z, _ in packed), *known.data.values()))
+    marks = {"data": data, "datasets": repr(datasets) if plate_rows else ""}
+    return run.fit(guide, rows, loss, lambda: "the guide's density of simulated latents", marks)
+
+
+class PlateRows:
+    """The rows of the guide's plate in simulated datasets; each step of training sees some of them.
+
+    Rows of a plate are independent given the latents outside, so rows that nobody sees change nothing: a random part of
+    them is a dataset of the same model.  One set of simulations thus serves to train a guide for any number of rows.
+
+    Args:
+        caller: The name of the public function, for errors.
+        simulator: The model.
+        guide: The guide, set up.
+        numbers: The smallest and the largest number of rows in a step; by default any.
+
+    Raises:
+        ValueError: If there are more rows than in the simulations, or data outside of the plate have as many entries as
+            the plate has rows.
+    """
+
+    def __init__(
+        self, caller: str, simulator: Simulator, guide: AutoPlateFlow, numbers: tuple[int, int] | None
+    ) -> None:
+        packing, nodes = guide.posterior.blocks[-1].packing, simulator.model.single.nodes
+        self.simulator, self.axis = simulator, packing.dims[0]
+        self.full: int = frame_of(nodes[next(iter(packing.parts))], guide.plate).size
+        self.axes: dict[str, int] = {}
+        for argument, site in simulator.sites.items():
+            if frame := frame_of(nodes[site], guide.plate):
+                self.axes[argument] = frame.dim - nodes[site]["fn"].event_dim
+            elif self.full in nodes[site]["value"].shape:
+                fault = f"data argument {argument!r} has {self.full} entries, as many as plate {guide.plate!r} has rows"
+                way = "Draw it inside of the plate if it belongs to the rows, or simulate another number of rows"
+                raise ValueError(f"{caller}: {fault}, but is drawn outside of the plate. {way}.")
+        self.numbers = numbers or (1, self.full)
+        if self.numbers[1] > self.full:
+            wanted = f"(least, most), from 1 to the {self.full} rows of plate {guide.plate!r} in the simulations"
+            raise ValueError(f"{caller}: datasets must be {wanted}, got {quoted(numbers)}. Simulate more rows.")
+
+    def some(self, data: dict[str, Tensor], packed: Packed) -> tuple[tuple[Any, ...], dict[str, Any], Packed]:
+        """Return the arguments and the latents of datasets with a random number of their rows, the same rows in all.
+
+        Small numbers are as frequent as large ones on the scale of their logarithm.
+
+        Args:
+            data: The data of N datasets, by the names of the model's arguments.
+            packed: Their latents.
+        """
+        least, most = self.numbers
+        low, high = math.log(least), math.log(most + 1)
+        number = min(most, int(math.exp(low + (high - low) * float(torch.rand(())))))
+        rows = torch.randperm(self.full)[:number]
+
+        def take(value: Tensor, axis: int) -> Tensor:
+            return value.index_select(axis, rows.to(value.device))
+
+        data = {name: take(value, self.axes[name]) if name in self.axes else value for name, value in data.items()}
+        given = {n: v for n, v in self.simulator.given.items() if isinstance(v, Tensor) and v.dim()}
+        fixed = {name: take(value, 0) for name, value in given.items() if len(value) == self.full}
+        shared, (z, log_det) = packed
+        args, kwargs = self.simulator.arguments({**fixed, **data})
+        return args, kwargs, [shared, (take(z, self.axis - 1), take(log_det, self.axis))]
 
 
 def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulations: Simulations) -> Packed:
@@ -294,17 +339,13 @@ def _standardise(simulator: Simulator, guide: AutoFlow | AutoPlateFlow, simulati
                     )
                 check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
-            _warn_of_discrete(guide, hidden_names(guide.model) - {*simulator.sites.values()})
+            if names := sorted(hidden_names(guide.model) - {*simulator.sites.values()}):
+                fault = f"the posterior of discrete latents is not learned, here {named(names)}"
+                hidden = f"{type(guide).__name__}(poutine.block(model, hide={names}), ...)"
+                words = "That of the other latents is marginal over them. To silence this"
+                warn_user(f"{CALLER}: {fault}. {words}: {hidden}.")
             guide.start_at_draws(flat)
             some = simulations.take(slice(max(20, NUMBERS // simulations.numbers)))
             args, kwargs = simulator.arguments(some.data)
             guide.initialize_encoders(Call(CALLER, simulator.model.call, args, kwargs))
     return packed
-
-
-def _warn_of_discrete(guide: AutoFlow | AutoPlateFlow, names: set[str]) -> None:
-    """Warn of discrete latents of the model, which a flow cannot represent."""
-    if names:
-        fault = f"the posterior of discrete latents is not learned, here {named(sorted(names))}"
-        hidden = f"{type(guide).__name__}(poutine.block(model, hide={sorted(names)}), ...)"
-        warn_user(f"{CALLER}: {fault}. That of the other latents is marginal over them. To silence this: {hidden}.")

@@ -29,8 +29,7 @@ from ..flows.columns import Columns
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
 from .density_start import culprit, start
-from .mixed_precision import check_single
-from .row_training import RowFit, checked, format_of, objective_of, train_on_rows
+from .row_training import RowTraining
 
 CALLER = "fit_density"
 NUMBER = 64  # images in a picture
@@ -113,36 +112,35 @@ def fit_density(
         >>> len(fit.held_out), flow.log_prob(x).shape, flow().sample((5,)).shape
         (3, torch.Size([1000]), torch.Size([5, 2]))
     """
-    training = checked(CALLER, training, max_epochs=max_epochs, batch_size=batch_size, lr=lr, progress=progress)
-    file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", training.samples)
-    loss, reader = objective_of(training), Reader(flow)
-    _check_flow(reader, grid, training)
+    run = RowTraining(CALLER, training, max_epochs, batch_size, lr, checkpoint, progress)
+    training, loss, reader = run.training, run.objective, Reader(flow)
+    grid, shape = check_path(CALLER, "samples", training.samples), tuple(reader.event_shape)
+    if grid and grid.suffix != ".png":
+        raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
+    if grid and not (len(shape) == 3 and reader.width in (1, 3)):
+        raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")
     train, judge = sources(reader, x, context, training, batch_size)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     places = check_rows(reader, seen, judged, discrete, apart=training.share is None)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
-    some, is_image = _start(reader, seen, spread, training), len(reader.event_shape) == 3
-    run = RowFit(
-        CALLER,
-        flow,
-        train,
-        judge,
-        lambda batch: loss(flow, *spread(batch)),
-        {"model": design(flow), "data": data},
-        diagnose=lambda: culprit(flow, reader.flow, *some),
-        show=functools.partial(_in_bits, flow) if is_image else format_of(loss),
-        clip_norm=50.0 if is_image else 5.0,
-        end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
-    )
+    some, is_image = _start(reader, seen, spread, run), len(shape) == 3
     try:
-        fit = train_on_rows(run, training, max_epochs=max_epochs, lr=lr, checkpoint=file, progress=progress)
+        fit = run.fit(
+            flow,
+            (train, judge),
+            lambda batch: loss(flow, *spread(batch)),
+            lambda: culprit(flow, reader.flow, *some),
+            {"model": design(flow), "data": data},
+            show=functools.partial(_in_bits, flow) if is_image else None,
+            clip_norm=50.0 if is_image else 5.0,
+            end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
+        )
     finally:
         pictures.conclude()
-    if is_image:
-        return fit
-    reader.flow.columns = _columns(reader, places, seen, judged)
-    warn_of_round_off(CALLER, reader.flow, *some)
+    if not is_image:
+        reader.flow.columns = _columns(reader, places, seen, judged)
+        warn_of_round_off(CALLER, reader.flow, *some)
     return fit
 
 
@@ -155,18 +153,7 @@ def _columns(reader: Reader, places: list[int], seen: Survey, judged: Survey) ->
     return Columns(names, integers) if names or integers else None
 
 
-def _check_flow(reader: Reader, grid: Path | None, training: Training) -> None:
-    """Raise ValueError unless a flow can draw a grid of images, and compute in mixed precision, if requested."""
-    shape = tuple(reader.event_shape)
-    if grid and grid.suffix != ".png":
-        raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
-    if grid and not (len(shape) == 3 and reader.width in (1, 3)):
-        raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")
-    if training.mixed_precision:
-        check_single(CALLER, reader.model)
-
-
-def _start(reader: Reader, seen: Survey, spread: CellNoise, training: Training) -> Batch:
+def _start(reader: Reader, seen: Survey, spread: CellNoise, run: RowTraining) -> Batch:
     """Start a new flow from rows, and return some of them, with their contexts, in the flow's coordinates."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -176,11 +163,11 @@ def _start(reader: Reader, seen: Survey, spread: CellNoise, training: Training) 
             rows = reader.model.unbounded(rows)
             scale, loc = torch.std_mean(rows.transpose(0, 1).flatten(1), 1)
             moments = loc, scale
-    heavy_tails = training.heavy_tails
+    heavy_tails = run.training.heavy_tails
     if heavy_tails is None:
-        trains_base = getattr(objective_of(training), "trains_base", True)
+        trains_base = getattr(run.objective, "trains_base", True)
         heavy_tails = seen.has_outliers and reader.is_table and trains_base
-    start(reader.flow, rows, contexts, moments if training.standardize else None, heavy_tails=heavy_tails)
+    start(reader.flow, rows, contexts, moments if run.training.standardize else None, heavy_tails=heavy_tails)
     return rows, contexts
 
 

@@ -7,14 +7,14 @@ Maximises E log q(x | θ) over parameters θ of a proposal and their simulations
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..arguments import is_integer, quoted, suggests_keywords
-from ..data.batches import Batch, divided
+from ..data.batches import divided
 from ..data.columns import spikes_of, tied_columns
 from ..data.row_statistics import warn_of_ties
 from ..data.table import as_table, listed
@@ -24,10 +24,10 @@ from ..flows.mixed import Mixed
 from ..guides.guide_flow import built, likelihood_flow
 from ..programs.simulations import check_draws
 from ..training import Training, distributed
-from ..training.checkpoint import check_path, design, fingerprint
+from ..training.checkpoint import design, fingerprint
 from ..user_code import warn_user
 from .density_start import start
-from .row_training import RowFit, checked, objective_of, train_on_rows
+from .row_training import RowTraining
 
 CALLER = "fit_likelihood"
 FEWEST = 20  # rows that can be split
@@ -107,68 +107,59 @@ def fit_likelihood(
         ...         pyro.sample("x", likelihood(theta.expand(len(x))[..., None]), obs=x)
         >>> guide = AutoFlow(model).setup(torch.randn(10, 1))
     """
-    training = checked(CALLER, training, max_epochs=max_epochs, batch_size=batch_size, lr=lr, progress=progress)
+    run = RowTraining(CALLER, training, max_epochs, batch_size, lr, checkpoint, progress)
     if not (flow is None or callable(flow)) or isinstance(flow, torch.nn.Module):
         raise TypeError(f"{CALLER}: flow must be a recipe such as flows.nsf, got {quoted(flow)}.")
-    file = check_path(CALLER, "checkpoint", checkpoint)
-    theta, x = _tables(theta, x)
-    discrete, positive = _kinds(entries, x)
-    _warn_of_columns(theta, x, discrete)
-    made = _build(flow, theta, x, discrete, positive)
-    train, judge = divided((x, theta), training.share or 0.0, batch_size)
-    objective = objective_of(training)
-
-    def loss(batch: Batch) -> Tensor:
-        return objective(made, *batch)
-
-    marks = {"model": design(made), "data": fingerprint((theta, x))}
-    run = RowFit(CALLER, made, train, judge, loss, marks, diagnose=lambda: "the density of the simulations")
-    train_on_rows(run, training, max_epochs=max_epochs, lr=lr, checkpoint=file, progress=progress)
-    return made.requires_grad_(False)
-
-
-def _tables(theta: Any, x: Any) -> tuple[Tensor, Tensor]:
-    """Return parameters and data as floating tables, or raise an error that names the fault."""
-    found = []
-    for name, value in (("theta", theta), ("x", x)):
-        if not isinstance(value, Tensor):
-            got = f"got {type(value).__name__}. Simulate first, x = simulator(theta)"
-            raise TypeError(f"{CALLER}: {name} must be a tensor, {got}.")
-        value, _ = as_table(CALLER, name, value)
-        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
-        value = value.unsqueeze(-1) if value.dim() == 1 else value
-        if value.dim() != 2:
-            raise ValueError(f"{CALLER}: {name} must have shape (N, D), got {tuple(value.shape)}. Flatten each row.")
-        found.append(value)
-    theta, x = found
+    theta, x = _table("theta", theta), _table("x", x)
     if len(theta) != len(x) or len(x) < FEWEST:
         words = f"theta and x must have as many rows, at least {FEWEST}"
         raise ValueError(f"{CALLER}: {words}, got {len(theta)} and {len(x)}.")
-    for name, value in (("theta", theta), ("x", x)):
-        for place, column in enumerate(value.T):
+    for name, table in (("theta", theta), ("x", x)):
+        for place, column in enumerate(table.T):
             check_draws(CALLER, "the simulated", f"{name}[:, {place}]", column)
-    return theta, x
+    kinds = _kinds(entries, x)
+    _warn_of_columns(theta, x, kinds)
+    made = _build(flow, theta, x, kinds)
+    rows = divided((x, theta), run.training.share or 0.0, batch_size)
+    marks = {"model": design(made), "data": fingerprint((theta, x))}
+    run.fit(made, rows, lambda batch: run.objective(made, *batch), lambda: "the density of the simulations", marks)
+    return made.requires_grad_(False)
 
 
-def _kinds(entries: Any, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the indices of the discrete and of the positive entries of x."""
-    given = {} if entries is None else entries
-    width = x.shape[1]
+def _table(name: str, value: Any) -> Tensor:
+    """Return parameters or data as a floating table, or raise an error that names the fault."""
+    if not isinstance(value, Tensor):
+        got = f"got {type(value).__name__}. Simulate first, x = simulator(theta)"
+        raise TypeError(f"{CALLER}: {name} must be a tensor, {got}.")
+    value, _ = as_table(CALLER, name, value)
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    value = value.unsqueeze(-1) if value.dim() == 1 else value
+    if value.dim() != 2:
+        raise ValueError(f"{CALLER}: {name} must have shape (N, D), got {tuple(value.shape)}. Flatten each row.")
+    return value
+
+
+def _kinds(entries: Any, x: Tensor) -> list[str]:
+    """Return the kind of each entry of x: discrete, positive or real."""
+    given, width = {} if entries is None else entries, x.shape[1]
     fits = isinstance(given, Mapping) and all(is_integer(place, 0) and place < width for place in given)
     if not fits or not {*given.values()} <= {"discrete", "positive"}:
         must = f"entries must map indices below {width} to 'discrete' or 'positive'"
         raise ValueError(f"{CALLER}: {must}, got {quoted(entries)}. Give entries={{0: 'positive'}}.")
-    discrete, positive = (tuple(sorted(p for p in given if given[p] == kind)) for kind in ("discrete", "positive"))
-    for place in positive:
-        if (x[:, place] <= 0).any():
-            low = x[:, place].min().item()
+    kinds = [given.get(place, "real") for place in range(width)]
+    for place, (kind, column) in enumerate(zip(kinds, x.T, strict=True)):
+        low, high = column.min().item(), column.max().item()
+        if kind == "positive" and low <= 0:
             raise ValueError(f"{CALLER}: entry {place} must be positive, got {low:.6g}. Take it out of entries.")
-    return discrete, positive
+        if kind == "discrete" and (low < 0 or high >= MOST or (column != column.round()).any()):
+            must = f"discrete entry {place} must hold integers from 0 to {MOST - 1}, got {low:.6g} to {high:.6g}"
+            raise ValueError(f"{CALLER}: {must}. Number its categories, or take it out of entries.")
+    return kinds
 
 
-def _warn_of_columns(theta: Tensor, x: Tensor, discrete: Sequence[int]) -> None:
+def _warn_of_columns(theta: Tensor, x: Tensor, kinds: list[str]) -> None:
     """Warn of entries of x without a density: values that repeat, and linear functions of other entries or of theta."""
-    own = [place for place in range(x.shape[1]) if place not in discrete]
+    own = [place for place, kind in enumerate(kinds) if kind != "discrete"]
     if spikes := spikes_of(x, None, own):
         integers = {spike.column: "discrete" for spike in spikes if spike.kind == "integers"}
         fault = f"{CALLER}: of x, {listed([str(spike) for spike in spikes])}. Its density grows without bound there"
@@ -176,43 +167,27 @@ def _warn_of_columns(theta: Tensor, x: Tensor, discrete: Sequence[int]) -> None:
         warn_user(f"{fault}. {f'Give integers as entries={integers}. ' if integers else ''}{way}.")
     columns = {f"theta[:, {place}]": column for place, column in enumerate(theta.to("cpu", torch.float64).T)}
     entries = {f"x[:, {place}]": column for place, column in enumerate(x.to("cpu", torch.float64).T)}
-    given = [*columns, *(name for place, name in enumerate(entries) if place in discrete)]
+    given = [*columns, *(name for name, kind in zip(entries, kinds, strict=True) if kind == "discrete")]
     columns |= entries
     while tied := tied_columns(torch.stack([columns[name] for name in given], 1)):
         del given[tied[0]]  # parameters and categories may have relations of their own
-    names = [*given, *(name for place, name in enumerate(entries) if place in own)]
+    names = [*given, *(f"x[:, {place}]" for place in own)]
     warn_of_ties(CALLER, torch.stack([columns[name] for name in names], 1), names)
 
 
-def _build(
-    recipe: Callable[[int, int], Flow] | None,
-    theta: Tensor,
-    x: Tensor,
-    discrete: Sequence[int],
-    positive: Sequence[int],
-) -> Flow | Mixed:
+def _build(recipe: Callable[[int, int], Flow] | None, theta: Tensor, x: Tensor, kinds: list[str]) -> Flow | Mixed:
     """Build and start the distribution of the rows of x, ``(N, D)``, given parameters ``(N, P)``."""
-    places = range(x.shape[1])
-    numbers = tuple(_categories(place, x[:, place]) if place in discrete else 0 for place in places)
-    width, size = theta.shape[1] + sum(numbers), numbers.count(0)
+    number = [max(2, int(c.max()) + 1) if kind == "discrete" else 0 for kind, c in zip(kinds, x.T, strict=True)]
+    width, size = theta.shape[1] + sum(number), number.count(0)
     made = built(CALLER, "flow", recipe, likelihood_flow, size, width, may_encode=True).to(x) if size else None
-    if made is not None and not (discrete or positive):
+    if made is not None and {*kinds} == {"real"}:
         start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made
-    mixed = Mixed(made, numbers, theta.shape[1], positive=positive).to(x)
+    positive = tuple(place for place, kind in enumerate(kinds) if kind == "positive")
+    mixed = Mixed(made, tuple(number), theta.shape[1], positive=positive).to(x)
     standardize = cast(Standardize, mixed.standardize)
     standardize.initialize(theta)
     if made is not None:
         y, _, _ = mixed.real(x)
         start(made, y, mixed.inputs(x, standardize(theta)), (y.mean(0), y.std(0)), heavy_tails=False)
     return mixed
-
-
-def _categories(place: int, column: Tensor) -> int:
-    """Return the number of categories 0, 1, … in a column."""
-    if (column != column.round()).any() or (column < 0).any() or column.max() >= MOST:
-        raise ValueError(
-            f"{CALLER}: discrete entry {place} must hold integers from 0 to {MOST - 1}, got {column.min().item():.6g} "
-            f"to {column.max().item():.6g}. Number its categories, or take it out of entries."
-        )
-    return max(2, int(column.max()) + 1)

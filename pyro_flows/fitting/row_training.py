@@ -1,149 +1,181 @@
-"""Training on rows: batches of a source, and an average of states that is judged by held-out rows."""
+"""Training on rows: batches of a source, and an average of states that is judged by held-out rows.
+
+In mixed precision networks compute in bfloat16, while transforms and log-determinants keep their precision.  Mixed
+Precision Training (Micikevicius et al. 2017, arXiv:1710.03740).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_flags, check_integers, check_kind, check_numbers
+from ..conditioners import Conditioner
 from ..data.batches import Batch, Rows, Source, mean_of
 from ..encoders import Standardize
+from ..flows import Flow
 from ..objectives import Likelihood
 from ..threads import OPERATIONS
 from ..training import Fit, Training, distributed
+from ..training.checkpoint import check_path
 from ..training.interrupts import uninterrupted
 from ..training.loop import Descent, HeldOut, Settings
 from ..transforms import FixedAffine, QuantileMap
-from .mixed_precision import check_single, networks_in_bfloat16
 
 
-@dataclass(frozen=True)
-class RowFit:
-    """A flow or guide, and the rows to train it on.
-
-    Attributes:
-        caller: The public function, for errors.
-        trained: The flow or guide.
-        source: The rows to train on.
-        judge: The rows held out.
-        loss: Returns the mean loss of a batch.
-        marks: Settings that identify the run, such as checksums of the rows.
-        diagnose: Returns what is not finite, for errors.
-        show: Formats a loss for the progress bar.
-        clip_norm: The largest norm of a gradient, unless the user gives another.
-        end_epoch: Called after each epoch with its number.
-    """
-
-    caller: str
-    trained: nn.Module
-    source: Source
-    judge: Source
-    loss: Callable[[Batch], Tensor]
-    marks: dict[str, Any]
-    diagnose: Callable[[], str]
-    show: Callable[[float], str] = "{:.3f} nats".format
-    clip_norm: float = 5.0
-    end_epoch: Callable[[int], None] = field(default=lambda _: None)
-
-
-def train_on_rows(
-    fit: RowFit, training: Training, *, max_epochs: int, lr: float, checkpoint: Path | None, progress: bool
-) -> Fit:
-    """Minimise a loss of rows by Adam, and leave the trained module in evaluation mode.
+class RowTraining:
+    """Training of a flow or guide on rows, as the user of a public function wants it.
 
     Args:
-        fit: The module, the rows and their loss.
-        training: The user's options.
+        caller: The public function, for errors.
+        training: The user's options, or None.
         max_epochs: The largest number of passes through the rows.
+        batch_size: The number of rows per step, or None.
         lr: The largest step size.
         checkpoint: A file for the state of the run, or None.
         progress: True to show a progress bar.
+        ends: The longest suffix that is added to the name of the file.
+
+    Attributes:
+        training: The options, by default the usual ones.
+        objective: The objective of the user, or the default one.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
-    trained, source = fit.trained, fit.source
-    if training.mixed_precision:
-        check_single(fit.caller, trained)
 
-    @torch.no_grad()
-    def judged(epoch: int) -> float:
-        trained.eval()
-        with torch.random.fork_rng():
-            torch.manual_seed(distributed.rank())
-            found = mean_of(fit.loss, fit.judge)
-            fit.end_epoch(epoch)
+    def __init__(
+        self,
+        caller: str,
+        training: Training | None,
+        max_epochs: int,
+        batch_size: int | None,
+        lr: float,
+        checkpoint: Any,
+        progress: bool,
+        *,
+        ends: str = "",
+    ) -> None:
+        check_integers(caller, max_epochs=max_epochs)
+        check_integers(caller, optional=True, batch_size=batch_size)
+        check_numbers(caller, above=0, lr=lr)
+        check_flags(caller, progress=progress)
+        self.training = Training() if training is None else training
+        check_kind(caller, Training, "training.Training(...)", training=self.training)
+        if caller != "fit_density":
+            self.training.check_for(caller)
+        self.objective = Likelihood() if self.training.objective is None else self.training.objective
+        self.in_nats = bool(getattr(self.objective, "in_nats", False))
+        self.file = check_path(caller, "checkpoint", checkpoint, ends)
+        self.caller, self.epochs, self.lr, self.progress = caller, max_epochs, lr, progress
+
+    def fit(
+        self,
+        trained: nn.Module,
+        rows: tuple[Source, Source],
+        loss: Callable[[Batch], Tensor],
+        diagnose: Callable[[], str],
+        marks: dict[str, Any],
+        *,
+        show: Callable[[float], str] | None = None,
+        clip_norm: float = 5.0,
+        end_epoch: Callable[[int], None] = lambda _: None,
+    ) -> Fit:
+        """Minimise a loss of rows by Adam, and leave the trained module in evaluation mode.
+
+        Args:
+            trained: The flow or guide.
+            rows: The rows to train on, and those held out.
+            loss: Returns the mean loss of a batch.
+            diagnose: Returns what is not finite, for errors.
+            marks: Settings that identify the run, such as checksums of the rows.
+            show: Formats a loss for the progress bar.
+            clip_norm: The largest norm of a gradient, unless the user gives another.
+            end_epoch: Called after each epoch with its number.
+        """
+        training, (source, held_out) = self.training, rows
+
+        @torch.no_grad()
+        def judged(epoch: int) -> float:
+            trained.eval()
+            with torch.random.fork_rng():
+                torch.manual_seed(distributed.rank())
+                found = mean_of(loss, held_out)
+                end_epoch(epoch)
+            trained.train()
+            return found
+
+        parameters, moved = _trained(trained)
+        size = source.size if isinstance(source, Rows) else None  # a loader may have batches of any size
+        pixels = math.prod(getattr(trained, "event_shape", ())[1:])  # which share the weights of a convolution
+        options = {"ema_decay": training.ema_decay, "mixed_precision": training.mixed_precision}
+        settings = Settings(
+            self.caller,
+            self.epochs * source.steps,
+            lr=self.lr,
+            clip_norm=training.gradients.clip_norm or clip_norm,
+            on_nonfinite=training.gradients.on_nonfinite,
+            progress=self.progress and not distributed.rank(),
+            checkpoint=self.file,
+            marks={**marks, "batch_size": size, "objective": repr(self.objective), **options},
+            work=OPERATIONS * (size or math.inf) * pixels * sum(parameter.numel() for parameter in moved),
+        )
+        show = show or ("{:.3f} nats" if self.in_nats else "{:.4f}").format
+        judge = HeldOut(judged, source.steps, training.patience, training.ema_decay, show)
         trained.train()
-        return found
+        try:
+            with networks_in_bfloat16(self.caller, trained) if training.mixed_precision else contextlib.nullcontext():
+                with uninterrupted():  # the first optimiser imports the compiler
+                    adam = torch.optim.Adam(moved, lr=self.lr, foreach=True)
+                run = parameters, [adam], settings, trained, diagnose, [source], judge
+                return Descent(lambda: loss(source.next()), *run).fit()
+        finally:
+            trained.eval()
 
-    parameters: list[Tensor] = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    standing = [part for part in trained.modules() if isinstance(part, FixedAffine | QuantileMap | Standardize)]
+
+def _trained(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that require gradients, and those among them that steps move: not those set from data."""
+    parameters: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    standing = [part for part in module.modules() if isinstance(part, FixedAffine | QuantileMap | Standardize)]
     fixed = {parameter for part in standing for parameter in part.parameters()}
-    moved = [parameter for parameter in parameters if parameter not in fixed]
-    settings = Settings(
-        steps=max_epochs * source.steps,
-        lr=lr,
-        progress=progress and not distributed.rank(),
-        checkpoint=checkpoint,
-        **_settings(fit, training, moved),
-    )
-    judge = HeldOut(judged, source.steps, training.patience, training.ema_decay, fit.show)
-    trained.train()
-    try:
-        with networks_in_bfloat16(trained) if training.mixed_precision else contextlib.nullcontext():
-            with uninterrupted():  # the first optimiser imports the compiler
-                adam = torch.optim.Adam(moved, lr=lr, foreach=True)
-            return Descent(
-                lambda: fit.loss(source.next()), parameters, [adam], settings, trained, fit.diagnose, [source], judge
-            ).fit()
-    finally:
-        trained.eval()
+    return parameters, [parameter for parameter in parameters if parameter not in fixed]
 
 
-def _settings(fit: RowFit, training: Training, moved: list[Tensor]) -> dict[str, Any]:
-    """Return the settings of a run that follow from its rows and its options."""
-    size = fit.source.size if isinstance(fit.source, Rows) else None  # a loader may have batches of any size
-    pixels = math.prod(getattr(fit.trained, "event_shape", ())[1:])  # which share the weights of a convolution
-    options = {"ema_decay": training.ema_decay, "mixed_precision": training.mixed_precision}
-    return {
-        "caller": fit.caller,
-        "clip_norm": training.gradients.clip_norm or fit.clip_norm,
-        "on_nonfinite": training.gradients.on_nonfinite,
-        "marks": {**fit.marks, "batch_size": size, "objective": repr(objective_of(training)), **options},
-        "work": OPERATIONS * (size or math.inf) * pixels * sum(parameter.numel() for parameter in moved),
-    }
+@contextlib.contextmanager
+def networks_in_bfloat16(caller: str, flow: nn.Module) -> Iterator[None]:
+    """Let the conditioners of a flow compute in bfloat16; their weights and outputs keep their dtype.
+
+    Raises:
+        ValueError: If parameters are not in float32.
+    """
+    dtypes = {parameter.dtype for parameter in flow.parameters() if parameter.is_floating_point()}
+    if wrong := [*(dtypes - {torch.float32})]:
+        raise ValueError(f"{caller}: mixed_precision is for flows in float32, got one in {wrong[0]}. Use flow.float().")
+
+    def restore(part: nn.Module, forward: Any) -> None:
+        del part.forward
+        if forward is not None:  # set by the user on this object
+            part.forward = forward
+
+    with contextlib.ExitStack() as stack:
+        for part in flow.modules():
+            if isinstance(part, Flow):
+                stack.enter_context(part.uncompiled())  # a compiled graph would keep the networks as they were
+            elif isinstance(part, Conditioner):
+                stack.callback(restore, part, vars(part).get("forward"))
+                part.forward = _in_bfloat16(part.forward)  # type: ignore[assignment, method-assign]
+        yield
 
 
-def checked(
-    caller: str,
-    training: Training | None,
-    *,
-    max_epochs: int,
-    batch_size: int | None,
-    lr: float,
-    progress: bool,
-) -> Training:
-    """Return the options for training, by default the usual ones; raise an error for arguments out of their range."""
-    check_integers(caller, max_epochs=max_epochs)
-    check_integers(caller, optional=True, batch_size=batch_size)
-    check_numbers(caller, above=0, lr=lr)
-    check_flags(caller, progress=progress)
-    training = Training() if training is None else training
-    check_kind(caller, Training, "training.Training(...)", training=training)
-    if caller != "fit_density":
-        training.check_for(caller)
-    return training
+def _in_bfloat16(forward: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            params = forward(x, *args, **kwargs)
+        return None if params is None else params.to(x.dtype)
 
-
-def objective_of(training: Training) -> nn.Module:
-    """Return the objective of the user, or the default one."""
-    return Likelihood() if training.objective is None else training.objective
-
-
-def format_of(objective: nn.Module) -> Callable[[float], str]:
-    """Return the function that formats a loss for the progress bar."""
-    return ("{:.3f} nats" if getattr(objective, "in_nats", False) else "{:.4f}").format
+    return call

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_kind, check_tensors
+from ..arguments import check_tensors
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,3 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{caller}: {fault}. Simulate first, and give those that are finite, simulations=....")
     if len(value) > 1 and value.numel() and (value == value[:1]).all():
         raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")
-
-
-def check_given(caller: str, simulations: Simulations, data: Iterable[str]) -> None:
-    """Raise TypeError unless simulations are of this class, and ValueError for other data arguments than a model's."""
-    words = "a pf.Simulations(latents, data), or the result of pf.simulate(model)"
-    check_kind(caller, Simulations, words, simulations=simulations)
-    if simulations.data.keys() != set(data) or len(simulations) < 20:
-        raise ValueError(
-            f"{caller}: simulations must hold at least 20 draws of the data arguments {sorted(data)}, got "
-            f"{len(simulations)} of {sorted(simulations.data)}."
-        )
