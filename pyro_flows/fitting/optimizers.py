@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.best_state import Optimizer
 from ..training.interrupts import uninterrupted
 
 OTHERS = "others"
@@ -28,7 +27,7 @@ MOMENTUM = 0.95
 COEFFICIENTS, NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315), 5
 
 
-def optimizers(parameters: list[Tensor], lr: float, *, by_soap: list[Tensor], by_muon: list[Tensor]) -> list[Optimizer]:
+def optimizers(parameters: list[Tensor], lr: float, *, by_soap: list[Tensor], by_muon: list[Tensor]) -> list[Any]:
     """Return the optimisers that together train all parameters; Adam trains those that no other does.
 
     Args:
@@ -40,7 +39,7 @@ def optimizers(parameters: list[Tensor], lr: float, *, by_soap: list[Tensor], by
     soap, muon = set(by_soap), set(by_muon) - set(by_soap)
     rest = [parameter for parameter in parameters if parameter not in soap | muon]
     with uninterrupted():  # the first optimiser imports the compiler
-        found: list[Optimizer] = [torch.optim.Adam(rest, lr=lr, fused=True)] if rest else []
+        found: list[Any] = [torch.optim.Adam(rest, lr=lr, fused=True)] if rest else []
     parts = ((kind, [p for p in parameters if p in own]) for kind, own in ((SOAP, soap), (Muon, muon)))
     return [*found, *(kind(part, lr) for kind, part in parts if part)]
 

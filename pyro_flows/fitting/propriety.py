@@ -63,18 +63,29 @@ def check_proper(caller: str, space: Density, start: Tensor) -> None:
         space: The latent space of a guide.
         start: A vector in it, ``(D,)``, to search around.
     """
-    flat = _flat_latents(space)
+    flat: dict[bool, list[int]] = {True: [], False: []}  # the packed latents on the real line, and elsewhere
+    for place, name in enumerate(space.placement.coordinates):
+        if name in space.flat:
+            support = space.task.model.single.nodes[name]["fn"].support
+            while isinstance(support, constraints.independent):
+                support = support.base_constraint
+            if not isinstance(support, constraints.interval):
+                flat[isinstance(support, type(constraints.real))].append(place)
     if not 0 < sum(map(len, flat.values())) <= WALKS.axes:
         return
-    density = space.log_prob
     for on_lines, places in flat.items():
-        for direction in _straight_lines(density, start, places, on_lines):
-            sites = sorted({space.placement.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
-            which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
+        for direction in _straight_lines(space.log_prob, start, places, on_lines):
+            which, one = _named({space.placement.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
             raise ValueError(
                 f"{caller}: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
-                f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
+                f"some direction. Give {'it' if one else 'one of them'} a proper prior."
             )
+
+
+def _named(sites: set[str]) -> tuple[str, bool]:
+    """Return words for some sites, and True if there is only one."""
+    one = len(sites) == 1
+    return f"latent site{'' if one else 's'} {', '.join(map(repr, sorted(sites)))}", one
 
 
 def check_masked(task: Task) -> None:
@@ -82,18 +93,13 @@ def check_masked(task: Task) -> None:
     if words := flat_by_mask(*task.traces):
         warn_user(f"fit_svi: the posterior may be improper: {words}.")
         with unchanged(), validation_enabled(False):
-            if not task.subsampled and (space := _space_of(task)):
+            try:
+                space = Density(task)
+                space.placement.verify()
+            except ValueError:  # the guide's draws have no density
+                return
+            if not task.subsampled:
                 check_proper("fit_svi", space, space.placement.vectors(1, 1)[0])
-
-
-def _space_of(task: Task) -> Density | None:
-    """Return the latent space of a guide, or None if its draws have no density there."""
-    try:
-        space = Density(task)
-        space.placement.verify()
-    except ValueError:
-        return None
-    return space
 
 
 def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> None:
@@ -114,23 +120,20 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
     unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
     walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
     ends = z[: WALKS.places].view(-1, 1, 1, 1, z.shape[1]) + walks
-    log_p = torch.cat([_where_exact(space, part, space.log_prob) for part in ends.flatten(0, -2).split(WALKS.batch)])
+    log_p = torch.cat([_where_exact(space, part) for part in ends.flatten(0, -2).split(WALKS.batch)])
     endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
     if bool(endless.any()):
-        sites = sorted({guide.coordinates[int(axis)] for axis in axes[endless]})
-        which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
-        raise ValueError(
-            f"{caller}: the posterior is improper: its density has no end along {which}. Give a prior that falls "
-            "faster than the other factors grow."
-        )
+        which, _ = _named({guide.coordinates[int(axis)] for axis in axes[endless]})
+        fault = f"the posterior is improper: its density has no end along {which}"
+        raise ValueError(f"{caller}: {fault}. Give a prior that falls faster than the other factors grow.")
 
 
 @torch.no_grad()
-def _where_exact(space: Density, z: Tensor, density: LogDensity) -> Tensor:
-    """Return a log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
+def _where_exact(space: Density, z: Tensor) -> Tensor:
+    """Return the log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
     back = space.placement.located(space.constrain(z))
     off = torch.zeros_like(z) if back is None else (back - z).abs() - WALKS.round_off * z.abs()
-    return density(z).where((off <= 0).all(-1), math.nan)
+    return space.log_prob(z).where((off <= 0).all(-1), math.nan)
 
 
 def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:
@@ -145,20 +148,6 @@ def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:
     slopes = (log_p.diff(dim=-1) / log_steps.diff()).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     last = slopes.gather(-1, (count - 2 - torch.arange(2, device=log_p.device)).clamp_min(0))
     return (count.squeeze(-1) > 2) & (last > WALKS.slowest).all(-1)
-
-
-def _flat_latents(space: Density) -> dict[bool, list[int]]:
-    """Return the packed latents with flat priors on the real line (True) and elsewhere (False)."""
-    flat: dict[bool, list[int]] = {True: [], False: []}
-    for place, name in enumerate(space.placement.coordinates):
-        if name not in space.flat:
-            continue
-        support = space.task.model.single.nodes[name]["fn"].support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        if not isinstance(support, constraints.interval):
-            flat[isinstance(support, type(constraints.real))].append(place)
-    return flat
 
 
 def _straight_lines(density: LogDensity, start: Tensor, places: list[int], on_lines: bool) -> Iterator[Tensor]:
@@ -185,12 +174,8 @@ def _straight_lines(density: LogDensity, start: Tensor, places: list[int], on_li
         far = (reach if v.count_nonzero() > 1 else 1e12) if on_lines else 30.0
         direction = torch.zeros(len(start), dtype=torch.float64)
         direction[places] = v
-        if _is_straight(density, start, direction, (mean @ v).item(), far):
+        walk = far * torch.tensor([0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0], dtype=torch.float64)
+        with torch.no_grad():
+            value = density(start + (walk.unsqueeze(-1) * direction).to(start)).double().cpu()
+        if ((value - value[0] - walk * (mean @ v)).abs() <= 0.1).all():
             yield direction
-
-
-@torch.no_grad()
-def _is_straight(density: LogDensity, start: Tensor, direction: Tensor, slope: float, far: float) -> bool:
-    walk = far * torch.tensor([0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0], dtype=torch.float64)
-    value = density(start + (walk.unsqueeze(-1) * direction).to(start)).double().cpu()
-    return bool(((value - value[0] - walk * slope).abs() <= 0.1).all())

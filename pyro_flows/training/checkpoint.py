@@ -24,8 +24,6 @@ from .randomness import random_state, set_random_state
 
 FORMAT = 9
 EVERY = 10.0  # seconds
-WAY_OUT = "Use the same settings, name another file, or remove this one."
-OTHER_VERSION = "Resume it with that version, name another file, or remove this one."
 
 
 def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path | None:
@@ -136,9 +134,8 @@ class Checkpoint(Attempts):
             return None
         set_random_state(state["random"])
         distributed.seed()
-        others = state["others"]
-        if 0 < distributed.rank() <= len(others):
-            state |= others[distributed.rank() - 1]
+        if 0 < (rank := distributed.rank()) <= len(state["others"]):
+            state |= state["others"][rank - 1]
             set_random_state(state["random"])
         return state
 
@@ -152,22 +149,22 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
     """Return the state in a file, None if there is no file; raise ValueError if it has other settings."""
     if path is None or not path.exists():
         return None
-
-    def refused(words: str, way_out: str = WAY_OUT) -> ValueError:
-        return ValueError(f"{caller}: checkpoint={str(path)!r} {words}. {way_out}")
-
+    fault, way = "", "Use the same settings, name another file, or remove this one."
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        version, kept = state["format"], state["settings"]
+        kept = state["settings"]
+        if state["format"] != FORMAT:
+            fault = "was written by another version of pyro_flows"
+            way = "Resume it with that version, name another file, or remove this one."
+        elif "steps" not in kept:
+            fault = "is not a checkpoint (it has no settings)"
+        elif settings is not None and kept != settings:
+            other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
+            fault = f"is of another run ({', '.join(other)})"
     except Exception as error:
-        raise refused(f"is not a checkpoint ({error!s:.100})") from error
-    if version != FORMAT:
-        raise refused("was written by another version of pyro_flows", OTHER_VERSION)
-    if not isinstance(kept, dict) or "steps" not in kept:
-        raise refused("is not a checkpoint (it has no settings)")
-    if settings is not None and kept != settings:
-        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        raise refused(f"is of another run ({', '.join(other)})")
+        fault = f"is not a checkpoint ({error!s:.100})"
+    if fault:
+        raise ValueError(f"{caller}: checkpoint={str(path)!r} {fault}. {way}")
     return state
 
 

@@ -28,12 +28,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..programs.plate_minibatches import Shuffled
-from .best_state import fill
-from .interrupts import forget_cut_off
 from .randomness import random_state, set_random_state
 
 T = TypeVar("T")
-SYMBOLIC = "sympy", "mpmath"  # packages that torch imports within a fit
 PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after another one has failed
 
 
@@ -61,7 +58,6 @@ def collective(caller: str) -> Iterator[None]:
     Args:
         caller: The public function, for errors.
     """
-    forget_cut_off(*SYMBOLIC)
     _join()
     if size() == 1:
         yield
@@ -236,6 +232,13 @@ def seed(program: Any = None) -> None:
         for part in program.modules() if isinstance(program, nn.Module) else ():
             if isinstance(part, Shuffled):
                 part.order.resize_(0)
+
+
+@torch.no_grad()
+def fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Set tensors to values; tensors without gradients also take the shapes of their values."""
+    for tensor, value in zip(tensors, values, strict=True):
+        (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,18 +78,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     if hold is not before and isinstance(hold, _Hold) and hold.held() and not is_held:  # and not that the time is up
         signal.raise_signal(signal.SIGINT)
-
-
-def forget_cut_off(*packages: str) -> None:
-    """Forget the modules of packages whose import Ctrl-C has cut off.
-
-    Python keeps the modules that were complete, but a second import does not bind them to the package, which then lacks
-    them as attributes.
-    """
-    for package in packages:
-        if package not in sys.modules:
-            for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
-                del sys.modules[name]
 
 
 @contextlib.contextmanager

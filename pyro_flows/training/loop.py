@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from ..threads import Threads, keep_memory, using
 from ..time_limit import seconds_left
 from ..user_code import warn_user
 from . import distributed
-from .best_state import Average, Best, Optimizer, fill
 from .checkpoint import Checkpoint
+from .distributed import fill
 from .interrupts import hold_interrupts
 from .stopping import Horizon
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that have received it already
 UNSOLVED = 10  # consecutive steps that are skipped if an equation cannot be solved, since each failure takes long
+OWN = "companions", "buffers"  # parts of the state that each process has of its own, unless rows are judged
 FEW = 10  # steps, below which an interrupted window is not judged
 
 
@@ -139,6 +140,86 @@ class HeldOut:
     show: Callable[[float], str]
 
 
+class Average:
+    """Exponential moving average of parameters, which generalises better than any single state.
+
+    Acceleration of Stochastic Approximation by Averaging (Polyak, Juditsky 1992).  Early states count less than the
+    decay alone would give them.
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self.values = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Include the parameters after a step."""
+        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self._parameters], weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Set the parameters to their average for a while."""
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        fill(self._parameters, self.values)
+        try:
+            yield
+        finally:
+            fill(self._parameters, kept)
+
+
+class Best:
+    """The best state so far, judged by the mean loss of a window of steps.
+
+    Losses are noisy: a later state replaces an earlier one unless it is worse than the lowest mean by more than two
+    standard errors.
+
+    Attributes:
+        mean: The loss at the state that is kept.
+        latest: The loss at the state that was judged last.
+        step: The step after which the kept state was reached.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._parameters = parameters
+        self._state = [parameter.detach().clone() for parameter in parameters]
+        self._lowest, self._noise = math.inf, math.inf
+        self.mean, self.latest, self.step = math.nan, math.nan, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_parameters"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def offer(self, losses: list[float], step: int, *, comparable: bool = True) -> None:
+        """Keep the present state unless it is worse, or in any case if losses are not comparable."""
+        recent = torch.tensor([value for value in losses if math.isfinite(value)], dtype=torch.float64)
+        if not len(recent):
+            return
+        self.latest = recent.mean().item()
+        error = recent.std().item() / math.sqrt(len(recent)) if len(recent) > 1 else math.inf
+        if not comparable or self.latest <= self._lowest + 2 * min(error, self._noise):
+            if comparable and self.latest < self._lowest:
+                self._lowest, self._noise = self.latest, error
+            self._keep(step)
+
+    def improve(self, mean: float, step: int) -> None:
+        """Keep the present state if its loss on held-out data, which are the same each time, is lower."""
+        self.latest = mean
+        if mean < self._lowest:
+            self._lowest = mean
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self.mean, self.step = self.latest, step
+        fill(self._state, self._parameters)
+
+    def restore(self) -> None:
+        """Set the parameters to the kept state."""
+        fill(self._parameters, self._state)
+
+
 @dataclass(eq=False)
 class Descent:
     """One run that minimises a loss.
@@ -146,7 +227,7 @@ class Descent:
     Attributes:
         loss: Computes the loss, anew at each call.  Each of several processes computes it on its own rows or draws.
         parameters: The tensors to train.
-        optimizers: Their optimisers; each trains some of them.
+        optimizers: Their optimisers, of torch or with the same methods; each trains some of them.
         settings: The settings of the run.
         trained: The guide or flow; its buffers belong to the state of the run.
         diagnose: Returns what is not finite, for the error.
@@ -162,7 +243,7 @@ class Descent:
 
     loss: Callable[[], Tensor]
     parameters: list[Tensor]
-    optimizers: Sequence[Optimizer]
+    optimizers: Sequence[Any]
     settings: Settings
     trained: Any
     diagnose: Callable[[], str]
@@ -208,7 +289,7 @@ class Descent:
         self.checkpoint.conclude()
         distributed.broadcast_tensors(self.tensors)
         if self.judge and self.step and self.skipped == self.step:
-            raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(self.diagnose)}.")
+            raise FloatingPointError(f"The loss or its gradient was not finite in any step: {self._cause()}.")
         if stopped == "interrupted" and distributed.rank() == 0:
             where = f"the best state, of step {self.best.step}" if self.best.step else "the state at the start"
             lost = f" (loss {self.best.mean:.3f})" if math.isfinite(self.best.mean) else ""
@@ -216,7 +297,12 @@ class Descent:
             onward = "  The same call resumes from the checkpoint." if saved else ""
             why = "Time was up" if seconds_left() < 0 else "Interrupted"
             print(f"{why} after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
-        self._warn_of_skipped()
+        last = self._skipped_last
+        if self.skipped > self.step / 5 or last > 1:
+            words = f"{self.skipped} of {self.step} steps were skipped, as loss or gradient were not finite"
+            end = f"the last {last} among them" if last > 1 else "the others trained the guide"
+            cause = self._cause()
+            warn_user(f"{self.settings.caller}: {words}; {end}{f': {cause}' if cause else ''}.")
         losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
         record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
         return Fit(*record, held_out=held_out if self.judge else None)
@@ -236,14 +322,12 @@ class Descent:
         """The number of steps at the end that were skipped."""
         return next((n for n, value in enumerate(reversed(self.losses)) if math.isfinite(value)), self.step)
 
-    def _warn_of_skipped(self) -> None:
-        """Warn if many steps were skipped, or the last ones."""
-        last = self._skipped_last
-        if self.skipped > self.step / 5 or last > 1:
-            words = f"{self.skipped} of {self.step} steps were skipped, as loss or gradient were not finite"
-            end = f"the last {last} among them" if last > 1 else "the others trained the guide"
-            cause = ask(self.diagnose)
-            warn_user(f"{self.settings.caller}: {words}; {end}{f': {cause}' if cause else ''}.")
+    def _cause(self) -> str:
+        """Return the diagnosis, or an empty string if it fails."""
+        try:
+            return self.diagnose()
+        except (ValueError, RuntimeError, FloatingPointError):
+            return ""
 
     def _take_steps(self) -> str:
         """Take steps until there is a reason to stop, and return the reason."""
@@ -263,12 +347,12 @@ class Descent:
                         bar.set_postfix_str(self._judge())
                     stopped = self._reason_to_stop(interrupted=interrupted)
                     if stopped or due:
-                        self._save()
+                        self.checkpoint.save(self.state_dict(), () if self.judge else OWN)
         except KeyboardInterrupt:  # within a step
             if not alone:  # the others do not know of it
                 raise
             stopped = "interrupted"
-            self._save()
+            self.checkpoint.save(self.state_dict(), () if self.judge else OWN)
         if stopped == "interrupted":
             self._judge_rest()
         return stopped
@@ -323,7 +407,7 @@ class Descent:
         if self.settings.on_nonfinite == "skip" and number < limit:
             return
         known = str(error).splitlines()[0].rstrip(".") if error else ""
-        words = [word for word in (ask(self.diagnose), known) if word]
+        words = [word for word in (self._cause(), known) if word]
         fullest = max(distributed.all_gather(lambda: words), key=len)
         before = f" and at the {number - 1} before" if number > 1 else ""
         raise FloatingPointError(
@@ -368,9 +452,6 @@ class Descent:
         """Set the parameters to their average for a while, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
-    def _save(self) -> None:
-        self.checkpoint.save(self.state_dict(), () if self.judge else ("companions", "buffers"))
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
@@ -395,11 +476,3 @@ class Descent:
         self.best.load_state_dict(state["best"])
         self.losses, self.held_out = state["losses"], state["held_out"]
         self.start = time.perf_counter() - state["seconds"]
-
-
-def ask(diagnose: Callable[[], str]) -> str:
-    """Return a diagnosis, or an empty string if it fails."""
-    try:
-        return diagnose()
-    except (ValueError, RuntimeError, FloatingPointError):
-        return ""
