@@ -1,8 +1,8 @@
 """Fits of guides and flows to models, data and simulations, and samples from them."""
 
 from .amortized import fit_amortized as fit_amortized
-from .annealed import Annealed as Annealed
-from .annealed import Mode as Mode
+from .annealing import Annealed as Annealed
+from .annealing import Mode as Mode
 from .annealing import anneal as anneal
 from .density import fit_density as fit_density
 from .exact_draws import sample as sample

@@ -44,7 +44,6 @@ from ..sampling.mode_mixture import ModeMixture
 from ..sampling.start_distribution import Reference
 from ..training import Training, distributed
 from ..training.loop import Fit
-from .annealed import Annealed, Mode
 from .density import fit_density
 from .program_checks import NoScore
 from .propriety import check_bounded, check_proper
@@ -86,6 +85,97 @@ class Covering:
 
 
 COVERING = Covering()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode of a posterior.
+
+    Attributes:
+        weight: Its share of the posterior's mass.
+        weight_se: The standard error of the weight.
+        place: Its highest place, in the unconstrained space: name of a latent -> its value, ``site_shape``.
+        log_density: The posterior's log-density there, over the unconstrained space and not normalised, in nats.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import anneal
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> (mode,) = anneal(model, num_particles=256, fit=False).modes
+        >>> round(mode.weight, 6), round(mode.place["x"].item(), 1)
+        (1.0, 3.0)
+    """
+
+    weight: float
+    weight_se: float
+    place: dict[str, Tensor]
+    log_density: float
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Modes, evidence and weighted draws of a posterior: the result of :func:`~pyro_flows.anneal`.
+
+    Attributes:
+        draws: Weighted draws of latents and deterministic sites: name -> ``(N, *site_shape)``.
+        log_weights: Their normalised log-weights, ``(N,)``.
+        log_evidence: The log evidence, in nats.
+        log_evidence_se: The standard error of the log evidence, in nats.
+        modes: The modes, the heaviest first.
+        guide: An ``AutoFlow`` that covers the modes, or None if none was asked for.
+        fit: The record of its fit; None if no training was needed, or training broke down, as at hard
+            edges, or the model has no scores.
+        psis: The weights of the guide's draws.
+        is_weighed: True if draws and weights of modes come from the guide, False if from the population.
+        population: The population, with draws of modes that it had missed.
+        seconds: The wall time.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import anneal
+        >>> def model():  # x is near 4 or near -4
+        ...     x = pyro.sample("x", dist.Normal(0.0, 5.0))
+        ...     pyro.sample("y", dist.Normal(x**2, 1.0), obs=torch.tensor(16.0))
+        >>> pyro.set_rng_seed(0)
+        >>> found = anneal(model, num_particles=512, fit=False)
+        >>> len(found.modes), abs(found.modes[0].weight - 0.5) < 0.2, round(abs(found.modes[0].place["x"].item()))
+        (2, True, 4)
+    """
+
+    draws: dict[str, Tensor]
+    log_weights: Tensor
+    log_evidence: float
+    log_evidence_se: float
+    modes: list[Mode]
+    guide: AutoFlow | None
+    fit: Fit | None
+    psis: Psis | None
+    is_weighed: bool
+    population: Population
+    seconds: float
+
+    @property
+    def temperatures(self) -> list[float]:
+        """The inverse temperatures of the population, from 0 to 1."""
+        return self.population.temperatures
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size of the draws."""
+        return float(1 / self.log_weights.double().exp().square().sum())
+
+    def __repr__(self) -> str:
+        modes = ", ".join(f"{mode.weight:.3f} ± {mode.weight_se:.3f}" for mode in self.modes[:8])
+        modes += f", and {len(self.modes) - 8} more" if len(self.modes) > 8 else ""
+        return (
+            f"Annealed(log_evidence={self.log_evidence:.3f} ± {self.log_evidence_se:.3f}, modes=[{modes}], "
+            f"ess={self.ess:.0f} of {len(self.log_weights)}, seconds={self.seconds:.1f})"
+        )
 
 
 @runs_programs
@@ -181,8 +271,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
             found = anneal_population(reference, number, Effort())
             return found, ways_up(space.log_prob, reference.draw(CLIMBS.some))
 
-        population, others = distributed.broadcast(particles)
-        distributed.sync()
+        population, others = distributed.once(particles)
         if population is None:
             raise ValueError(f"{CALLER}: hardly a draw of the prior has a density; is the model's density finite?")
         starts = others if starts is None else torch.cat((others, starts))
@@ -210,13 +299,18 @@ def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> _Weighted:
     modes, and one over a single Gaussian if that may be better: the neck of a funnel looks like a mode.  The best guide
     is kept, since training over a base of many modes may make weights worse.
     """
+    population = modes.population
     start = _balanced(_weighted(_with_modes(task, modes), task), task)
     if start.psis.reliable and start.psis.ess > COVERING.enough * COVERING.draws:
         return start
     found = [start]
     if len(modes.places) > 1 or start.guide.has_circles:  # a flow starts uniform over angles
-        guide = copy.deepcopy(start.guide)
-        _teach(guide, modes.population)
+        guide, chances = copy.deepcopy(start.guide), population.log_weights.double().exp()
+        rows = population.z[distributed.broadcast(lambda: chances.multinomial(len(chances), replacement=True))]
+        with warnings.catch_warnings():  # resampled particles contain copies, which fit_density warns of
+            warnings.simplefilter("ignore", UserWarning)
+            options = Training(standardize=False, patience=5)
+            fit_density(guide.flow, rows, training=options, max_epochs=COVERING.epochs, lr=1e-3, progress=False)
         fit = _trained(fit_once, guide, lr=COVERING.gentle)
         found.append(_balanced(_weighted(guide, task, fit), task))
     if not found[-1].psis.reliable or len(found) == 1:
@@ -226,26 +320,10 @@ def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> _Weighted:
 
     def quality(one: _Weighted) -> tuple[bool, bool, float, float]:
         """Return small values for a good guide; one that lacks a mode may have the least noise of all."""
-        diverges, lacks = _faults(one, modes.population)
+        diverges, lacks = _faults(one, population)
         return diverges or lacks, lacks, one.psis.log_evidence_se, -one.psis.ess
 
     return min(found, key=quality)
-
-
-def _teach(guide: AutoFlow, population: Population) -> None:
-    """Train a guide's flow on particles."""
-    chances = population.log_weights.double().exp()
-    rows = population.z[distributed.broadcast(lambda: chances.multinomial(len(chances), replacement=True))]
-    with warnings.catch_warnings():  # resampled particles contain copies, which fit_density warns of
-        warnings.simplefilter("ignore", UserWarning)
-        fit_density(
-            guide.flow,
-            rows,
-            training=Training(standardize=False, patience=5),
-            max_epochs=COVERING.epochs,
-            lr=1e-3,
-            progress=False,
-        )
 
 
 def _trained(fit_once: FitOnce, guide: AutoFlow, **settings: Any) -> Fit | None:
@@ -280,16 +358,10 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     return guide
 
 
-def space_of(guide: Any, task: Task) -> Density:
-    """Return the latent space of another guide of a task's model."""
-    return Density.sound(task.of(guide))
-
-
 def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
     """Draw from a guide and weight the draws; all processes use the draws of the first."""
     with pyro.validation_enabled(False):
-        draws = distributed.broadcast(lambda: space_of(guide, task).draw(COVERING.draws))
-        distributed.sync()
+        draws = distributed.once(lambda: Density.sound(task.of(guide)).draw(COVERING.draws))
     log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
     return _Weighted(guide, draws.z, weigh(log_weights, CALLER), fit)
 
@@ -353,9 +425,9 @@ def _bridged(task: Task, weighted: _Weighted, population: Population) -> tuple[P
     Only particles estimate the mass where the guide rarely draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = distributed.broadcast(lambda: moved_on(target_of(space_of(weighted.guide, task)), population))
-    distributed.sync()
-    of_p = population.log_p - weighted.guide.flow().log_prob(population.z)
+    guide = weighted.guide
+    population = distributed.once(lambda: moved_on(target_of(Density.sound(task.of(guide))), population))
+    of_p = population.log_p - guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighted.psis.log_weights)
     rare, _ = population.share((of_p - log_evidence).nan_to_num(math.inf) > COVERING.surprise)
     return population, (log_evidence, math.hypot(noise, rare))

@@ -214,6 +214,13 @@ def share(number: int) -> tuple[slice, float]:
     return slice(start, stop), (stop - start) / number if number else 1.0
 
 
+def once(make: Callable[[], T]) -> T:
+    """Return the value that process 0 makes, in all processes, with its random numbers."""
+    found = broadcast(make)
+    sync()
+    return found
+
+
 def sync() -> None:
     """Set the random numbers of all processes to those of process 0."""
     on_gpu = torch.cuda.is_available()
