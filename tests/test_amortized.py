@@ -41,7 +41,7 @@ from pyro_flows import (
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.encoders import Arguments, GRUEncoder, MLPEncoder, SetEncoder
-from pyro_flows.fitting import Observed, truncated
+from pyro_flows.fitting import Observed, amortized
 from pyro_flows.programs import Program, Simulations
 from pyro_flows.programs.simulator import Simulator
 from pyro_flows.transforms import Elementwise, QuantileMap
@@ -545,14 +545,14 @@ def narrow(noise: float):
 def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
     model, guide, sd = narrow(noise)
     resampled = []
-    inner = truncated.Truncated._resampled
+    inner = amortized.Truncated._resampled
     monkeypatch.setattr(
-        truncated.Truncated, "_resampled", lambda self, *args: resampled.append(0) or inner(self, *args)
+        amortized.Truncated, "_resampled", lambda self, *args: resampled.append(0) or inner(self, *args)
     )
     x = 0.6
     simulator = Simulator("test", model, (), {})
     simulator.draw(2)  # as before the first truncated round
-    law = truncated.Truncated(simulator, guide, {"x": torch.tensor([x])})
+    law = amortized.Truncated(simulator, guide, {"x": torch.tensor([x])})
     draws = law.draw(1000)["theta"].double()
     assert draws.shape == (1000,)
     assert bool(resampled) == (noise < 1e-3)
@@ -570,14 +570,14 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
 def test_second_rounds_look_closer(tmp_path, monkeypatch):
     """The second round draws latents from the prior, within the region of the first guide, and data from the model."""
     x, laws = torch.tensor([0.8, -0.3, 1.1]), []
-    draw = truncated.Truncated.draw
+    draw = amortized.Truncated.draw
 
     def watched(self, number):
         values = draw(self, number)
         laws.append((self.threshold, self._log_q(values), values["theta"]))
         return values
 
-    monkeypatch.setattr(truncated.Truncated, "draw", watched)
+    monkeypatch.setattr(amortized.Truncated, "draw", watched)
     guide, file = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (16,))), tmp_path / "run"
     settings = {"max_epochs": 15, "batch_size": 60, "lr": 0.01, "checkpoint": file, "progress": False}
     fit = fit_amortized(linear, guide, simulations=2001, datasets=Observed({"x": x}), **settings)
@@ -614,12 +614,12 @@ def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
     guide = AutoFlow(poutine.block(model, hide=["mu"]), small, encoder=Wide(1, 4, (8,)))
     observed = {"x": torch.tensor(0.5)}
     quick(model, guide, simulations=1000, max_epochs=10, lr=0.01)
-    law = truncated.Truncated(Simulator("test", model, (), {}), guide, observed)
+    law = amortized.Truncated(Simulator("test", model, (), {}), guide, observed)
     values = law.draw(500, batch_size=1000)
     assert values.keys() == {"mu", "theta"}
     assert (values["theta"] - values["mu"]).std().item() == pytest.approx(0.2, rel=0.2)
     _, guide, _ = narrow(2e-4)
-    law = truncated.Truncated(Simulator("test", before_narrow(2e-4), (), {}), guide, {"x": torch.tensor([0.6])})
+    law = amortized.Truncated(Simulator("test", before_narrow(2e-4), (), {}), guide, {"x": torch.tensor([0.6])})
     with pytest.raises(ValueError, match=r"latent site 'mu', which the guide does not show"):
         law.draw(100, batch_size=500)
 

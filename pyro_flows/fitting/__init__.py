@@ -1,5 +1,6 @@
 """Fits of guides and flows to models, data and simulations, and samples from them."""
 
+from .amortized import Observed as Observed
 from .amortized import fit_amortized as fit_amortized
 from .annealing import Annealed as Annealed
 from .annealing import Mode as Mode
@@ -8,4 +9,3 @@ from .density import fit_density as fit_density
 from .exact_draws import sample as sample
 from .likelihood import fit_likelihood as fit_likelihood
 from .svi import fit_svi as fit_svi
-from .truncated import Observed as Observed

@@ -26,7 +26,7 @@ from ..programs.simulations import check_draws
 from ..training import Training, distributed
 from ..training.checkpoint import design, fingerprint
 from ..user_code import warn_user
-from .density_start import start
+from .density import start_flow
 from .row_training import RowTraining
 
 CALLER = "fit_likelihood"
@@ -181,7 +181,7 @@ def _build(recipe: Callable[[int, int], Flow] | None, theta: Tensor, x: Tensor, 
     width, size = theta.shape[1] + sum(number), number.count(0)
     made = built(CALLER, "flow", recipe, likelihood_flow, size, width, may_encode=True).to(x) if size else None
     if made is not None and {*kinds} == {"real"}:
-        start(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
+        start_flow(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made
     positive = tuple(place for place, kind in enumerate(kinds) if kind == "positive")
     mixed = Mixed(made, tuple(number), theta.shape[1], positive=positive).to(x)
@@ -189,5 +189,5 @@ def _build(recipe: Callable[[int, int], Flow] | None, theta: Tensor, x: Tensor, 
     standardize.initialize(theta)
     if made is not None:
         y, _, _ = mixed.real(x)
-        start(made, y, mixed.inputs(x, standardize(theta)), (y.mean(0), y.std(0)), heavy_tails=False)
+        start_flow(made, y, mixed.inputs(x, standardize(theta)), (y.mean(0), y.std(0)), heavy_tails=False)
     return mixed

@@ -34,9 +34,8 @@ from ..training.checkpoint import check_path, fingerprint, kept_settings, settin
 from ..training.loop import Descent, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
-from .elbo_loss import ELBOLoss, fresh_mean, in_training, parts_of
+from .elbo_loss import ELBOLoss, ModelBatches, find_loader, fresh_mean, in_training, parts_of
 from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
-from .model_batches import ModelBatches, find_loader
 from .optimizers import optimizers
 from .program_checks import check_task, culprit
 from .propriety import check_proper

@@ -9,8 +9,8 @@ The losses of variational inference are Pyro ELBOs: ``fit_svi`` and Pyro's ``SVI
 from .flow_matching import FlowMatching as FlowMatching
 from .forward_kl import ForwardKL as ForwardKL
 from .likelihood import Likelihood as Likelihood
+from .path_gradient import ImportanceWeightedELBO as ImportanceWeightedELBO
 from .path_gradient import PathELBO as PathELBO
 from .path_gradient import PathEnumELBO as PathEnumELBO
-from .renyi import ImportanceWeightedELBO as ImportanceWeightedELBO
-from .renyi import RenyiELBO as RenyiELBO
-from .tempered import TemperedELBO as TemperedELBO
+from .path_gradient import RenyiELBO as RenyiELBO
+from .path_gradient import TemperedELBO as TemperedELBO
