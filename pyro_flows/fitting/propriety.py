@@ -102,6 +102,7 @@ def check_masked(task: Task) -> None:
                 check_proper("fit_svi", space, space.placement.vectors(1, 1)[0])
 
 
+@torch.no_grad()
 def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> None:
     """Raise ValueError if the posterior's integral along the axis of a latent is infinite.
 
@@ -120,20 +121,16 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
     unit = torch.nn.functional.one_hot(axes, z.shape[1]).to(z) * z.std(0)
     walks = torch.stack((steps, -steps)).view(2, -1, 1) * unit.view(-1, 1, 1, z.shape[1])  # (axes, 2, steps, D)
     ends = z[: WALKS.places].view(-1, 1, 1, 1, z.shape[1]) + walks
-    log_p = torch.cat([_where_exact(space, part) for part in ends.flatten(0, -2).split(WALKS.batch)])
-    endless = _diverges(log_p.view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
+    parts = []
+    for part in ends.flatten(0, -2).split(WALKS.batch):  # rounding errors keep a latent from the edge of its support
+        back = space.placement.located(space.constrain(part))
+        off = torch.zeros_like(part) if back is None else (back - part).abs() - WALKS.round_off * part.abs()
+        parts.append(space.log_prob(part).where((off <= 0).all(-1), math.nan))
+    endless = _diverges(torch.cat(parts).view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)
     if bool(endless.any()):
         which, _ = _named({guide.coordinates[int(axis)] for axis in axes[endless]})
         fault = f"the posterior is improper: its density has no end along {which}"
         raise ValueError(f"{caller}: {fault}. Give a prior that falls faster than the other factors grow.")
-
-
-@torch.no_grad()
-def _where_exact(space: Density, z: Tensor) -> Tensor:
-    """Return the log-density, ``(N,)``, NaN where rounding errors keep a latent from the edge of its support."""
-    back = space.placement.located(space.constrain(z))
-    off = torch.zeros_like(z) if back is None else (back - z).abs() - WALKS.round_off * z.abs()
-    return space.log_prob(z).where((off <= 0).all(-1), math.nan)
 
 
 def _diverges(log_p: Tensor, log_steps: Tensor) -> Tensor:

@@ -220,7 +220,9 @@ class ELBOFit:
         loss = ELBOLoss(task, self.elbo, self.batches)
         parameters = loss.parameters()
         trains_guide = isinstance(guide, nn.Module) and {*parameters} <= {*guide.parameters()}
-        alone = trains_guide and self._is_alone
+        alone = trains_guide and plan.is_joint and plan.takes_paths and guide.draws_from_flow
+        alone = alone and not (self.objective or self.batches or task.subsampled)  # many draws of one flow
+        alone = alone and self.elbo.vectorize_particles and self.marks["num_particles"] >= MANY
         near = trains_guide and start is not None and start.is_near
         rows_near = any(part.starts_near for part in parts_of(guide, parameters) if isinstance(part, Block))
         self.marks |= distributed.broadcast(lambda: {"near": near, "rows_near": rows_near})
@@ -272,14 +274,6 @@ class ELBOFit:
         suited, seconds = self.plan.schedule(), math.inf if self.warm_start else STARTS.seconds
         budget = STARTS.share * suited.steps * suited.num_particles
         return start_from_gaussian(guide, task, power, budget, self.progress, seconds)
-
-    @property
-    def _is_alone(self) -> bool:
-        """True if one flow is trained by many draws per step."""
-        if self.objective or self.batches or self.task.subsampled or not self.elbo.vectorize_particles:
-            return False
-        suits = self.plan.is_joint and self.plan.takes_paths and self.guide.draws_from_flow
-        return suits and self.marks["num_particles"] >= MANY
 
     def _settings(self, schedule: Schedule, parameters: list[Tensor], *, alone: bool) -> Settings:
         model, elbo = self.task.model, self.elbo

@@ -69,19 +69,17 @@ class ParticleObjective(Trace_ELBO):
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for name, site in model_trace.iter_stochastic_nodes():
             if name not in guide_trace.nodes and not is_point(site["fn"]):
-                raise ValueError(
-                    f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
-                    "discrete, sum it out with PathEnumELBO or in the model itself."
-                )
+                fault = f"latent site {name!r} of the model is not in the guide"
+                way = "If it is discrete, sum it out with PathEnumELBO or in the model itself"
+                raise ValueError(f"{type(self).__name__}: {fault}. {way}.")
         return model_trace, guide_trace
 
     def _check_reparameterised(self, guide_trace: Trace) -> None:
         for name, site in guide_trace.iter_stochastic_nodes():
             if not site["fn"].has_rsample:
-                raise ValueError(
-                    f"{type(self).__name__}: site {name!r} of the guide has no reparameterised draws. If it is "
-                    "discrete, sum it out with PathEnumELBO; else use Pyro's Trace_ELBO or RenyiELBO."
-                )
+                fault = f"site {name!r} of the guide has no reparameterised draws"
+                way = "If it is discrete, sum it out with PathEnumELBO; else use Pyro's Trace_ELBO or RenyiELBO"
+                raise ValueError(f"{type(self).__name__}: {fault}. {way}.")
 
     @staticmethod
     def _draws_of(guide_trace: Trace) -> dict[str, Tensor]:

@@ -84,10 +84,9 @@ class FlowMatching(nn.Module):
         if x.dim() != 2 or x.shape[1:] != flow.event_shape:
             raise ValueError(f"FlowMatching: x must be rows (N, {flow.event_shape[0]}), got shape {tuple(x.shape)}.")
         if context is not None and self.pairing == "optimal":
-            raise ValueError(
-                "FlowMatching: pairing='optimal' is for flows without a context; with one it would change the "
-                "distribution of the draws that belong to a context. Use pairing='independent'."
-            )
+            fault = "with one it would change the distribution of the draws that belong to a context"
+            way = "Use pairing='independent'"
+            raise ValueError(f"FlowMatching: pairing='optimal' is for flows without a context; {fault}. {way}.")
         context = flow.encode(context)
         with torch.no_grad():
             for transform in reversed(after):
@@ -97,17 +96,13 @@ class FlowMatching(nn.Module):
                 start, _ = transform.forward_and_log_det(start)
             if self.pairing == "optimal":
                 start = start[_pairs(start, x)]
-            t = self._times(x)
+            number = len(x)  # one time in each of as many parts of equal probability
+            places = torch.randperm(number, device=x.device) + torch.rand(number, dtype=x.dtype, device=x.device)
+            t = (places / number) ** (1 / (1 + self.time_power))
             shrink = 1 - self.sigma_min
             point = start + t.unsqueeze(-1) * (x - shrink * start)
         error = layer.field(t, point, context) - (x - shrink * start)
         return error.square().sum(-1).mean()
-
-    def _times(self, x: Tensor) -> Tensor:
-        """Return a time for each row, stratified: one in each of N parts of equal probability."""
-        number = len(x)
-        places = torch.randperm(number, device=x.device) + torch.rand(number, dtype=x.dtype, device=x.device)
-        return (places / number) ** (1 / (1 + self.time_power))
 
     def extra_repr(self) -> str:
         return f"pairing={self.pairing!r}, sigma_min={self.sigma_min}, time_power={self.time_power}"
@@ -128,9 +123,8 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
     places = [place for place, part in enumerate(transforms) if isinstance(part, Continuous)]
     if len(places) != 1:
         has = f"{len(places)} in this {type(flow).__name__}" if transforms else f"got {type(flow).__name__}"
-        raise ValueError(
-            f"FlowMatching: flow must be a Flow with exactly one continuous transform, {has}. Use flows.cnf(2)."
-        )
+        must = "flow must be a Flow with exactly one continuous transform"
+        raise ValueError(f"FlowMatching: {must}, {has}. Use flows.cnf(2).")
     still = [part for part in transforms if not (isinstance(part, Continuous) or _stays(part))]
     for part in (*still, flow.base):
         if any(p.requires_grad for p in part.parameters()):

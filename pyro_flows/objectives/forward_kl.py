@@ -13,7 +13,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..arguments import check_integers
@@ -76,22 +75,23 @@ class ForwardKL(ParticleObjective):
         self._posterior: tuple[Any, ...] = ()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self._forget_others((model, guide, *args, *kwargs, *kwargs.values()))
+        posterior = model, guide, *args, *kwargs, *kwargs.values()
+        same = len(posterior) == len(self._posterior) and all(map(_is_same, posterior, self._posterior))
+        if self._posterior and not same:
+            self._kept = {}
+        self._posterior = posterior
         if torch.is_grad_enabled() or not self._kept:
             self._draw(model, guide, args, kwargs)
         weights = _truncated(self._kept[TOTAL] - self._kept[LOG_Q])
         picked = torch.multinomial(weights, self.num_particles, replacement=True)
         held = {name: value[picked] for name, value in self._kept.items()}
         trace = self._score(guide, held, args, kwargs)
-        _check_held(trace)
+        for name, site in trace.iter_stochastic_nodes():
+            if isinstance(site["value"], Tensor) and site["value"].requires_grad:
+                fault = f"site {name!r} of the guide depends on its parameters for given draws"
+                way = "Use a guide that samples from densities, such as AutoFlow"
+                raise ValueError(f"ForwardKL: {fault}, so its density is not known there. {way}.")
         return (held[TOTAL] - self._log_density(trace)).mean()
-
-    def _forget_others(self, posterior: tuple[Any, ...]) -> None:
-        """Empty the buffer if model, guide or data have changed."""
-        same = len(posterior) == len(self._posterior) and all(map(_is_same, posterior, self._posterior))
-        if self._posterior and not same:
-            self._kept = {}
-        self._posterior = posterior
 
     @torch.no_grad()
     def _draw(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
@@ -99,9 +99,8 @@ class ForwardKL(ParticleObjective):
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         check_drawn("ForwardKL: ", model_trace, guide_trace)
         if subsampled := subsampled_plate(model_trace):
-            raise ValueError(
-                f"ForwardKL: {subsampled}, but each draw is weighed only once. Let the plate run over all rows."
-            )
+            way = "Let the plate run over all rows"
+            raise ValueError(f"ForwardKL: {subsampled}, but each draw is weighed only once. {way}.")
         scores = {TOTAL: self._log_density(model_trace), LOG_Q: self._log_density(guide_trace)}
         new = {**self._draws_of(guide_trace), **scores}
         old = self._kept or {name: value[:0] for name, value in new.items()}
@@ -128,19 +127,8 @@ def _truncated(log_weights: Tensor) -> Tensor:
     """Return weights up to a factor, ``(n,)``, truncated at √n times their mean; 0 where a density is not finite."""
     usable = log_weights.isfinite()
     if not usable.any():
-        raise ValueError(
-            "ForwardKL: the model's log-density is finite at no draw of the guide. Start the guide elsewhere."
-        )
+        fault = "the model's log-density is finite at no draw of the guide"
+        raise ValueError(f"ForwardKL: {fault}. Start the guide elsewhere.")
     log_weights = log_weights.where(usable, -math.inf)
     log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
     return (log_weights - log_mean).clamp_max(math.log(len(log_weights)) / 2).exp()
-
-
-def _check_held(trace: Trace) -> None:
-    """Raise ValueError for a site that depends on the guide's parameters when all draws are held fixed."""
-    for name, site in trace.iter_stochastic_nodes():
-        if isinstance(site["value"], Tensor) and site["value"].requires_grad:
-            raise ValueError(
-                f"ForwardKL: site {name!r} of the guide depends on its parameters for given draws, so its density is "
-                "not known there. Use a guide that samples from densities, such as AutoFlow."
-            )

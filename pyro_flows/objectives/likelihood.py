@@ -55,9 +55,8 @@ class Likelihood(nn.Module):
         if not (self.kinetic or self.jacobian):
             return -flow.log_prob(x, context).mean()
         if not isinstance(flow, Flow):
-            raise ValueError(
-                f"Likelihood: flow must be a Flow if there are penalties, got {type(flow).__name__}. Use flows.cnf(2)."
-            )
+            got = f"got {type(flow).__name__}. Use flows.cnf(2)"
+            raise ValueError(f"Likelihood: flow must be a Flow if there are penalties, {got}.")
         continuous_of(flow, f"Likelihood({self.extra_repr()})")
         _, log_prob, solutions = solved(flow(context), x)
         # Layers without a context cost the same for all contexts, so the costs of the layers broadcast.

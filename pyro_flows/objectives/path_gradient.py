@@ -57,7 +57,10 @@ class PathGradient:
         self, guide: Any, seen: Trace, model_trace: Trace, guide_trace: Trace, args: Any, kwargs: Any
     ) -> None:
         """Score a guide's trace again with its parameters held fixed, except at flows that carried their scores."""
-        rest = [name for name, site in guide_trace.iter_stochastic_nodes() if _has_parameters(site["fn"])]
+        # A flow that carried its score, or a point, has no gradient through the guide's parameters any more.
+        sites = [(name, site["fn"]) for name, site in guide_trace.iter_stochastic_nodes() if site["fn"].has_rsample]
+        carried = [name for name, fn in sites if isinstance(fn, FlowDistribution) and fn.path_gradient]
+        rest = [name for name, fn in sites if name not in carried and not isinstance(fn, dist.Delta)]
         if not rest:
             return
         program = self._vectorized_num_particles(guide) if self.vectorize_particles else guide  # type: ignore[attr-defined]
@@ -70,7 +73,13 @@ class PathGradient:
         if hasattr(model_trace, "plate_to_symbol"):
             again.pack_tensors(model_trace.plate_to_symbol)
         for name in rest:
-            _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
+            first, second = guide_trace.nodes[name]["fn"], again.nodes[name]["fn"]
+            context = first.context if isinstance(first, FlowDistribution) else None
+            if context is not None and not torch.equal(context, second.context):
+                raise ValueError(
+                    f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
+                    "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
+                )
             guide_trace.nodes[name] = again.nodes[name]
 
 
@@ -162,33 +171,14 @@ class _CarryScores(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]
-        if isinstance(fn, FlowDistribution) and not msg["done"] and not _reaches(fn.context, self._drawn):
-            msg["fn"] = fn.with_path_gradient()
+        if isinstance(fn, FlowDistribution) and not msg["done"]:
+            seen = graph_of(fn.context) if fn.context is not None and self._drawn else ()
+            if not any(node in self._drawn for node in seen):
+                msg["fn"] = fn.with_path_gradient()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(msg["value"], Tensor) and msg["value"].grad_fn is not None:
             self._drawn.add(msg["value"].grad_fn)
-
-
-def _reaches(value: Tensor | None, nodes: set[Any]) -> bool:
-    """Return True if a tensor was computed from the results of some nodes of the autograd graph."""
-    return value is not None and bool(nodes) and any(node in nodes for node in graph_of(value))
-
-
-def _has_parameters(fn: Any) -> bool:
-    """Return True if a site's density still has a gradient through the guide's parameters."""
-    carried = isinstance(fn, FlowDistribution) and fn.path_gradient
-    return fn.has_rsample and not carried and not isinstance(fn, dist.Delta)
-
-
-def _check_same(name: str, first: Any, second: Any) -> None:
-    """Raise ValueError if a flow's context has changed between two runs of the guide with the same draws."""
-    context = first.context if isinstance(first, FlowDistribution) else None
-    if context is not None and not torch.equal(context, second.context):
-        raise ValueError(
-            f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
-            "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
-        )
 
 
 @contextlib.contextmanager

@@ -58,10 +58,17 @@ def collective(caller: str) -> Iterator[None]:
     Args:
         caller: The public function, for errors.
     """
-    _join()
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    if launched and dist.is_available() and not dist.is_initialized():
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     if size() == 1:
         yield
         return
+    atexit.unregister(_leave)  # registered once, whoever made the group
+    atexit.register(_leave)
     try:
         sync()
         with warnings.catch_warnings():
@@ -70,21 +77,13 @@ def collective(caller: str) -> Iterator[None]:
             yield
         sync()
     except Exception as error:
-        _announce(error, caller)
+        if not (isinstance(error, Parted) or getattr(error, "is_announced", False)):
+            error.is_announced = True  # type: ignore[attr-defined]
+            said = f"{type(error).__name__}: {str(error).removeprefix(f'{caller}: ')}"
+            print(f"{caller}: process {rank()} of {size()}: {said}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Parted):  # no other process can be reached
+                barrier(error)
         raise
-
-
-def _join() -> None:
-    """Make the group of the processes that a launcher has started, unless it exists."""
-    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    if launched and dist.is_available() and not dist.is_initialized():
-        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        if on_gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-    if size() > 1:
-        atexit.unregister(_leave)  # registered once, whoever made the group
-        atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -101,16 +100,6 @@ def _leave() -> None:
             get_error_handler().record_exception(error)
     elif dist.is_initialized():  # after an error it would wait for the others
         dist.destroy_process_group()
-
-
-def _announce(error: Exception, caller: str) -> None:
-    """Print an error of this process and tell the other processes of it, once."""
-    if not (isinstance(error, Parted) or getattr(error, "is_announced", False)):
-        error.is_announced = True  # type: ignore[attr-defined]
-        said = f"{type(error).__name__}: {str(error).removeprefix(f'{caller}: ')}"
-        print(f"{caller}: process {rank()} of {size()}: {said}", file=sys.stderr, flush=True)
-        with contextlib.suppress(Parted):  # no other process can be reached
-            barrier(error)
 
 
 @contextlib.contextmanager
