@@ -30,7 +30,7 @@ from pyro_flows import (
     to_arviz,
 )
 from pyro_flows.diagnostics.guide_space import prior_of
-from pyro_flows.fitting.propriety import check_bounded
+from pyro_flows.fitting.program_checks import check_bounded
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.start_distribution import Reference

@@ -27,7 +27,7 @@ from ..diagnostics.importance import weigh
 from ..fitting import fit_svi
 from ..fitting.annealing import cover
 from ..fitting.exact_draws import exact
-from ..fitting.propriety import check_proper
+from ..fitting.program_checks import check_proper
 from ..guides import AutoFlow
 from ..programs.density import Density
 from ..programs.engines import Values

@@ -45,8 +45,7 @@ from ..sampling.start_distribution import Reference
 from ..training import Training, distributed
 from ..training.loop import Fit
 from .density import fit_density
-from .program_checks import NoScore
-from .propriety import check_bounded, check_proper
+from .program_checks import NoScore, check_bounded, check_proper
 from .svi import fit_svi
 
 CALLER = "anneal"

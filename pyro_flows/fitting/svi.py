@@ -37,8 +37,7 @@ from ..training.stopping import noise_at
 from .elbo_loss import ELBOLoss, ModelBatches, find_loader, fresh_mean, in_training, parts_of
 from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .optimizers import optimizers
-from .program_checks import check_task, culprit
-from .propriety import check_proper
+from .program_checks import check_proper, check_task, culprit
 
 CALLER = "fit_svi"
 CONVERGED = 0.003  # nats of the gap to the log evidence at convergence: far below what weights show

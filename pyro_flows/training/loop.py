@@ -140,34 +140,6 @@ class HeldOut:
     show: Callable[[float], str]
 
 
-class Average:
-    """Exponential moving average of parameters, which generalises better than any single state.
-
-    Acceleration of Stochastic Approximation by Averaging (Polyak, Juditsky 1992).  Early states count less than the
-    decay alone would give them.
-    """
-
-    def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self._parameters, self._decay = parameters, decay
-        self.values = [parameter.detach().clone() for parameter in parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Include the parameters after a step."""
-        weight = 1 - min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self._parameters], weight)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Set the parameters to their average for a while."""
-        kept = [parameter.detach().clone() for parameter in self._parameters]
-        fill(self._parameters, self.values)
-        try:
-            yield
-        finally:
-            fill(self._parameters, kept)
-
-
 class Best:
     """The best state so far, judged by the mean loss of a window of steps.
 
@@ -258,7 +230,9 @@ class Descent:
         marks = {"steps": settings.steps, "lr": settings.lr, "clip_norm": settings.clip_norm, **settings.marks}
         marks["shapes"] = [list(parameter.shape) for parameter in parameters]
         distributed.agree(settings.caller, marks, self.tensors)
-        self.average = Average(parameters, self.judge.decay) if self.judge else None
+        # An average generalises better than any single state (Polyak, Juditsky 1992, Acceleration of Stochastic
+        # Approximation by Averaging).
+        self.average = [parameter.detach().clone() for parameter in parameters] if self.judge else []
         self.best = Best([*parameters, *(buffer for buffer in self.buffers if buffer.is_floating_point())])
         self.losses: list[float] = []
         self.held_out: list[float] = []
@@ -353,8 +327,13 @@ class Descent:
                 raise
             stopped = "interrupted"
             self.checkpoint.save(self.state_dict(), () if self.judge else OWN)
-        if stopped == "interrupted":
-            self._judge_rest()
+        if stopped == "interrupted":  # the steps since the last judgement count too, if they are not few
+            rest = self.step % self.settings.window
+            if self.judge:  # a first epoch may be long
+                rest = 0 if self.best.step else min(self.step, self.settings.window)
+            if rest >= FEW:
+                with self._averaged():
+                    self.best.offer(self.losses[-rest:], self.step, comparable=self._comparable)
         return stopped
 
     def _reason_to_stop(self, *, interrupted: bool = False) -> str:
@@ -382,8 +361,10 @@ class Descent:
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.settings.lr * self.horizon.share(step)
                 optimizer.step()
-            if self.average:
-                self.average.update(step)
+            if self.judge:
+                with torch.no_grad():  # early states count less than the decay alone would give them
+                    weight = 1 - min(self.judge.decay, (1 + step) / (10 + step))
+                    torch._foreach_lerp_(self.average, self.parameters, weight)
         else:
             self._check_skipped(error, UNSOLVED if unsolved else self.settings.patience)
         return interrupted, due
@@ -428,16 +409,6 @@ class Descent:
         shown += ", converged" if self.horizon.converged_at else ""
         return shown + (f", {self.skipped} skipped" if self.skipped else "")
 
-    def _judge_rest(self) -> None:
-        """Judge the state after an interruption by the steps since the last judgement, if they are not few."""
-        window = self.settings.window
-        rest = self.step % window
-        if self.judge:  # a first epoch may be long
-            rest = 0 if self.best.step else min(self.step, window)
-        if rest >= FEW:
-            with self._averaged():
-                self.best.offer(self.losses[-rest:], self.step, comparable=self._comparable)
-
     @property
     def _comparable(self) -> bool:
         """True if losses are comparable with later ones."""
@@ -448,9 +419,16 @@ class Descent:
         """The companions whose states belong to the run."""
         return [one for one in self.companions if hasattr(one, "load_state_dict")]
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
         """Set the parameters to their average for a while, if there is one."""
-        return self.average.in_place() if self.average else contextlib.nullcontext()
+        tensors = self.parameters if self.judge else []
+        kept = [tensor.detach().clone() for tensor in tensors]
+        fill(tensors, self.average)
+        try:
+            yield
+        finally:
+            fill(tensors, kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -458,7 +436,7 @@ class Descent:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "companions": [one.state_dict() for one in self._kept],
             "buffers": self.buffers,
-            "average": self.average.values if self.average else [],
+            "average": self.average,
             "best": self.best.state_dict(),
             "losses": self.losses,
             "held_out": self.held_out,
@@ -466,9 +444,8 @@ class Descent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = self.parameters, self.buffers, self.average.values if self.average else []
-        for name, tensors in zip(("parameters", "buffers", "average"), own, strict=True):
-            fill(tensors, state[name])
+        for name in ("parameters", "buffers", "average"):
+            fill(getattr(self, name), state[name])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         for companion, kept in zip(self._kept, state["companions"], strict=True):
