@@ -30,8 +30,7 @@ from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
 from ..distributions import CircularBase, StandardNormal, StudentTBase
 from ..encoders import ClassEmbedding, Standardize
-from ..encoders.base import at_rest
-from ..encoders.standardize import learning
+from ..encoders.base import at_rest, learning
 from ..encoders.training_record import recorded
 from ..flows import Dequantized, Flow
 from ..flows.columns import Columns

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
-from ..conditioners.pace import Paced
+from ..conditioners.base import Paced
 from ..data.batches import Stream
 from ..flows import Flow
 from ..guides.base import holders
