@@ -254,7 +254,7 @@ def test_its_transform_leads_from_the_bases_to_the_draws(case: Case) -> None:
     z, transform = space.placement.vectors(5, 5), guide.get_transform(*case.args)
     x = transform.inv(z)
     torch.testing.assert_close(transform(x), z, rtol=1e-4, atol=1e-3)
-    sizes, blocks = [math.prod(shape) for shape in transform._shapes], guide.posterior.blocks
+    sizes, blocks = [math.prod(shape) for shape in transform.transform.shapes], guide.posterior.blocks
     parts = [part.unflatten(-1, (-1, b.packing.size)) for b, part in zip(blocks, x.split(sizes, -1), strict=True)]
     log_base = sum(b.flow.base().log_prob(part).sum(-1) for b, part in zip(blocks, parts, strict=True))
     log_q = log_base - transform.log_abs_det_jacobian(x, z)
@@ -498,7 +498,7 @@ def test_a_structure_of_another_kind_is_refused(structure: Any) -> None:
         ),
         (index(99, 150), (), "from 0 to 69"),
         (index(70, 150), (20,), "plate 'pupils' takes some of its rows"),
-        (index(70, 150).tolist(), (), "from 0 to 69, got list"),
+        (index(70, 150).tolist(), (), r"from 0 to 69, got \["),
     ],
 )
 def test_nestings_must_fit_the_model(rows: Any, sizes: tuple[int, ...], message: str) -> None:

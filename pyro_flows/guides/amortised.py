@@ -14,7 +14,7 @@ from ..flows import Flow
 from ..programs.engines import Values, View
 from ..programs.quantities import labels_of
 from ..programs.simulator import Simulator
-from .blocks import Blocks, BlockTransform
+from .blocks import Blocks
 from .contexts import BlockRows
 from .guide_call import Found, Reached
 
@@ -173,7 +173,7 @@ class OneRow:
     """
 
     def __init__(self, posterior: Blocks, rows: Sequence[BlockRows]) -> None:
-        self.map, self.batch_shape = BlockTransform(posterior, rows), posterior.batch_of(rows)
+        self.map, self.batch_shape = posterior.transform(rows), posterior.batch_of(rows)
         self.bases = [block.flow.base() for block in posterior.blocks]
         self.packings = [block.packing for block in posterior.blocks]
         self.sizes = [packing.size for packing in self.packings]

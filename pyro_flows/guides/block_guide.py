@@ -1,12 +1,19 @@
-"""The base class of guides that are made of blocks: a flow over shared latents, and conditional flows over rows."""
+"""AutoStructuredFlow: a guide whose blocks follow the structure of the model, q(z) = Π_b Π_i q(z_bi | c_bi, z_<b).
+
+Automatic Structured Variational Inference (Ambrogioni et al. 2020, arXiv:2002.00643); conditional flows for nested
+plates: ADAVI (Rouillard, Wassermann 2021, arXiv:2106.12248).  The base class of guides that are made of such blocks
+comes first: a flow over shared latents, and conditional flows over rows.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,32 +21,32 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_numbers
+from .. import flows
+from ..arguments import check_integers, check_kind, check_numbers, suggests_recipes
 from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
+from ..transforms import View
 from .base import FlowGuide, check_fits
-from .blocks import Block, Blocks, BlockTransform, Drawn, Frame
+from .blocks import Block, Blocks, Drawn, Frame
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
 from .default_training import Schedule, schedule_of_many
 from .guide_call import Call, Found, Key, RowMasks, Rows, frames_of, masks_of_all
 from .guide_flow import (
     LIMITS,
-    GuideFlow,
     assemble,
     assemble_local,
-    autoencoder_flow,
     built,
     check_recipes,
     default_for,
-    local_flow,
     rows_flow,
     sequence_flow,
 )
+from .guide_flow import local_flow as default_local_flow
 from .packing import Packing, check_supports, is_circular, moving_supports, place
-from .read_structure import Nesting, Structure, check_nestings, takes_all
+from .read_structure import Nesting, Structure, check_nestings, read_structure, takes_all
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
 Encoder = Callable[..., Tensor]
@@ -87,6 +94,8 @@ class BlockGuide(FlowGuide):
     minibatches: Any
     structure: Structure
     size_of_rows: int
+    most_factors = -1  # the parents' latents of which each row has coefficients, and needs no network
+    _semi_amortized: tuple[str, ...] = ()  # the plates whose rows have an encoder and learned vectors
 
     def __init__(
         self,
@@ -119,11 +128,13 @@ class BlockGuide(FlowGuide):
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
-        self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
-        self.size_of_rows = max((rows.full_size for rows in found.rows.values()), default=1)
-        self.posterior = Blocks(scale)
+        self._begin(scale, max((rows.full_size for rows in found.rows.values()), default=1))
         for name, packing in self.packings.items():
             self.posterior.blocks.append(self._block(name, packing, call, found))
+
+    def _begin(self, scale: float, size_of_rows: int) -> None:
+        self.posterior, self.size_of_rows = Blocks(scale), size_of_rows
+        self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
 
     @property
     def _has_shared(self) -> bool:
@@ -132,89 +143,78 @@ class BlockGuide(FlowGuide):
 
     def _block(self, name: str, packing: Packing, call: Call, found: Found) -> Block:
         """Build the block of some latents, which depends on the blocks before it."""
-        blocks, key, order = self.posterior.blocks, packing.plates, self._order(packing)
-        nestings = self._nestings(key)
-        parents = [i for i, b in enumerate(blocks) if b.permute is None and _is_around(b.packing.plates, key, nestings)]
+        blocks, key, order, size = self.posterior.blocks, packing.plates, self._order(packing), packing.size
+        parents, contexts, start = self._parents(key), self._contexts(key), packing.start.reshape(-1, size)
         num_given = sum(blocks[parent].packing.size for parent in parents)
-        width = num_given + (0 if key or parents or order is not None else self._shared_width(call))
-        start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
-        contexts, linear = None, False
-        if key:
-            contexts = self._contexts(key)
-            linear = order is None and not self._needs_network(contexts, num_given)
-            for plate in key if contexts.encoder is None else ():
-                check_tied(call, plate, found.rows[plate])
-            numbers, noise = Affine().num_params * packing.size * (1 + num_given if linear else 1), self.embedding_dim
-            if contexts.encoder is not None:
-                numbers, noise = (self.embedding_dim if self._corrects(key) else 0), 0
-            contexts.setup(call, rows, start, numbers, noise=0 if linear else noise)
-            width += contexts.width
-        flow = self._flow(packing, order, contexts, width, num_given if linear else None)
-        by_row = contexts is not None and contexts.encoder is None
-        shared = blocks[0].packing.size if parents[:1] == [0] and not blocks[0].packing.plates else 0
-        frame = None
-        number = contexts.number if contexts is not None and by_row else 1
-        first = start if len(start) == number else start[:1].expand(number, -1)
+        learned = contexts is not None and contexts.encoder is None
+        alone = learned and order is None and self._build_local is None and num_given <= self.most_factors
+        if contexts is not None:
+            self._begin_contexts(
+                contexts, [found.rows[plate] for plate in key], start, call, num_given if alone else None
+            )
+            width = num_given + contexts.width
+        else:
+            width = num_given + (0 if parents or order is not None else self._shared_width(call))
+        framed, frame, scale = learned or order is not None, None, self.posterior.scale
+        place = (torch.zeros_like(start[0]), 1.0) if framed else (start.mean(0), scale)
         if order is not None:
-            frame = Frame(first[:, order], self.posterior.scale, num_given, shared)
-        elif by_row:
-            frame = Frame(torch.zeros_like(first)[:, None], 1.0, num_given, shared)
-        return Block(name, packing, flow, contexts, parents, nestings, frame, order, SCALES.wide * self.posterior.scale)
+            flow = assemble_local(sequence_flow(len(order), order.shape[1], width), *place, by_row=learned)
+        elif alone:
+            flow = assemble_local(rows_flow(size, width, num_given), *place, by_row=False)
+        elif contexts is None:
+            made = built(call.owner, "global_flow", self._build_global, default_for((), width), size, width)
+            flow = assemble(made, None, *place)
+        else:
+            default: Callable[..., Flow] = partial(default_local_flow, spread=not (num_given or learned))
+            default = default_for((), width) if self.is_amortised else default
+            made = built(call.owner, "local_flow", self._build_local, default, size, width)
+            flow = assemble_local(made, *place, by_row=learned, amortised=self.is_amortised)
+        if framed:
+            shared = blocks[0].packing.size if 0 in parents and not blocks[0].packing.plates else 0
+            first = start.mean(0)[torch.arange(size).unsqueeze(0) if order is None else order]
+            rows = contexts.number if learned and contexts is not None else 1
+            frame = Frame(first.expand(rows, -1, -1), scale, num_given, shared)
+        unit = start.new_full((size,), SCALES.wide * scale)
+        return Block(name, packing, flow, contexts, parents, frame, order, unit)
 
-    def _nestings(self, key: Key) -> list[Nesting]:
-        """Return the nestings by an index of the rows of some plates; of plates with two ways to an outer one, none."""
+    def _begin_contexts(
+        self, contexts: RowContexts, rows: list[Rows], like: Tensor, call: Call, factors: int | None
+    ) -> None:
+        """Set the contexts of rows up: those of an encoder, or coefficients and then noise for a network.
+
+        Args:
+            contexts: The contexts.
+            rows: The rows of their plates.
+            like: A tensor of the dtype and device of the learned vectors.
+            call: The call of the guide.
+            factors: The parents' latents of which a row has coefficients if it needs no network, or None.
+        """
+        if contexts.encoder is not None:
+            corrects = contexts.plates[0] in self._semi_amortized
+            return contexts.setup(call, rows, like, self.embedding_dim * corrects, 0)
+        for plate, own in zip(contexts.plates, rows, strict=True):
+            check_tied(call, plate, own)
+        zeros = Affine().num_params * like.shape[-1] * (1 + (factors or 0))
+        return contexts.setup(call, rows, like, zeros, self.embedding_dim if factors is None else 0)
+
+    def _parents(self, key: Key) -> dict[int, Nesting | None]:
+        """Return the places of the blocks around the rows of some plates, with the nestings in these or None.
+
+        Of a plate with two ways to an outer one, no index counts.
+        """
         found = [nesting for plate in key for nesting in self.structure.outside(plate) if nesting.outer not in key]
         ways = Counter(nesting.outer for nesting in found)
-        return [nesting for nesting in found if ways[nesting.outer] == 1]
+        outer = {(nesting.outer,): nesting for nesting in found if ways[nesting.outer] == 1}
+        around = [(i, b.packing.plates) for i, b in enumerate(self.posterior.blocks) if b.order is None]
+        return {i: outer.get(plates) for i, plates in around if {*plates} <= {*key} or plates in outer}
 
     def _shared_width(self, call: Call) -> int:
         """Return the width of the context of the latents outside of all rows."""
         return 0
 
-    def _contexts(self, key: Key) -> RowContexts:
-        return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None)
-
-    def _corrects(self, key: Key) -> bool:
-        """True if rows with an encoder have learned vectors too."""
-        return False
-
-    def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
-        """True if rows share a network: in an AutoPlateFlow always.
-
-        Args:
-            contexts: The contexts of the rows.
-            num_given: The number of latents of the parents.
-        """
-        return True
-
-    def _flow(
-        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, linear: int | None
-    ) -> GuideFlow:
-        """Build the flow of a block.
-
-        Args:
-            packing: The packing of its latents.
-            order: The order of a sequence, or None.
-            contexts: The contexts of its rows, or None.
-            width: The width of the contexts together with the parents' latents.
-            linear: The number of the parents' latents if rows share no network, or None.
-        """
-        owner, size, scale = type(self).__name__, packing.size, self.posterior.scale
-        start = packing.start.reshape(-1, size)
-        by_row = contexts is not None and contexts.encoder is None
-        if order is not None:
-            steps, each = order.shape
-            flow = built(owner, "sequence_flow", None, lambda _, n=0: sequence_flow(steps, each, n), size, width)
-            return assemble_local(flow, torch.zeros_like(start[0]), 1.0, by_row=by_row)
-        if contexts is None:
-            flow = built(owner, "global_flow", self._build_global, default_for((), width), size, width)
-            return assemble(flow, None, start[0], scale)
-        if linear is not None:
-            return assemble_local(rows_flow(size, width, linear), start.mean(0), scale, by_row=False)
-        default = local_flow if width > contexts.width or by_row else autoencoder_flow
-        default = default_for((), width) if self.is_amortised else default
-        flow = built(owner, "local_flow", self._build_local, default, size, width)
-        return assemble_local(flow, start.mean(0), scale, by_row=by_row, amortised=self.is_amortised)
+    def _contexts(self, key: Key) -> RowContexts | None:
+        """Return the contexts of the rows of some plates, not yet set up; None outside of rows."""
+        return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None) if key else None
 
     def _order(self, packing: Packing) -> Tensor | None:
         """Return the places of each step of a sequence in a row's vector, ``(T, d)``; None if it is no sequence."""
@@ -242,27 +242,24 @@ class BlockGuide(FlowGuide):
         return found
 
     def parts(self) -> dict[str, Any]:
-        found = super().parts()
-        blocks = tuple(block.parts() for block in self.posterior.blocks)
-        found |= {"embedding_dim": self.embedding_dim, "size_of_rows": self.size_of_rows}
-        return found | {"scale": self.posterior.scale, "blocks": blocks}
+        blocks = tuple(
+            (b.flow, b.frame and b.frame.parts(), b.unit, b.contexts and b.contexts.parts())
+            for b in self.posterior.blocks
+        )
+        known = {"embedding_dim": self.embedding_dim, "size_of_rows": self.size_of_rows}
+        return super().parts() | known | {"scale": self.posterior.scale, "blocks": blocks}
 
     def _restore(self, scale: float, size_of_rows: int, blocks: tuple[tuple[Any, ...], ...]) -> None:
-        self.size_of_rows = size_of_rows
-        self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
-        self.posterior = Blocks(scale)
-        parts = zip(self.packings.items(), blocks, strict=True)
-        for (name, packing), (flow, parents, frame, unit, rows) in parts:
-            width = sum(self.posterior.blocks[parent].packing.size for parent in parents)
-            key, contexts, order = packing.plates, None, self._order(packing)
-            if rows is not None:
-                contexts = self._contexts(key)
+        self._begin(scale, size_of_rows)
+        for (name, packing), (flow, frame, unit, rows) in zip(self.packings.items(), blocks, strict=True):
+            key, order, there = packing.plates, self._order(packing), self.posterior.blocks
+            parents, contexts = self._parents(key), self._contexts(key)
+            if contexts is not None:
                 contexts.restore(*rows)
-                width += contexts.width
-            block = Block(name, packing, flow, contexts, parents, self._nestings(key), Frame.of(frame), order, 1.0)
+            block = Block(name, packing, flow, contexts, parents, frame and Frame.of(frame), order, unit)
+            width = sum(there[parent].packing.size for parent in parents) + (contexts.width if contexts else 0)
             check_fits(flow, packing.size, flow.context_dim if block.is_pooled else width)
-            block.unit.data.copy_(unit)
-            self.posterior.blocks.append(block)
+            there.append(block)
 
     # The default training.
 
@@ -301,7 +298,7 @@ class BlockGuide(FlowGuide):
             own = torch.arange(start, start + number * size).reshape(number, size)
             start += own.numel()
             order = block.order if block.order is not None else torch.arange(size).unsqueeze(0)
-            parents = tuple((i, block.rows_of(self.posterior.blocks[i], rows)) for i in block.parents)
+            parents = tuple((i, self.posterior.rows_of(block, i, rows)) for i in block.parents)
             found.append((own[:, order], parents))
         return found
 
@@ -315,23 +312,20 @@ class BlockGuide(FlowGuide):
             blocks: For each block its distribution given its parents, for all rows or for those that the guide was set
                 up with: see :class:`~pyro_flows.sampling.block_conditionals.Conditional`.
         """
-        means: list[Tensor] = []
+        means = list[Tensor]()
         whole = all(len(found.loc) == block.number for block, found in zip(self.posterior.blocks, blocks, strict=True))
         for block, found in zip(self.posterior.blocks, blocks, strict=True):
-            loc, scale = found.loc, found.scale
-            rows = block.sizes if whole else block.seen
+            loc, scale, bends = found.loc, found.scale, found.bends
             if block.frame is None:
                 block.flow.start_at(loc[0, 0], scale[0, 0])
             else:
-                end = block.flow.fixed
-                end.set(torch.zeros_like(end.loc), torch.ones_like(end.scale))
-                given = [means[i][block.rows_of(self.posterior.blocks[i], rows)] for i in block.parents]
-                none = loc.new_zeros(*loc.shape[:1], 0), loc.new_zeros(*loc.shape, 0)
-                origin = torch.cat((none[0], *given), -1)
-                gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
-                size = block.frame.num_shared
-                lean = found.bends.lean.reshape(*loc.shape, *found.bends.lean.shape[2:])
-                stretch, turn, lean = (slope[..., :size] for slope in (found.bends.stretch, found.bends.turn, lean))
+                rows, size = block.sizes if whole else block.seen, block.frame.num_shared
+                given = [means[i][self.posterior.rows_of(block, i, rows)] for i in block.parents]
+                origin = torch.cat((loc.new_zeros(len(loc), 0), *given), -1)
+                gains = (gain.reshape(*loc.shape, -1) for gain in found.gains)
+                gain = torch.cat((loc.new_zeros(*loc.shape, 0), *gains), -1)
+                lean = bends.lean.reshape(*loc.shape, *bends.lean.shape[2:])
+                stretch, turn, lean = (slope[..., :size] for slope in (bends.stretch, bends.turn, lean))
                 parts = [origin, loc, gain, scale, stretch, found.matrix, turn, lean]
                 block.frame.set(*(parts if len(loc) == block.number else [p.mean(0, keepdim=True) for p in parts]))
             deviation = scale.square().sum(-1).mean(0).sqrt()  # (T, d)
@@ -421,11 +415,11 @@ class BlockGuide(FlowGuide):
         found = self.check_same(call)
         return self.posterior.log_prob(values, self._all_rows(call, found), masks_of_all(found) if found else {})
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> BlockTransform:
+    def get_transform(self, *args: Any, **kwargs: Any) -> View:
         """Return the map from the bases of all blocks to their packed, unconstrained latents, for all rows."""
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call) if self.is_amortised else None
-        return BlockTransform(self.posterior, self._all_rows(call, found))
+        return self.posterior.transform(self._all_rows(call, found))
 
     def _all_rows(self, call: Call, found: Found | None) -> list[BlockRows]:
         """Return all rows of each block, for a call whose model has some sites."""
@@ -453,11 +447,130 @@ class BlockGuide(FlowGuide):
         return BlockRows()
 
 
+class AutoStructuredFlow(BlockGuide):
+    """A guide for models of many latents, which knows the structure of their posterior.
+
+    The structure is read from the model's log-density, and latents are divided into blocks::
+
+        q(z) = q(g) Π_p Π_i q(l_pi | c_pi, g) Π_s q(x_s | g)
+
+    - Latents g outside of plates have one flow.
+    - The rows i of a plate p are independent given the latents outside.  They share one conditional flow, and each has
+      a learned context c.  There may be several plates, nested or crossed, each subsampled or not.  Rows of a nested
+      plate depend on the latents in their own row of the outer plate.  So do rows that belong to a row of another
+      plate by an index, as in ``dist.Normal(hospital[hospital_of_doctor], 1)``, if neither plate is subsampled.
+    - Latents along a sequence s of steps, such as the states of a ``pyro.markov`` chain or of a random walk, or the
+      lines of a grid, have a flow that is linear and convolutional along the sequence.
+
+    Time and memory of a step are proportional to the number of latents.  ``fit_svi`` starts from the best distribution
+    of this structure that is Gaussian given g.
+
+    Args:
+        model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.
+        encoders: For some plates, by name, a network or function from the model's arguments to a context for each row,
+            ``(rows, context_dim)``.  Of arguments with one row for each row of a subsampled plate it gets the rows of
+            the minibatch only.  Rows of other plates have learned contexts.
+        semi_amortized: Plates with an encoder whose rows also have a learned vector.  It starts at zero and corrects
+            what the encoder cannot tell (Kim, Wiseman, Miller, Sontag, Rush 2018, arXiv:1802.02550).  New rows have the
+            encoder alone: see :meth:`for_new_rows`.
+        local_flow: A recipe for the latents of rows, called with their number and the width of the context.
+        global_flow: A recipe for the latents outside of plates, called with their number; by default as ``AutoFlow``.
+        embedding_dim: The width of the learned vector of each row.
+        init_loc_fn: The strategy for the start, as for ``AutoFlow``.
+        init_scale: The scale of each unconstrained latent at the start, by default as for ``AutoPlateFlow``.
+        structure: The plates with independent rows, the sequences and the nestings; by default they are found.
+        name: The guide's name in Pyro's parameter store, unique by default.
+
+    Raises:
+        TypeError: If a recipe or encoder cannot be called; at :meth:`setup`, if a recipe fails.
+        ValueError: If a number is out of its range, or a semi-amortised plate has no encoder.  At :meth:`setup`, as for
+            ``AutoPlateFlow``.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.  In use,
+            if an encoder's data lie so far from those of training that a draw is not finite.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0, 1))
+        ...     users = pyro.plate("users", y.shape[0], subsample_size=5, dim=-2)
+        ...     items = pyro.plate("items", y.shape[1], subsample_size=4, dim=-1)
+        ...     with users:
+        ...         kind = pyro.sample("kind", dist.Normal(0, 1))
+        ...     with items:
+        ...         good = pyro.sample("good", dist.Normal(0, 1))
+        ...     with users as u, items as i:
+        ...         pyro.sample("y", dist.Normal(mean + kind + good, 1), obs=y[u][:, i])
+        >>> y = torch.randn(100, 80)
+        >>> guide = AutoStructuredFlow(model).setup(y)
+        >>> {name: tuple(value.shape) for name, value in guide(y).items()}
+        {'mean': (), 'kind': (5, 1), 'good': (4,)}
+    """
+
+    settings = "init_scale", "embedding_dim", "encoders", "semi_amortized", "structure"
+    most_factors = LIMITS.factors
+
+    @suggests_recipes(flows.nsf, flows.nsf_ar, flows.realnvp, flows.cnf)
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        encoders: Mapping[str, Encoder] | None = None,
+        semi_amortized: Collection[str] = (),
+        local_flow: Callable[..., Flow] | None = None,
+        global_flow: Callable[[int], Flow] | None = None,
+        embedding_dim: int = 8,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        structure: Structure | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model, dict(encoders or {}), local_flow, global_flow, embedding_dim, init_loc_fn, init_scale, name
+        )
+        semi_amortized = (semi_amortized,) if isinstance(semi_amortized, str) else semi_amortized
+        if missing := [plate for plate in semi_amortized if plate not in self._encoders]:
+            fault = f"plate {missing[0]!r} is semi-amortised and has no encoder; its rows have learned vectors alone"
+            raise ValueError(f"{type(self).__name__}: {fault}. Give encoders={{{missing[0]!r}: ...}}, or leave it out.")
+        self._semi_amortized, self._given_structure = tuple(semi_amortized), structure
+        if structure is not None:
+            words = "a Structure, such as guide.structure of another guide"
+            check_kind(type(self).__name__, tuple, words, structure=structure)
+            self.structure = Structure.of(structure)
+            self.row_plates = self.structure.plates
+
+    def _read_structure(self, call: Call) -> None:
+        if self._given_structure is None:
+            self.structure = read_structure(call, {*self._encoders})
+            self.row_plates = self.structure.plates
+        if missing := [plate for plate in self._encoders if plate not in self.row_plates]:
+            fault = f"encoders has the plate {missing[0]!r}, which holds no latents or is not in structure="
+            raise ValueError(f"{call.owner}: {fault}. Its plates are {', '.join(self.row_plates) or 'none'}.")
+
+    def for_new_rows(self) -> AutoStructuredFlow:
+        """Return a copy for other rows, whose contexts are those of the encoders alone.
+
+        A number of rows that differs from that of the fit says so by itself.
+
+        Raises:
+            ValueError: If the guide was never set up.
+        """
+        if self.prototype_trace is None:
+            raise ValueError(f"{type(self).__name__}.for_new_rows: call setup(...) first, or fit the guide.")
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            for block in other.posterior.blocks:
+                contexts = block.contexts
+                if contexts is not None and contexts.encoder is not None and contexts.embedding is not None:
+                    contexts.embedding.weight.zero_()
+        return other
+
+    def parts(self) -> dict[str, Any]:
+        encoders = {"encoders": tuple(self._encoders.items()), "semi_amortized": self._semi_amortized}
+        return super().parts() | encoders | {"structure": self.structure.parts()}
+
+
 def _masked(mask: RowMasks) -> AbstractContextManager[Any]:
     """Return the handler that masks rows, or none if all count, since the JIT joins no Python bool to a mask."""
     return nullcontext() if mask.rows is True else poutine.mask(mask=mask.rows)
-
-
-def _is_around(plates: Key, key: Key, nestings: Sequence[Nesting]) -> bool:
-    """True if each row of the plates of a key lies in a row of some plates, or of a single plate by an index."""
-    return {*plates} <= {*key} or (len(plates) == 1 and any(plates[0] == nesting.outer for nesting in nestings))

@@ -7,19 +7,18 @@ Variational Inference (Hoffman, Blei 2014, arXiv:1404.4114).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
 
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
-from ..transforms import Conditioned, Permute
-from ..transforms.base import chained
+from ..transforms import Conditioned, Permute, View
+from ..transforms.base import TwoWay, chained
 from ..transforms.recurrence import Process
 from .contexts import BlockRows, RowContexts
 from .guide_call import Key, RowMasks
@@ -58,31 +57,26 @@ class Frame(nn.Module):
 
     def __init__(self, start: Tensor, scale: float, num_given: int, num_shared: int) -> None:
         super().__init__()
-        rows, self.steps, self.width = start.shape
-        self.num_shared, several = num_shared, self.steps > 1  # the first step has none before it
-        eye = (scale * torch.eye(self.width).to(start)).expand(rows, self.steps, -1, -1)
-        self.origin = nn.Parameter(start.new_zeros(rows, num_given))
-        self.loc = nn.Parameter(start.clone())
-        self.gain = nn.Parameter(start.new_zeros(*start.shape, num_given))
-        self.scale = nn.Parameter(eye.clone())
-        self.stretch = nn.Parameter(start.new_zeros(*start.shape, num_shared))
-        self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
-        self.turn = nn.Parameter(start.new_zeros(*eye.shape, num_shared)) if several else None
-        inner = num_given - num_shared
+        rows, steps, width = start.shape
+        self.num_shared, inner, new = num_shared, num_given - num_shared, start.new_zeros
+        eye = (scale * torch.eye(width).to(start)).repeat(rows, steps, 1, 1)
+        several = steps > 1  # the first step has none before it
         leans = inner > 0 and 0 < num_shared <= LEANS
-        self.lean = nn.Parameter(start.new_zeros(*start.shape, inner, num_shared)) if leans else None
+        self.origin, self.loc = nn.Parameter(new(rows, num_given)), nn.Parameter(start.clone())
+        self.gain, self.scale = nn.Parameter(new(*start.shape, num_given)), nn.Parameter(eye)
+        self.stretch = nn.Parameter(new(*start.shape, num_shared))
+        self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
+        self.turn = nn.Parameter(new(*eye.shape, num_shared)) if several else None
+        self.lean = nn.Parameter(new(*start.shape, inner, num_shared)) if leans else None
 
     def parts(self) -> Parts:
-        """Return the tensors that a file holds, for :meth:`of`."""
+        """Return the tensors, which a file holds."""
         return self.origin, self.loc, self.gain, self.scale, self.stretch, self.matrix, self.turn, self.lean
 
     @classmethod
-    def of(cls, parts: Any) -> Frame | None:
-        """Return a frame from its parts, or None."""
-        if parts is None:
-            return None
-        origin, loc, _, _, stretch, *_ = parts
-        frame = cls(loc, 1.0, origin.shape[-1], stretch.shape[-1])
+    def of(cls, parts: Any) -> Frame:
+        """Return a frame from its :meth:`parts`."""
+        frame = cls(parts[1], 1.0, parts[0].shape[-1], parts[4].shape[-1])
         frame.set(*parts)
         return frame
 
@@ -157,11 +151,11 @@ class Block(nn.Module):
         packing: The packing of a row's latents into a vector.
         flow: The flow over the vector.
         contexts: The contexts of the rows; None outside of all rows.
-        parents: The places of the blocks on which this one depends.
-        nestings: The nestings by an index of the plates of its rows.
+        parents: The places of the blocks on which this one depends.  Each row of this block lies in a row of theirs,
+            or belongs to one by the index of a nesting.
         frame: The Gaussian that follows the flow, or None.
         order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
-        unit: The unit of the block's latents, as other blocks see them.
+        unit: The unit of the block's latents, as other blocks see them, ``(size,)``.
     """
 
     def __init__(
@@ -170,19 +164,17 @@ class Block(nn.Module):
         packing: Packing,
         flow: GuideFlow,
         contexts: RowContexts | None,
-        parents: Sequence[int],
-        nestings: Sequence[Nesting],
+        parents: Mapping[int, Nesting | None],
         frame: Frame | None,
         order: Tensor | None,
-        unit: float,
+        unit: Tensor,
     ) -> None:
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
-        self.parents, self.nestings = tuple(parents), tuple(nestings)
-        self.order = order
+        self.parents, self.order = parents, order
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
-        self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
+        self.unit = nn.Parameter(unit.detach().clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Block:
         super()._apply(fn, *args)
@@ -191,8 +183,8 @@ class Block(nn.Module):
 
     @property
     def number(self) -> int:
-        """The number of all rows, 1 for latents outside of all rows."""
-        return 1 if self.contexts is None else self.contexts.number
+        """The number of all rows."""
+        return math.prod(self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -216,46 +208,6 @@ class Block(nn.Module):
         depends = self.flow.context_dim > 0 or any(isinstance(t, Conditioned) for t in self.flow.couplings)
         return depends and not (self.contexts or self.parents)
 
-    def rows_of(self, parent: Block, sizes: tuple[int, ...]) -> Tensor:
-        """Return for each row of plates of some sizes the row of a parent that it belongs to."""
-        number = dict(zip(self.packing.plates, sizes, strict=True))
-        row = dict(zip(number, torch.meshgrid(*map(torch.arange, sizes), indexing="ij") if sizes else (), strict=True))
-        if nesting := self._nesting_in(parent):
-            return nesting.rows[row[nesting.plate]].flatten()
-        found = torch.zeros(sizes, dtype=torch.long)
-        for plate in parent.packing.plates:
-            found = found * number[plate] + row[plate]
-        return found.flatten()
-
-    def _nesting_in(self, parent: Block) -> Nesting | None:
-        """Return the nesting by an index in a parent, or None if its plates are among those of this block."""
-        apart = {*parent.packing.plates} - {*self.packing.plates}
-        return next((nesting for nesting in self.nestings if nesting.outer in apart), None)
-
-    def from_parent(self, parent: Block, vectors: Tensor, places: Tensor | None) -> Tensor:
-        """Return for each row the vector of the parent's row that it belongs to, aligned.
-
-        Args:
-            parent: The parent.
-            vectors: The vectors of its rows, aligned.
-            places: The places of the rows of this block, or None for all in their order.
-        """
-        nesting = self._nesting_in(parent)
-        if nesting is None:
-            return vectors
-        axis, (dim,) = self.packing.plates.index(nesting.plate), parent.packing.dims
-        if vectors.shape[dim - 1] != parent.number:
-            fault = f"plate {nesting.outer!r} takes {vectors.shape[dim - 1]} of its {parent.number} rows"
-            raise ValueError(f"{fault}, but rows of {nesting.plate!r} belong to all of them. Let it take all rows.")
-        rows, own = nesting.rows.to(vectors.device), self.packing.dims[axis]
-        if places is not None:
-            first = places.movedim(axis, 0).reshape(places.shape[axis], -1)[:, 0]
-            rows = rows[first.to(rows.device) // math.prod(self.sizes[axis + 1 :]) % self.sizes[axis]]
-        alone = vectors.dim() - 1 == parent.packing.depth  # without a batch
-        vectors = vectors.index_select(dim - 1, rows)
-        vectors = vectors.reshape(*(1,) * (1 - own - vectors.dim()), *vectors.shape).transpose(dim - 1, own - 1)
-        return vectors.reshape(vectors.shape[-1 - self.packing.depth :]) if alone else vectors
-
     def start(self, *, whole: bool) -> Tensor:
         """Return the start of the rows' vectors, ``(rows, size)``; rows that were not seen have that of the first."""
         start = self.packing.start.reshape(-1, self.packing.size)
@@ -263,9 +215,7 @@ class Block(nn.Module):
 
     def parts(self) -> tuple[Any, ...]:
         """Return the parts of the block that a file holds."""
-        frame = None if self.frame is None else self.frame.parts()
-        rows = None if self.contexts is None else self.contexts.parts()
-        return self.flow, self.parents, frame, self.unit, rows
+        return self.flow, self.frame and self.frame.parts(), self.unit, self.contexts and self.contexts.parts()
 
     def aligned(self, rows: Tensor, trailing: int, depth: int = 0) -> Tensor:
         """Put tensors ``(*batch, *rows, ...)`` with so many trailing dimensions at the dimensions of the rows' plates.
@@ -278,22 +228,6 @@ class Block(nn.Module):
         for dim, size in zip(self.packing.dims, sizes, strict=True):
             shape[dim] = size
         return rows.reshape((*batch, *shape, *rows.shape[end:]))
-
-    def at(self, context: Tensor | None, places: Tensor | None, given: Tensor | None) -> FlowDistribution:
-        """Return the distribution of the rows' vectors.
-
-        Args:
-            context: Their contexts, aligned.
-            places: The places of the rows.
-            given: The latents of the parents, aligned.
-        """
-        q = self.flow(context)
-        if self.frame is None:
-            return q
-        alike = places is None or len(self.frame.loc) == 1  # rows that have one frame
-        where = torch.zeros((), dtype=torch.long) if alike or places is None else self.aligned(places, 0)
-        q = q.followed_by(self.frame.at(where, given))
-        return q if self.permute is None else q.followed_by(self.permute)
 
 
 class Blocks(nn.Module):
@@ -311,20 +245,52 @@ class Blocks(nn.Module):
         self.blocks: Any = nn.ModuleList()
         self.scale = scale
 
+    def rows_of(self, block: Block, parent: int, sizes: Sequence[int]) -> Tensor:
+        """Return for each row of a block, with plates of some sizes, the row of a parent that it belongs to."""
+        outer, number = self.blocks[parent], dict(zip(block.packing.plates, sizes, strict=True))
+        there = outer.sizes if block.parents[parent] else [number[plate] for plate in outer.packing.plates]
+        index = outer.aligned(torch.arange(math.prod(there)).reshape(*there, 1), 1)
+        own = block.aligned(torch.zeros(*sizes, 1), 1)
+        return self._of_parent(block, parent, index, None).expand(own.shape).flatten()
+
+    def _of_parent(self, block: Block, parent: int, vectors: Tensor, places: Tensor | None) -> Tensor:
+        """Return for each row of a block the vector of the parent's row that it belongs to, aligned.
+
+        Args:
+            block: The block.
+            parent: The place of the parent.
+            vectors: The vectors of its rows, aligned.
+            places: The places of the rows of the block, or None for all in their order.
+        """
+        outer, nesting = self.blocks[parent], block.parents[parent]
+        if nesting is None:
+            return vectors
+        axis, (dim,) = block.packing.plates.index(nesting.plate), outer.packing.dims
+        if vectors.shape[dim - 1] != outer.number:
+            fault = f"plate {nesting.outer!r} takes {vectors.shape[dim - 1]} of its {outer.number} rows"
+            raise ValueError(f"{fault}, but rows of {nesting.plate!r} belong to all of them. Let it take all rows.")
+        rows, own = nesting.rows.to(vectors.device), block.packing.dims[axis]
+        if places is not None:
+            first = places.movedim(axis, 0).reshape(places.shape[axis], -1)[:, 0]
+            rows = rows[first.to(rows.device) // math.prod(block.sizes[axis + 1 :]) % block.sizes[axis]]
+        alone = vectors.dim() - 1 == outer.packing.depth  # without a batch
+        vectors = vectors.index_select(dim - 1, rows)
+        vectors = vectors.reshape(*(1,) * (1 - own - vectors.dim()), *vectors.shape).transpose(dim - 1, own - 1)
+        return vectors.reshape(vectors.shape[-1 - block.packing.depth :]) if alone else vectors
+
     def at(self, block: Block, rows: BlockRows, drawn: Sequence[Drawn]) -> FlowDistribution:
         """Return the distribution of a block's vectors for some rows, given the blocks before it."""
-        parents = [drawn[parent] for parent in block.parents]
-
-        def of_parents(vectors: Iterable[Tensor]) -> list[Tensor]:
-            pairs = zip(parents, vectors, strict=True)
-            return [block.from_parent(parent.block, z, rows.places) for parent, z in pairs]
-
-        context = _joined(
-            [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1, self.depth)],
-            of_parents(parent.relative for parent in parents),
-        )
-        given = _joined(of_parents(parent.z for parent in parents)) if block.frame is not None else None
-        return block.at(context, rows.places, given)
+        places, frame = rows.places, block.frame
+        own = [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1, self.depth)]
+        relative = [self._of_parent(block, i, drawn[i].relative, places) for i in block.parents]
+        q = block.flow(_joined(own + relative))
+        if frame is None:
+            return q
+        given = _joined([self._of_parent(block, i, drawn[i].z, places) for i in block.parents])
+        one = places is None or len(frame.loc) == 1  # rows that have one frame
+        where = torch.zeros((), dtype=torch.long) if one or places is None else block.aligned(places, 0)
+        q = q.followed_by(frame.at(where, given))
+        return q if block.permute is None else q.followed_by(block.permute)
 
     def draw(self, size: int, rows: Sequence[BlockRows], masks: Masks) -> dict[str, Tensor]:
         """Sample the sites for some rows of each block, ``(size, *batch, *site_shape)`` for a batch of datasets.
@@ -397,6 +363,10 @@ class Blocks(nn.Module):
 
         return in_chunks(of_vectors, chunk, vectors, None, 1) + change
 
+    def transform(self, rows: Sequence[BlockRows]) -> View:
+        """Return the map from the bases of all blocks to their packed vectors, for some rows of each."""
+        return View(BlockTransform(self, rows))
+
     def carried(
         self, vectors: Tensor, shapes: Sequence[Sequence[int]], rows: Sequence[BlockRows], *, inverse: bool
     ) -> list[tuple[Tensor, Tensor]]:
@@ -421,7 +391,7 @@ class Blocks(nn.Module):
         return found
 
 
-class BlockTransform(Transform):
+class BlockTransform(TwoWay):
     """The map from the bases of all blocks to their vectors, each packed, for all rows: ``(*batch, D)``.
 
     Args:
@@ -429,44 +399,22 @@ class BlockTransform(Transform):
         rows: The rows of each block.  If they are of a batch of datasets, ``batch`` ends with its shape.
     """
 
-    domain = codomain = constraints.real_vector
-    bijective = True
-
     def __init__(self, posterior: Blocks, rows: Sequence[BlockRows]) -> None:
-        super().__init__()
-        self._posterior, self._rows = posterior, rows
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, z and log|dz/dx|
+        pairs, batch = zip(posterior.blocks, rows, strict=True), len(posterior.batch_of(rows))
+        sizes = [() if own.contexts is None else block.aligned(own.contexts, 1).shape[batch:-1] for block, own in pairs]
+        # The shape of each block's vectors, with the rows at the dimensions of their plates.
+        shapes = [(*of, block.packing.size) for block, of in zip(posterior.blocks, sizes, strict=True)]
+        super().__init__((sum(map(math.prod, shapes)),))
+        self.posterior, self.rows, self.shapes = posterior, rows, shapes
 
-    def _call(self, x: Tensor) -> Tensor:
-        z, log_det = self._carried(x, inverse=False)
-        self._last = x, z, log_det
-        return z
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self._carried(y, inverse=True)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return log|dz/dx|, in nats, ``batch``."""
-        last = self._last
-        return last[2] if last and last[0] is x and last[1] is y else self._carried(x, inverse=False)[1]
-
-    def _carried(self, vectors: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        batch = vectors.shape[:-1]
-        pairs = self._posterior.carried(vectors, self._shapes, self._rows, inverse=inverse)
-        found = [(y.reshape(*batch, -1), log_det.reshape(*batch, -1)) for y, log_det in pairs]
-        return torch.cat([y for y, _ in found], -1), torch.cat([log_det for _, log_det in found], -1).sum(-1)
-
-    @property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each block's vectors, with the rows at the dimensions of their plates."""
-        pairs, batch = zip(self._posterior.blocks, self._rows, strict=True), len(self._posterior.batch_of(self._rows))
-        rows = [() if own.contexts is None else block.aligned(own.contexts, 1).shape[batch:-1] for block, own in pairs]
-        return [(*sizes, block.packing.size) for block, sizes in zip(self._posterior.blocks, rows, strict=True)]
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        pairs = self.posterior.carried(value, self.shapes, self.rows, inverse=inverse)
+        flat = [(y.reshape(*value.shape[:-1], -1), log_det.reshape(*value.shape[:-1], -1)) for y, log_det in pairs]
+        return torch.cat([y for y, _ in flat], -1), torch.cat([log_det for _, log_det in flat], -1).sum(-1)
 
 
-def _joined(*groups: Sequence[Tensor]) -> Tensor | None:
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
     """Join vectors ``(*batch, n)`` with batches that broadcast; return None for no vectors."""
-    parts = [part for group in groups for part in group]
     if not parts:
         return None
     batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))

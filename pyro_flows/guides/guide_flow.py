@@ -149,11 +149,12 @@ def default_flow(input_dim: int) -> Flow:
     return Flow(couplings.transforms, base)
 
 
-def local_flow(input_dim: int, context_dim: int) -> Flow:
+def local_flow(input_dim: int, context_dim: int, *, spread: bool = False) -> Flow:
     """Build the default flow of :class:`AutoPlateFlow` for the rows of a plate, l = A_c(T_c(u)).
 
     The last layer A_c is an affine map that depends on the context c alone, so that each row's place and scale are
-    found first.
+    found first.  If ``spread``, rows start at a random linear map of their contexts: if all rows of an autoencoder
+    started alike, a decoder that is trained with the guide would learn to ignore their latents.
     """
     if input_dim == 1:
         layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
@@ -161,6 +162,9 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
         layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True)
     set_pace(networks_of(place)[0], LIMITS.place_pace)
+    if spread and (direct := place.direct) is not None:
+        # A conditioner returns all scales of an affine map and then all shifts, here from the context's own columns.
+        nn.init.normal_(direct.weight[input_dim : 2 * input_dim, :context_dim], std=context_dim**-0.5 / direct.unit)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
@@ -191,19 +195,6 @@ def sequence_flow(steps: int, width: int, context_dim: int = 0) -> Flow:
             layers.append(Coupling(Affine(3.0), net, mask))
     net = StepNet(torch.zeros_like(board), steps, 2 + width, (16,), context_dim)
     return Flow([*layers, Recurrence(steps, width, net)])
-
-
-def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
-    """Build a flow as :func:`local_flow` does, whose rows start at a random linear map of their contexts.
-
-    If all rows started alike, a decoder that is trained with the guide would learn to ignore their latents.
-    """
-    flow = local_flow(input_dim, context_dim)
-    # A conditioner returns all scales of an affine map and then all shifts, here from the context's own columns.
-    direct = flow.transforms[-1].conditioner.direct
-    shift = direct.weight[input_dim : 2 * input_dim, :context_dim]
-    nn.init.normal_(shift, std=context_dim**-0.5 / direct.unit)
-    return flow
 
 
 def check_recipes(owner: str, **recipes: object) -> None:
@@ -240,22 +231,17 @@ def built(
         if type(error) not in BUILT_IN:
             raise
         raise type(error)(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
-    fits = isinstance(flow, Flow) and flow.event_shape == (input_dim,)
-    encodes = fits and flow.encoder is not None  # then the encoder takes the contexts
-    if not fits or (flow.context_dim != context_dim and not (encodes and may_encode)):
+    has_encoder = isinstance(flow, Flow) and flow.encoder is not None  # which takes the contexts
+    fits = isinstance(flow, Flow) and flow.event_shape == (input_dim,) and (may_encode or not has_encoder)
+    if not fits or not (flow.context_dim == context_dim or has_encoder):
         context = f"contexts of width {context_dim}" if context_dim else "no context"
-        wanted = f"a Flow over events of shape ({input_dim},) with {context}"
+        wanted = f"a Flow over events of shape ({input_dim},) with {context}{' and no encoder' * has_encoder}"
         raise ValueError(f"{owner}: {call} must return {wanted}, got {flow!r:.200}.")
-    if encodes and not may_encode:
-        raise ValueError(f"{owner}: {call} must return a Flow without an encoder; give it to the guide, encoder=....")
     return flow
 
 
 def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
-    """Return the default recipe of :class:`AutoFlow`.
-
-    With an encoder it is :func:`placed_flow`.
-    """
+    """Return the default recipe of :class:`AutoFlow`; with an encoder :func:`placed_flow`."""
     if any(circular):
         return partial(flows.circular_coupling, circular=circular, activation=nn.ELU)
     return placed_flow if context_dim else default_flow
@@ -322,6 +308,12 @@ class GuideFlow(Flow):
         circular: For each latent, True if it is an angle, which affine maps leave alone; by default none is.
     """
 
+    couplings: list[FlowTransform]
+    fixed: FixedAffine
+    learned: FlowTransform | None
+    correlations: FixedAffine | None
+    bend: Elementwise | QuantileMap | None
+
     def __init__(
         self,
         couplings: Iterable[FlowTransform],
@@ -334,54 +326,16 @@ class GuideFlow(Flow):
         circular: Sequence[bool] = (),
     ) -> None:
         couplings = list(couplings)
-        ends = {"learned": learned, "correlations": correlations, "bend": bend, "fixed": fixed}
-        present = {name: layer for name, layer in ends.items() if layer is not None}
-        super().__init__([*couplings, *present.values()], base)
-        self._places = {name: place for place, name in enumerate(present, len(couplings))}
+        ends = [layer for layer in (learned, correlations, bend, fixed) if layer is not None]
+        super().__init__([*couplings, *ends], base)
+        # The list registers the layers.  If their names did so too, each tensor would have two names.
+        vars(self).update(couplings=couplings, fixed=fixed, learned=learned, correlations=correlations, bend=bend)
         self.circular = tuple(circular) or (False,) * len(fixed.loc)
-
-    def _layer(self, name: str) -> Any:
-        return self.transforms[self._places[name]] if name in self._places else None
-
-    @property
-    def couplings(self) -> list[FlowTransform]:
-        """The layers of the recipe."""
-        return [*self.transforms[: -len(self._places)]]
-
-    @property
-    def learned(self) -> FlowTransform | None:
-        """The affine map that is trained."""
-        return self._layer("learned")
-
-    @property
-    def correlations(self) -> FixedAffine | None:
-        """The fixed map before ``bend``."""
-        return self._layer("correlations")
-
-    @property
-    def bend(self) -> Elementwise | QuantileMap | None:
-        """The map of each latent."""
-        return self._layer("bend")
-
-    @property
-    def fixed(self) -> FixedAffine:
-        """The last map."""
-        return self._layer("fixed")
-
-    @property
-    def ends(self) -> list[FlowTransform]:
-        """All layers after the couplings."""
-        return [*self.transforms[-len(self._places) :]]
 
     @property
     def unscaled(self) -> list[FlowTransform]:
         """All layers before the fixed map, whose numbers are of order one."""
         return [*self.transforms[:-1]]
-
-    @property
-    def rank(self) -> int:
-        """The number of directions that the fixed maps can stretch."""
-        return 0 if self.correlations is None else self.correlations.rank
 
     @property
     def scale_tril(self) -> Tensor:
@@ -412,8 +366,8 @@ class GuideFlow(Flow):
         """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
         held = nn.Parameter(context.detach().clone())
         couplings = [Conditioned(layer, held) if layer.context_dim else layer for layer in self.couplings]
-        ends = {name: self._layer(name) for name in self._places}
-        return GuideFlow(couplings, self.base, **ends, circular=self.circular)
+        ends: dict[str, Any] = {name: getattr(self, name) for name in ("learned", "correlations", "bend", "circular")}
+        return GuideFlow(couplings, self.base, self.fixed, **ends)
 
     @torch.no_grad()
     def start_at(
@@ -426,10 +380,11 @@ class GuideFlow(Flow):
         Raises:
             ValueError: If there are more directions than the maps have.
         """
-        given = 0 if stretch is None else len(stretch)
-        if given > self.rank:
-            fault = f"stretch must have at most {self.rank} numbers for this guide, got {given}"
-            raise ValueError(f"AutoFlow.start_at: {fault}.")
+        given, rank = 0 if stretch is None else len(stretch), 0 if self.correlations is None else self.correlations.rank
+        if given > rank:
+            raise ValueError(
+                f"AutoFlow.start_at: stretch must have at most {rank} numbers for this guide, got {given}."
+            )
         if self.learned is not None:
             self.learned.load_state_dict(learned_map(self.circular, 1.0).state_dict())
         if any(self.circular):
@@ -487,8 +442,8 @@ def assemble(
     elif flow.context_dim:
         bend = QuantileMap(dim)
     fixed, rest = FixedAffine(dim, dense=dim <= LIMITS.tailed), torch.as_tensor(circular, device=loc.device)
-    ends: dict[str, Any] = {"learned": learned, "correlations": correlations, "bend": bend}
-    made = GuideFlow(flow.transforms, made_base, fixed, **ends, circular=circular)
+    ends: dict[str, Any] = {"learned": learned, "correlations": correlations, "bend": bend, "circular": circular}
+    made = GuideFlow(flow.transforms, made_base, fixed, **ends)
     made.to(device=loc.device, dtype=loc.dtype)
     fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / reachable).masked_fill(rest, 1))
     return made

@@ -87,8 +87,8 @@ class MarkCircles(Messenger):
         elif msg["infer"] and msg["infer"].get("periodic"):
             interval = scalar_support(fn.support)
             if not isinstance(interval, constraints.interval):
-                fault = f"is marked periodic, but its support is {fn.support} and no interval"
-                raise ValueError(f"AutoFlow: latent site {msg['name']!r} {fault}.")
+                fault = f"{msg['name']!r} is marked periodic, but its support is {fn.support} and no interval"
+                raise ValueError(f"AutoFlow: latent site {fault}.")
             support = Circle(interval.lower_bound, interval.upper_bound)
         elif states_support(fn):
             return
@@ -166,6 +166,17 @@ class PackedSite(NamedTuple):
         number = self.batch.numel() if self.present is None else int(self.present.sum())
         return number * self.event.numel()
 
+    def along(self, axis: int) -> Tensor:
+        """Return the index along an axis of each unconstrained number, ``batch + event``."""
+        shape = self.batch + self.event
+        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The row in each plate, by its name, of each unconstrained number, flattened."""
+        frames = [frame for frame in self.plates if frame.vectorized]
+        return {frame.name: self.along(len(self.batch) + frame.dim).flatten() for frame in frames}
+
     @property
     def counts(self) -> Tensor | None:
         """True for the unconstrained numbers in the vector, flattened; None if all are."""
@@ -222,17 +233,14 @@ class Packing:
         self.depth = -min(self.dims, default=0)
         self.site_depth = max(site["value"].dim() - site["fn"].event_dim for site in sites)
         for site in sites:
-            name, fn, value, support = site["name"], site["fn"], site["value"], site["fn"].support
+            name, value, support, event_dim = site["name"], site["value"], site["fn"].support, site["fn"].event_dim
             for dim in self.dims:
-                support = _of_one_row(owner, name, support, dim - fn.event_dim, rows_in(site, dim))
-            transform = biject_to(support)
+                support = _of_one_row(owner, name, support, dim - event_dim, rows_in(site, dim))
+            transform, end = biject_to(support), value.dim() - event_dim
             free = transform.inv(value).shape
-            batch = list(free[: value.dim() - fn.event_dim])
-            for dim in self.dims:
-                batch[dim] = 1
-            event, plates, counts = free[len(batch) :], tuple(site["cond_indep_stack"]), present.get(name)
-            shape, depth, start = torch.Size(batch), fn.event_dim, value.detach()
-            self.parts[name] = PackedSite(support, transform, shape, event, depth, plates, start, counts)
+            batch = torch.Size(1 if place - end in self.dims else size for place, size in enumerate(free[:end]))
+            layout, frames = (batch, free[end:], event_dim), tuple(site["cond_indep_stack"])
+            self.parts[name] = PackedSite(support, transform, *layout, frames, value.detach(), present.get(name))
         self._sizes = [part.size for part in self.parts.values()]
         self.size = sum(self._sizes)
 
@@ -257,24 +265,26 @@ class Packing:
         """The site of each number in the vector."""
         return [name for name, part in self.parts.items() for _ in range(part.size)]
 
-    def _split(self, latent: Tensor) -> Iterator[tuple[str, PackedSite, Tensor]]:
-        for (name, part), chunk in zip(self.parts.items(), latent.split(self._sizes, -1), strict=True):
-            yield name, part, chunk
+    def _split(self, latent: Tensor, depth: int | None = None) -> Iterator[tuple[str, PackedSite, Tensor]]:
+        """Yield the sites in vectors with their unconstrained values, ``(*sample, *batch, *event)``.
 
-    def _free(self, part: PackedSite, chunk: Tensor, sample: Sequence[int]) -> Tensor:
-        """Return the unconstrained values of a site, ``(*sample, *batch, *event)``, from its numbers in vectors."""
-        if not self.dims:
-            return part.scatter(chunk, sample)
-        first, places = len(sample), [len(part.batch) + dim for dim in self.dims]
-        rows = [chunk.shape[chunk.dim() - 1 + dim] for dim in self.dims]
-        rest = [size for place, size in enumerate(part.batch) if place not in places]
-        free = chunk.reshape((*sample, *rows, *rest, *part.event))
-        return free.movedim([*range(first, first + len(rows))], [first + place for place in places])
+        Vectors have so many dimensions of rows, by default those of each site's batch.
+        """
+        for (name, part), chunk in zip(self.parts.items(), latent.split(self._sizes, -1), strict=True):
+            sample = latent.shape[: max(0, latent.dim() - 1 - (len(part.batch) if depth is None else depth))]
+            if not self.dims:
+                yield name, part, part.scatter(chunk, sample)
+                continue
+            first, places = len(sample), [len(part.batch) + dim for dim in self.dims]
+            rows = [chunk.shape[chunk.dim() - 1 + dim] for dim in self.dims]
+            rest = [size for place, size in enumerate(part.batch) if place not in places]
+            free = chunk.reshape((*sample, *rows, *rest, *part.event))
+            front = [*range(first, first + len(rows))]
+            yield name, part, free.movedim(front, [first + place for place in places])
 
     def free(self, latent: Tensor) -> dict[str, Tensor]:
         """Map vectors ``(*batch, *rows, size)`` to unconstrained values of the sites, ``(*batch, *shape)``."""
-        sample = latent.shape[: latent.dim() - 1 - self.depth]
-        return {name: self._free(part, chunk, sample) for name, part, chunk in self._split(latent)}
+        return {name: free for name, _, free in self._split(latent, self.depth)}
 
     def values(self, latent: Tensor) -> dict[str, Tensor]:
         """Map vectors ``(*batch, *rows, size)`` to values of the sites, ``(*batch, *site_shape)``."""
@@ -289,11 +299,8 @@ class Packing:
             latent: The vectors, ``(*sample, *plates, size)``.  Only the plates of the rows have sizes above 1.
             absent: The masks of sites that are absent in part.
         """
-        for name, part, chunk in self._split(latent):
-            sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
-            depth = len(sample) + len(part.batch)
-            free = self._free(part, chunk, sample)
-            value = part.transform(free)
+        for name, part, free in self._split(latent):
+            depth, value = free.dim() - len(part.event), part.transform(free)
             change = part.transform.log_abs_det_jacobian(free, value)
             change = part.counted(_sum_rightmost(change, change.dim() - depth))
             if name in absent:  # the model's gradient there is 0, or not finite, and must not reach the guide

@@ -150,34 +150,25 @@ class AutoPlateFlow(BlockGuide):
     def _shared(self, call: Call, masks: Mapping[Key, RowMasks]) -> BlockRows:
         if not self.is_amortised:
             return BlockRows()
-        rows = self._row_contexts(call)
-        self._check_range(rows.shape[-2])
-        mask = masks.get((self.plate,), RowMasks()).rows
-        if mask is not True and rows.dim() > 2:
+        rows, mask = self._row_contexts(call), masks.get((self.plate,), RowMasks()).rows
+        number, masked = rows.shape[-2], mask is not True
+        if self.row_range and not self.row_range[0] <= number <= self.row_range[1]:
+            seen = f"the data have {number} row{'s' * (number != 1)} of plate {self.plate!r}"
+            fault = f"{seen}, and the guide was trained on {self.row_range[0]} to {self.row_range[1]}"
+            warn_user(f"AutoPlateFlow: {fault}. Use fit_amortized(..., datasets=...) that holds {number}.")
+        if masked and rows.dim() > 2:
             fault = "datasets whose rows are masked must be given one by one, got a batch of them"
             raise ValueError(f"AutoPlateFlow: {fault}. Loop over them, or leave absent rows out of the data.")
-        self._check_seen(call, masked=mask is not True)
-        counts = None if mask is True else torch.as_tensor(mask).flatten().expand(rows.shape[:-1])
-        return BlockRows(None, self._pooled(rows, counts))
-
-    def _check_seen(self, call: Call, *, masked: bool) -> None:
-        """Remember that the model masks rows; warn if a guide without a model cannot see masks any more."""
         self.meets_masks = self.meets_masks or masked
         if self.meets_masks and call.model is None:
             fault = "the guide was used with masked rows, and a loaded guide has no model to see masks"
             warn_user(f"AutoPlateFlow: {fault}. Leave the absent rows out of the data.")
+        counts = torch.as_tensor(mask).flatten().expand(rows.shape[:-1]) if masked else None
+        return BlockRows(None, self._pooled(rows, counts))
 
     def _row_contexts(self, call: Call) -> Tensor:
         """Return the contexts of all rows, ``(*batch, rows, width)``."""
         return cast(Tensor, self.posterior.blocks[-1].contexts.of_all(call).contexts)
-
-    def _check_range(self, number: int) -> None:
-        """Warn of a number of rows on which the guide was not trained."""
-        if self.row_range and not self.row_range[0] <= number <= self.row_range[1]:
-            least, most = self.row_range
-            rows = f"{number} row{'s' * (number != 1)} of plate {self.plate!r}"
-            fault = f"the data have {rows}, and the guide was trained on {least} to {most}"
-            warn_user(f"AutoPlateFlow: {fault}. Use fit_amortized(..., datasets=...) that holds {number}.")
 
     def _pooled(self, contexts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the context of all rows, ``(*batch, global_dim)``, from their contexts ``(*batch, rows, width)``."""
@@ -215,8 +206,7 @@ class AutoPlateFlow(BlockGuide):
         owns = BlockRows(None, self._pooled(contexts, None)), BlockRows(None, contexts[:, picked])
         drawn, found = list[Drawn](), list[SimulatedVectors]()
         for block, own, (z, log_det) in zip(self.posterior.blocks, owns, packed, strict=True):
-            if block.packing.dims:
-                axis = block.packing.dims[0]
+            for axis in block.packing.dims:
                 z, log_det = z.index_select(axis - 1, picked), log_det.index_select(axis, picked)
             aligned = z.reshape(number, *(1,) * (self.posterior.depth - block.packing.depth), *z.shape[1:])
             q = self.posterior.at(block, own, drawn)
@@ -229,8 +219,9 @@ class AutoPlateFlow(BlockGuide):
     def of_datasets(self, *args: Any, **kwargs: Any) -> OfDatasets:
         """Return the posterior, for each of M datasets, of the latents outside of the plate and in one random row."""
         rows = self._all_rows(self._call(args, kwargs), None)
-        number, size, _ = cast(Tensor, rows[1].contexts).shape  # (M, rows, width)
-        return OfRow(self.posterior, rows, torch.randint(size, (number,), device=cast(Tensor, rows[1].contexts).device))
+        contexts = cast(Tensor, rows[1].contexts)  # (M, rows, width)
+        places = torch.randint(contexts.shape[1], (len(contexts),), device=contexts.device)
+        return OfRow(self.posterior, rows, places)
 
     @torch.no_grad()
     def bind(self, *args: Any, **kwargs: Any) -> AutoPlateFlow:

@@ -15,7 +15,6 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from .auto import AutoFlow
-from .packing import PackedSite
 
 
 def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -57,26 +56,15 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
     """
     parts = AutoFlow(model).setup(*args, **kwargs).packings["latent"].parts
     depends = get_dependencies(model, args, kwargs)["posterior_dependencies"]
-    places = {name: _places(part) for name, part in parts.items()}
+    own = {name: part.rows for name, part in parts.items()}
     rows = []
     for child in parts:
         blocks = []
         for parent in parts:
             plates = depends.get(child, {}).get(parent)
             block = torch.full((parts[child].size, parts[parent].size), plates is not None)
-            for plate in places[child].keys() & places[parent].keys() - (plates or set()):
-                block &= places[child][plate][:, None] == places[parent][plate]
+            for plate in own[child].keys() & own[parent].keys() - (plates or set()):
+                block &= own[child][plate][:, None] == own[parent][plate]
             blocks.append(block.tril(-1) if child == parent else block)
         rows.append(torch.cat(blocks, -1))
     return torch.cat(rows)
-
-
-def _places(part: PackedSite) -> dict[str, Tensor]:
-    """Return the place in each plate, by its name, of each number of an unconstrained site."""
-    shape, found = part.batch + part.event, {}
-    for frame in part.plates:
-        if frame.vectorized:
-            axis = len(part.batch) + frame.dim
-            place = torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1))
-            found[frame.name] = place.expand(shape).flatten()
-    return found

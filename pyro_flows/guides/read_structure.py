@@ -17,6 +17,7 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
+from ..arguments import quoted
 from ..programs.log_density import or_nan
 from ..vjp import score_of
 from .guide_call import Call, Key, Rows, frames_of
@@ -120,15 +121,17 @@ def _without_absent(sequence: StepSequence, present: Mapping[str, Tensor]) -> St
 
 def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:
     """Raise ValueError if nestings do not fit the plates of a model, given their rows in a run."""
-    outer_plates = {n.plate: [own.outer for own in structure.outside(n.plate)] for n in structure.nestings}
     try:
-        TopologicalSorter(outer_plates).prepare()
+        TopologicalSorter(
+            {n.plate: [own.outer for own in structure.outside(n.plate)] for n in structure.nestings}
+        ).prepare()
     except CycleError as error:
         raise ValueError(f"{owner}: the nestings in structure have the cycle {', '.join(error.args[1])}.") from None
+    known = [name for name in structure.plates if name in rows]
     for plate, outer, index in structure.nestings:
         for name in (plate, outer):
-            if name not in structure.plates or name not in rows:
-                has = ", ".join(name for name in structure.plates if name in rows) or "none"
+            if name not in known:
+                has = ", ".join(known) or "none"
                 raise ValueError(f"{owner}: structure has a nesting of {plate!r} in {outer!r}. Its plates are {has}.")
             if not takes_all(rows[name]):
                 fault = f"plate {name!r} takes some of its rows, so that no index can nest {plate!r} in {outer!r}"
@@ -136,9 +139,8 @@ def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -
         size, number = rows[plate].full_size, rows[outer].full_size
         is_index = isinstance(index, Tensor) and index.dtype == torch.long and index.shape == (size,)
         if not is_index or not bool(((index >= 0) & (index < number)).all()):
-            got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             wanted = f"one index of {outer!r} for each row of {plate!r}, ({size},), from 0 to {number - 1}"
-            raise ValueError(f"{owner}: the rows of a nesting must be {wanted}, got {got}.")
+            raise ValueError(f"{owner}: the rows of a nesting must be {wanted}, got {quoted(index)}.")
 
 
 def takes_all(rows: Rows) -> bool:
@@ -169,6 +171,7 @@ class Probe:
 
 PROBE = Probe()
 NUMBERED = re.compile(r"(.*?)(\d+)$")
+Track = tuple[int, Tensor]  # a local sequence: its reach, and the step of each number of the vector, or -1
 
 
 def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
@@ -181,52 +184,42 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
         call: The call of the guide.
         encoded: The plates with an encoder.
     """
-    frames = [frame for site in call.latents.values() for frame in _plates(site)]
-    some = {frame.name for frame in frames if frame.full_size is not None and frame.size < frame.full_size}
-    subsampled = some.union(frame.name for frame in frames if frame.name in encoded)
-    if not subsampled and sum(site["value"].numel() for site in call.latents.values()) <= PROBE.few:
+    frames = [frame for site in call.latents.values() for frame in site["cond_indep_stack"]]
+    frames = [frame for frame in frames if frame.vectorized and frame.size != 1]
+    some = {f.name for f in frames if f.name in encoded or (f.full_size is not None and f.size < f.full_size)}
+    if not some and sum(site["value"].numel() for site in call.latents.values()) <= PROBE.few:
         return Structure()
-    look = _Look(call)
-    plates = look.independent_plates(subsampled)
-    sequences = [found for sites in look.blocks(plates).values() for found in look.sequences(sites, plates)]
-    rows = call._replace(plates=tuple(plates)).look(until=()).rows
-    partial = {name for name in plates if not takes_all(rows[name])}.union(encoded)
-    return Structure(tuple(plates), tuple(sequences), tuple(look.nestings(plates, partial)))
-
-
-def _plates(site: dict[str, Any]) -> list[Any]:
-    """Return the frames of the plates that are dimensions of a site with several rows."""
-    return [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size != 1]
-
-
-class _Track(NamedTuple):
-    """Sites that may be a sequence: the number of steps, and the step of each number of the vector, or -1."""
-
-    steps: int
-    sites: tuple[str, ...]
-    of: Tensor
+    look = _Look(call, some)
+    rows = call._replace(plates=tuple(look.plates)).look(until=()).rows
+    whole = [name for name in look.plates if takes_all(rows[name]) and name not in encoded]
+    return Structure(tuple(look.plates), tuple(look.sequences()), tuple(look.nestings(whole)))
 
 
 class _Look:
     """A look at the couplings between the packed, unconstrained latents of a model.
 
+    Args:
+        call: The call of the guide.
+        some: The plates that have rows in any case.
+
     Attributes:
+        parts: The sites in the vector.
         places: For each site the places of its numbers in the vector, of the shape of its unconstrained value.
         rows: For each plate the row of each number of the vector, ``(D,)``; -1 outside of the plate.
+        plates: The plates whose rows are independent given the rest, and that have more than a few latents.
+        blocks: The sites of each set of these plates.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        packing = Packing(call.owner, call.latents.values())
+    def __init__(self, call: Call, some: set[str]) -> None:
+        self.call, packing = call, Packing(call.owner, call.latents.values())
         program, size, ones = summed(call), packing.size, (1,) * packing.site_depth
-        self.places, self.rows = dict[str, Tensor](), dict[str, Tensor]()
-        self._depths = {name: len(part.batch) for name, part in packing.parts.items()}
+        self.parts, self.places, self.rows = packing.parts, dict[str, Tensor](), dict[str, Tensor]()
         order = torch.arange(size).split([part.size for part in packing.parts.values()])
         for (name, part), chunk in zip(packing.parts.items(), order, strict=True):
             self.places[name] = chunk.reshape(part.batch + part.event)
-            for frame in _plates(call.latents[name]):
-                row = self.rows.setdefault(frame.name, torch.full((size,), -1))
-                row[chunk] = self._along(name, self._depths[name] + frame.dim).flatten()
+            for plate, row in part.rows.items():
+                if row.any():  # with several rows
+                    self.rows.setdefault(plate, torch.full((size,), -1))[chunk] = row
 
         def density(z: Tensor) -> Tensor:
             changes = (log_det for *_, log_det in packing.unpack(z.reshape(len(z), *ones, size)))
@@ -234,11 +227,20 @@ class _Look:
             return sum((change.reshape(len(z), -1).sum(-1) for change in changes), total)
 
         self._density, self._start = or_nan(density), packing.start
+        self.plates, tied = [*self.rows], {""}
+        while tied:
+            self.blocks = self._sites_by_plates()
+            tied = {plate for key, sites in self.blocks.items() for plate in self._tied(key, self._at(sites))} - some
+            self.plates = [plate for plate in self.plates if plate not in tied]
+        kept = some.union(*(key for key, sites in self.blocks.items() if len(self._at(sites)) > PROBE.few))
+        self.plates = [plate for plate in self.plates if plate in kept]
+        self.blocks = self._sites_by_plates()
 
-    def _along(self, name: str, axis: int) -> Tensor:
-        """Return the index along an axis of each number of a site."""
-        shape = self.places[name].shape
-        return torch.arange(shape[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+    def _sites_by_plates(self) -> dict[Key, list[str]]:
+        found: dict[Key, list[str]] = {}
+        for name, site in self.call.latents.items():
+            found.setdefault(tuple(frame.name for frame in frames_of(site, self.plates)), []).append(name)
+        return found
 
     def _at(self, sites: Iterable[str]) -> Tensor:
         """Return the places of the numbers of some sites."""
@@ -264,40 +266,21 @@ class _Look:
                 found.append((change, 64 * torch.finfo(change.dtype).eps * torch.maximum(back.abs(), forth.abs())))
         return found
 
-    def blocks(self, plates: Iterable[str]) -> dict[Key, list[str]]:
-        """Return the sites of each set of some plates."""
-        found: dict[Key, list[str]] = {}
-        for name, site in self.call.latents.items():
-            found.setdefault(tuple(frame.name for frame in frames_of(site, {*plates})), []).append(name)
-        return found
-
-    def independent_plates(self, subsampled: set[str]) -> list[str]:
-        """Return the plates whose rows are independent given the rest, and that have more than a few latents."""
-        plates, tied = [*self.rows], {""}
-        while tied:
-            blocks = self.blocks(plates)
-            tied = {plate for key, sites in blocks.items() for plate in self._tied(key, self._at(sites))} - subsampled
-            plates = [plate for plate in plates if plate not in tied]
-        kept = subsampled.union(*(key for key, sites in blocks.items() if len(self._at(sites)) > PROBE.few))
-        return [plate for plate in plates if plate in kept]
-
     def _tied(self, key: Key, own: Tensor) -> list[str]:
         """Return the plates of a block, with numbers at some places, whose rows depend on each other."""
         if not key:
             return []
-        middle = {plate: int(self.rows[plate][own].max()) // 2 for plate in key}
-        elsewhere = {plate: self.rows[plate][own] != row for plate, row in middle.items()}
+        elsewhere = {plate: self.rows[plate][own] != int(self.rows[plate][own].max()) // 2 for plate in key}
         coupled = self.coupled(own[~torch.stack([*elsewhere.values()]).any(0)])[own]
         return [plate for plate in key if bool((coupled & elsewhere[plate]).any())]
 
-    def nestings(self, plates: Iterable[str], without: Collection[str]) -> list[Nesting]:
-        """Return the nestings of plates by an index, but for some plates.
+    def nestings(self, whole: Iterable[str]) -> list[Nesting]:
+        """Return the nestings of plates, which take all of their rows, by an index.
 
         A plate is nested in another one if each of its rows is coupled to at most one row there.
         """
-        blocks = self.blocks(plates)
-        whole = [plate for plate in plates if plate not in without and any(plate in key for key in blocks)]
-        outer_plates = [key[0] for key in blocks if len(key) == 1 and key[0] in whole]
+        whole = [plate for plate in whole if any(plate in key for key in self.blocks)]
+        outer_plates = [key[0] for key in self.blocks if len(key) == 1 and key[0] in whole]
         if len(whole) < 2 or not outer_plates:
             return []
         own = torch.zeros(PROBE.points, len(self._start))
@@ -306,75 +289,55 @@ class _Look:
             own[:, inside] = torch.stack([change[inside] for change, _ in self._changes(inside)])
         found: dict[str, dict[str, Tensor]] = {plate: {} for plate in whole}
         for outer in outer_plates:
-            touched = self._touched(outer, self._at(blocks[(outer,)]), own)
+            touched = self._touched(outer, PROBE.faint * own)
             for plate in whole:
-                index = None if plate == outer else self._outer_rows(plate, touched)
-                if index is not None:
+                if plate != outer and (index := _outer_rows(self.rows[plate], touched)) is not None:
                     found[plate][outer] = index
         chosen: dict[str, dict[str, Tensor]] = {}
         for plate in whole:
             _choose(plate, found, chosen, ())
         return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
 
-    def _touched(self, outer: str, places: Tensor, own: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _touched(self, outer: str, faint: Tensor) -> list[list[Tensor]]:
         """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.
 
         Args:
             outer: The plate.
-            places: The places of the numbers of its rows.
-            own: The changes of scores if their own rows are moved, at each point.
+            faint: The changes of scores that do not count, at each point.
         """
-        found, row, faint = [], self.rows[outer][places], PROBE.faint * own
-        for digit in range(int(row.max()).bit_length()):
-            pair = []
-            for value in (0, 1):
-                changes = self._changes(places[row >> digit & 1 == value])
-                coupled = [c > torch.maximum(noise, f) for (c, noise), f in zip(changes, faint, strict=True)]
-                pair.append(torch.stack(coupled).any(0))
-            found.append((pair[0], pair[1]))
-        return found
+        places = self._at(self.blocks[(outer,)])
+        row = self.rows[outer][places]
 
-    def _outer_rows(self, plate: str, touched: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Return the row of another plate to which each row of a plate is coupled, -1 for none.
+        def coupled(moved: Tensor) -> Tensor:
+            pairs = zip(self._changes(moved), faint, strict=True)
+            return torch.stack([change > torch.maximum(noise, least) for (change, noise), least in pairs]).any(0)
 
-        Return None if some are coupled to several rows, or all to none.
-        """
-        inside, row = self.rows[plate] >= 0, self.rows[plate]
-        none = torch.zeros(1 + int(row.max()), dtype=torch.long)
+        digits = range(int(row.max()).bit_length())
+        return [[coupled(places[row >> digit & 1 == value]) for value in (0, 1)] for digit in digits]
 
-        def any_in_row(coupled: Tensor) -> Tensor:
-            return none.index_add(0, row[inside], coupled[inside].long()) > 0
+    def sequences(self) -> Iterator[StepSequence]:
+        """Yield the sequences among sites with the same rows: those of one length together, if they are local."""
+        for sites in self.blocks.values():
+            tracks: dict[int, list[Track]] = {}
+            for reach, of in self._tracks(sites):
+                tracks.setdefault(int(of.max()), []).append((reach, of))
+            for parts in tracks.values():
+                whole = self._track(torch.stack([of for _, of in parts]).max(0).values)
+                for reach, of in parts if whole is None else [whole]:
+                    if int((of >= 0).sum()) > PROBE.few:
+                        yield self._sequence(reach, of)
 
-        pairs = [(any_in_row(zero), any_in_row(one)) for zero, one in touched]
-        seen = torch.stack([zero | one for zero, one in pairs])
-        if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in pairs):
-            return None
-        return sum((one.long() << digit for digit, (_, one) in enumerate(pairs)), none).where(seen[0], -1)
-
-    def sequences(self, sites: list[str], plates: Collection[str]) -> list[StepSequence]:
-        """Return the sequences among sites with the same rows: those of one length together, if they are local."""
-        tracks: dict[int, list[_Track]] = {}
-        for track in self._tracks(sites, plates):
-            tracks.setdefault(track.steps, []).append(track)
-        found: list[StepSequence] = []
-        for steps, parts in tracks.items():
-            names = tuple(name for part in parts for name in part.sites)
-            whole = _Track(steps, names, torch.stack([part.of for part in parts]).max(0).values)
-            for track in [whole] if self._is_local(whole, plates) else parts:
-                if int((track.of >= 0).sum()) > PROBE.few:
-                    found.append(self._sequence(track, plates))
-        return found
-
-    def _sequence(self, track: _Track, plates: Collection[str]) -> StepSequence:
+    def _sequence(self, reach: int, of: Tensor) -> StepSequence:
         """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
-        reach, first = self._reach(track, plates), self._first_rows(plates)
-        size = next((size for size in range(max(1, reach), 4 * reach + 1) if track.steps % size == 0), 1)
-        places = [self.places[name].flatten() for name in track.sites]
-        of = tuple(track.of[place[first[place]]] // size for place in places)
-        return StepSequence(track.sites, track.steps // size, of)
+        steps, first = int(of.max()) + 1, self._first_rows
+        size = next((size for size in range(max(1, reach), 4 * reach + 1) if steps % size == 0), 1)
+        places = {name: place.flatten() for name, place in self.places.items() if of[place].min() >= 0}
+        return StepSequence(
+            tuple(places), steps // size, tuple(of[place[first[place]]] // size for place in places.values())
+        )
 
-    def _tracks(self, sites: list[str], plates: Collection[str]) -> Iterator[_Track]:
-        """Yield the local sequences of sites that are numbered, and of single sites."""
+    def _tracks(self, sites: list[str]) -> Iterator[Track]:
+        """Yield the local sequences of sites that are numbered, and of single sites, along the axis of least reach."""
         families: dict[str, list[str]] = {}
         for name in sites:
             if matched := NUMBERED.match(name):
@@ -385,41 +348,55 @@ class _Look:
                 of = torch.full(self._start.shape, -1)
                 for step, name in enumerate(names):
                     of[self.places[name]] = step
-                if self._is_local(track := _Track(len(names), tuple(names), of), plates):
+                if track := self._track(of):
                     taken |= {*names}
                     yield track
         for name in (name for name in sites if name not in taken):
-            yield from self._best_axis(name, plates)
+            part, place, found = self.parts[name], self.places[name], list[Track]()
+            rows = {len(part.batch) + frame.dim for frame in frames_of(self.call.latents[name], self.plates)}
+            for axis in (axis for axis in range(place.dim()) if axis not in rows and place.shape[axis] >= PROBE.short):
+                of = torch.full(self._start.shape, -1)
+                of[place] = part.along(axis)
+                found += filter(None, [self._track(of)])
+            if found:
+                yield min(found, key=lambda track: max(1, track[0]) / int(track[1].max() + 1))
 
-    def _best_axis(self, name: str, plates: Collection[str]) -> list[_Track]:
-        """Return the axis of a site along which it is a local sequence, with the fewest coupled numbers; or none."""
-        shape, found = self.places[name].shape, []
-        rows = {self._depths[name] + frame.dim for frame in frames_of(self.call.latents[name], plates)}
-        for axis in (axis for axis in range(len(shape)) if axis not in rows and shape[axis] >= PROBE.short):
-            of = torch.full(self._start.shape, -1)
-            of[self.places[name]] = self._along(name, axis)
-            if self._is_local(track := _Track(shape[axis], (name,), of), plates):
-                found.append((max(1, self._reach(track, plates)) / shape[axis], track))
-        return [min(found, key=lambda pair: pair[0])[1]] if found else []
-
-    def _first_rows(self, plates: Collection[str]) -> Tensor:
-        """Return True for the numbers in the first row of each of some plates, or outside of it, ``(D,)``."""
+    @property
+    def _first_rows(self) -> Tensor:
+        """True for the numbers in the first row of each of the plates, or outside of it, ``(D,)``."""
         found = torch.ones(self._start.shape, dtype=torch.bool)
-        for plate in plates:
+        for plate in self.plates:
             found &= self.rows[plate] <= 0
         return found
 
-    def _is_local(self, track: _Track, plates: Collection[str]) -> bool:
-        return self._reach(track, plates) <= int(PROBE.reach * track.steps)
+    def _track(self, of: Tensor) -> Track | None:
+        """Return a sequence with its reach, or None if it is not local.
 
-    def _reach(self, track: _Track, plates: Collection[str]) -> int:
-        """Return the largest number of steps between coupled latents of a sequence, seen from a few steps."""
-        places, farthest = ((track.of >= 0) & self._first_rows(plates)).nonzero().squeeze(-1), 0
-        steps = track.of[places]
-        for step in {track.steps // 2, track.steps // 3, track.steps - 1 - track.steps // 5}:
-            coupled = self.coupled(places[steps == step])[places]
-            farthest = max(farthest, int((steps[coupled] - step).abs().max()) if coupled.any() else 0)
-        return farthest
+        The reach is the largest number of steps between coupled latents, seen from a few steps.
+        """
+        steps, places, reach = int(of.max()) + 1, ((of >= 0) & self._first_rows).nonzero().squeeze(-1), 0
+        own = of[places]
+        for step in {steps // 2, steps // 3, steps - 1 - steps // 5}:
+            coupled = self.coupled(places[own == step])[places]
+            reach = max(reach, int((own[coupled] - step).abs().max()) if coupled.any() else 0)
+        return (reach, of) if reach <= int(PROBE.reach * steps) else None
+
+
+def _outer_rows(row: Tensor, touched: list[list[Tensor]]) -> Tensor | None:
+    """Return the row of another plate to which each row of a plate is coupled, -1 for none.
+
+    Return None if some are coupled to several rows, or all to none.
+
+    Args:
+        row: The row of each number of the vector, -1 outside of the plate.
+        touched: The numbers that are coupled to rows of the other plate, by the binary digits of these.
+    """
+    inside, none = row >= 0, torch.zeros(1 + int(row.max()), dtype=torch.long)
+    digits = [[none.index_add(0, row[inside], seen[inside].long()) > 0 for seen in pair] for pair in touched]
+    seen = torch.stack([zero | one for zero, one in digits])
+    if not seen.any() or (seen != seen[:1]).any() or any((zero & one).any() for zero, one in digits):
+        return None
+    return sum((one.long() << digit for digit, (_, one) in enumerate(digits)), none).where(seen[0], -1)
 
 
 def _choose(
