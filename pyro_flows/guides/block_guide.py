@@ -146,19 +146,19 @@ class BlockGuide(FlowGuide):
         blocks, key, order, size = self.posterior.blocks, packing.plates, self._order(packing), packing.size
         parents, contexts, start = self._parents(key), self._contexts(key), packing.start.reshape(-1, size)
         num_given = sum(blocks[parent].packing.size for parent in parents)
-        learned = contexts is not None and contexts.encoder is None
-        alone = learned and order is None and self._build_local is None and num_given <= self.most_factors
+        learned, steps = contexts is not None and contexts.encoder is None, len(order)
+        alone = learned and steps == 1 and self._build_local is None and num_given <= self.most_factors
         if contexts is not None:
             self._begin_contexts(
                 contexts, [found.rows[plate] for plate in key], start, call, num_given if alone else None
             )
             width = num_given + contexts.width
         else:
-            width = num_given + (0 if parents or order is not None else self._shared_width(call))
-        framed, frame, scale = learned or order is not None, None, self.posterior.scale
+            width = num_given + (0 if parents or steps > 1 else self._shared_width(call))
+        framed, frame, scale = learned or steps > 1, None, self.posterior.scale
         place = (torch.zeros_like(start[0]), 1.0) if framed else (start.mean(0), scale)
-        if order is not None:
-            flow = assemble_local(sequence_flow(len(order), order.shape[1], width), *place, by_row=learned)
+        if steps > 1:
+            flow = assemble_local(sequence_flow(steps, size // steps, width), *place, by_row=learned)
         elif alone:
             flow = assemble_local(rows_flow(size, width, num_given), *place, by_row=False)
         elif contexts is None:
@@ -171,9 +171,8 @@ class BlockGuide(FlowGuide):
             flow = assemble_local(made, *place, by_row=learned, amortised=self.is_amortised)
         if framed:
             shared = blocks[0].packing.size if 0 in parents and not blocks[0].packing.plates else 0
-            first = start.mean(0)[torch.arange(size).unsqueeze(0) if order is None else order]
-            rows = contexts.number if learned and contexts is not None else 1
-            frame = Frame(first.expand(rows, -1, -1), scale, num_given, shared)
+            number = contexts.number if learned and contexts is not None else 1
+            frame = Frame(start.mean(0)[order].expand(number, -1, -1), scale, num_given, shared)
         unit = start.new_full((size,), SCALES.wide * scale)
         return Block(name, packing, flow, contexts, parents, frame, order, unit)
 
@@ -205,7 +204,7 @@ class BlockGuide(FlowGuide):
         found = [nesting for plate in key for nesting in self.structure.outside(plate) if nesting.outer not in key]
         ways = Counter(nesting.outer for nesting in found)
         outer = {(nesting.outer,): nesting for nesting in found if ways[nesting.outer] == 1}
-        around = [(i, b.packing.plates) for i, b in enumerate(self.posterior.blocks) if b.order is None]
+        around = [(i, b.packing.plates) for i, b in enumerate(self.posterior.blocks) if len(b.order) == 1]
         return {i: outer.get(plates) for i, plates in around if {*plates} <= {*key} or plates in outer}
 
     def _shared_width(self, call: Call) -> int:
@@ -216,26 +215,21 @@ class BlockGuide(FlowGuide):
         """Return the contexts of the rows of some plates, not yet set up; None outside of rows."""
         return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None) if key else None
 
-    def _order(self, packing: Packing) -> Tensor | None:
-        """Return the places of each step of a sequence in a row's vector, ``(T, d)``; None if it is no sequence."""
+    def _order(self, packing: Packing) -> Tensor:
+        """Return the places of each step in a row's vector, ``(T, d)``, of one step if the latents are no sequence."""
         names = list(packing.parts)
         which = self.structure.group(names[0])
-        return None if which < 0 else self.structure.sequences[which].order(names)
+        return torch.arange(packing.size).unsqueeze(0) if which < 0 else self.structure.sequences[which].order(names)
 
     def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
-        owner = type(self).__name__
-        if angles := [name for name, site in sites.items() if is_circular(site["fn"].support)]:
-            raise ValueError(f"{owner}: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
-        groups: dict[tuple[Key, int], list[Any]] = {}
+        owner, groups, found = type(self).__name__, dict[tuple[Key, int], list[Any]](), dict[str, Packing]()
         for name, site in sites.items():
+            if is_circular(site["fn"].support):
+                raise ValueError(f"{owner}: latent site {name!r} is an angle; only AutoFlow takes angles.")
             key = tuple(frame.name for frame in frames_of(site, self.row_plates))
             groups.setdefault((key, self.structure.group(name)), []).append(site)
-        found = {}
-
-        def depth(group: tuple[Key, int]) -> tuple[int, int]:
-            return sum(map(self.structure.depth, group[0])), group[1]
-
-        for key, which in sorted(groups, key=depth):  # parents first
+        # Parents come first.
+        for key, which in sorted(groups, key=lambda of: (sum(map(self.structure.depth, of[0])), of[1])):
             group = groups[key, which]
             words = [*key, SHARED] if which < 0 else [*key, group[0]["name"], "steps"]
             found["_".join(words)] = Packing(owner, group, key, {} if key else self._calls.present)
@@ -297,9 +291,8 @@ class BlockGuide(FlowGuide):
             number = math.prod(rows)
             own = torch.arange(start, start + number * size).reshape(number, size)
             start += own.numel()
-            order = block.order if block.order is not None else torch.arange(size).unsqueeze(0)
             parents = tuple((i, self.posterior.rows_of(block, i, rows)) for i in block.parents)
-            found.append((own[:, order], parents))
+            found.append((own[:, block.order], parents))
         return found
 
     @torch.no_grad()

@@ -154,7 +154,7 @@ class Block(nn.Module):
         parents: The places of the blocks on which this one depends.  Each row of this block lies in a row of theirs,
             or belongs to one by the index of a nesting.
         frame: The Gaussian that follows the flow, or None.
-        order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
+        order: The places in the vector of the latents of each step, ``(T, d)``; one step if they are no sequence.
         unit: The unit of the block's latents, as other blocks see them, ``(size,)``.
     """
 
@@ -166,13 +166,13 @@ class Block(nn.Module):
         contexts: RowContexts | None,
         parents: Mapping[int, Nesting | None],
         frame: Frame | None,
-        order: Tensor | None,
+        order: Tensor,
         unit: Tensor,
     ) -> None:
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
         self.parents, self.order = parents, order
-        self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
+        self.permute = None if len(order) == 1 else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(unit.detach().clone())
 

@@ -287,16 +287,15 @@ class _Look:
         for plate in whole:
             inside = (self.rows[plate] >= 0).nonzero().squeeze(-1)
             own[:, inside] = torch.stack([change[inside] for change, _ in self._changes(inside)])
+        whole.sort(key=lambda plate: int(self.rows[plate].max()))
+        touched = {outer: self._touched(outer, PROBE.faint * own) for outer in outer_plates}
         found: dict[str, dict[str, Tensor]] = {plate: {} for plate in whole}
-        for outer in outer_plates:
-            touched = self._touched(outer, PROBE.faint * own)
-            for plate in whole:
-                if plate != outer and (index := _outer_rows(self.rows[plate], touched)) is not None:
-                    found[plate][outer] = index
-        chosen: dict[str, dict[str, Tensor]] = {}
         for plate in whole:
-            _choose(plate, found, chosen, ())
-        return [Nesting(plate, outer, index) for plate, of in chosen.items() for outer, index in of.items()]
+            for outer in outer_plates:
+                if plate != outer and (index := _outer_rows(self.rows[plate], touched[outer])) is not None:
+                    found[plate][outer] = index
+        chains = _chains(found).items()
+        return [Nesting(plate, outer, index) for plate, chain in chains for outer, index in chain.items()]
 
     def _touched(self, outer: str, faint: Tensor) -> list[list[Tensor]]:
         """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.
@@ -399,31 +398,25 @@ def _outer_rows(row: Tensor, touched: list[list[Tensor]]) -> Tensor | None:
     return sum((one.long() << digit for digit, (_, one) in enumerate(digits)), none).where(seen[0], -1)
 
 
-def _choose(
-    plate: str, found: dict[str, dict[str, Tensor]], chosen: dict[str, dict[str, Tensor]], inside: tuple[str, ...]
-) -> None:
-    """Choose the plates around a plate: those in which the index of each follows from that of the next one.
+def _chains(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Choose the plates around each plate: those in which the index of each follows from that of the next one.
 
     Otherwise an outer row would be coupled to several rows of another one through the rows inside.
 
     Args:
-        plate: The plate.
-        found: For each plate, the row of each other plate to which its rows are coupled, -1 for none.
-        chosen: The choices so far, for each plate the rows of those around it.
-        inside: Plates that must not be around this one.
+        found: For each plate, those with fewest rows first, the rows of others that its rows are coupled to, or -1.
     """
-    if plate in chosen:
-        return
-    chains: list[dict[str, Tensor]] = [{}]
-    for outer, rows in found[plate].items():
-        if outer in (*inside, plate):
-            continue
-        _choose(outer, found, chosen, (*inside, plate))
-        chain = {outer: rows.clamp_min(0)}
-        for above, index in chosen.get(outer, {}).items():
-            own, composed = found[plate].get(above), index[rows.clamp_min(0)]
-            if own is not None and bool(((own < 0) | (own == composed)).all()):
-                chain[above] = composed
-        chains.append(chain)
-    # The longest chain; if there are several, that with most rows in use.
-    chosen[plate] = max(chains, key=lambda chain: (len(chain), sum(len(index.unique()) for index in chain.values())))
+    chosen: dict[str, dict[str, Tensor]] = {}
+    for plate, around in found.items():
+        chains: list[dict[str, Tensor]] = [{}]
+        for outer in (outer for outer in around if outer in chosen):
+            rows = around[outer].clamp_min(0)
+            chain = {outer: rows}
+            for above, index in chosen[outer].items():
+                own = around.get(above)
+                if own is not None and bool(((own < 0) | (own == index[rows])).all()):
+                    chain[above] = index[rows]
+            chains.append(chain)
+        # The longest chain; if there are several, that with most rows in use.
+        chosen[plate] = max(chains, key=lambda chain: (len(chain), sum(len(rows.unique()) for rows in chain.values())))
+    return chosen
