@@ -236,12 +236,9 @@ class BlockGuide(FlowGuide):
         return found
 
     def parts(self) -> dict[str, Any]:
-        blocks = tuple(
-            (b.flow, b.frame and b.frame.parts(), b.unit, b.contexts and b.contexts.parts())
-            for b in self.posterior.blocks
-        )
-        known = {"embedding_dim": self.embedding_dim, "size_of_rows": self.size_of_rows}
-        return super().parts() | known | {"scale": self.posterior.scale, "blocks": blocks}
+        found = super().parts() | {"embedding_dim": self.embedding_dim, "size_of_rows": self.size_of_rows}
+        blocks = tuple(block.parts() for block in self.posterior.blocks)
+        return found | {"scale": self.posterior.scale, "blocks": blocks}
 
     def _restore(self, scale: float, size_of_rows: int, blocks: tuple[tuple[Any, ...], ...]) -> None:
         self._begin(scale, size_of_rows)
