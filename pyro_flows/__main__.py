@@ -69,7 +69,7 @@ def command_line() -> argparse.ArgumentParser:
         words = f"the file to write (default: {file}); the picture beside it ends with .png"
         common.add_argument("--out", type=Path, metavar=f"FILE{Path(file).suffix}", help=words)
         common.add_argument("--seed", type=_seed, help="seed of all random numbers (default: 0)")
-        words = "print nothing" if job is density else "print one line: the verdict and the names of the files"
+        words = "print one line: the verdict and the names of the files"
         common.add_argument("--quiet", action="store_true", help=words)
         if job is not density:
             words = "the time after which the best answer so far is given (default: no limit)"

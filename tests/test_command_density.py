@@ -183,48 +183,29 @@ def test_spikes_and_copies_are_told_of_by_name(folder, capsys):
     assert ".py" not in captured.err
 
 
-def test_columns_far_from_zero_are_told_of_before_the_training(folder, capsys):
-    write("table.csv", ["a", "time"], zip(X[:, 0], 1.6e9 + 1000 * X[:, 1], strict=True))
-    run("table.csv", epochs=1)
-    out = said(capsys)
-    assert out.index("Warning: torch.float32 rounds column 'time' (to ") < out.index("Gaussian")
-    assert "use --double." in out
-    assert "repeats" not in out  # the repeats come only from rounding
-    run("table.csv", "--double", epochs=1)
-    assert "Warning" not in said(capsys)
-
-
 @pytest.mark.parametrize("far", ["integers", "shifted", "huge", "tiny"])
-def test_columns_that_single_precision_loses_are_refused(folder, capsys, far):
+def test_columns_that_float32_rounds_are_calculated_in_float64(folder, capsys, far):
     """Rounding would remove the noise between integers, and the density would consist of spikes."""
     column = {
         "integers": 16_000_000 + np.arange(len(X)) % 6,
-        "shifted": 1e9 + X[:, 1],
+        "shifted": 1.6e9 + 1000 * X[:, 1],
         "huge": 1e39 * X[:, 1],
         "tiny": 1e-46 * X[:, 1],
     }[far]
     write("table.csv", ["a", "far"], zip(X[:, 0], column, strict=True))
-    with pytest.raises(SystemExit, match="2"):
-        run("table.csv", epochs=1)
-    assert "single precision cannot tell apart the values of 'far'; use --double" in capsys.readouterr().err
-    run("table.csv", "--double", "--quiet", epochs=1)
+    run("table.csv", epochs=1)
+    out = said(capsys)
+    assert "Calculated in float64, since float32 rounds 'far'." in out
+    assert "Warning" not in out
+    assert "rows x of float64" in out
 
 
-def test_warnings_of_others_are_shown_as_ever(folder, monkeypatch):
-    def warning(*arguments, **options):
-        warnings.warn("of another kind", stacklevel=1)
-        return fit_density(*arguments, **options)
-
-    monkeypatch.setattr(density, "fit_density", warning)
-    with pytest.warns(UserWarning, match="of another kind"):
-        run("table.csv", "--quiet", epochs=1)
-
-
-def test_quiet_prints_nothing(folder, capsys):
+def test_quiet_prints_one_line(folder, capsys):
     write("table.csv", ["a", "b", "c"], [[a, round(b, 1), "word"] for a, b in X])
     assert run("table.csv", "--quiet") in (0, 3)
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out.endswith("Wrote model.pt and model.png.\n")
+    assert captured.out.count("\n") == 1
     assert captured.err == ""
 
 
@@ -294,7 +275,7 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
         assert exit_.value.code == 130
         captured = capsys.readouterr()
         assert re.search(r"Interrupted after 1\d steps; kept the best state", captured.err)
-        kept = f"wrote {name}.pt and {name}.png, and left model.pt and model.png as they were\n"
+        kept = f"wrote {name}.pt and {name}.png\n"
         assert captured.err.endswith(f"python -m pyro_flows density: interrupted; {kept}")
         assert f"Wrote {name}.pt and {name}.png." in captured.out
         flow = pyro_flows.load(f"{name}.pt")
@@ -327,7 +308,7 @@ def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, stop, folder
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
     assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("density: interrupted after the training; wrote model.pt\n")
+    assert capsys.readouterr().err.endswith("density: interrupted; wrote model.pt\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
     assert not (folder / "model.png").exists()
 
@@ -341,7 +322,7 @@ def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypa
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
     assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("interrupted after the training; wrote model.pt and model.png\n")
+    assert capsys.readouterr().err.endswith("interrupted; wrote model.pt and model.png\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
 
 
@@ -368,7 +349,7 @@ def test_ctrl_c_in_a_real_process_damages_nothing(storm, folder, ctrl_c):
     assert kept <= {"model.interrupted.pt", "model.interrupted.png"}  # and no temporary files
     if not storm:
         assert len(kept) == 2
-        assert "interrupted; wrote model.interrupted.pt and model.interrupted.png, and left model.pt as it was" in said
+        assert "interrupted; wrote model.interrupted.pt and model.interrupted.png" in said
     if "model.interrupted.pt" in kept:
         assert pyro_flows.load("model.interrupted.pt").event_shape == (2,)
 
@@ -415,10 +396,10 @@ def test_columns_that_determine_one_another_are_refused_by_name():
 def test_the_report_tells_errors_of_means_and_of_the_gain():
     gaussian = [torch.tensor(part) for part in ([-1.0, -3.0], [-2.0], [-11.0, -13.0, -12.0, -16.0])]
     flow = [part + 1 for part in gaussian]
-    lines = report(flow, gaussian, "nsf")
+    lines, usable = report(flow, gaussian, "nsf")
+    assert usable
     error = 2 * torch.tensor([-11.0, -13.0, -12.0, -16.0]).std().item() / 2
     assert lines == [
-        "",
         "           train  validation             test",
         f"Gaussian  -2.000      -2.000  -13.000 ± {error:.3f}",
         f"nsf       -1.000      -1.000  -12.000 ± {error:.3f}",
@@ -514,6 +495,10 @@ def test_columns_without_a_density_are_left_out_by_name(folder):
     ]
 
 
+def test_a_short_row_lacks_its_last_values(folder):
+    assert read("a,b\n1,2\n3\n4,5\n")[2] == ["Left out 1 of 3 rows, where values are missing: in 'b' (1 row)."]
+
+
 def test_a_column_that_is_constant_in_the_rows_that_are_left_is_left_out(folder):
     columns, rows, remarks = read("a,b\n1,5\n2,5\n3,5\n,6\n")
     assert (columns, rows) == (["a"], [[1], [2], [3]])
@@ -561,12 +546,14 @@ def test_numpy_files_hold_a_matrix_or_vectors(folder):
     [
         ("", "the table 't.csv' is empty"),
         ("\n \n", "the table 't.csv' is empty"),
-        ("a,b\n", "holds names and no rows"),
-        ("a,b\n1,2\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 3, saw 3"),
-        ("a,b\n1,2\n\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 4, saw 3"),
-        ('a,b\n1,2\n"3,4\n', "the table 't.csv' cannot be read: unexpected end of data"),
-        ('a,b\n1,2\n3,"4\n5,6"\n7,8\n', r"cannot be read: row 3 holds '4\n5,6'; is a quotation mark missing"),
-        ("a,b\n1,2\n3\n4,5\n", "the table 't.csv' cannot be read: row 3 has 1 of 2 values; is it damaged"),
+        ("a,b\n", "the table 't.csv' holds no values"),
+        (
+            "a,b\n1,2\n3,4,5\n",
+            "cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3",
+        ),
+        ("a,b\n1,2\n\n3,4,5\n", "Expected 2 fields in line 4, saw 3"),
+        ('a,b\n1,2\n"3,4\n', "cannot be read: Error tokenizing data. C error: EOF inside string"),
+        ('a,b\n1,2\n3,"4\n5,6"\n7,8\n', r"row 2 holds '4\n5,6'; is a quotation mark missing"),
         ("a,b,a\n1,2,3\n", "several columns named 'a'; rename them"),
         ("column 2,\n1,2\n", "several columns named 'column 2'"),
         (
@@ -595,14 +582,6 @@ def test_a_line_of_millions_of_cells_is_refused_at_once(delimiter, folder, capsy
     start = time.process_time()
     assert "must have at most 20000 columns, and its first row has 5000000" in refused(capsys, "t.csv")
     assert time.process_time() - start < 10
-
-
-@pytest.mark.usefixtures("no_training")
-def test_a_wide_array_and_a_long_cell_are_refused(folder, capsys):
-    np.save("t.npy", np.zeros((1, 20_001)))
-    assert "must have at most 20000 columns, and its first row has 20001" in refused(capsys, "t.npy")
-    (folder / "t.csv").write_text("a,b\n1,2\n" + "1" * 200_000 + ",2\n")
-    assert "cannot be read: field larger than field limit (131072)" in refused(capsys, "t.csv")
 
 
 @pytest.mark.usefixtures("no_training")
@@ -636,15 +615,14 @@ def test_bad_files_are_refused(folder, capsys):
     (folder / "cut.npz").write_bytes((folder / "objects.npz").read_bytes()[:100])
     assert "is not a NumPy file of plain arrays" in refused(capsys, "cut.npz")
     np.savez("many.npz", u=np.zeros((2, 2)), v=np.zeros((2, 2)))
-    assert "must hold a matrix 'x', or vectors of one length, a column each; it holds 'u' of shape (2, 2)" in refused(
-        capsys, "many.npz"
-    )
+    must = "must hold a matrix 'x' with as many names in 'columns', or vectors of one length: "
+    assert must in refused(capsys, "many.npz")
     np.savez("unequal.npz", u=np.zeros(2), v=np.zeros(3))
-    assert "it holds 'u' of shape (2,), 'v' of shape (3,)" in refused(capsys, "unequal.npz")
+    assert must in refused(capsys, "unequal.npz")
     np.savez("cube.npz", u=np.zeros((2, 2, 2)))
-    assert "it holds 'u' of shape (2, 2, 2)" in refused(capsys, "cube.npz")
+    assert must in refused(capsys, "cube.npz")
     np.savez("names.npz", x=X, columns=np.array(["a"]))
-    assert "holds 1 names in 'columns', and its table has 2 columns" in refused(capsys, "names.npz")
+    assert must in refused(capsys, "names.npz")
     np.savez("twice.npz", x=X, columns=np.array(["a", "a"]))
     assert "several columns named 'a'" in refused(capsys, "twice.npz")
     np.savez("inf.npz", x=np.array([[1.0, np.inf], [2.0, 1.0]]))
@@ -654,14 +632,9 @@ def test_bad_files_are_refused(folder, capsys):
 @pytest.mark.usefixtures("no_training")
 def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, monkeypatch):
     assert "argument --out: 'a.png' must end with .pt" in refused(capsys, "table.csv", "--out", "a.png")
-    assert "argument --out: cannot write into 'table.csv'" in refused(capsys, "table.csv", "--out", "table.csv/a.pt")
+    assert "argument --out: cannot write 'table.csv'" in refused(capsys, "table.csv", "--out", "table.csv/a.pt")
     (folder / "a.png").mkdir()
     assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, "table.csv", "--out", "a.pt")
-
-    long = "n" * 245  # too long for the suffix ".interrupted"
-    assert "nn.interrupted.pt', as an interrupted run does: File name too long" in refused(
-        capsys, "table.csv", "--out", f"{long}.pt"
-    )
 
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))

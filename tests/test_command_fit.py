@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
@@ -18,8 +17,8 @@ from models import prior_answer
 from pyro_flows.__main__ import main
 from pyro_flows.answers import Posterior
 from pyro_flows.answers.table import table_of
-from pyro_flows.commands import Refused, answer, fit
-from pyro_flows.commands.model import check_arguments, load_model, read_data
+from pyro_flows.commands import Refused, fit
+from pyro_flows.commands.model import load_model, read_data, readings
 from pyro_flows.training import loop
 
 with warnings.catch_warnings():
@@ -175,7 +174,7 @@ def no_training(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(answer, "posterior", refuse)
+    monkeypatch.setattr(fit, "posterior", refuse)
 
 
 def run(*words: str) -> int:
@@ -199,7 +198,7 @@ def refused(capsys, *words: str) -> str:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Answer with draws of the prior."""
-    monkeypatch.setattr(answer, "posterior", prior_answer)
+    monkeypatch.setattr(fit, "posterior", prior_answer)
 
 
 # Valid input.
@@ -286,7 +285,7 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(las
         run("models.py:normal", "--data", "data.json")
     assert exit_.value.code == 130
     said = capsys.readouterr().err
-    files = "posterior.interrupted.nc and posterior.interrupted.png, and left posterior.nc as it was"
+    files = "posterior.interrupted.nc and posterior.interrupted.png"
     assert (folder / "posterior.nc").read_text() == "good draws"
     if last == 1:
         assert said.endswith("fit: interrupted before there was anything to keep; nothing was written\n")
@@ -379,7 +378,7 @@ def test_columns_stay_apart_and_level():
 
 def read(folder: Path, text: str) -> dict[str, object]:
     (folder / "d.json").write_text(text)
-    return next(read_data(folder / "d.json").readings())
+    return next(readings(read_data(folder / "d.json")))
 
 
 def test_json_becomes_what_its_values_are(tmp_path):
@@ -398,14 +397,14 @@ def test_lists_of_integers_are_real_numbers_first_and_integers_then(tmp_path):
     (tmp_path / "d.json").write_text('{"a": [1, 2], "b": [[3], [4]], "c": [1.0, 2], "d": true, "e": "1"}')
     kinds = [
         tuple(reading[name].dtype == torch.int64 for name in "abc")
-        for reading in read_data(tmp_path / "d.json").readings()
+        for reading in readings(read_data(tmp_path / "d.json"))
     ]
     assert kinds == [(False, False, False), (True, False, False), (False, True, False), (True, True, False)]
 
 
 def test_numbers_are_numbers_first_and_tensors_then(tmp_path):
     (tmp_path / "d.json").write_text('{"a": 1}')
-    first, second = (reading["a"] for reading in read_data(tmp_path / "d.json").readings())
+    first, second = (reading["a"] for reading in readings(read_data(tmp_path / "d.json")))
     assert type(first) is int
     assert torch.equal(second, torch.tensor(1.0))
 
@@ -420,7 +419,7 @@ def test_npz_keeps_kinds(tmp_path):
     np.savez(
         tmp_path / "d.npz", **arrays, n=np.array(3), x=np.array(0.5), word=np.array("w"), big_endian=np.ones(2, ">f8")
     )
-    found = next(read_data(tmp_path / "d.npz").readings())
+    found = next(readings(read_data(tmp_path / "d.npz")))
     dtypes = {"real": torch.float32, "half": torch.float32, "integer": torch.int64, "flag": torch.bool}
     assert {name: found[name].dtype for name in dtypes} == dtypes
     assert found["big_endian"].tolist() == [1.0, 1.0]
@@ -434,15 +433,15 @@ def test_npz_keeps_kinds(tmp_path):
         ("{", "is not JSON"),
         ("", "is not JSON"),
         ("[1]", "must hold an object"),
-        ('{"y": {"a": 1}}', "'y' is an object"),
-        ('{"y": [1, [2]]}', "'y' is a list of int, lists of unequal lengths"),
-        ('{"y": [[1], [1, 2]]}', "'y' is a list of lists of unequal lengths"),
-        ('{"y": [1, null]}', "'y' is a list of int, null"),
-        ('{"y": [1, true]}', "'y' is a list of bool, int"),
+        ('{"y": {"a": 1}}', "'y' holds object"),
+        ('{"y": [1, [2]]}', "'y' holds int, lists of unequal lengths"),
+        ('{"y": [[1], [1, 2]]}', "'y' holds lists of unequal lengths"),
+        ('{"y": [1, null]}', "'y' holds int, null"),
+        ('{"y": [1, true]}', "'y' holds bool, int"),
         ('{"y": [1, 99999999999999999999]}', "'y' holds integers beyond 64 bits"),
         ('{"y": [1.0, NaN, Infinity]}', "'y' holds NaN or inf (2 of 3 numbers)"),
         ('{"y": [1.0, 1e60]}', "'y' holds NaN or inf (1 of 2 numbers)"),
-        ('{"y": NaN}', "'y' is nan"),
+        ('{"y": NaN}', "'y' holds NaN or inf (1 of 1 numbers)"),
     ],
 )
 def test_bad_json_is_refused(text, words, tmp_path):
@@ -483,29 +482,6 @@ def test_a_file_may_import_its_neighbours_and_shadows_none(folder):
     assert sys.modules["json"] is json
 
 
-def three(y, sigma, group=None):
-    """Take two arguments, and one more if it is given."""
-
-
-@pytest.mark.parametrize(
-    ("model", "given", "words"),
-    [
-        (three, ["y", "sigma"], ""),
-        (three, ["y", "sigma", "group"], ""),
-        (three, ["y"], "missing a required argument: 'sigma'; it takes (y, sigma, group=None)"),
-        (three, ["y", "sigma", "grupo"], "got an unexpected keyword argument 'grupo'; it takes (y, sigma, group=None)"),
-        (lambda: 0, ["y"], "got an unexpected keyword argument 'y'; it takes ()"),
-        (lambda y, *rest, **more: 0, ["y", "z"], ""),
-        (lambda y, /: 0, ["y"], "'y'"),
-        (torch.nn.Linear(1, 1), ["input"], ""),
-        (torch.nn.Linear(1, 1), [], "missing a required argument: 'input'"),
-    ],
-)
-def test_arguments_must_be_those_of_the_model(model, given, words):
-    with pytest.raises(Refused, match=re.escape(words)) if words else contextlib.nullcontext():
-        check_arguments(model, given)
-
-
 # Invalid input.
 
 
@@ -520,10 +496,10 @@ def test_arguments_must_be_those_of_the_model(model, given, words):
         (".:normal", "there is no file '.'"),
         ("data.json:normal", "'data.json' is not a Python file"),
         ("models.py:norma", "'models.py' has no 'norma'; its functions are anything, by_position, clash"),
-        ("models.py:number", "'number' in 'models.py' is of type int and cannot be called"),
+        ("models.py:number", "'number' in 'models.py' is of type int"),
         ("models.py:Class", "'Class' in 'models.py' is a class"),
         ("models.py:by_position", "'y'"),
-        ("models.py:clash", "missing a required argument: 'steps'"),
+        ("models.py:clash", "unexpected keyword argument 'y'"),
         ("models.py:faulty", "RuntimeError: inconsistent tensor size"),
     ],
 )
@@ -564,8 +540,8 @@ def test_a_fault_of_a_model_without_arguments_is_told_in_its_own_words(folder, c
         ("data.csv", "y\n1", "the data file 'data.csv' must end with .json or .npz"),
         ("data.json", "{'y': 1}", "is not JSON"),
         ("data.json", '{"y": [1.0, NaN]}', "argument 'y' holds NaN or inf (1 of 2 numbers)"),
-        ("data.json", '{"y": [1.0], "z": 1}', "unexpected keyword argument 'z'; it takes (y, scale=1.0)"),
-        ("data.json", "{}", "missing a required argument: 'y'"),
+        ("data.json", '{"y": [1.0], "z": 1}', "unexpected keyword argument 'z'"),
+        ("data.json", "{}", "missing 1 required positional argument: 'y'"),
     ],
 )
 def test_bad_data_are_refused_before_training(name, content, words, folder, capsys):
@@ -627,7 +603,7 @@ def test_a_model_that_ends_or_fails_is_told_of_in_one_line(model, words, folder,
 
 @pytest.mark.usefixtures("quick")
 def test_an_end_outside_of_the_file_of_the_model_is_told(folder, capsys, monkeypatch):
-    monkeypatch.setattr(answer, "posterior", lambda *_, **__: sys.exit(0))
+    monkeypatch.setattr(fit, "posterior", lambda *_, **__: sys.exit(0))
     assert refused(capsys, "models.py:normal", "--data", "data.json", "--quiet").startswith("SystemExit: 0")
     assert not (folder / "posterior.nc").exists()
 

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused
 from pyro_flows.commands.model import read_data
-from pyro_flows.commands.table_file import read_arrays
+from pyro_flows.commands.table_file import read_arrays, read_table_file
 
 MODEL = """
 import pyro, pyro.distributions as dist
@@ -96,7 +96,7 @@ def test_an_npz_bomb_is_refused(tmp_path: Path) -> None:
 def test_compressed_tables_of_much_the_same_numbers_are_read(tmp_path: Path) -> None:
     """The compression ratio is above 100, but the data fit into memory."""
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((10_000, 300)))
-    assert len(read_arrays(tmp_path / "x.npz")[0]) == 300
+    assert read_arrays(tmp_path / "x.npz")[0].shape == (10_000, 300)
     np.savez(tmp_path / "y.npz", x=np.asfortranarray(np.arange(6.0).reshape(2, 3)), columns=["α", "b", "c"])
     columns, _ = read_arrays(tmp_path / "y.npz")
     assert {name: column.tolist() for name, column in columns.items()} == {"α": [0, 3], "b": [1, 4], "c": [2, 5]}
@@ -125,8 +125,8 @@ def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_table_without_values_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((0, 3)))
-    with pytest.raises(Refused, match="holds no values in 'x'"):
-        read_arrays(tmp_path / "x.npy")
+    with pytest.raises(Refused, match="holds no values"):
+        read_table_file(tmp_path / "x.npy")
 
 
 JSON = {

@@ -18,8 +18,8 @@ from models import prior_answer
 import pyro_flows
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.__main__ import main
-from pyro_flows.commands import answer, fit
 from pyro_flows.commands import eight_schools as job
+from pyro_flows.commands import fit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -31,7 +31,7 @@ ROWS = ["mu", "tau", *(f"theta[{school}]" for school in "ABCDEFGH")]
 @pytest.fixture
 def quick(monkeypatch):
     """Answer with draws of the prior."""
-    monkeypatch.setattr(answer, "posterior", prior_answer)
+    monkeypatch.setattr(fit, "posterior", prior_answer)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def no_training(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(answer, "posterior", refuse)
+    monkeypatch.setattr(fit, "posterior", refuse)
 
 
 def check_files(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_quiet_prints_one_line_with_the_verdict_that_is_the_exit_status(tmp_path
         ("trust", "Trust these draws.", 0),
         ("do not trust", "Do not trust these draws. For a test.", 3),
     ):
-        monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, verdict=verdict))
+        monkeypatch.setattr(fit, "posterior", functools.partial(prior_answer, verdict=verdict))
         assert main(["--quiet"]) == status
         captured = capsys.readouterr()
         assert captured.out == f"{said} Wrote eight_schools.nc and eight_schools.png.\n"
@@ -130,7 +130,7 @@ def test_realnvp_survives_its_first_steps():
 
 
 def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(answer, "posterior", functools.partial(prior_answer, said="interrupted"))
+    monkeypatch.setattr(fit, "posterior", functools.partial(prior_answer, said="interrupted"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "eight_schools.nc").write_text("good draws")
     with pytest.raises(SystemExit) as exit_:

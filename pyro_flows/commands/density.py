@@ -9,8 +9,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyro
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from .. import flows, plots
-from ..data import Spike, dequantize, find_spikes
+from ..data import dequantize, find_spikes
 from ..data.columns import tied_columns
 from ..data.table import listed, listed_names
 from ..distributions import StudentTBase
@@ -40,10 +39,10 @@ DENSITIES = {
     for name, recipe in inspect.getmembers(flows, inspect.isfunction)
     if [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty] == ["input_dim"]
 }
-PARTS = "train", "validation", "test"
 FEWEST = 50  # rows
 SAMPLES = 5000  # for the picture
 PART = 10_000  # rows that are scored together
+COARSE = 1e-3  # the largest rounding error of a number, in standard deviations, as of fit_density
 CALLER = "fit_density: "  # the beginning of its warnings and errors
 NOTES = {  # by the kinds of spikes
     ("integers",): "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the "
@@ -54,6 +53,7 @@ NOTES = {  # by the kinds of spikes
     ("rows",): "Warning: {}. Densities grow without bound there, and copies among the test rows are known from "
     "training. If rows were entered twice, keep one of each.",
 }
+WORSE = "The flow is worse than a Gaussian. Try more --epochs or another --flow. "
 GROWS = ".*Densities grow without bound"  # a warning of fit_density, which the notes replace
 
 
@@ -70,51 +70,66 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the wish cannot be granted; and if training fails.
         Interrupted: After Ctrl-C; what was trained is written.
     """
-    outputs = Outputs(wish.out, "model.pt")
-    start = time.perf_counter()
+
+    def say(*said: str) -> None:
+        if not wish.quiet:
+            whole = (
+                words if words[:1] in ("", " ") else textwrap.fill(words, 110, break_on_hyphens=False) for words in said
+            )
+            print(*whole, sep="\n", flush=True)  # code and tables begin with a space
+
+    outputs, start = Outputs(wish.out, "model.pt"), time.perf_counter()
     table, remarks = read_table_file(wish.table, None if wish.columns is None else split_names(wish.columns))
-    spikes = find_spikes(table)
-    integers = [table.columns.get_loc(str(spike.column)) for spike in spikes if spike.kind == "integers"]
+    names, spikes = list(table.columns), find_spikes(table)
+    integers = [names.index(spike.column) for spike in spikes if spike.kind == "integers"]
     pyro.set_rng_seed(wish.seed)
-    parts = _divided(table, double=wish.double)
+    parts = _divided(table, wish.double, remarks)
     scored = [dequantize(torch.tensor(part.to_numpy()), integers) for part in parts]
-    gaussian = gaussian_of(scored[0], list(table.columns))
-    if not wish.quiet:
-        print(*_beginning(wish.table, table, remarks, [len(part) for part in parts], spikes), sep="\n", flush=True)
-    flow = DENSITIES[wish.flow](table.shape[1]).to(scored[0].dtype)
+    gaussian = gaussian_of(scored[0], names)
+    say(f"Read {wish.table}.", *remarks, f"Columns: {listed_names(names, MANY)}.")
+    say("Rows: {} ({} to train on, {} to validate, {} to test).".format(len(table), *map(len, parts)))
+    for kinds, words in NOTES.items():
+        if found := [repr(s.column) if s.kind == "integers" else str(s) for s in spikes if s.kind in kinds]:
+            say(words.format(listed(found, MANY)))
+    flow = DENSITIES[wish.flow](len(names)).to(scored[0].dtype)
     with outputs.hold_ctrl_c():
-        fit = _trained(flow, parts, integers, wish)
+        fit, told = _trained(flow, parts, integers, wish)
         if fit.stopped == "interrupted":
             if not fit.best_step:
                 raise KeyboardInterrupt
             outputs.keep_old()
         outputs.write(partial(save, flow))
-        nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
+        nats = [[_log_prob(density, x) for x in scored] for density in (flow, gaussian)]
+        lines, usable = report(*nats, wish.flow)
+        skipped = f", {fit.skipped} steps skipped" if fit.skipped else ""
+        epochs = 0 if fit.held_out is None else len(fit.held_out)
+        say(*told, "", *lines, f"time  {time.perf_counter() - start:.1f} s, {epochs} epochs{skipped}", "")
+        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(names)]
         samples = dequantize(flow.sample((SAMPLES,)), integers)
-        gain = nats[2] - floor[2]
-        usable = bool(gain.mean() >= -two_errors(gain))
-        if not wish.quiet:
-            note = (
-                f"time  {time.perf_counter() - start:.1f} s, {0 if fit.held_out is None else len(fit.held_out)} epochs"
-            )
-            note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-            print(*report(nats, floor, wish.flow), note, sep="\n")
-        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
-        draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-        outputs.draw(draw)
-        if not wish.quiet:
-            print(*_ending(outputs, flow, scored[0].dtype, integers, usable=usable), sep="\n")
+        outputs.draw(partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples")))
+        print(f"{'' if usable else WORSE}Wrote {outputs}.")
+        say(*_use(flow, str(outputs.file), integers, scored[0].dtype))
     return usable
 
 
-def _divided(table: pd.DataFrame, *, double: bool) -> list[pd.DataFrame]:
-    """Return the rows to train on, to validate and to test, in random order, in float32 or float64.
+def _use(flow: Flow, file: str, integers: list[int], dtype: torch.dtype) -> Iterator[str]:
+    """Yield how to use the flow, in words and in Python."""
+    if isinstance(flow.base, StudentTBase):
+        yield "Some values lie far out: the base has a Student's t's tails."
+    yield f"In Python, for rows x of {str(dtype).removeprefix('torch.')} with the columns in the order above:"
+    noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
+    yield f"    flow = pyro_flows.load({file!r}); {noise}flow.log_prob(x); flow.sample((1000,))"
+
+
+def _divided(table: pd.DataFrame, double: bool, remarks: list[str]) -> list[pd.DataFrame]:
+    """Return the rows to train on, to validate and to test, in random order; in float64 if float32 loses digits.
 
     Raises:
-        Refused: If float32 would lose a column's values, or there are too few rows.
+        Refused: If there are too few rows.
     """
     if not double and (lost := [name for name, column in table.items() if _loses(column.to_numpy())]):
-        raise Refused(f"single precision cannot tell apart the values of {lost[0]!r}; use --double")
+        double = True
+        remarks.append(f"Calculated in float64, since float32 rounds {listed_names(lost, MANY)}.")
     rows, width = table.shape
     if rows < max(FEWEST, 4 * width):
         raise Refused(f"the table has {rows} rows, too few for a density of {width} columns")
@@ -124,10 +139,10 @@ def _divided(table: pd.DataFrame, *, double: bool) -> list[pd.DataFrame]:
 
 
 def _loses(column: np.ndarray) -> bool:
-    """True if float32 cannot hold the numbers of a column, or rounds different ones to the same."""
-    info = np.finfo(np.float32)
-    largest, spread = np.abs(column).max(), column.std()
-    step = 0.01 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
+    """True if float32 cannot hold the numbers of a column, or rounds them to what matters."""
+    info, largest, spread = np.finfo(np.float32), np.abs(column).max(), column.std()
+    is_integer = spread < 1e4 and (column == column.round()).all()  # such columns get noise between the integers
+    step = 0.01 if is_integer else COARSE * spread
     return bool(largest > info.max / 1e6 or largest < info.tiny * 1e6 or largest * info.eps > step)
 
 
@@ -152,26 +167,18 @@ def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
     return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(z.T @ z / len(z)))
 
 
-def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: Namespace) -> Fit:
-    """Train a flow, and print the warnings of fit_density as plain lines."""
-    show = warnings.showwarning
-
-    def tell(message: Warning | str, *place: Any, **more: Any) -> None:
-        words = str(message)
-        if not words.startswith(CALLER):
-            show(message, *place, **more)
-        elif not wish.quiet:
-            words = words.removeprefix(CALLER).replace("flow.double()", "--double")
-            print(*_wrapped(f"Warning: {words}"), sep="\n")
-
+def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: Namespace) -> tuple[Fit, list[str]]:
+    """Train a flow; return the record and the warnings, in the words of the command."""
     settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         warnings.filterwarnings("ignore", message=GROWS)
-        warnings.showwarning = tell
         try:
-            return fit_density(flow, parts[0], training=Training(validation=parts[1]), **settings)
+            fit = fit_density(flow, parts[0], training=Training(validation=parts[1]), **settings)
         except (ValueError, FloatingPointError) as error:
             raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
+    said = [str(one.message).removeprefix(CALLER).replace("flow.double()", "--double") for one in found]
+    return fit, [f"Warning: {words}" for words in said]
 
 
 @torch.no_grad()
@@ -181,34 +188,8 @@ def _log_prob(density: Flow | MultivariateNormal, x: Tensor) -> Tensor:
     return torch.cat([density.log_prob(part).double() for part in x.split(PART)])
 
 
-def _beginning(
-    file: Path, table: pd.DataFrame, remarks: list[str], sizes: list[int], spikes: list[Spike]
-) -> Iterator[str]:
-    """Yield lines about the table, before the training."""
-    columns = f"Columns: {listed_names(table.columns, MANY)}."
-    rows = f"Rows: {sum(sizes)} ({sizes[0]} to train on, {sizes[1]} to validate, {sizes[2]} to test)."
-    yield from _wrapped(f"Read {file}.", *remarks, columns, rows)
-    for kinds, words in NOTES.items():
-        if found := [repr(s.column) if s.kind == "integers" else str(s) for s in spikes if s.kind in kinds]:
-            yield from _wrapped(words.format(listed(found, MANY)))
-
-
-def _ending(outputs: Outputs, flow: Flow, dtype: torch.dtype, integers: list[int], *, usable: bool) -> list[str]:
-    """Return lines about the nats, and about the use of the files."""
-    said = ["Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors."]
-    if isinstance(flow.base, StudentTBase):
-        said.append("Some values lie far out: the base has a Student's t's tails.")
-    if not usable:
-        said.append("The flow is worse than a Gaussian. Try more --epochs or another --flow.")
-    number = str(dtype).removeprefix("torch.")
-    said.append(f"Wrote {outputs}. In Python, for rows x of {number} with the columns in the order above:")
-    noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
-    code = f"flow = pyro_flows.load({str(outputs.paths[0])!r}); {noise}flow.log_prob(x); flow.sample((1000,))"
-    return ["", *_wrapped(*said), f"    {code}"]
-
-
-def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str) -> list[str]:
-    """Return a table of mean log-densities, and the gain over the Gaussian, in lines.
+def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str) -> tuple[list[str], bool]:
+    """Return a table of mean log-densities and the gain over the Gaussian, in lines, and False if the flow is worse.
 
     The standard error of the gain is that of the differences by row, which vary far less than the log-densities.
 
@@ -217,13 +198,14 @@ def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str) -> lis
         gaussian: The Gaussian's log-densities of the same rows.
         name: The name of the flow.
     """
-    table = [("", *PARTS)]
+    table = [("", "train", "validation", "test")]
     for label, (train, validation, test) in (("Gaussian", gaussian), (name, flow)):
         table.append((label, f"{train.mean():.3f}", f"{validation.mean():.3f}", _with_error(test)))
     first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     lines = [f"{row[0]:<{first + 2}}{'  '.join(map(str.rjust, row[1:], widths))}" for row in table]
-    gain = f"gain  {_with_error(flow[2] - gaussian[2])} nats per row over the Gaussian, on the test rows one by one"
-    return ["", *lines, "", gain]
+    gain = flow[2] - gaussian[2]
+    words = f"gain  {_with_error(gain)} nats per row over the Gaussian, on the test rows one by one"
+    return [*lines, "", words], bool(gain.mean() >= -two_errors(gain))
 
 
 def _with_error(x: Tensor) -> str:
@@ -233,7 +215,3 @@ def _with_error(x: Tensor) -> str:
 def two_errors(x: Tensor) -> float:
     """Return two standard errors of a mean, 2 sd / √N."""
     return 2 * float(x.std()) / len(x) ** 0.5
-
-
-def _wrapped(*said: str) -> list[str]:
-    return [line for words in said for line in textwrap.wrap(words, 110, break_on_hyphens=False)]

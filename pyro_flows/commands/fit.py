@@ -1,9 +1,11 @@
-"""The command ``fit``: a posterior of the user's own model, with a verdict on its draws."""
+"""The command ``fit``: the posterior of the user's own model, with a verdict on its draws."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +16,18 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 
+from ..answers import Posterior, posterior
+from ..diagnostics.arviz import draws_alone
 from ..guides import init_to_center
 from ..programs import Program
 from ..programs.error_text import check_observed
 from ..programs.masks import is_observation
 from . import Refused
-from .answer import answer
-from .model import Data, blames_types, check_arguments, in_one_line, line_of, load_model, read_data
+from .model import blames_types, in_one_line, line_of, load_model, read_data, readings
 from .outputs import Outputs
 
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
+VERDICTS = {"trust": "Trust these draws.", "do not trust": "Do not trust these draws."}
 
 
 def run(wish: Namespace) -> bool:
@@ -47,7 +51,6 @@ def run(wish: Namespace) -> bool:
         pyro.set_rng_seed(wish.seed)
         data = read_data(wish.data)  # first, since the model's file may change the working directory
         model = load_model(wish.model)
-        check_arguments(model, list(data.values))
         arguments, observed = _first_that_runs(model, data, file)
         if not observed:
             print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
@@ -59,14 +62,14 @@ def run(wish: Namespace) -> bool:
             raise
 
 
-def _first_that_runs(model: Callable[..., Any], data: Data, file: Path) -> tuple[dict[str, Any], int]:
+def _first_that_runs(model: Callable[..., Any], data: dict[str, list[Any]], file: Path) -> tuple[dict[str, Any], int]:
     """Return the first reading of the data with which a model runs, and how many numbers it observes.
 
     Raises:
         Refused: If it runs with none; the error is of the reading that reached the most sites.
     """
     faults: dict[tuple[int, bool], BaseException] = {}
-    for arguments in data.readings():
+    for arguments in readings(data):
         tracer = poutine.trace(InitMessenger(init_to_center)(model))
         try:
             trace = tracer.get_trace(**arguments)
@@ -80,3 +83,56 @@ def _first_that_runs(model: Callable[..., Any], data: Data, file: Path) -> tuple
             pyro.clear_param_store()
     fault = faults[max(faults)]  # there is at least one reading
     raise Refused(in_one_line(fault, file)) from fault
+
+
+def answer(
+    wish: Namespace,
+    outputs: Outputs,
+    model: Callable[..., Any],
+    *args: Any,
+    figure: Callable[[Posterior], Any] = Posterior.plot,
+    log_likelihood: bool = True,
+    **labels: list[str],
+) -> bool:
+    """Find the posterior of a model, print it, and write its draws and a picture.
+
+    Args:
+        wish: The options of the command line.
+        outputs: The two files.
+        model: The model.
+        *args: Its arguments.
+        figure: Draws the picture.
+        log_likelihood: Whether the file holds the log-likelihood of each observation and draw.
+        **labels: Names for the numbers of a site, in place of their indices.
+
+    Returns:
+        True if the draws can be trusted.
+
+    Raises:
+        Interrupted: After Ctrl-C; the best answer so far is written.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "posterior: ")  # the verdict says it
+        found = posterior(model, *args, seconds=wish.seconds, progress=not wish.quiet)
+    if found.interrupted:
+        outputs.keep_old()
+    with outputs.hold_ctrl_c():
+        if wish.quiet:  # first, so that a file that cannot be written does not cost the report
+            print(VERDICTS[found.verdict], *([] if found.trusted else [found.reason]), end=" ")
+        else:
+            evidence = f"{found.log_evidence:.3f} ± {found.log_evidence_se:.3f} nats"
+            stages = ", ".join(f"{step.name} {step.seconds:.1f} s" for step in found.steps)
+            print("", found.summary(**labels), "", sep="\n")
+            print("log evidence ", "not known" if found.log_evidence != found.log_evidence else evidence)
+            print(f"time          {found.seconds:.1f} s ({stages})\n")
+            print(textwrap.fill(f"{VERDICTS[found.verdict]} {found.reason}", 110))
+        try:
+            data = found.to_arviz(log_likelihood=log_likelihood)
+        except (ValueError, TypeError, RuntimeError) as error:  # the model cannot be read at the draws
+            data = draws_alone(found.draws)
+            words = " ".join(str(error).split())
+            print(f"The file holds no log-likelihood, only draws: {words:.300}", file=sys.stderr)
+        outputs.write(data.to_netcdf)
+        outputs.draw(lambda: figure(found))
+        print(f"Wrote {outputs}.")
+    return found.trusted

@@ -13,21 +13,19 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import math
 import re
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import Refused
 from .inputs import read_file, read_numpy, repeated
@@ -35,14 +33,13 @@ from .inputs import read_file, read_numpy, repeated
 TRIALS = 128  # readings of the data
 SHOWN = 600  # characters of an error, which may quote all data
 NAMES: dict[type, str] = {type(None): "null", dict: "object", list: "lists of unequal lengths"}
-INTEGERS = torch.iinfo(torch.int64)
 
 
 def load_model(spec: str) -> Callable[..., Any]:
     """Return the model of ``FILE.py:NAME``; the file may import its neighbours.
 
     Raises:
-        Refused: If the file or the name is missing, the file fails to import, or the name is not callable.
+        Refused: If the file or the name is missing, the file fails to import, or the name is no model.
     """
     file, _, name = spec.rpartition(":")
     if not (file and name):
@@ -56,12 +53,10 @@ def load_model(spec: str) -> Callable[..., Any]:
     model = getattr(module, name, None)
     if model is None:
         functions = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
-        known = f"; its functions are {', '.join(functions)}" if functions else ""
-        raise Refused(f"{file!r} has no {name!r}{known}")
-    if inspect.isclass(model):
-        raise Refused(f"{name!r} in {file!r} is a class and no model; name an instance of it, made in the file")
-    if not callable(model):
-        raise Refused(f"{name!r} in {file!r} is of type {type(model).__name__} and cannot be called")
+        raise Refused(f"{file!r} has no {name!r}; its functions are {', '.join(functions) or 'none'}")
+    if inspect.isclass(model) or not callable(model):
+        kind = "a class" if inspect.isclass(model) else f"of type {type(model).__name__}"
+        raise Refused(f"{name!r} in {file!r} is {kind}; name a function, or an instance that can be called")
     return model
 
 
@@ -84,18 +79,6 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
-    """Raise Refused if a model does not take an argument, or lacks one that it needs."""
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
-    except (TypeError, ValueError):
-        return  # callables without a signature raise their own errors
-    try:
-        signature.bind(**dict.fromkeys(given))
-    except TypeError as error:
-        raise Refused(f"the data do not suit the model: {error}; it takes {signature!s:.200}") from error
-
-
 def in_one_line(error: BaseException, file: Path) -> str:
     """Return an error in one line, with its kind and line number if the user's file raised it."""
     words = textwrap.shorten(str(error).partition("Trace Shapes:")[0], SHOWN) or "no reason given"
@@ -115,40 +98,29 @@ def line_of(error: BaseException, file: Path) -> int | None:
     return next((frame.lineno for frame in reversed(frames) if Path(frame.filename) == path), None)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Arguments by name, and the integers that some lists of real numbers may stand for."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    integers: dict[str, Tensor] = field(default_factory=dict)
-
-    def readings(self) -> Iterator[dict[str, Any]]:
-        """Yield the arguments, then with more and more second readings in their places."""
-        numbers = {name: value for name, value in self.values.items() if type(value) in (int, float)}
-        others = {**self.integers, **{name: torch.tensor(float(value)) for name, value in numbers.items()}}
-        choices = (chosen for size in range(len(others) + 1) for chosen in combinations(others, size))
-        for chosen in islice(choices, TRIALS):
-            yield {**self.values, **{name: others[name] for name in chosen}}
+def readings(data: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments as first read, then with more and more second readings in their places."""
+    twofold = [name for name, values in data.items() if len(values) > 1]
+    choices = chain.from_iterable(combinations(twofold, size) for size in range(len(twofold) + 1))
+    for chosen in islice(choices, TRIALS):
+        yield {name: values[name in chosen] for name, values in data.items()}
 
 
-def read_data(path: Path | None) -> Data:
-    """Read arguments, in torch's default dtype; without a file, return no arguments.
+def read_data(path: Path | None) -> dict[str, list[Any]]:
+    """Return arguments by name, each in one or two readings, in torch's default dtype; none without a file.
 
     Raises:
         Refused: If the file is missing or of another kind, or an argument is of no use or not finite.
     """
-    if path is None:
-        return Data()
-    data = read_file("data file", path, {".json": _read_json, ".npz": _read_npz})
-    for name, value in data.values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Refused(f"argument {name!r} is {value}; data must be finite")
-        if isinstance(value, Tensor) and (bad := int((~value.isfinite()).sum())):
-            raise Refused(f"argument {name!r} holds NaN or inf ({bad} of {value.numel()} numbers); data must be finite")
+    data = {} if path is None else read_file("data file", path, {".json": _read_json, ".npz": _read_npz})
+    for name, (value, *_) in data.items():
+        numbers = torch.as_tensor(value) if isinstance(value, float | Tensor) else torch.zeros(())
+        if bad := int((~numbers.isfinite()).sum()):
+            raise Refused(f"argument {name!r} holds NaN or inf ({bad} of {numbers.numel()} numbers); must be finite")
     return data
 
 
-def _read_json(path: Path) -> Data:
+def _read_json(path: Path) -> dict[str, list[Any]]:
     def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if twice := repeated(name for name, _ in pairs):
             raise Refused(f"the data file {str(path)!r} gives {twice} more than once; keep one of each")
@@ -162,41 +134,40 @@ def _read_json(path: Path) -> Data:
         raise Refused(f"the data file {str(path)!r} is nested too deeply") from error
     if not isinstance(found, dict):
         raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
-    values = {name: _from_json(name, value) for name, value in found.items()}
-    integers = {name: x for name, x in values.items() if isinstance(x, Tensor) and x.dtype == torch.int64}
-    return Data({**values, **{name: x.to(torch.get_default_dtype()) for name, x in integers.items()}}, integers)
+    return {name: _from_json(name, value) for name, value in found.items()}
 
 
-def _from_json(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
+def _from_json(name: str, value: Any) -> list[Any]:
+    if value is None:
+        return [value]
     leaves = np.array(value, dtype=object).ravel()  # lists, where their lengths differ, or they are nested too deeply
     kinds = {type(leaf) for leaf in leaves}
-    if any(isinstance(leaf, int) and not INTEGERS.min <= leaf <= INTEGERS.max for leaf in leaves):
-        raise Refused(f"argument {name!r} holds integers beyond 64 bits; write them as real numbers")
-    if not isinstance(value, list) or kinds == {str}:
-        return value
-    if not (kinds <= {int, float} or kinds == {bool}):
+    if not (kinds <= {int, float} or kinds in ({bool}, {str})):
         words = ", ".join(sorted(NAMES.get(kind, kind.__name__) for kind in kinds))
-        raise Refused(f"argument {name!r} is a list of {words}; it must hold numbers, or booleans, or strings")
-    return torch.tensor(value)
+        raise Refused(f"argument {name!r} holds {words}; it must hold numbers, or booleans, or strings")
+    found = _from_numpy(name, np.array(value))
+    if isinstance(found[0], Tensor) and found[0].dtype == torch.int64:
+        return [found[0].to(torch.get_default_dtype()), found[0]]
+    return found
 
 
-def _read_npz(path: Path) -> Data:
+def _read_npz(path: Path) -> dict[str, list[Any]]:
     arrays = read_numpy("data file", path)
     if isinstance(arrays, np.ndarray):
         raise Refused(f"the data file {str(path)!r} holds one array without a name; write it with numpy.savez")
-    return Data({name: _from_numpy(name, array) for name, array in arrays.items()})
+    return {name: _from_numpy(name, array) for name, array in arrays.items()}
 
 
-def _from_numpy(name: str, array: np.ndarray) -> Any:
-    if array.dtype.kind not in "biufU":
+def _from_numpy(name: str, array: np.ndarray) -> list[Any]:
+    """Return the one or two readings of an array."""
+    kind = array.dtype.kind
+    if kind == "O" or (kind == "u" and array.size and int(array.max()) > torch.iinfo(torch.int64).max):
+        raise Refused(f"argument {name!r} holds integers beyond 64 bits; write them as real numbers")
+    if kind not in "biufU":
         raise Refused(f"argument {name!r} is an array of {array.dtype}; it must hold numbers, or booleans, or strings")
-    if array.ndim == 0 or array.dtype.kind == "U":
-        return array.tolist()
-    if array.dtype.kind == "f":
-        return torch.from_numpy(array.astype(np.float64)).to(torch.get_default_dtype())
-    if array.size and int(array.max()) > INTEGERS.max:
-        raise Refused(f"argument {name!r} holds integers beyond 64 bits")
-    # Indexing takes tensors of bytes for masks.
-    return torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))
+    if array.ndim == 0 or kind == "U":
+        value = array.tolist()
+        return [value, torch.tensor(float(value))] if array.ndim == 0 and kind in "iuf" else [value]
+    if kind == "f":
+        return [torch.from_numpy(array.astype(np.float64)).to(torch.get_default_dtype())]
+    return [torch.from_numpy(array if kind == "b" else array.astype(np.int64))]  # bytes would index as masks

@@ -17,7 +17,7 @@ NOTICE = "\nInterrupted: finishing what is at hand, to keep what was trained; Ct
 
 
 class Interrupted(KeyboardInterrupt):
-    """Error for a run that Ctrl-C has ended; its text is a line about the files that were kept."""
+    """Error for a run that Ctrl-C has ended; its text is a line about the files that were written."""
 
 
 class Outputs:
@@ -29,11 +29,8 @@ class Outputs:
         file: The file; None for the default.
         default: The default name, with the suffix that every name must have.
 
-    Attributes:
-        paths: The two files that this run writes, as the user names them.
-
     Raises:
-        Refused: If the file has another suffix, or a file cannot be written, those of an interrupted run included.
+        Refused: If the file has another suffix, or a file cannot be written.
     """
 
     def __init__(self, file: Path | None, default: str) -> None:
@@ -41,28 +38,29 @@ class Outputs:
         if file.suffix != suffix:
             raise Refused(f"argument --out: {str(file)!r} must end with {suffix}")
         self._start = Path.cwd()  # a model may change the working directory
-        self._whole = self.paths = file, file.with_suffix(".png")
-        self._written: list[Path] = []
-        task = f"write into {str(file.parent)!r}"
+        self.file, self.picture = file, file.with_suffix(".png")
+        self._written: list[str] = []
+        self._is_cut = False
+        where = file.parent
         try:
-            (self._start / file.parent).mkdir(parents=True, exist_ok=True)
-            for path in (*self._whole, *self._free()):
-                task = f"write {str(path)!r}" + ("" if path in self._whole else ", as an interrupted run does")
-                try_path(self._start / path)
+            (self._start / where).mkdir(parents=True, exist_ok=True)
+            for where in (self.file, self.picture):
+                try_path(self._start / where)
         except OSError as error:
-            raise Refused(f"argument --out: cannot {task}: {error.strerror or error}") from error
+            raise Refused(f"argument --out: cannot write {str(where)!r}: {error.strerror or error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.file} and {self.picture}"
 
     def keep_old(self) -> None:
         """Choose free names, after Ctrl-C in the training."""
-        self.paths = self._free()
-
-    def _free(self) -> tuple[Path, Path]:
+        name, self._is_cut = self.file, True
         for number in itertools.count(1):
             mark = f".interrupted-{number}" if number > 1 else ".interrupted"
-            file, picture = (path.with_name(f"{path.stem}{mark}{path.suffix}") for path in self._whole)
-            if not any(os.path.lexists(self._start / path) for path in (file, picture)):
+            self.file = name.with_name(f"{name.stem}{mark}{name.suffix}")
+            self.picture = self.file.with_suffix(".png")
+            if not any(os.path.lexists(self._start / path) for path in (self.file, self.picture)):
                 break
-        return file, picture
 
     @contextlib.contextmanager
     def hold_ctrl_c(self) -> Iterator[None]:
@@ -79,26 +77,18 @@ class Outputs:
                 if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
                     raise
                 raise self._interruption() if self._written else KeyboardInterrupt from error
-            if asked() or self.paths != self._whole:
+            if asked() or self._is_cut:
                 raise self._interruption()
 
     def _interruption(self) -> Interrupted:
-        wrote = f"wrote {' and '.join(map(str, self._written))}"
-        if self.paths == self._whole:
-            return Interrupted(f"interrupted after the training; {wrote}")
-        old = [str(path) for path in self._whole if (self._start / path).exists()]
-        left = f", and left {' and '.join(old)} as {'they were' if old[1:] else 'it was'}" if old else ""
-        return Interrupted(f"interrupted; {wrote}{left}")
-
-    def __str__(self) -> str:
-        return f"{self.paths[0]} and {self.paths[1]}"
+        return Interrupted(f"interrupted; wrote {' and '.join(self._written)}")
 
     def write(self, write: Callable[[str], object]) -> None:
         """Write the file, whole or not at all, by a function of its name."""
-        write_atomically(self._start / self.paths[0], write)
-        self._written.append(self.paths[0])
+        write_atomically(self._start / self.file, write)
+        self._written.append(str(self.file))
 
     def draw(self, figure: Callable[[], Any]) -> None:
         """Write the picture, a figure of matplotlib that a function returns."""
-        write_atomically(self._start / self.paths[1], lambda path: figure().savefig(path, dpi=150))
-        self._written.append(self.paths[1])
+        write_atomically(self._start / self.picture, lambda path: figure().savefig(path, dpi=150))
+        self._written.append(str(self.picture))
