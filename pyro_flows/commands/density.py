@@ -99,8 +99,8 @@ def run(wish: Namespace) -> bool:
                 raise KeyboardInterrupt
             outputs.keep_old()
         outputs.write(partial(save, flow))
-        nats = [[_log_prob(density, x) for x in scored] for density in (flow, gaussian)]
-        lines, usable = report(*nats, wish.flow)
+        nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
+        lines, usable = report(nats, floor, wish.flow)
         skipped = f", {fit.skipped} steps skipped" if fit.skipped else ""
         epochs = 0 if fit.held_out is None else len(fit.held_out)
         say(*told, "", *lines, f"time  {time.perf_counter() - start:.1f} s, {epochs} epochs{skipped}", "")
