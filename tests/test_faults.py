@@ -33,7 +33,7 @@ from pyro_flows.diagnostics.guide_space import prior_of
 from pyro_flows.fitting.program_checks import check_bounded
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
-from pyro_flows.sampling.start_distribution import Reference
+from pyro_flows.sampling.annealed_population import Reference
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])

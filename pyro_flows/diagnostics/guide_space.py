@@ -19,9 +19,9 @@ from ..programs.density import Density
 from ..programs.engines import Site
 from ..programs.latents import innermost
 from ..programs.log_density import or_nan
+from ..sampling.annealed_population import Prior
 from ..sampling.chains import Target
 from ..sampling.coordinates import Coordinates, GuideDensity, Hierarchy, Mapped, NonCentred, Stretched, White
-from ..sampling.start_distribution import Prior
 
 FIRST = 4096  # draws by which a hierarchy is recognised
 

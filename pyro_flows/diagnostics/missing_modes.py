@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..programs.density import Density, Drawn
-from ..sampling.annealed_population import anneal
+from ..sampling.annealed_population import Reference, anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
-from ..sampling.start_distribution import Reference
 from ..vjp import LogDensity
 from .drift import Drift
 from .guide_space import prior_of

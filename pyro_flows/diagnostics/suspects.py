@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..programs.density import Density
 from ..sampling.coordinates import Coordinates, Stretched
-from ..sampling.lanczos import lanczos
+from ..sampling.low_rank_gaussian import lanczos
 from ..vjp import LogDensity, score_of
 from .guide_space import guide_coordinates, guide_density
 

@@ -22,8 +22,7 @@ from ..guides.packing import is_circular
 from ..programs.density import Density
 from ..programs.latents import innermost, is_discrete, is_point, named, states_support
 from ..programs.model_and_guide import Task
-from ..sampling.annealed_population import Effort, anneal
-from ..sampling.start_distribution import Reference
+from ..sampling.annealed_population import Effort, Reference, anneal
 from ..user_code import warn_user
 from .drift import Drift
 from .guide_space import prior_of

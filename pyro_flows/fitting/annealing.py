@@ -37,11 +37,10 @@ from ..programs import Program
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
-from ..sampling.annealed_population import ISLANDS, Effort, Population, bridge, moved_on
+from ..sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on
 from ..sampling.annealed_population import anneal as anneal_population
 from ..sampling.climbs import CLIMBS, ways_up
 from ..sampling.mode_mixture import ModeMixture
-from ..sampling.start_distribution import Reference
 from ..training import Training, distributed
 from ..training.loop import Fit
 from .density import fit_density

@@ -29,9 +29,8 @@ from ..programs.runner import TOTAL
 from ..programs.whole_plate import MOST, RowShare, RowsOfPlate, number_of_shares
 from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks
-from ..sampling.gaussian import Gaussian, fit_gaussian
+from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
 from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
-from ..sampling.start_search import Watch
 from ..training.interrupts import watching
 from ..user_code import warn_user
 from ..vjp import LogDensity

@@ -312,8 +312,7 @@ class BlockGuide(FlowGuide):
                 rows, size = block.sizes if whole else block.seen, block.frame.num_shared
                 given = [means[i][self.posterior.rows_of(block, i, rows)] for i in block.parents]
                 origin = torch.cat((loc.new_zeros(len(loc), 0), *given), -1)
-                gains = (gain.reshape(*loc.shape, -1) for gain in found.gains)
-                gain = torch.cat((loc.new_zeros(*loc.shape, 0), *gains), -1)
+                gain = found.gains.reshape(*loc.shape, found.gains.shape[-1])
                 lean = bends.lean.reshape(*loc.shape, *bends.lean.shape[2:])
                 stretch, turn, lean = (slope[..., :size] for slope in (bends.stretch, bends.turn, lean))
                 parts = [origin, loc, gain, scale, stretch, found.matrix, turn, lean]

@@ -5,6 +5,10 @@ r¹⁻ᵝ pᵝ.  At each β the particles are weighted, resampled and moved by H
 their places.  The effective sample size of the weights determines the next β.  The product of the mean weights is a
 nearly unbiased estimate of the evidence.
 
+The distribution r is the prior where possible.  Flat priors cannot be sampled, and masked priors are not sampled from
+their densities.  Such latents get a wide Gaussian in the unconstrained space.  All latents get one if hardly a draw of
+the prior has a density, or if particles from the prior are stuck, as from a prior that spans the range of floats.
+
 The particles live on islands, and each island is resampled separately.  The scatter of the islands' estimates gives the
 standard error of their mean.  It includes the error from modes that only some islands have found.  Each half of the
 islands moves in coordinates whitened by the other half: whitened by themselves, particles would be whiter than new
@@ -28,20 +32,132 @@ Identity (Meng, Wong 1996); A Tutorial on Bridge Sampling (Gronau et al. 2017, a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 from torch.nn.functional import logsigmoid
 
+from ..vjp import LogDensity
 from .chains import HMC, Chains, Target
 from .coordinates import White
+from .gaussian import fit_gaussian
 from .resampling import systematic
-from .start_distribution import BATCH, Reference
 
 ISLANDS = 16
 HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
 SWEEPS, PROPOSED = 20, 8  # sweeps that move particles on, and draws of the guide proposed after each
+WIDE = 10.0  # standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
+ALIVE = 0.1  # share of the prior's draws that must have a density
+TRIED = 500  # draws that estimate this share
+BATCH = 2048  # particles per run of the model
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A posterior p and the prior of its coordinates, as functions of vectors, ``(N, D)``, NaN where models break down.
+
+    Attributes:
+        draw: Returns draws of the prior, as many as there are vectors; coordinates with flat priors stay.
+        log_p: The log-density of p.
+        log_prior_and_p: The log-densities of the prior, without coordinates with flat priors, and of p, ``(N, 2)``.
+        flat: True for the coordinates whose priors cannot be drawn, ``(D,)``.
+        in_parts: Lets a log-density find its gradient part by part, to save memory.
+        takes_a_run: True if the log-density of the prior costs as much as that of p.
+    """
+
+    draw: Callable[[Tensor], Tensor]
+    log_p: LogDensity
+    log_prior_and_p: Callable[[Tensor], Tensor]
+    flat: Tensor
+    in_parts: Callable[[LogDensity], LogDensity]
+    takes_a_run: bool
+
+
+class Reference:
+    """The distribution r that leads to a posterior p.
+
+    Args:
+        prior: The prior and the posterior.
+        loc: A centre of the posterior as far as known, ``(D,)``.
+        scale_tril: The Cholesky factor of a covariance around it, ``(D, D)``; None to search for the nearest Gaussian
+            from ``loc`` if one is needed.
+    """
+
+    def __init__(self, prior: Prior, loc: Tensor, scale_tril: Tensor | None = None) -> None:
+        self._prior, self._loc, self._scale_tril = prior, loc, scale_tril
+        self._flat, self._wide = torch.zeros_like(loc, dtype=torch.bool), cast(MultivariateNormal | None, None)
+        if prior.flat.any():
+            self.widen(prior.flat.to(loc.device))
+        before = self._flat, self._wide
+        if not self._flat.all() and (alive := self._alive()) < ALIVE and self.widen() and self._alive() <= alive:
+            self._flat, self._wide = before
+
+    def widen(self, flat: Tensor | None = None) -> bool:
+        """Replace the prior of some coordinates, by default all, by a wide Gaussian; return False if r is one."""
+        if self._flat.all():
+            return False
+        loc, scale_tril, flat = self._loc, self._scale_tril, torch.ones_like(self._flat) if flat is None else flat
+        if scale_tril is None:
+            loc, scale_tril, *_ = fit_gaussian(self._prior.log_p, loc, 1.0, rounds=50)
+        covariance = WIDE**2 * (scale_tril @ scale_tril.T + torch.eye(len(loc)).to(loc))[flat][:, flat]
+        self._flat, self._wide = flat, MultivariateNormal(loc[flat], covariance, validate_args=False)
+        return True
+
+    def draw(self, number: int) -> Tensor:
+        """Sample r, ``(number, D)``; draws that overflow are not finite."""
+        z = self._loc.expand(number, -1).clone()
+        if self._wide is not None:
+            z[:, self._flat] = self._wide.sample(torch.Size((number,)))
+        return z if self._flat.all() else self._prior.draw(z).to(z)
+
+    def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-densities of r and p over z, each ``(N,)`` in nats; NaN where the model breaks down."""
+        if self._flat.all():
+            log_p = torch.cat([self._prior.log_p(part) for part in z.split(BATCH)])
+            log_r = torch.zeros(len(z)).to(z)
+        else:
+            log_r, log_p = torch.cat([self._prior.log_prior_and_p(part) for part in z.split(BATCH)]).unbind(-1)
+        if self._wide is not None:
+            log_r = log_r + self._wide.log_prob(z[:, self._flat])
+        return log_r.masked_fill(_is_lost(log_r), math.nan), log_p
+
+    def log_p(self, z: Tensor) -> Tensor:
+        """Return the log-density of p over z, ``(N,)`` in nats; NaN where rounding errors of the prior may hide it.
+
+        Far out a huge log prior may be cancelled by as huge a log-likelihood, and their sum is noise.
+        """
+
+        def exact(z: Tensor) -> Tensor:
+            log_prior, log_p = self._prior.log_prior_and_p(z).unbind(-1)
+            return log_p.masked_fill(_is_lost(log_prior), math.nan)
+
+        return self._prior.log_p(z) if self._prior.takes_a_run else self._prior.in_parts(exact)(z)
+
+    def bridge(self, beta: float) -> LogDensity:
+        """Return the log-density of r¹⁻ᵝ pᵝ, up to a constant."""
+        if beta == 1:
+            return self._prior.log_p
+
+        def density(z: Tensor) -> Tensor:
+            log_r, log_p = self.log_r_and_p(z)
+            return (1 - beta) * log_r + beta * log_p
+
+        return self._prior.in_parts(density)
+
+    @torch.no_grad()
+    def _alive(self) -> float:
+        """Return the share of some draws of r at which p has a density."""
+        log_r, log_p = self.log_r_and_p(self.draw(TRIED))
+        return float((log_r + log_p).isfinite().double().mean())
+
+
+def _is_lost(log_density: Tensor) -> Tensor:
+    """Return True for log-densities with rounding errors above 0.1 nats: priors such as 1 / v reach e^±200."""
+    return log_density.detach().abs() * torch.finfo(log_density.dtype).eps > 0.1
 
 
 class Effort(NamedTuple):
@@ -107,8 +223,9 @@ class Population(NamedTuple):
         return total, float(residual.norm()) * math.sqrt(islands / (islands - 1))
 
 
-def anneal(reference: Reference, number: int, effort: Effort) -> Population | None:
-    """Anneal a population.
+@torch.no_grad()
+def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) -> Population | None:
+    """Anneal a population until its effort is spent.
 
     If particles are stuck, as may be those from a prior of many magnitudes, they start again from a wide Gaussian.
 
@@ -116,28 +233,22 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
         reference: The distribution r to start from, and the posterior.
         number: The number N of particles, a multiple of the 16 islands.
         effort: The settings.
+        hot: Particles are stuck if they do not reach this inverse temperature in a few steps.
 
     Returns:
         The :class:`Population`; None if hardly a draw of r has a density.
     """
-    found = _annealed(reference, number, effort, HOT)
-    if found is not None and found.temperatures[-1] < HOT and reference.widen():
-        return _annealed(reference, number, effort, 0.0)
-    return found
-
-
-@torch.no_grad()
-def _annealed(reference: Reference, number: int, effort: Effort, hot: float) -> Population | None:
-    """Anneal a population until its effort is spent, or it is stuck at inverse temperatures below ``hot``."""
     start = _start(reference, number)
     if start is None:
         return None
     z, log_evidence, start_se = start
     log_r, log_p = reference.log_r_and_p(z)
-    kernels: list[HMC] = []
-    log_evidences, betas = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device), [0.0]
+    kernels, betas = list[HMC](), [0.0]
+    log_evidences = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device)
     while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
         if len(betas) > STUCK and betas[-1] < hot:
+            if reference.widen():
+                return anneal(reference, number, effort, 0.0)
             break
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
         step = _step(log_ratio, 1 - betas[-1], effort.kept)
@@ -161,8 +272,7 @@ def _start(reference: Reference, number: int) -> tuple[Tensor, float, float] | N
 
     None if too few draws have a density.
     """
-    parts: list[Tensor] = []
-    count = 0
+    parts, count = list[Tensor](), 0
     while sum(map(len, parts)) < number and count < 64 * number:  # few draws of r may have a density
         z = reference.draw(number)
         log_r, log_p = reference.log_r_and_p(z)
@@ -180,8 +290,7 @@ def _step(log_ratio: Tensor, most: float, least: float) -> float:
     """Return the largest step in β after which the weights keep an effective share ``least`` of the particles."""
 
     def kept(step: float) -> float:
-        found = step * log_ratio
-        found = found - found.max()
+        found = step * (log_ratio - log_ratio.max())
         return float((2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp()) / len(found)
 
     low, high = 0.0, most
@@ -197,20 +306,19 @@ def _step(log_ratio: Tensor, most: float, least: float) -> float:
 
 def _moved(kernel: HMC, z: Tensor, effort: Effort) -> Tensor:
     """Move particles until they have forgotten their places and their distances from the centre."""
-    start, (least, most) = _features(kernel, z), effort.moves
+
+    def features(z: Tensor) -> Tensor:
+        x = kernel.coordinates.inverse(z)
+        found = torch.cat((x, x.square().sum(-1, keepdim=True)), -1)
+        found = found - found.mean(0)
+        return found / found.norm(dim=0).clamp_min(1e-12)
+
+    start, (least, most) = features(z), effort.moves
     for count in range(1, most + 1):
         z = torch.cat([kernel.move(part, adapt=True)[0] for part in z.split(BATCH)])
-        if count >= least and float((start * _features(kernel, z)).sum(0).max()) < effort.forgotten:
+        if count >= least and float((start * features(z)).sum(0).max()) < effort.forgotten:
             break
     return z
-
-
-def _features(kernel: HMC, z: Tensor) -> Tensor:
-    """Return the coordinates and the squared distance from the origin, centred and of norm 1, ``(N, D + 1)``."""
-    x = kernel.coordinates.inverse(z)
-    found = torch.cat((x, x.square().sum(-1, keepdim=True)), -1)
-    found = found - found.mean(0)
-    return found / found.norm(dim=0).clamp_min(1e-12)
 
 
 def moved_on(target: Target, population: Population) -> Population:

@@ -6,14 +6,14 @@ structure (Curtis, Powell, Reid 1974, *On the Estimation of Sparse Jacobian Matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import BlockStructure, Conditional, Layout, Precision
+from .block_conditionals import BlockStructure, Conditional, Precision
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,22 @@ class Curvature:
     Attributes:
         is_coupled: True once blocks turn out to be coupled that are no parents of each other, such as effects of users
             and items.
+        directions: The number of differences that give all second derivatives.
     """
 
     def __init__(self, density: LogDensity, structure: BlockStructure) -> None:
         self._density, self._structure, self.is_coupled = density, structure, False
-        self._colours = [_colours(layout) for layout in structure.layouts]
+        dim, self._colours, self._strangers = len(structure.order), list[Tensor](), list[Tensor]()
+        above = [{parent for parent, *_ in parents} for parents in structure.above]
+        for place, (places, _) in enumerate(structure.layouts):
+            apart = 1 if places.shape[1] == 1 else 3  # steps of a sequence that share no neighbour
+            moves = [places[:, k::apart, j].flatten() for k in range(apart) for j in range(places.shape[2])]
+            self._colours.append(torch.stack([torch.zeros(dim).index_fill(0, move, 1.0) for move in moves]))
+            near = [one in {place, *above[place]} or place in above[one] for one in range(len(above))]
+            known = [
+                layout.places.flatten() for layout, is_near in zip(structure.layouts, near, strict=True) if is_near
+            ]
+            self._strangers.append(torch.ones(dim).index_fill(0, torch.cat(known), 0.0))
         self.directions = sum(map(len, self._colours))
 
     def precision(self, z: Tensor, present: Sequence[Precision], first: int = 0) -> list[Precision]:
@@ -64,10 +75,13 @@ class Curvature:
             first: 1 to leave out the root.
         """
         sizes = DIFFERENCES.shift * self._deviations(present)
-        colours = [of_block if place >= first else [] for place, of_block in enumerate(self._colours)]
-        found = self._responses(z, [places for of_block in colours for places in of_block], sizes)
-        responses = found.split([len(of_block) for of_block in colours])
-        self.is_coupled |= self._sees_couplings(responses)
+        parts = torch.cat(self._colours[first:]).split(max(1, DIFFERENCES.numbers // (2 * z.numel())))
+        found = torch.cat([_changes(self._density, z, (part.to(z) * sizes).unsqueeze(1)) for part in parts])
+        left_out = [torch.zeros_like(colours).to(z) for colours in self._colours[:first]]
+        responses = [*left_out, *found.split([len(colours) for colours in self._colours[first:]])]
+        for changes, strangers in zip(responses[first:], self._strangers[first:], strict=True):
+            faint = DIFFERENCES.faint * changes.abs().max()
+            self.is_coupled |= bool((changes.abs() * strangers.to(z)).max() > faint)
         return [self._derivatives(place, responses, sizes) for place in range(first, len(responses))]
 
     def of_root(
@@ -79,14 +93,12 @@ class Curvature:
             z = self._structure.placed(blocks, noise.repeat(len(root) // len(noise), 1), root)
             return self._density(z) + sum(block.log_det(root) for block in blocks[1:])
 
-        root = self._structure.root_of(blocks, noise)
-        size = DIFFERENCES.shift * present[0].diagonal[0, 0].diagonal().rsqrt()
-        moves = torch.diag(size).unsqueeze(1)  # (G, 1, G)
-        moved = torch.cat((root.unsqueeze(0), root + moves, root - moves)).flatten(0, 1)
-        scores = torch.cat([score_of(total, part) for part in moved.split(len(noise))]).nan_to_num(0.0, 0.0, 0.0)
-        own, forth, back = scores.reshape(-1, *root.shape).mean(1).split((1, *[len(size)] * 2))
-        second = (back - forth) / (2 * size.unsqueeze(-1))
-        return own[0], Precision(((second + second.mT) / 2)[None, None], present[0].lower, ())
+        root, size = self._structure.root_of(blocks, noise), present[0].diagonal[0, 0].diagonal().rsqrt()
+        moves = (DIFFERENCES.shift * size).diag().unsqueeze(1)  # (G, 1, G)
+        second = torch.cat([_changes(total, root, move.unsqueeze(0)) for move in moves])
+        second = second / (DIFFERENCES.shift * size.unsqueeze(-1))
+        own = Precision(((second + second.mT) / 2)[None, None], *present[0][1:])
+        return score_of(total, root).nan_to_num(0.0, 0.0, 0.0).mean(0), own
 
     def joint(
         self,
@@ -111,64 +123,43 @@ class Curvature:
         Returns:
             The change of the mean and, for each latent of the root, the move per unit, ``(1 + G, D)``.
         """
-        root, deviations = self._structure.root, self._deviations(present)
+        structure, root, deviations = self._structure, self._structure.root, self._deviations(present)
         wanted = torch.zeros(1 + len(root), len(score)).to(score)
         wanted[0] = score
-        for layout, own in zip(self._structure.layouts, found, strict=True):
-            for (parent, _), cross in zip(layout.parents, own.cross, strict=True):
-                if parent == 0 and self._structure.has_root:
-                    wanted[1:, layout.places.flatten(1)] = -cross.movedim(-1, 0)
+        for layout, shared, own in zip(structure.layouts, structure.shared, found, strict=True):
+            if shared:
+                wanted[1:, layout.places.flatten(1)] = -own.cross[..., :shared].movedim(-1, 0)
         wanted[:, root] = 0.0
 
         def precondition(x: Tensor) -> Tensor:
-            out = torch.zeros_like(x)
-            for layout, block in zip(self._structure.layouts, blocks, strict=True):
-                out[:, layout.places] = block.solved(x[:, layout.places])
-            return out.index_fill(1, root, 0.0)
+            parts = [
+                block.solved(x[:, of.places]).flatten(1) for of, block in zip(structure.layouts, blocks, strict=True)
+            ]
+            return torch.cat(parts, -1)[:, structure.order].index_fill(1, root, 0.0)
 
         def product(steps: Tensor) -> Tensor:
             scale = DIFFERENCES.shift / (steps / deviations).abs().amax(-1, keepdim=True).clamp_min(1e-30)
-            return (self._changes(z, (scale * steps).unsqueeze(1)) / scale).index_fill(1, root, 0.0)
+            return (_changes(self._density, z, (scale * steps).unsqueeze(1)) / scale).index_fill(1, root, 0.0)
 
-        return _conjugate_gradients(product, precondition, wanted)
+        solution, rest = torch.zeros_like(wanted), wanted
+        step = ready = precondition(rest)
+        size = (rest * ready).sum(-1, keepdim=True)
+        least, tiny = DIFFERENCES.precise**2 * size, torch.finfo(size.dtype).tiny
+        for _ in range(DIFFERENCES.rounds):
+            bent = product(step)
+            length = size / (step * bent).sum(-1, keepdim=True).clamp_min(tiny)
+            solution, rest = solution + length * step, rest - length * bent
+            ready, last = precondition(rest), size
+            size = (rest * ready).sum(-1, keepdim=True)
+            if (size <= least).all():
+                break
+            step = ready + size / last.clamp_min(tiny) * step
+        return solution
 
     def _deviations(self, present: Sequence[Precision]) -> Tensor:
         """Return the conditional standard deviation of each latent, ``(D,)``."""
         found = [own.diagonal.diagonal(dim1=-2, dim2=-1).rsqrt().flatten() for own in present]
         return torch.cat(found)[self._structure.order]
-
-    def _responses(self, z: Tensor, colours: Sequence[Tensor], sizes: Tensor) -> Tensor:
-        """Return minus the mean changes of the score if the latents of each colour move, ``(colours, D)``."""
-        found, together = [], max(1, DIFFERENCES.numbers // (2 * z.numel()))
-        for start in range(0, len(colours), together):
-            part = colours[start : start + together]
-            steps = z.new_zeros(len(part), 1, z.shape[-1])
-            for step, places in zip(steps, part, strict=True):
-                step[0, places] = sizes[places]
-            found.append(self._changes(z, steps))
-        return torch.cat(found)
-
-    def _changes(self, z: Tensor, steps: Tensor) -> Tensor:
-        """Return minus the mean changes of the score in some steps, ``(K, 1, D) -> (K, D)``."""
-        moved = torch.cat((z + steps, z - steps), 1)  # (K, 2 S, D)
-        forth, back = score_of(self._density, moved.flatten(0, 1)).reshape(moved.shape).chunk(2, 1)
-        return (back - forth).nan_to_num(0.0, 0.0, 0.0).mean(1) / 2
-
-    def _sees_couplings(self, responses: Sequence[Tensor]) -> bool:
-        """True if moves of a block change the scores of another one that is no parent or child of it."""
-        layouts = self._structure.layouts
-        above = [{parent for parent, _ in layout.parents} for layout in layouts]
-        for place, response in enumerate(responses):
-            strangers = [
-                layout.places.flatten()
-                for other, layout in enumerate(layouts)
-                if other != place and other not in above[place] and place not in above[other]
-            ]
-            if len(response) and strangers:
-                changes = response.abs()
-                if changes[:, torch.cat(strangers)].max() > DIFFERENCES.faint * changes.max():
-                    return True
-        return False
 
     def _derivatives(self, block: int, responses: Sequence[Tensor], sizes: Tensor) -> Precision:
         """Return the rows of the precision of a block, given the responses to moves of these sizes in each block."""
@@ -184,38 +175,15 @@ class Curvature:
             below = columns[first % apart, :, second].movedim(0, 1) / size[:, :-1].unsqueeze(-2)
             above = columns[second % apart, :, first].movedim(0, 1) / size[:, 1:].unsqueeze(-2)
             lower[:, 1:] = (below + above.mT) / 2
-        cross = []
+        cross = [sizes.new_zeros(rows, steps * width, 0)]
         for parent, row in parents:
             size = sizes[self._structure.layouts[parent].places[row].flatten(1)].unsqueeze(-2)  # (N, 1, d_p)
-            if len(found := responses[parent]):
-                cross.append(found[:, places].flatten(-2).permute(1, 2, 0) / size)  # (N, T d, d_p)
-            else:
-                cross.append(torch.zeros_like(size).expand(-1, steps * width, -1))
-        return Precision((diagonal + diagonal.mT) / 2, lower, tuple(cross))
+            cross.append(responses[parent][:, places].flatten(-2).permute(1, 2, 0) / size)  # (N, T d, d_p)
+        return Precision((diagonal + diagonal.mT) / 2, lower, torch.cat(cross, -1))
 
 
-def _colours(layout: Layout) -> list[Tensor]:
-    """Divide the places of a block into sets, so that no two latents of a set share a neighbour."""
-    _, steps, width = layout.places.shape
-    apart = 1 if steps == 1 else 3  # steps of a sequence that share no neighbour
-    return [layout.places[:, k::apart, j].flatten() for k in range(apart) for j in range(width)]
-
-
-def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], wanted: Tensor
-) -> Tensor:
-    """Solve linear equations with several right sides, ``(K, D)``, given products with a positive definite matrix."""
-    solution, rest = torch.zeros_like(wanted), wanted
-    step = ready = precondition(rest)
-    size = (rest * ready).sum(-1, keepdim=True)
-    least, tiny = DIFFERENCES.precise**2 * size, torch.finfo(size.dtype).tiny
-    for _ in range(DIFFERENCES.rounds):
-        bent = product(step)
-        length = size / (step * bent).sum(-1, keepdim=True).clamp_min(tiny)
-        solution, rest = solution + length * step, rest - length * bent
-        ready, last = precondition(rest), size
-        size = (rest * ready).sum(-1, keepdim=True)
-        if (size <= least).all():
-            break
-        step = ready + size / last.clamp_min(tiny) * step
-    return solution
+def _changes(density: LogDensity, z: Tensor, steps: Tensor) -> Tensor:
+    """Return minus the mean changes of the score of a density in some steps, ``(K, 1, D) -> (K, D)``."""
+    moved = torch.cat((z + steps, z - steps), 1)  # (K, 2 S, D)
+    forth, back = score_of(density, moved.flatten(0, 1)).reshape(moved.shape).chunk(2, 1)
+    return (back - forth).nan_to_num(0.0, 0.0, 0.0).mean(1) / 2

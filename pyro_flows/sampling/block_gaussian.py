@@ -16,17 +16,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import Bends, BlockStructure, Conditional, Layout
+from .block_conditionals import Bends, BlockStructure, Conditional, Layout, NotPositive, Precision
 from .block_curvature import Curvature
-from .start_search import Watch, elbo_of, is_no_worse, log_weights
+from .gaussian import Watch, is_no_worse, judged
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class BlockSearch:
 
 
 SEARCH = BlockSearch()
+Parts = TypeVar("Parts", Precision, Bends)
 
 
 class BlockGaussian(NamedTuple):
@@ -96,9 +95,8 @@ def fit_blocks(
     numbers = sum(layout.places.numel() * layout.places.shape[-1] for layout in layouts)
     if numbers > SEARCH.numbers or len(structure.root) > SEARCH.many:
         return None
-    search = _Search(density, structure, loc, scale)
-    began, averaged = search.elbo, 0
-    steps: list[float] = []  # the sizes of the steps since the root moves
+    search, averaged = _Search(density, structure, loc, scale), 0
+    began, steps = search.elbo, list[float]()  # the sizes of the steps since the root moves
     for number in range(rounds):
         if search.holds_root and (number >= SEARCH.held or search.step < SEARCH.near):
             search.holds_root, search.step, steps = False, math.inf, []
@@ -139,8 +137,8 @@ class _Search:
         if self._curvature.directions > SEARCH.many:  # then more draws of the score alone cost next to nothing
             self._pairs, self._curved = self._curvature.directions // 16, 2
         self._loc, self.step, self.holds_root = loc.double(), math.inf, structure.has_root
-        self._precision = structure.isotropic(scale**-2, self._loc)
-        self.blocks = structure.conditionals(self._precision, self._loc, structure.straight(self._loc))
+        self._precision, bends = structure.isotropic(scale**-2, self._loc)
+        self.blocks = structure.conditionals(self._precision, self._loc, bends)
         self.elbo = self._judged(self.blocks, self._noise())
 
     def _noise(self) -> Tensor:
@@ -149,32 +147,32 @@ class _Search:
 
     def advance(self, rate: float) -> bool:
         """Make a step, shorter than the natural gradient's by a factor; return False if no step is found."""
-        structure, noise = self._structure, self._noise()
+        structure, noise, bends = self._structure, self._noise(), [block.bends for block in self.blocks]
         z = structure.placed(self.blocks, noise)
         score = score_of(self._density, z)
         usable = score.isfinite().all(-1)
-        if usable.sum() < len(score) / 2:
-            return self._shrink()
-        score, places = score[usable].mean(0), z[usable][: self._curved]
-        found, bends = self._curvature.precision(places, self._precision), None
-        if structure.has_root:
+        if usable.sum() < len(score) / 2:  # halve all deviations; the means stay
+            self._precision = [Precision(*(4 * part for part in own)) for own in self._precision]
+            self.blocks = structure.conditionals(self._precision, self._loc, bends)
+            return True
+        score, places, curvature = score[usable].mean(0), z[usable][: self._curved], self._curvature
+        found = curvature.precision(places, self._precision)
+        if self.holds_root:
             score[structure.root], found[0] = 0.0, self._precision[0]
-            if not self.holds_root:
-                bends = self._bends(noise[: self._curved]) if len(structure.root) <= SEARCH.funnel else None
-                score[structure.root], found[0] = self._curvature.of_root(self.blocks, self._precision, noise)
-        joint = None
-        if self._curvature.is_coupled:
-            joint = self._curvature.joint(places, score, found, self._precision, self.blocks)
+        elif structure.has_root:
+            bends = self._bends(noise[: self._curved]) if len(structure.root) <= SEARCH.funnel else bends
+            score[structure.root], found[0] = curvature.of_root(self.blocks, self._precision, noise)
+        coupled = curvature.is_coupled
+        joint = curvature.joint(places, score, found, self._precision, self.blocks) if coupled else None
         start = self._judged(self.blocks, noise)
         for damping in SEARCH.dampings:
-            blend = partial(torch.lerp, weight=rate)
-            precision = [mine.each(blend, new) for mine, new in zip(self._precision, found, strict=True)]
+            precision = [_blended(*pair, rate) for pair in zip(self._precision, found, strict=True)]
             if structure.has_root:
                 precision[0] = precision[0].damped(damping)
-            bent = self._bent(bends, rate)
+            bent = [_blended(block.bends, new, rate) for block, new in zip(self.blocks, bends, strict=True)]
             try:
                 blocks = structure.with_gains(structure.conditionals(precision, self._loc, bent), joint)
-            except LinAlgError:
+            except NotPositive:
                 rate /= 2
                 continue
             change = rate * structure.natural_gradient(blocks, score, damping, joint)
@@ -186,46 +184,38 @@ class _Search:
                 return True
         return False
 
-    def _shrink(self) -> bool:
-        """Halve all deviations, since most draws have no finite score; the means stay."""
-        self._precision = [own.each(lambda part: 4 * part) for own in self._precision]
-        self.blocks = self._structure.conditionals(self._precision, self._loc, self._bent(None, 0.0))
-        return True
-
     @torch.no_grad()
     def _judged(self, blocks: Sequence[Conditional], noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
         root = self._structure.root_of(blocks, noise)
         log_p = self._density(self._structure.placed(blocks, noise))
-        return elbo_of(log_weights(log_p, noise, sum(block.log_det(root) for block in blocks)))
+        return judged(log_p, noise, sum(block.log_det(root) for block in blocks))[0]
 
-    def _bends(self, noise: Tensor) -> list[Bends] | None:
+    def _bends(self, noise: Tensor) -> list[Bends]:
         """Return for each block the derivatives of A, log diag L and gains in the root's latents.
 
         They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
-        Return None if there is no such distribution at one side.
+        The present ones are returned if there is no such distribution at one side.
         """
-        structure, present = self._structure, self._precision
-        size = SEARCH.bend * present[0].diagonal[0, 0].inverse().diagonal().sqrt()
-        slopes = [list[tuple[Tensor, ...]]() for _ in self.blocks]
-        for own in torch.diag(size):
+        structure, present, old = self._structure, self._precision, [block.bends for block in self.blocks]
+        size, slopes = SEARCH.bend * present[0].diagonal[0, 0].inverse().diagonal().sqrt(), []
+        for own in size.diag():
             sides = []
             for side in (own, -own):
                 z = structure.placed(self.blocks, noise, side.expand(len(noise), -1))
                 curvature = [present[0], *self._curvature.precision(z, present, first=1)]
                 try:
-                    sides.append(structure.conditionals(curvature, self._loc, self._bent(None, 0.0)))
-                except LinAlgError:
-                    return None
-            for place, pair in enumerate(zip(*sides, strict=True)):
-                ends = zip(*(structure.coefficients(place, block) for block in pair), strict=True)
-                slopes[place].append(tuple((high - low) / (2 * own.sum()) for high, low in ends))
-        return [Bends(*(torch.stack(parts, -1) for parts in zip(*of_block, strict=True))) for of_block in slopes]
+                    sides.append(structure.coefficients(structure.conditionals(curvature, self._loc, old)))
+                except NotPositive:
+                    return old
+            pairs = (zip(*pair, strict=True) for pair in zip(*sides, strict=True))
+            slopes.append([[(high - low) / (2 * own.sum()) for high, low in pair] for pair in pairs])
+        return [
+            Bends(*(torch.stack(parts, -1) for parts in zip(*of_block, strict=True)))
+            for of_block in zip(*slopes, strict=True)
+        ]
 
-    def _bent(self, bends: list[Bends] | None, rate: float) -> list[Bends]:
-        """Blend the derivatives in the root's latents with new ones, whose share is ``rate``, except the root's own."""
-        old = [block.bends for block in self.blocks]
-        if bends is None:
-            return old
-        pairs = zip(old[1:], bends[1:], strict=True)
-        return [old[0], *(Bends(*map(partial(torch.lerp, weight=rate), mine, new)) for mine, new in pairs)]
+
+def _blended(old: Parts, new: Parts, share: float) -> Parts:
+    """Blend the tensors of two tuples, so that the new ones have some share."""
+    return type(old)(*(torch.lerp(mine, other, share) for mine, other in zip(old, new, strict=True)))

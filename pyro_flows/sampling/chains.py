@@ -28,6 +28,7 @@ from torch import Tensor
 from ..vjp import LogDensity
 from .coordinates import Coordinates, GuideDensity
 
+Twin = GuideDensity | None
 Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # draws z, (N, D), and log p and log q there, (N,)
 
 
@@ -100,18 +101,14 @@ class HMC:
     """
 
     def __init__(
-        self,
-        density: LogDensity,
-        coordinates: Coordinates,
-        dim: int,
-        max_steps: int = 8,
-        twin: GuideDensity | None = None,
+        self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8, twin: Twin = None
     ) -> None:
         self.density, self.coordinates, self.max_steps, self.twin = density, coordinates, max_steps, twin
-        self.step, self.time = 1.2 * dim**-0.25, MOVES.first
-        self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
-        self._count, self._first, self._second = 0, 0.0, 0.0
+        self.step, self.time, self.acceptance = 1.2 * dim**-0.25, MOVES.first, math.nan
+        self.divergences = self.gradients = self._count = 0
+        self._first = self._second = 0.0
         self._latest: _State | None = None
+        self._latest_in = coordinates
 
     def retarget(self, density: LogDensity, coordinates: Coordinates) -> None:
         """Set another density and other coordinates, and restart adaptation from the present step size."""
@@ -122,7 +119,7 @@ class HMC:
     def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
         """Make a transition from z, ``(N, D)``; return the new z and the log-density there, ``(N,)``."""
         start = self._latest
-        if start is None or start.z is not z or start.coordinates is not self.coordinates:
+        if start is None or start.z is not z or self._latest_in is not self.coordinates:
             start = self._state(self.coordinates.inverse(z))
         first = len(z) if self.twin is None else len(z) // 2
         factor = MOVES.least + (MOVES.most - MOVES.least) * self._shared(torch.rand_like(start.x[:first, :1]))
@@ -144,7 +141,7 @@ class HMC:
         if adapt:
             times = count * size.squeeze(-1)
             self._adapt(*(part[:first] for part in (start.x, end.x, momentum, chance, times)))
-        self._latest = start.replaced(taken, end)
+        self._latest, self._latest_in = start.replaced(taken, end), self.coordinates
         return self._latest.z, self._latest.log_p - self._latest.log_det
 
     def _shared(self, numbers: Tensor) -> Tensor:
@@ -182,7 +179,7 @@ class HMC:
             (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
         finite = log_p.isfinite() & score.isfinite().all(-1)
         log_p = log_p.detach().where(finite, -math.inf)
-        return _State(x, z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach(), self.coordinates)
+        return _State(x, z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach())
 
 
 class _State(NamedTuple):
@@ -191,14 +188,11 @@ class _State(NamedTuple):
     score: Tensor  # (N, D), over x
     log_p: Tensor  # (N,), over x
     log_det: Tensor  # (N,)
-    coordinates: Coordinates
 
     def replaced(self, taken: Tensor, other: _State) -> _State:
         """Replace the rows that are ``taken``, ``(N,)`` of bool, by those of another state."""
-        rows = taken.unsqueeze(-1)
-        x, z, score = (torch.where(rows, new, old) for new, old in zip(other[:3], self[:3], strict=True))
-        log_p, log_det = (torch.where(taken, new, old) for new, old in zip(other[3:5], self[3:5], strict=True))
-        return _State(x, z, score, log_p, log_det, self.coordinates)
+        pairs = zip(other, self, strict=True)
+        return _State(*(torch.where(taken.unsqueeze(-1) if new.dim() > 1 else taken, new, old) for new, old in pairs))
 
 
 class Chains:
@@ -220,17 +214,11 @@ class Chains:
     """
 
     def __init__(
-        self,
-        density: LogDensity,
-        coordinates: Sequence[Coordinates],
-        z: Tensor,
-        max_steps: int = 8,
-        twin: GuideDensity | None = None,
+        self, density: LogDensity, coordinates: Sequence[Coordinates], z: Tensor, max_steps: int = 8, twin: Twin = None
     ) -> None:
-        self.z, self.log_p = z, torch.full(z.shape[:1], math.nan).to(z)
         self.kernels = [HMC(density, one, z.shape[1], max_steps, twin) for one in coordinates]
+        self.z, self.log_p, self.count = z, torch.full(z.shape[:1], math.nan).to(z), 0
         self.excess = torch.zeros_like(self.log_p)
-        self.count = 0
 
     @property
     def acceptance(self) -> list[float]:

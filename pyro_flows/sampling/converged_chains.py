@@ -123,11 +123,9 @@ class ChainRun:
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
         self.chains = Chains(target.log_p, target.coordinates(z), start, max_steps=16)
         self.record = Record(target.quantities, max(RULES.kept, math.ceil(2 * goal.num_draws / num_chains)))
-        self.chance, self.converged, self.divergences, self._words = math.nan, False, 0, "warm-up"
-        self._times = self._proposed = 0
-        self._records_all = False
-        self._accepted: list[list[float]] = []
-        self._heavy: list[Tensor] = []  # per cycle, True for chains at places of large weight, (C,)
+        self.chance, self.converged, self.acceptance, self._words = math.nan, False, list[float](), "warm-up"
+        self.divergences = self._times = self._proposed = 0
+        self._heavy, self._records_all = list[Tensor](), False  # per cycle, chains at places of large weight, (C,)
 
     def _starts(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Return draws of the guide, and the starts of the chains, resampled by weights if the guide is good.
@@ -144,13 +142,7 @@ class ChainRun:
         weights = weights.clamp_max(float(weights.mean()) * math.sqrt(len(z)))
         if float(weights.sum().square() / weights.square().sum()) < RULES.spread * len(z):
             return z, z[torch.arange(num_chains) % len(z)]
-        places = systematic(weights, num_chains)
-        return z, z[places[torch.randperm(num_chains, device=z.device)]]
-
-    @property
-    def acceptance(self) -> list[float]:
-        """The mean acceptance of the chains' transitions, per set of coordinates."""
-        return [statistics.fmean(values) for values in zip(*self._accepted, strict=True)]
+        return z, z[systematic(weights, num_chains)[torch.randperm(num_chains, device=z.device)]]
 
     def run(self) -> Convergence:
         """Warm up, and run until the chains have converged, ``watch`` returns True, or the sweeps are used up.
@@ -159,44 +151,37 @@ class ChainRun:
             The convergence of all quantities.
         """
         self._warm_up()
-        before, converged_at, wanted = self.chains.divergences, 0, self._least
+        before, converged_at, wanted, accepted = self.chains.divergences, 0, self._least, list[list[float]]()
         while True:
-            self._extend(wanted)
+            self._extend(wanted, accepted)
             found, self.converged, growth = self.record.judge(self.goal)
             if self.converged and self._is_short():
                 self.converged, growth = False, 2.0
             if self.converged:
                 converged_at, growth = converged_at or self.chains.count, 1.5
-                if self._knows_sds(found) or self.chains.count >= self.goal.longest * converged_at:
+                is_known = (found.ess_sd >= min(self.goal.num_draws, RULES.known)).all()
+                few = len(self.chains.z) < RULES.many_chains  # too few to tell
+                if few or is_known or self.chains.count >= self.goal.longest * converged_at:
                     break
             if self._is_over():
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
-            if found.drifts:
-                self._start_again()
+            if found.drifts:  # drop the first half of the draws, and adapt again
+                self.record.drop_half()
+                self._whiten(self.record.z().flatten(0, 1))
+                for _ in range(RULES.again):
+                    if not self._is_over():
+                        self._sweep(adapt=True)
             wanted = math.ceil(len(self.record) * growth)
         self.divergences = self.chains.divergences - before
-        return found if len(found.rhat) == self.record.width else self.record.convergence()
-
-    def _start_again(self) -> None:
-        """Drop the first half of the draws, and adapt again, since the chains drifted."""
-        self.record.drop_half()
-        self._whiten(self.record.z().flatten(0, 1))
-        for _ in range(RULES.again):
-            if not self._is_over():
-                self._sweep(adapt=True)
+        self.acceptance = [statistics.fmean(values) for values in zip(*accepted, strict=True)]
+        return self.record.complete(found)
 
     @property
     def _least(self) -> int:
         """The least number of recorded draws per chain."""
         least = RULES.least if self._records_all else 2 * FEWEST
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
-
-    def _knows_sds(self, found: Convergence) -> bool:
-        """True if each standard deviation is as well known as asked for, or there are too few chains to tell."""
-        return len(self.chains.z) < RULES.many_chains or bool(
-            (found.ess_sd >= min(self.goal.num_draws, RULES.known)).all()
-        )
 
     def _is_short(self) -> bool:
         """True if much of the posterior lies at weights above the number of proposals, and chains rarely enter there.
@@ -224,24 +209,20 @@ class ChainRun:
 
     def _warm_up(self) -> None:
         """Adapt step sizes and coordinates, and choose how often draws of the guide are proposed."""
-        chances: list[float] = []
-        visited: list[Tensor] = []
+        chances, visited = list[float](), list[Tensor]()
         for sweep in range(1, RULES.long + 1):
             self._sweep(adapt=True)
-            self._propose(
-                RULES.few if self.chance > RULES.fair else 1
-            )  # many proposals reach places where the guide rarely draws
+            # Many proposals reach places where the guide rarely draws.
+            self._propose(RULES.few if self.chance > RULES.fair else 1)
             chances.append(self.chance)
             visited.append(self.chains.z)
             self.chance = statistics.fmean(chances[-5:])
-            kernels = self.chains.kernels
-            if (
-                self.chance > RULES.good and sweep >= RULES.few
-            ):  # steps in the base are longer than in whitened coordinates
-                others = [kernel for kernel in kernels if not isinstance(kernel.coordinates, White)]
-                self.chains.kernels = others or kernels
+            is_good = self.chance > RULES.good
+            if is_good and sweep >= RULES.few:  # steps in the base are longer than in whitened coordinates
+                kernels = self.chains.kernels
+                self.chains.kernels = [one for one in kernels if not isinstance(one.coordinates, White)] or kernels
             is_last = self.chains.count >= self.goal.max_sweeps - FEWEST  # the recorded draws take sweeps too
-            if is_last or self._is_stopped or (sweep >= RULES.short and self.chance > RULES.good):
+            if is_last or self._is_stopped or (sweep >= RULES.short and is_good):
                 break
             if sweep in (RULES.long // 6, RULES.long // 3, RULES.long // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
@@ -254,11 +235,11 @@ class ChainRun:
         for kernel in self.chains.kernels:
             kernel.coordinates = kernel.coordinates.whitened(z)
 
-    def _extend(self, wanted: int) -> None:
-        """Run until a number of draws per chain is recorded."""
+    def _extend(self, wanted: int, accepted: list[list[float]]) -> None:
+        """Run until a number of draws per chain is recorded, and add the mean acceptances of the transitions."""
         while len(self.record) < wanted and not (self._is_over() and len(self.record) >= FEWEST):
             self._sweep(adapt=False)
-            self._accepted.append(self.chains.acceptance)
+            accepted.append(self.chains.acceptance)
             places = self._propose(self._times) if self._times else [self.chains.z]
             for z in places if self._records_all else places[-1:]:
                 if self.record.keep(z):
@@ -275,17 +256,11 @@ class Record:
 
     def __init__(self, quantities: Callable[[Tensor], Tensor], most: int) -> None:
         self._of, self._most, self._every, self._since = quantities, most, 1, 0
-        self._z: list[Tensor] = []  # (C, D) each
-        self._quantities: list[Tensor] = []  # (C, K) each, of the first of these draws
+        self._z, self._quantities = list[Tensor](), list[Tensor]()  # (C, D) each; and (C, K), of the first of these
         self._worst = torch.arange(0)  # the quantities furthest from convergence
 
     def __len__(self) -> int:
         return len(self._z)
-
-    @property
-    def width(self) -> int:
-        """The number K of quantities."""
-        return self._quantities[0].shape[-1]
 
     def keep(self, z: Tensor) -> bool:
         """Record the places of the chains; return True if every second draw was dropped."""
@@ -293,8 +268,7 @@ class Record:
         if self._since < self._every:
             return False
         self._z.append(z)
-        self._since = 0
-        is_full = len(self._z) > self._most
+        self._since, is_full = 0, len(self._z) > self._most
         if is_full:
             self._thin(2)
         return is_full
@@ -315,42 +289,36 @@ class Record:
     def judge(self, goal: Goal) -> tuple[Convergence, bool, float]:
         """Test all draws, and the draws that remain if only every second, fourth, … is kept.
 
+        The worst quantities are tested first, and the others if these have converged.
+
         Returns:
             The convergence of all quantities, or of the worst; True if the goal is reached, in which case only the
             tested draws are kept; and the factor by which more draws are needed.
         """
-        quantities, chains = self._all_quantities(), len(self._z[0])
-        growth, step, first = 2.0, 1, None
+
+        def is_reached(found: Convergence) -> bool:
+            return bool((found.rhat <= RULES.rhat).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
+
+        quantities, chains, growth, step, tests = self._all_quantities(), len(self._z[0]), 2.0, 1, list[Convergence]()
         while step == 1 or (len(self) // step >= 2 * FEWEST and len(self) // step * chains >= goal.num_draws):
-            found, is_reached = self._test(quantities[:, (len(self) - 1) % step :: step], goal)
-            first = first or found
-            if is_reached:
+            some = quantities[:, (len(self) - 1) % step :: step]
+            found = convergence(some[..., self._worst]) if len(self._worst) else None
+            if found is None or is_reached(found):
+                found = convergence(some)
+                lacks = torch.maximum((found.rhat - 1) / (RULES.rhat - 1), goal.num_draws / found.ess.clamp_min(1))
+                self._worst = lacks.topk(RULES.worst).indices if len(lacks) > RULES.worst else torch.arange(0)
+            tests.append(found)
+            if is_reached(found):
                 self._thin(step)
                 return found, True, 1.0
             excess = (float(found.rhat.max()) ** 2 - 1) / (RULES.rhat**2 - 1)
             growth = min(growth, 1.1 * max(excess, goal.num_draws / max(1.0, float(found.ess.min()))))
             step *= 2
-        assert first is not None
-        return first, False, max(1.25, growth)
+        return tests[0], False, max(1.25, growth)
 
-    def convergence(self) -> Convergence:
-        """Return the convergence of all quantities."""
-        return convergence(self._all_quantities())
-
-    def _test(self, quantities: Tensor, goal: Goal) -> tuple[Convergence, bool]:
-        """Test the worst quantities first, and the others if these have converged."""
-
-        def is_reached(found: Convergence) -> bool:
-            return bool((found.rhat <= RULES.rhat).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
-
-        if len(self._worst):
-            found = convergence(quantities[..., self._worst])
-            if not is_reached(found):
-                return found, False
-        found = convergence(quantities)
-        lacks = torch.maximum((found.rhat - 1) / (RULES.rhat - 1), goal.num_draws / found.ess.clamp_min(1))
-        self._worst = lacks.topk(RULES.worst).indices if len(lacks) > RULES.worst else torch.arange(0)
-        return found, is_reached(found)
+    def complete(self, found: Convergence) -> Convergence:
+        """Return the convergence of all quantities, given that of all or of the worst."""
+        return found if len(found.rhat) == self._quantities[0].shape[-1] else convergence(self._all_quantities())
 
     def _all_quantities(self) -> Tensor:
         """Return the quantities, ``(C, n, K)``; only those of new draws are computed."""

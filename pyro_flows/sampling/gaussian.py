@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..vjp import LogDensity, score_of, value_and_score
-from .start_search import Watch, elbo_of, log_weights
+
+Watch = Callable[[], bool]  # called after each round of a search; True ends it.  bool() is False
+SLACK = 0.5  # nats by which the ELBO may fall in a step, which is noise of the draws
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,26 @@ class Gaussian(NamedTuple):
         return self.spread > MATCHING.poor
 
 
+def judged(log_p: Tensor, noise: Tensor, log_det: Tensor | float) -> tuple[float, float]:
+    """Return the mean and the standard deviation of the log-weights log p - log q of draws, in nats.
+
+    The mean is the ELBO, -inf if it is NaN.  The weights are constant if q is the posterior.
+
+    Args:
+        log_p: The log-density of the posterior at the draws, ``(N,)``.
+        noise: The standard normal noise of the draws, ``(N, D)``.
+        log_det: The log-determinant of the draws in their noise.
+    """
+    log_q = -noise.square().sum(-1) / 2 - noise.shape[-1] / 2 * math.log(2 * math.pi)
+    weights = log_p - (log_q - log_det)
+    return float(weights.mean().nan_to_num(-math.inf, math.inf, -math.inf)), float(weights.std())
+
+
+def is_no_worse(elbo: float, start: float, dtype: torch.dtype) -> bool:
+    """True if a step to an ELBO may be taken; large sums have round-off, too."""
+    return elbo >= start - SLACK - 16 * torch.finfo(dtype).eps * abs(start) or not math.isfinite(start)
+
+
 def fit_gaussian(
     density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = bool
 ) -> Gaussian:
@@ -90,11 +113,10 @@ def fit_gaussian(
         watch: Called after each round; True ends the search.
     """
     start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
-    found = [_judged(density, loc, start)]
-    rounds = int(min(rounds, max(MATCHING.fewest, budget / 2 / _draws(len(loc)))))
+    found = [_fitted(density, loc, start)]
+    rounds = int(min(rounds, max(MATCHING.fewest, budget / 2 / max(64, 2 * len(loc)))))
     for place in (_climb(density, loc), loc):
-        gaussian = match(density, place, start, rounds, watch)
-        if gaussian is not None:
+        if (gaussian := match(density, place, start, rounds, watch)) is not None:
             found.append(gaussian)
             if gaussian.is_near or watch():
                 break
@@ -124,9 +146,8 @@ def match(
 
     None if it breaks down.
     """
-    eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), _draws(len(loc))
-    errors: list[float] = []  # mean squares of the difference between the scores, in coordinates where Σ = I
-    rests = rounds / 2
+    eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), max(64, 2 * len(loc))
+    rests, errors = rounds / 2, list[float]()  # mean squares of differences between scores, where Σ = I
     try:
         for number in range(1, rounds + 1):
             noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
@@ -137,8 +158,9 @@ def match(
                 continue
             noise, score = noise[usable], score[usable]
             errors.append(float((score @ scale_tril + noise).square().mean()))
-            if number < rests and _is_at_rest(errors):
-                rests = number
+            latest, before = errors[-3:], errors[-6:-3]
+            if number < rests and len(before) == 3 and statistics.median(latest) < MATCHING.close:
+                rests = number if statistics.median(latest) > 0.7 * statistics.median(before) else rests
             if number > rests + MATCHING.last or watch():
                 break
             rate = draws / max(1.0, number - rests)
@@ -156,22 +178,10 @@ def match(
             scale_tril = scale_tril * scale_tril.diagonal().sign()
     except LinAlgError:
         return None
-    return _judged(density, loc, scale_tril)
+    return _fitted(density, loc, scale_tril)
 
 
-def _draws(dim: int) -> int:
-    return max(64, 2 * dim)
-
-
-def _is_at_rest(errors: list[float]) -> bool:
-    """True if the latest errors are small, and hardly smaller than those before."""
-    if len(errors) < 6:
-        return False
-    latest, before = statistics.median(errors[-3:]), statistics.median(errors[-6:-3])
-    return latest < MATCHING.close and latest > 0.7 * before
-
-
-def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
+def _climb(density: LogDensity, loc: Tensor) -> Tensor:
     """Make some steps of L-BFGS uphill."""
     from scipy.optimize import minimize  # importing torch's L-BFGS takes most of a second
 
@@ -179,14 +189,14 @@ def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
         height, score = value_and_score(density, torch.as_tensor(x).to(loc).unsqueeze(0))
         return -float(height.nan_to_num(-math.inf)), -score[0].nan_to_num(0, 0, 0).double().cpu().numpy()
 
-    found = minimize(loss, loc.double().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
+    found = minimize(loss, loc.double().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": 20})
     place = torch.as_tensor(found.x).to(loc)
     return place if place.isfinite().all() else loc
 
 
 @torch.no_grad()
-def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor) -> Gaussian:
-    """Return a Gaussian with the mean and spread of some log-weights, which are constant if it is the posterior."""
+def _fitted(density: LogDensity, loc: Tensor, scale_tril: Tensor) -> Gaussian:
+    """Return a Gaussian with the mean and spread of some log-weights."""
     noise = torch.randn(500, len(loc), dtype=loc.dtype, device=loc.device)
-    found = log_weights(density(loc + noise @ scale_tril.T), noise, scale_tril.diagonal().log().sum())
-    return Gaussian(loc, scale_tril, elbo_of(found), float(found.std()))
+    log_det = scale_tril.diagonal().log().sum()
+    return Gaussian(loc, scale_tril, *judged(density(loc + noise @ scale_tril.T), noise, log_det))

@@ -4,10 +4,10 @@ Its draws are z = m + S C w, with w standard normal, S diagonal, and C = I + Q (
 directions Q by E.  In units of S let H be the mean of -∇² log p over draws.  Each round improves mean, directions and
 scales in turn.
 
-* The method of Lanczos (:mod:`.lanczos`) finds orthonormal directions Q and numbers Θ with Qᵀ H Q = Θ, from R products
-  of H with a vector, by differences of scores.  If the ELBO is quadratic, E = Θ^-1/2 is best for these directions.  As
-  the first vector is the mean score, the same products solve for a Newton step of the mean (conjugate gradients:
-  Hestenes, Stiefel 1952, J. Res. Nat. Bur. Standards 49).
+* The method of Lanczos (1950, J. Res. Nat. Bur. Standards 45) finds orthonormal directions Q and numbers Θ with
+  Qᵀ H Q = Θ, from R products of H with a vector, by differences of scores.  If the ELBO is quadratic, E = Θ^-1/2 is
+  best for these directions.  As the first vector is the mean score, the same products solve for a Newton step of the
+  mean (conjugate gradients: Hestenes, Stiefel 1952, J. Res. Nat. Bur. Standards 49).
 * The ELBO is stationary in S if E[-∇ log p(z) ∘ (z - m)] = 1.  So this mean, whose noise vanishes if q is the
   posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194), divides the square of S.
 
@@ -18,6 +18,7 @@ arXiv:2410.22292) fits the same family by scores alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from ..transforms.linear import stretched
 from ..vjp import LogDensity, score_of, value_and_score
-from .lanczos import lanczos
-from .start_search import SLACK, Watch, elbo_of, is_no_worse, log_weights
+from .gaussian import SLACK, Watch, is_no_worse, judged
+
+HUGE = 1e15  # the largest number of a product
+FAINT, RESTARTS = 1e-4, 3  # a length that is round-off, and new vectors after such
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,8 @@ def fit_low_rank(
         before = search.q.elbo
         search.advance(1 / averaged)
         rises = search.q.elbo > before + SLACK or not math.isfinite(search.q.elbo)
-        if (
-            watch()
-            or search.gradients > budget
-            or averaged > SEARCH.averaged
-            or (averaged > 1 and not rises and search.step < SEARCH.still)
-        ):
+        ends = averaged > SEARCH.averaged or (averaged > 1 and not rises and search.step < SEARCH.still)
+        if watch() or search.gradients > budget or ends:
             break
         if not rises and search.rank < most:
             search.rank = min(2 * search.rank, most)
@@ -137,51 +136,50 @@ class _Search:
     """
 
     def __init__(self, density: LogDensity, loc: Tensor, scale: float, rank: int) -> None:
-        self.density, self.like, self.rank = density, loc, rank
-        self.step, self.gradients, self._shift = math.inf, 0, SEARCH.shift
+        self.density, self.rank, self.step, self._shift = density, rank, math.inf, SEARCH.shift
         none = loc.new_zeros(len(loc), 0)
-        q = LowRankGaussian(loc, torch.full_like(loc, scale), none, none[0])
-        self.q = q._replace(elbo=self._judged(q, self._noise()))
+        self.q, self.gradients = LowRankGaussian(loc, torch.full_like(loc, scale), none, none[0]), -2 * SEARCH.pairs
+        self.q = self.q._replace(elbo=self._judged(self.q, self._scored(self.q)[0]))
 
     def advance(self, rate: float) -> None:
         """Make a round that counts for a share of all so far, if it increases the ELBO."""
-        noise, q = self._noise(), self.q
-        z = q.place(noise)
-        value, score = value_and_score(self.density, z)
-        self.gradients += len(z)
-        usable = value.isfinite() & score.isfinite().all(-1)
+        q, (noise, z, score, usable) = self.q, self._scored(self.q)
         gradient = q.scale * score[usable].mean(0)
         found = self._curvature(z[usable][: SEARCH.curved], gradient, rate) if usable.sum() >= len(z) / 2 else None
         if found is None:
             self.q = q._replace(scale=q.scale / 2)
             return
-        basis, values = found
-        start, moved = self._judged(q, noise), 0.0
+        (basis, values), start, moved = found, self._judged(q, noise), 0.0
         for damping in SEARCH.dampings:
             damped = values * (1 + damping)
             change = basis @ (basis.T @ gradient / damped)
             new = q._replace(loc=q.loc + rate * q.scale * change, directions=basis, stretch=damped.rsqrt())
-            elbo = self._judged(new, noise)
-            if is_no_worse(elbo, start, self.like.dtype):
+            if is_no_worse(self._judged(new, noise), start, q.loc.dtype):
                 q, moved = new, float((basis.T @ change).mul(damped.sqrt()).norm())
                 break
         self._rescale(q, rate, moved * len(q.loc) ** -0.5)
 
     def _rescale(self, q: LowRankGaussian, rate: float, moved: float) -> None:
-        """Change S of a Gaussian as far as that increases the ELBO, and take the Gaussian, whose mean has moved."""
-        noise = self._noise()
-        z = q.place(noise)
-        value, score = value_and_score(self.density, z)
-        self.gradients += len(z)
-        own = q.stretched(noise, q.stretch) * q.stretched(noise, 1 / q.stretch) - 1  # with mean zero
-        usable = value.isfinite() & score.isfinite().all(-1)
-        terms = _controlled((score * (q.loc - z))[usable], own[usable])
-        start, change = self._judged(q, noise), -rate / 2 * _shrunk_log(terms)
+        """Change S of a Gaussian as far as that increases the ELBO, and take the Gaussian, whose mean has moved.
+
+        The squares of S are moved together as far as their differences are noise.
+        """
+        noise, z, score, usable = self._scored(q)
+        start = self._judged(q, noise)
         self.q, self.step = q._replace(elbo=start), moved
+        if usable.sum() < SEARCH.pairs:
+            return
+        known = (q.stretched(noise, q.stretch) * q.stretched(noise, 1 / q.stretch) - 1)[usable]  # with mean zero
+        terms, centred = (score * (q.loc - z))[usable], known - known.mean(0)
+        terms = terms - (terms * centred).sum(0) / centred.square().sum(0).clamp_min(1e-12) * known  # with less noise
+        square, variance = terms.mean(0), terms.var(0) / len(terms)
+        apart = square - square.mean()
+        clear = (1 - SEARCH.sure**2 * variance / apart.square().clamp_min(1e-12)).clamp_min(0)
+        change = (square.mean() + apart * clear).clamp(1 / SEARCH.most, SEARCH.most).log() * -rate / 2
         for _ in SEARCH.dampings:
             new = q._replace(scale=q.scale * change.exp())
             elbo = self._judged(new, noise)
-            if is_no_worse(elbo, start, self.like.dtype):
+            if is_no_worse(elbo, start, q.loc.dtype):
                 self.q, self.step = new._replace(elbo=elbo), max(moved, float(change.square().mean().sqrt()) / rate)
                 return
             change = change / 4
@@ -192,49 +190,77 @@ class _Search:
         H is blended with the present precision, and has the share ``rate``.  None if a product is not finite.
         """
 
-        def blended(vector: Tensor) -> Tensor:
-            product = self._product(places, vector)
-            present = self.q.stretched(vector, self.q.stretch.square().reciprocal())
-            return product if rate == 1 else torch.lerp(present, product, rate)
+        def product(vector: Tensor) -> Tensor:
+            """Return H times a vector, by differences of scores at the draws where they are finite."""
+            shift = self._shift * self.q.scale * vector
+            forth, back = score_of(self.density, torch.cat((places + shift, places - shift))).chunk(2)
+            self.gradients += 2 * len(places)
+            apart = back - forth
+            found = self.q.scale * apart[apart.isfinite().all(-1)].mean(0) / (2 * self._shift)
+            return torch.lerp(self.q.stretched(vector, self.q.stretch.square().reciprocal()), found, rate)
 
-        found = lanczos(blended, start, self.rank)
+        found = lanczos(product, start, self.rank)
         if found is None:
             return None
-        basis, values = found
-        values = values.abs().clamp_min(SEARCH.flat * max(1.0, float(values.abs().max())))
+        values = found[1].abs().clamp_min(SEARCH.flat * max(1.0, float(found[1].abs().max())))
         self._shift = SEARCH.shift / max(1.0, float(values.max()) ** 0.5)
-        return basis, values
+        return found[0], values
 
-    def _product(self, places: Tensor, vector: Tensor) -> Tensor:
-        """Return H times a vector, by differences of scores at the draws where they are finite."""
-        shift = self._shift * self.q.scale * vector
-        forth, back = score_of(self.density, torch.cat((places + shift, places - shift))).chunk(2)
-        self.gradients += 2 * len(places)
-        apart = back - forth
-        return self.q.scale * apart[apart.isfinite().all(-1)].mean(0) / (2 * self._shift)
-
-    def _noise(self) -> Tensor:
-        half = torch.randn(SEARCH.pairs, len(self.like), dtype=self.like.dtype, device=self.like.device)
-        return torch.cat((half, -half))
+    def _scored(self, q: LowRankGaussian) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return noise, the draws with it, the scores there, each ``(N, D)``, and True where these are finite."""
+        half = torch.randn(SEARCH.pairs, len(q.loc), dtype=q.loc.dtype, device=q.loc.device)
+        noise = torch.cat((half, -half))
+        z = q.place(noise)
+        value, score = value_and_score(self.density, z)
+        self.gradients += len(z)
+        return noise, z, score, value.isfinite() & score.isfinite().all(-1)
 
     @torch.no_grad()
     def _judged(self, q: LowRankGaussian, noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
-        log_det = q.scale.log().sum() + q.stretch.log().sum()
-        return elbo_of(log_weights(self.density(q.place(noise)), noise, log_det))
+        return judged(self.density(q.place(noise)), noise, q.scale.log().sum() + q.stretch.log().sum())[0]
 
 
-def _controlled(terms: Tensor, known: Tensor) -> Tensor:
-    """Return numbers at draws, ``(N, D)``, with less noise, by regression on other numbers whose mean is zero."""
-    spread = (known - known.mean(0)).square().sum(0).clamp_min(1e-12)
-    return terms - (terms * (known - known.mean(0))).sum(0) / spread * known
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Return orthonormal directions Q, ``(D, R)``, and ascending numbers, ``(R,)``, with Qᵀ H Q their diagonal matrix.
+
+    The method of Lanczos finds extreme directions of a symmetric matrix that is known by its products with vectors.  If
+    the first vector lies in the span of few eigenvectors, there are fewer directions.
+
+    Args:
+        product: The product of H with a vector, ``(D,) -> (D,)``.
+        start: The first vector, ``(D,)``; a random one if it is zero or not finite.
+        rank: The largest number R of directions.
+
+    Returns:
+        Q and the numbers, or None if a product is not finite.
+    """
+    vector, restarts = start / start.abs().max(), 0  # whose square may overflow
+    vector = vector if bool(vector.isfinite().all()) else torch.randn_like(start)
+    basis, diagonal, beside = start.new_zeros(min(rank, len(start)), len(start)), list[float](), list[float]()
+    for place in range(len(basis)):
+        basis[place] = vector / vector.norm()
+        image = product(basis[place])
+        if not bool((image.abs() <= HUGE).all()):
+            return None
+        diagonal.append(float(basis[place] @ image))
+        known = basis[: place + 1]
+        vector = _across(image, known)
+        beside.append(float(vector.norm()))
+        if beside[-1] <= FAINT * max(map(abs, diagonal)):  # the space is complete: look for others
+            if restarts == RESTARTS:
+                basis = known
+                break
+            beside[-1], restarts, vector = 0.0, restarts + 1, _across(torch.randn_like(start), known)
+    matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + torch.tensor(
+        beside[: len(basis) - 1], dtype=torch.float64
+    ).diag(-1)
+    values, vectors = torch.linalg.eigh(matrix)  # which reads the lower triangle
+    return basis.T @ vectors.to(basis), values.to(basis)
 
 
-def _shrunk_log(terms: Tensor) -> Tensor:
-    """Return logarithms of means of draws, ``(N, D) -> (D,)``, moved together as far as their differences are noise."""
-    if len(terms) < SEARCH.pairs:
-        return torch.zeros_like(terms.sum(0))
-    square, noise = terms.mean(0), terms.var(0) / len(terms)
-    apart = square - square.mean()
-    clear = (1 - SEARCH.sure**2 * noise / apart.square().clamp_min(1e-12)).clamp_min(0)
-    return (square.mean() + apart * clear).clamp(1 / SEARCH.most, SEARCH.most).log()
+def _across(vector: Tensor, known: Tensor) -> Tensor:
+    """Return what is left of a vector without its parts along orthonormal rows, ``(n, D)``."""
+    for _ in range(2):  # once loses orthogonality to round-off
+        vector = vector - (known @ vector) @ known
+    return vector
