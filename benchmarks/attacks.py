@@ -762,12 +762,12 @@ def variation(a: Tensor, b: Tensor) -> float:
 
 def densities(target: Target, space: Density, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
     """Return the missing share and the joint total variation, or NaN if the guide's coordinates are unknown."""
-    z = space.placement.located({name: exact_draws[name] for name in space.task.latents})
+    z = space.located({name: exact_draws[name] for name in space.task.latents})
     if z is None:
         return math.nan, math.nan
     parts = z.split(1000)
     log_p = torch.cat([space.log_prob(part) for part in parts])
-    log_q = torch.cat([space.placement.log_q(part) for part in parts]).nan_to_num(-math.inf, -math.inf, -math.inf)
+    log_q = torch.cat([space.log_q(part) for part in parts]).nan_to_num(-math.inf, -math.inf, -math.inf)
     log_ratio = (log_q - log_p).nan_to_num(-math.inf, math.inf, -math.inf)
     if not log_ratio.isfinite().any():
         return 1.0, 1.0

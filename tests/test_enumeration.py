@@ -17,7 +17,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs import Program
-from pyro_flows.programs.enumeration import Parallel
+from pyro_flows.programs.discrete import Parallel
 from pyro_flows.programs.model_and_guide import Task
 
 DATA = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])

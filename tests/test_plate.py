@@ -31,7 +31,7 @@ from pyro_flows.encoders import Arguments, MLPEncoder, Standardize
 from pyro_flows.guides.blocks import Drawn, Frame
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs import Program
-from pyro_flows.programs.plate_minibatches import Shuffled
+from pyro_flows.programs.plate_rows import Shuffled
 from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, Elementwise, FixedAffine
 

@@ -28,7 +28,7 @@ from pyro_flows import AutoFlow, check, flows
 from pyro_flows.answers import stages
 from pyro_flows.answers.posterior import _choose
 from pyro_flows.answers.record import Question
-from pyro_flows.programs.quantities import Quantities
+from pyro_flows.programs.density import Quantities
 from pyro_flows.time_limit import seconds_left, within
 from pyro_flows.training import distributed
 from pyro_flows.training.interrupts import uninterrupted

@@ -22,7 +22,7 @@ from pyro_flows import AutoFlow, AutoPlateFlow
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.guides.contexts import places_of
 from pyro_flows.objectives import PathELBO, PathEnumELBO, TemperedELBO
-from pyro_flows.programs.error_text import quoted
+from pyro_flows.programs.checks import quoted
 from pyro_flows.programs.model_and_guide import Task
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.9, 1.7])

@@ -172,7 +172,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
         else:
             chains.sweep(adapt=False)
         if kind in ("proposals", "all"):
-            _, chance = chains.propose(draw, space.placement.log_q, 2)
+            _, chance = chains.propose(draw, space.log_q, 2)
             assert 0.1 < chance < 0.98
     moved = (chains.z - z).abs().gt(1e-6).any(-1).double().mean()
     assert moved > 0.3

@@ -102,7 +102,7 @@ def test_a_draw_is_scored_as_a_vector_is(space):
     draws = space.draw(7)
     tolerance = 1e-4 if isinstance(space.task.guide.call, AutoIAFNormal) else 1e-8
     torch.testing.assert_close(space.log_prob(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(space.placement.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
 
 
@@ -117,7 +117,7 @@ def test_the_guides_density_integrates_to_one(kind):
     z = space.draw(2000).z
     wide = dist.StudentT(5.0, z.mean(0), 1.5 * z.std(0)).to_event(1)
     places = wide.sample((10_000,))
-    weights = (space.placement.log_q(places) - wide.log_prob(places)).exp()
+    weights = (space.log_q(places) - wide.log_prob(places)).exp()
     assert abs(weights.mean() - 1) < 4 * weights.std() / 100
 
 
@@ -210,7 +210,7 @@ def test_the_base_leads_to_the_guide(kind):
     again, log_det = base.forward(x)
     torch.testing.assert_close(again, z, rtol=1e-4, atol=1e-4)
     moved = space.task.guide.call.get_base_dist().log_prob(x) - log_det
-    torch.testing.assert_close(moved.reshape(6), space.placement.log_q(z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved.reshape(6), space.log_q(z), rtol=1e-4, atol=1e-4)
 
 
 def test_guides_without_a_way_back_have_no_base():
@@ -285,9 +285,9 @@ def test_in_both_modes_of_parameters(local):
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
     space = Density(Task(model, trained(kind), (Y,), {}))
-    assert [*space.placement._slots] == ["mean", "scale", "share", "effect"]
+    assert [*space._slots] == ["mean", "scale", "share", "effect"]
     z = torch.randn(7, space.dim, generator=torch.Generator().manual_seed(0))
-    (quick, changes), (run, known) = space.placement.place(z), space.placement._place_by_run(z)
+    (quick, changes), (run, known) = space.place(z), space._place_by_run(z)
     for name, value in run.items():
         torch.testing.assert_close(quick[name], value)
     torch.testing.assert_close(sum(changes.values()), sum(known.values()))
@@ -298,7 +298,7 @@ def test_supports_that_depend_on_other_latents_take_a_run():
         a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
         pyro.sample("b", dist.Uniform(0.0, a))
 
-    assert not Density(Task(moving, AutoFlow(moving).setup(), (), {})).placement._slots
+    assert not Density(Task(moving, AutoFlow(moving).setup(), (), {}))._slots
 
 
 def test_large_models_are_scored_in_parts_with_the_same_gradients():

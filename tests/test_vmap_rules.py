@@ -17,10 +17,10 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.programs import Program
+from pyro_flows.programs.engines import is_refusal
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.programs.program import trace_of
 from pyro_flows.programs.runner import Runner
-from pyro_flows.programs.traces import trace_of
-from pyro_flows.programs.vmap_rules import is_refusal
 
 T = torch.tensor([0.6, 1.1, 1.7], dtype=torch.float64)
 TIMES = torch.tensor([0.0, 0.0, 0.5, 1.0], dtype=torch.float64)

@@ -23,8 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..arguments import check_flags, check_integers, check_numbers, check_program
 from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow, init_to_center
 from ..programs import Program
-from ..programs.plate_nesting import runs_programs
-from ..programs.program import Args, Function, Kwargs, inner_of
+from ..programs.program import Args, Function, Kwargs, inner_of, runs_programs
 from ..time_limit import TimeUp, within
 from ..training import distributed
 from ..user_code import warn_user

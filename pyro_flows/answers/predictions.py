@@ -8,13 +8,10 @@ import torch
 from pyro import validation_enabled
 from pyro.poutine.messenger import Messenger
 
-from ..programs.engine_choice import choose
-from ..programs.engines import Values, in_batches
-from ..programs.masks import is_observation
-from ..programs.plate_nesting import nesting_of
-from ..programs.program import Args, Function, Kwargs
-from ..programs.runner import Runner
-from ..programs.traces import trace_at
+from ..programs.engines import in_batches
+from ..programs.program import Args, Function, Kwargs, nesting_of, trace_at
+from ..programs.runner import Runner, choose
+from ..programs.sites import Values, is_observation
 
 BATCH = 1000  # draws that run at once
 

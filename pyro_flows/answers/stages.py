@@ -30,8 +30,8 @@ from ..fitting.exact_draws import exact
 from ..fitting.program_checks import check_proper
 from ..guides import AutoFlow
 from ..programs.density import Density
-from ..programs.engines import Values
 from ..programs.model_and_guide import Task
+from ..programs.sites import Values
 from ..sampling import Samples
 from ..sampling.annealed_population import ISLANDS, Population, bridge
 from ..sampling.converged_chains import Goal
@@ -350,11 +350,11 @@ class Stages:
     def _bridged(self, chains: Samples, size: int) -> tuple[float, float]:
         """Return the evidence from some of the draws of chains, and as many of the guide; unknown if few overlap."""
         space = Density.sound(self.task)
-        at, kept = space.placement, _spread(size, len(next(iter(chains.flat.values()))))
-        z = at.located({name: chains.flat[name][kept] for name in space.task.latents}) if size else None
-        if z is None or not at.has_log_q:
+        kept = _spread(size, len(next(iter(chains.flat.values()))))
+        z = space.located({name: chains.flat[name][kept] for name in space.task.latents}) if size else None
+        if z is None or not space.has_log_q:
             return UNKNOWN
-        log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, at.log_q))
+        log_p, log_q = (torch.cat([of(part) for part in z.split(BATCH)]) for of in (space.log_prob, space.log_q))
         even = torch.full((len(z),), -math.log(len(z))).to(log_p)
         known, of_guide = Population(z, even, log_p, torch.zeros(ISLANDS), [0.0, 1.0]), space.draw(len(z))
         of_p, of_q = log_p - log_q, of_guide.log_p - of_guide.log_q

@@ -20,8 +20,8 @@ from ..answers import Posterior, posterior
 from ..diagnostics.arviz import draws_alone
 from ..guides import init_to_center
 from ..programs import Program
-from ..programs.error_text import check_observed
-from ..programs.masks import is_observation
+from ..programs.checks import check_observed
+from ..programs.sites import is_observation
 from . import Refused
 from .model import blames_types, in_one_line, line_of, load_model, read_data, readings
 from .outputs import Outputs

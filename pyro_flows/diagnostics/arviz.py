@@ -11,9 +11,11 @@ import torch
 
 from ..arguments import check_flags, check_integers
 from ..arviz_versions import Groups, Variable, container
-from ..programs.engines import Site, Values, in_batches, row_log_prob
-from ..programs.model_and_guide import Task, warn_untrained
-from ..programs.plate_nesting import runs_programs
+from ..programs.checks import warn_untrained
+from ..programs.engines import in_batches
+from ..programs.model_and_guide import Task
+from ..programs.program import runs_programs
+from ..programs.sites import Site, Values, row_log_prob
 from ..sampling.samples import Samples
 from ..user_code import warn_user
 from .importance import WEIGHING, reweighted, weigh

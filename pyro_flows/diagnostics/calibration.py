@@ -13,7 +13,7 @@ from .. import plots
 from ..arguments import check_integers
 from ..encoders.training_record import unjudged
 from ..guides.amortised import OfDatasets
-from ..programs.plate_nesting import runs_programs
+from ..programs.program import runs_programs
 from ..programs.simulator import Simulator
 from .amortised import check_amortised, check_model, posteriors
 

@@ -145,7 +145,7 @@ def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
     z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
     ends = [z.topk(FEW_LATENTS.outermost, 0, largest=largest).indices.flatten() for largest in (True, False)]
     outer = z[torch.cat(ends).unique()]
-    log_weights = space.log_prob(outer) - space.placement.log_q(outer) - psis.log_evidence
+    log_weights = space.log_prob(outer) - space.log_q(outer) - psis.log_evidence
     lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
     quantities = draws.quantities.double()
     chances = psis.smoothed.exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
@@ -160,4 +160,4 @@ def _drawn(space: Density, number: int) -> Tensor:
     guide = space.task.guide.call
     if isinstance(guide, AutoFlow) and guide.draws_from_flow:
         return guide.sample_roughly(number)
-    return space.placement.vectors(number, 10 * FEW_LATENTS.at_once)
+    return space.vectors(number, 10 * FEW_LATENTS.at_once)

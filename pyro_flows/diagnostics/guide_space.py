@@ -16,9 +16,8 @@ from torch.distributions import Cauchy, Laplace, Normal
 from torch.distributions.utils import _sum_rightmost
 
 from ..programs.density import Density
-from ..programs.engines import Site
-from ..programs.latents import innermost
 from ..programs.log_density import or_nan
+from ..programs.sites import Site, innermost
 from ..sampling.annealed_population import Prior
 from ..sampling.chains import Target
 from ..sampling.coordinates import Coordinates, GuideDensity, Hierarchy, Mapped, NonCentred, Stretched, White
@@ -31,7 +30,7 @@ def target_of(space: Density, batch_size: int = 4096) -> Target:
     return Target(
         dim=space.dim,
         log_p=space.log_prob,
-        log_q=space.placement.log_q,
+        log_q=space.log_q,
         draw=lambda number: space.draw(number, batch_size)[:3],
         quantities=space.quantities,
         coordinates=partial(chain_coordinates, space),
@@ -61,7 +60,7 @@ def prior_of(space: Density) -> Prior:
         draw=space.prior,
         log_p=space.log_prob,
         log_prior_and_p=or_nan(lambda z: torch.stack(space.log_prior_and_prob(z, own), -1), 2),
-        flat=torch.tensor([name in space.flat for name in space.placement.coordinates]),
+        flat=torch.tensor([name in space.flat for name in space.coordinates]),
         in_parts=space.in_parts,
         takes_a_run=own is not None,
     )
@@ -95,8 +94,8 @@ def guide_density(space: Density, coordinates: Coordinates) -> GuideDensity | No
             return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
 
         return of_base
-    log_q = space.placement.log_q
-    return (lambda x, z, log_det: log_q(z) + log_det) if space.placement.has_log_q else None
+    log_q = space.log_q
+    return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
 
 
 def base_of(space: Density, z: Tensor) -> Mapped | None:
@@ -127,7 +126,7 @@ def hierarchy_of(space: Density, z: Tensor) -> Hierarchy | None:
     names = [name for name in space.task.latents if _has_loc_and_scale(model.single.nodes[name])]
     if not names or model.enumerated or space.task.runs_one_by_one:
         return None
-    places = [place for name in names for place, own in enumerate(space.placement.coordinates) if own == name]
+    places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
     latents, columns = space.constrain(z), torch.tensor(places, device=z.device)
     values = torch.cat([latents[name].reshape(len(z), -1) for name in names], -1)
     if values.shape[1] != len(columns) or not torch.allclose(z[:, columns], values):

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers
-from ..programs.engines import Values, View
-from ..programs.latents import check_likelihood, flat_by_mask
+from ..programs.checks import check_likelihood, flat_by_mask
+from ..programs.engines import View
 from ..programs.model_and_guide import Draws, Task
-from ..programs.plate_nesting import runs_programs
+from ..programs.program import runs_programs
+from ..programs.sites import Values
 from ..sampling.resampling import systematic
 from ..user_code import warn_user
 from .unreached import check_reach

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 from .. import plots
 from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
-from ..programs.plate_nesting import runs_programs
+from ..programs.program import runs_programs
 from .amortised import simulator_of
 from .largest_statistic import Largest, ObservationTest, Statistic, largest
 from .neighbours import Neighbours, neighbours_of

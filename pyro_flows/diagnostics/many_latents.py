@@ -150,9 +150,9 @@ class _Squares:
     """
 
     def __init__(self, space: Density, white: White) -> None:
-        sizes = Counter([] if space.read.angles else space.placement.coordinates)
+        sizes = Counter([] if space.read.angles else space.coordinates)
         self.names = [name for name, size in sizes.items() if size > MANY_LATENTS.small]
-        own = [[name == site for site in space.placement.coordinates] for name in self.names]
+        own = [[name == site for site in space.coordinates] for name in self.names]
         self._share = torch.tensor(own).reshape(len(own), space.dim).to(white.loc)  # (S, D)
         self._share /= self._share.sum(-1, keepdim=True)
         self._white = white

@@ -113,7 +113,7 @@ def _neck(space: Density, white: White, density: LogDensity, draws: Drawn, place
     labels = components(density, white, torch.cat((place.unsqueeze(0), ends)))
     if not bool((labels[1:] == labels[0]).any()):
         return ""
-    name = space.placement.coordinates[axis]
+    name = space.coordinates[axis]
     value = space.values(place.unsqueeze(0)).get(name)
     return name if value is None or value.numel() > 1 else f"{name} near {float(value):.2g}"
 
@@ -232,4 +232,4 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
 @torch.no_grad()
 def log_q(space: Density, z: Tensor) -> Tensor:
     """Return the guide's log-density, -inf where it is not finite."""
-    return space.placement.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
+    return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)

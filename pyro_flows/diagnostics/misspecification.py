@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
-from ..programs.plate_nesting import runs_programs
-from ..programs.quantities import labels_of
+from ..programs.program import runs_programs
 from ..programs.simulator import Simulator
+from ..programs.sites import labels_of
 from .amortised import posteriors, simulator_of
 from .largest_statistic import ObservationTest, Statistic, largest, p_value
 

@@ -92,9 +92,9 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Te
 
     def ratio(x: Tensor) -> Tensor:
         z, _ = white.forward(x)
-        return density(z) - space.placement.log_q(z)
+        return density(z) - space.log_q(z)
 
-    more = white.inverse(space.placement.vectors(number, 2 * NARROW_MODES.at_once))
+    more = white.inverse(space.vectors(number, 2 * NARROW_MODES.at_once))
     wide = int(NARROW_MODES.wide * number)
     more[:wide] *= NARROW_MODES.widest ** torch.rand(wide, 1).to(more)
     with torch.no_grad():

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from ..guides.amortised import LatentPrior, OfDatasets
-from ..programs.simulations import Simulations
-from ..programs.simulator import Simulator
+from ..programs.simulator import Simulations, Simulator
 from .amortised import posteriors
 
 

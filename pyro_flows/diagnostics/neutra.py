@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import check_integers
-from ..programs.model_and_guide import Task, check_trained
-from ..programs.plate_nesting import nesting_of, runs_programs
+from ..programs.checks import check_trained
+from ..programs.model_and_guide import Task
+from ..programs.program import nesting_of, runs_programs
 from ..user_code import warn_user
 from .verdict import assess
 

@@ -10,9 +10,10 @@ import pyro
 from torch import Tensor
 
 from ..arguments import check_integers
+from ..programs.checks import check_trained
 from ..programs.density import Density
-from ..programs.model_and_guide import Task, check_trained
-from ..programs.plate_nesting import runs_programs
+from ..programs.model_and_guide import Task
+from ..programs.program import runs_programs
 from ..sampling.chains import MOVES, Chains
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..arguments import check_integers
 from ..programs.density import Density
-from ..programs.engines import Site, Values, View, in_batches, row_log_prob
+from ..programs.engines import View, in_batches
 from ..programs.model_and_guide import Task
-from ..programs.plate_nesting import plates_of, runs_programs
+from ..programs.program import runs_programs
+from ..programs.sites import Site, Values, plates_of, row_log_prob
 from .importance import WEIGHING, smooth
 
 LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites

@@ -78,7 +78,7 @@ def suspects(space: Density, at_once: int) -> Suspects:
         space: The guide's space, with all of its quantities.
         at_once: The largest number of draws to run at once.
     """
-    z = space.placement.vectors(SUSPICION.draws, at_once)
+    z = space.vectors(SUSPICION.draws, at_once)
     (chart, *_), _ = guide_coordinates(space, z)
     x = chart.inverse(z)
     score, log_q = _score(space, chart, at_once), guide_density(space, chart)

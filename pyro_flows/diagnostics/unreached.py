@@ -20,8 +20,8 @@ from torch.distributions import ComposeTransform, biject_to
 from ..guides import AutoFlow
 from ..guides.packing import is_circular
 from ..programs.density import Density
-from ..programs.latents import innermost, is_discrete, is_point, named, states_support
 from ..programs.model_and_guide import Task
+from ..programs.sites import innermost, is_discrete, is_point, named, states_support
 from ..sampling.annealed_population import Effort, Reference, anneal
 from ..user_code import warn_user
 from .drift import Drift

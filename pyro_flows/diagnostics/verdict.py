@@ -27,9 +27,10 @@ import pyro
 
 from .. import plots
 from ..arguments import check_integers
+from ..programs.checks import check_trained
 from ..programs.density import Density
-from ..programs.model_and_guide import Task, check_trained
-from ..programs.plate_nesting import runs_programs
+from ..programs.model_and_guide import Task
+from ..programs.program import runs_programs
 from . import few_latents, many_latents
 from .drift import Drift
 from .findings import Finding, judge, worst

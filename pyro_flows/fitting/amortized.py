@@ -32,12 +32,10 @@ from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.amortised import LatentPrior, Packed
 from ..guides.guide_call import Call, frame_of
 from ..guides.left_out import hidden_names
-from ..programs.engines import Values, in_batches
-from ..programs.latents import named
-from ..programs.plate_nesting import runs_programs
-from ..programs.program import bound_values
-from ..programs.simulations import Simulations, check_draws
-from ..programs.simulator import Simulator
+from ..programs.engines import in_batches
+from ..programs.program import bound_values, runs_programs
+from ..programs.simulator import Simulations, Simulator, check_draws
+from ..programs.sites import Values, named
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import Checkpoint, fingerprint
 from ..user_code import warn_user

@@ -36,7 +36,7 @@ from ..guides import AutoFlow
 from ..programs import Program
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
-from ..programs.plate_nesting import runs_programs
+from ..programs.program import runs_programs
 from ..sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on
 from ..sampling.annealed_population import anneal as anneal_population
 from ..sampling.climbs import CLIMBS, ways_up

@@ -30,7 +30,7 @@ from ..guides.contexts import RowContexts
 from ..programs.density import Density
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
-from ..programs.traces import leaves_of
+from ..programs.program import leaves_of
 from ..training import distributed
 from ..training.randomness import unchanged
 from ..transforms.carried import InSingle

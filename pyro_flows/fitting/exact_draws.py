@@ -13,10 +13,10 @@ from tqdm import tqdm
 from ..arguments import check_flags, check_integers
 from ..diagnostics.guide_space import target_of
 from ..diagnostics.unreached import check_reach
+from ..programs.checks import check_likelihood, check_trained
 from ..programs.density import Density
-from ..programs.latents import check_likelihood
-from ..programs.model_and_guide import Task, check_trained
-from ..programs.plate_nesting import runs_programs
+from ..programs.model_and_guide import Task
+from ..programs.program import runs_programs
 from ..sampling import Samples
 from ..sampling.chains import MOVES
 from ..sampling.converged_chains import ChainRun, Goal, NoDensity

@@ -21,12 +21,11 @@ from ..guides import AutoFlow
 from ..guides.block_guide import BlockGuide
 from ..guides.guide_flow import LIMITS, rank_for
 from ..programs.density import Density
-from ..programs.log_density import in_parts, or_nan
-from ..programs.masks import is_masked
+from ..programs.log_density import RunBudget, in_parts, or_nan
 from ..programs.model_and_guide import Task
-from ..programs.run_budget import RunBudget
+from ..programs.plate_rows import MOST, RowShare, RowsOfPlate, number_of_shares
 from ..programs.runner import TOTAL
-from ..programs.whole_plate import MOST, RowShare, RowsOfPlate, number_of_shares
+from ..programs.sites import is_masked
 from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks
 from ..sampling.gaussian import Gaussian, Watch, fit_gaussian

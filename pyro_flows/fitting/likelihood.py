@@ -22,7 +22,7 @@ from ..encoders import Standardize
 from ..flows import Flow
 from ..flows.mixed import Mixed
 from ..guides.guide_flow import built, likelihood_flow
-from ..programs.simulations import check_draws
+from ..programs.simulator import check_draws
 from ..training import Training, distributed
 from ..training.checkpoint import design, fingerprint
 from ..user_code import warn_user

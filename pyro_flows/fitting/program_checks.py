@@ -41,20 +41,12 @@ from torch.distributions import Transform, biject_to, constraints
 from ..guides import AutoFlow
 from ..objectives import ForwardKL, PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
+from ..programs.checks import check_drawn, check_guided, check_likelihood, flat_by_mask, lacking, quoted
 from ..programs.density import Density
-from ..programs.engines import Values, View
-from ..programs.error_text import quoted
-from ..programs.latents import (
-    check_drawn,
-    check_guided,
-    check_likelihood,
-    flat_by_mask,
-    is_discrete,
-    lacking,
-    support_of,
-)
+from ..programs.engines import View
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Task
+from ..programs.sites import Values, is_discrete, support_of
 from ..training.randomness import unchanged
 from ..user_code import warn_user
 from ..vjp import LogDensity, score_of
@@ -310,7 +302,7 @@ def check_proper(caller: str, space: Density, start: Tensor) -> None:
         start: A vector in it, ``(D,)``, to search around.
     """
     flat: dict[bool, list[int]] = {True: [], False: []}  # the packed latents on the real line, and elsewhere
-    for place, name in enumerate(space.placement.coordinates):
+    for place, name in enumerate(space.coordinates):
         if name in space.flat:
             support = space.task.model.single.nodes[name]["fn"].support
             while isinstance(support, constraints.independent):
@@ -321,7 +313,7 @@ def check_proper(caller: str, space: Density, start: Tensor) -> None:
         return
     for on_lines, places in flat.items():
         for direction in _straight_lines(space.log_prob, start, places, on_lines):
-            which, one = _named({space.placement.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
+            which, one = _named({space.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
             raise ValueError(
                 f"{caller}: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
                 f"some direction. Give {'it' if one else 'one of them'} a proper prior."
@@ -341,11 +333,11 @@ def check_masked(task: Task) -> None:
         with unchanged(), validation_enabled(False):
             try:
                 space = Density(task)
-                space.placement.verify()
+                space.verify()
             except ValueError:  # the guide's draws have no density
                 return
             if not task.subsampled:
-                check_proper("fit_svi", space, space.placement.vectors(1, 1)[0])
+                check_proper("fit_svi", space, space.vectors(1, 1)[0])
 
 
 @torch.no_grad()
@@ -369,7 +361,7 @@ def check_bounded(caller: str, guide: AutoFlow, space: Density, z: Tensor) -> No
     ends = z[: WALKS.places].view(-1, 1, 1, 1, z.shape[1]) + walks
     parts = []
     for part in ends.flatten(0, -2).split(WALKS.batch):  # rounding errors keep a latent from the edge of its support
-        back = space.placement.located(space.constrain(part))
+        back = space.located(space.constrain(part))
         off = torch.zeros_like(part) if back is None else (back - part).abs() - WALKS.round_off * part.abs()
         parts.append(space.log_prob(part).where((off <= 0).all(-1), math.nan))
     endless = _diverges(torch.cat(parts).view(ends.shape[:-1]).double(), steps.double().log()).all(0).any(-1)

@@ -26,8 +26,7 @@ from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
-from ..programs.plate_nesting import runs_programs, settle
-from ..programs.program import bound_values
+from ..programs.program import bound_values, runs_programs, settle
 from ..threads import OPERATIONS
 from ..training import Fit, Gradients, distributed
 from ..training.checkpoint import check_path, fingerprint, kept_settings, settings_of

@@ -11,9 +11,9 @@ from pyro import poutine
 from torch import Tensor
 
 from ..flows import Flow
-from ..programs.engines import Values, View
-from ..programs.quantities import labels_of
+from ..programs.engines import View
 from ..programs.simulator import Simulator
+from ..programs.sites import Values, labels_of
 from .blocks import Blocks
 from .contexts import BlockRows
 from .guide_call import Found, Reached

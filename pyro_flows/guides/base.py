@@ -29,12 +29,10 @@ from torch.distributions import constraints
 from ..arguments import check_integers, check_kind, check_program, check_tensors, quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
-from ..programs.engines import plate_like
-from ..programs.error_text import count_nan, explained
-from ..programs.latents import is_discrete, named
+from ..programs.checks import count_nan, explained, warn_untrained
 from ..programs.log_density import is_breakdown
-from ..programs.model_and_guide import warn_untrained
 from ..programs.program import arguments_of, outline, outline_of, signature_of
+from ..programs.sites import is_discrete, named, plate_like
 from .contexts import check_encoder
 from .default_training import Plan
 from .draw_watch import DrawWatch

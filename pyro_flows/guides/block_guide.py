@@ -27,7 +27,7 @@ from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..programs.engines import in_batches
-from ..programs.plate_minibatches import Shuffled
+from ..programs.plate_rows import Shuffled
 from ..transforms import View
 from .base import FlowGuide, check_fits
 from .blocks import Block, Blocks, Drawn, Frame

@@ -21,7 +21,7 @@ from ..conditioners.base import Paced
 from ..encoders import Arguments, Joined, Standardize
 from ..encoders.base import at_rest, learning
 from ..encoders.training_record import unjudged
-from ..programs.plate_minibatches import Shuffled
+from ..programs.plate_rows import Shuffled
 from ..vjp import graph_of
 from .guide_call import Call, Key, Rows, frame_of
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..compiler_state import is_traced
 from ..flows.distribution import FlowDistribution
-from ..programs.engines import Values, is_weighing
+from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
-from ..programs.traces import trace_of
+from ..programs.program import trace_of
+from ..programs.sites import Values
 from .contexts import remoteness
 from .guide_call import Call
 

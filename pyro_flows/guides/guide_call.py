@@ -30,12 +30,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..programs.engines import Site
-from ..programs.error_text import explained
-from ..programs.latents import named
-from ..programs.masks import is_masked, is_observation, is_reparametrised, mask_of
-from ..programs.program import arguments_of, signature_of
-from ..programs.traces import outside_plates, trace_at
+from ..programs.checks import explained
+from ..programs.program import arguments_of, outside_plates, signature_of, trace_at
+from ..programs.sites import Site, is_masked, is_observation, is_reparametrised, mask_of, named
 
 Key = tuple[str, ...]  # the plates of rows that have a flow, the outermost first
 NONE: Mapping[str, Tensor] = MappingProxyType({})

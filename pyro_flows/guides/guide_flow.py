@@ -27,7 +27,7 @@ from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
 from ..flows.mixture import FlowMixture
-from ..programs.error_text import BUILT_IN
+from ..programs.checks import BUILT_IN
 from ..transforms import (
     ActNorm,
     Conditioned,

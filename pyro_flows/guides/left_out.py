@@ -17,13 +17,10 @@ from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..programs.engine_choice import choose
-from ..programs.engines import Values, in_batches
-from ..programs.latents import is_point, is_summable
-from ..programs.plate_nesting import nesting_of
-from ..programs.program import signature_of
-from ..programs.runner import Runner
-from ..programs.traces import trace_at
+from ..programs.engines import in_batches
+from ..programs.program import nesting_of, signature_of, trace_at
+from ..programs.runner import Runner, choose
+from ..programs.sites import Values, is_point, is_summable
 from .guide_call import Call
 
 

@@ -35,11 +35,11 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
 from ..compiler_state import is_traced
-from ..programs.engines import Run, Site, Values, View, value_of
-from ..programs.latents import KEEPS_MASK, innermost, states_support, support_of
-from ..programs.masks import among_absent, present_of
-from ..programs.plate_nesting import nesting_of
+from ..programs.checks import KEEPS_MASK
+from ..programs.engines import Run, View
+from ..programs.program import nesting_of
 from ..programs.runner import Runner
+from ..programs.sites import Site, Values, among_absent, innermost, present_of, states_support, support_of, value_of
 from .guide_call import Call, Key, frames_of, rows_in
 
 

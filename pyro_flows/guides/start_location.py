@@ -19,13 +19,11 @@ from pyro import validation_enabled
 from pyro.distributions import is_validation_enabled
 from torch import Tensor
 
-from ..programs.error_text import check_observed
-from ..programs.latents import innermost
+from ..programs.checks import check_crossed, check_observed
 from ..programs.log_density import is_breakdown
-from ..programs.masks import is_observation
-from ..programs.plate_nesting import check_crossed
 from ..programs.program import arguments_of
 from ..programs.runner import Runner
+from ..programs.sites import innermost, is_observation
 from .draw_watch import worst
 from .guide_call import Call
 from .left_out import summed

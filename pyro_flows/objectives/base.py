@@ -15,8 +15,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..arguments import check_flags, check_integers
-from ..programs.latents import is_point
-from ..programs.traces import trace_of
+from ..programs.program import trace_of
+from ..programs.sites import is_point
 
 
 class ParticleObjective(Trace_ELBO):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers
-from ..programs.latents import check_drawn
-from ..programs.model_and_guide import LOG_Q, subsampled_plate
+from ..programs.checks import check_drawn
+from ..programs.model_and_guide import LOG_Q
 from ..programs.runner import TOTAL
+from ..programs.sites import subsampled_plate
 from .base import ParticleObjective
 
 

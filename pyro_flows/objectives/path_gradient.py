@@ -36,8 +36,8 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_numbers
 from ..flows.distribution import FlowDistribution
-from ..programs.latents import check_drawn
-from ..programs.traces import leaves_of, trace_of
+from ..programs.checks import check_drawn
+from ..programs.program import leaves_of, trace_of
 from ..vjp import graph_of
 from .base import ParticleObjective
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arviz_versions import kde
-from ..programs.quantities import labels_of
+from ..programs.sites import labels_of
 from .panels import Picture, panels, shortened
 
 MARGINALS, COLUMNS = 12, 4  # the most marginals, and those in a row

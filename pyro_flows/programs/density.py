@@ -1,27 +1,167 @@
-"""The log-density of a model over unconstrained vectors z, which samplers, searches and checks need.
+"""The log-densities of a model and of its guide over unconstrained vectors z, which samplers, searches and checks need.
 
-The vectors are those of a guide's draws: see ``placement.py``.  Guide and model both have a density over them.
+A guide draws its sites except those of type ``Delta``, which only place the values of other sites.  These are one
+packed vector for Pyro's ``AutoContinuous``, and one site per latent in ``AutoNormal`` or in a guide written by hand.
+Unconstrained and packed they are z.  What a mask hides in a site of the guide's own counts in no density over z: there
+it is standard normal.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
+from itertools import compress
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.distributions import Transform, biject_to
 
 from ..vjp import LogDensity
-from .engines import Site, Values, in_batches
-from .latents import are_equal, innermost
+from .engines import View, in_batches
 from .log_density import in_parts, is_breakdown, or_nan
-from .masks import Mask, mask_of
 from .model_and_guide import Task
-from .placement import Placement, total
-from .quantities import Quantities
 from .runner import TOTAL, Runner
+from .sites import (
+    Mask,
+    Site,
+    Values,
+    among_absent,
+    are_equal,
+    innermost,
+    is_deterministic,
+    labels_of,
+    mask_of,
+    present_of,
+    support_of,
+)
+
+MOST = 1000  # numbers of a deterministic site; larger ones are left out
+OWN = "log q of own sites"  # not the name of a site
+CHANGE = "change of "  # prefix of a site's name
+PRIOR = "log-density of latents"  # not the name of a site
+
+
+class Quantities:
+    """The K numbers to read off draws of a model.
+
+    Args:
+        nodes: The model's sites, by name.
+        latents: The names of its latents.
+        enumerated: The discrete latents that are summed out.
+
+    Attributes:
+        names: The names of the K quantities; angles count as their cosine and sine, and complex
+            numbers as their real and imaginary parts.
+        sites: The site of each.
+        derived: The deterministic sites among them.  They are left out if discrete latents are summed out, since they
+            may depend on these latents.
+        angles: The latents that are angles, along which densities are periodic.
+        plain_angles: The angles whose values are in radians.
+    """
+
+    def __init__(self, nodes: dict[str, Site], latents: list[str], enumerated: Collection[str] = ()) -> None:
+        small = [name for name, site in nodes.items() if is_deterministic(site) and site["value"].numel() <= MOST]
+        self.derived = [] if enumerated else small
+        read = [name for name in nodes if name in latents or name in self.derived]
+        self._turns = {name: _turn_of(nodes[name]) for name in read}
+        self.names, self.sites = [], []
+        for name, turn in self._turns.items():
+            own = labels_of(name, nodes[name]["value"].shape)
+            parts = ("re", "im") if nodes[name]["value"].is_complex() else ("cos", "sin")
+            plain = turn is None and parts[0] == "cos"
+            labels = own if plain else [f"{part} {label}" for part in parts for label in own]
+            self.names += labels
+            self.sites += [name] * len(labels)
+        self.angles = {name for name in latents if self._turns[name] is not None}
+        self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), dist.VonMises)}
+        self._kept = torch.arange(len(self.names))
+
+    def keep(self, used: Tensor) -> None:
+        """Leave out the quantities for which ``used``, ``(K,)`` of bool, is False."""
+        self._kept = self._kept[used.cpu()]
+        self.names, self.sites = (list(compress(of, used.tolist())) for of in (self.names, self.sites))
+
+    def numbers(self, values: Values) -> Tensor:
+        """Return all quantities as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""
+        columns = []
+        for name, turn in self._turns.items():
+            value = values[name]
+            if value.is_complex():
+                parts: tuple[Tensor, ...] = value.real, value.imag
+            else:
+                parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
+            columns += [part.reshape(len(part), -1) for part in parts]
+        return torch.cat(columns, -1)[:, self._kept]
+
+
+def _turn_of(site: dict[str, Any]) -> Tensor | None:
+    """Return the factor that turns an angle's values into radians, or None if a site is no angle."""
+    fn = innermost(site["fn"])
+    if isinstance(fn, dist.VonMises):
+        return torch.ones(())
+    if site["infer"].get("periodic"):
+        return 2 * math.pi / torch.as_tensor(fn.support.upper_bound - fn.support.lower_bound)
+    return None
+
+
+class Slot(NamedTuple):
+    """The place of a site in vectors.
+
+    Attributes:
+        shape: The shape of its unconstrained values.
+        transform: Its constraint.
+        mask: True for the numbers in the vector, of the site's batch shape; None if all are.  Others are at the origin.
+    """
+
+    shape: torch.Size
+    transform: Transform
+    mask: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """True for the numbers in the vector, flattened; None if all are."""
+        if self.mask is None:
+            return None
+        return (
+            self.mask.reshape(self.mask.shape + (1,) * (len(self.shape) - self.mask.dim())).expand(self.shape).flatten()
+        )
+
+    @property
+    def size(self) -> int:
+        """The number of numbers in the vector."""
+        return self.shape.numel() if self.counts is None else int(self.counts.sum())
+
+    def unmasked(self, site: Site) -> Slot:
+        """Return the slot without the numbers that the mask of a guide's site hides."""
+        mask = mask_of(site)
+        if not mask.hides:
+            return self
+        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        return self._replace(mask=torch.as_tensor(mask.every).bool().expand(batch))
+
+
+Slots = dict[str, Slot]  # the sites in a vector, by name
+
+
+class Placed(NamedTuple):
+    """The model's latents at N vectors.
+
+    Attributes:
+        latents: The values of each, ``(N, *site_shape)``.
+        changes: The terms of the log-determinant of placing them, by site, ``(N,)`` each.
+    """
+
+    latents: Values
+    changes: Values
+
+    @property
+    def log_det(self) -> Tensor:
+        """The log-determinant, ``(N,)``."""
+        return total(self.changes.values())
 
 
 class Drawn(NamedTuple):
@@ -41,13 +181,12 @@ class Drawn(NamedTuple):
 
 
 class Density:
-    """The log-density of a model over the unconstrained vectors of a guide.
+    """The log-densities of a model and its guide over the unconstrained vectors of the guide.
 
     Args:
         task: A model and a guide of its latents, which are continuous unless they are summed out.
 
     Attributes:
-        placement: The guide's vectors, and the model's latents at them.
         dim: The number D of coordinates.
         read: The K quantities of the model.
 
@@ -59,29 +198,119 @@ class Density:
         self.task = task.settle()
         if not task.latents:
             raise ValueError("the model has no latent sites; there is nothing to judge.")
-        self._nodes = task.model.single.nodes
-        self.placement = Placement(task.guide, task.own, task.latents, self._nodes)
-        self.dim, self.read = self.placement.dim, Quantities(self._nodes, task.latents, task.model.enumerated)
+        self._nodes, self._guide_nodes = task.model.single.nodes, task.guide.single.nodes
+        self.read = Quantities(self._nodes, task.latents, task.model.enumerated)
+        self._own: Slots = {}
+        for name in task.own:
+            site = self._guide_nodes[name]
+            if site["fn"].support.is_discrete:
+                raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
+            transform = biject_to(site["fn"].support)
+            self._own[name] = Slot(transform.inv(site["value"]).shape, transform)
+        self.dim = sum(slot.size for slot in self._own.values())
+        counts = {name: slot.unmasked(self._guide_nodes[name]).counts for name, slot in self._own.items()}
+        hidden = [torch.zeros(self._own[name].size).bool() if c is None else ~c for name, c in counts.items()]
+        self._hidden = torch.cat(hidden) if hidden else torch.zeros(0).bool()
+        self._hides = bool(self._hidden.any())
 
     @classmethod
+    @torch.no_grad()
     def sound(cls, task: Task) -> Density:
         """Return a density, or raise ValueError if the guide's draws cannot be weighed or have no density."""
         found = cls(task.check())
-        found.placement.verify()
+        found.verify()
         return found
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Raise ValueError for guides without a density over z.
+
+        Raises:
+            ValueError: If a support of the guide depends on its other draws, or the guide has auxiliary draws.
+        """
+        values = {name: self._guide_nodes[name]["value"] for name in self._own}
+
+        def moved(view: View) -> Values:
+            constraints = {name: biject_to(view.trace.nodes[name]["fn"].support) for name in values}
+            return {name: constraints[name](slot.transform.inv(values[name])) for name, slot in self._own.items()}
+
+        for name, (there,) in self.task.guide.alone(moved, 1).items():
+            value = values[name]
+            if there.shape != value.shape or not torch.allclose(there, value, rtol=1e-4, atol=1e-6):
+                raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
+        free, drawn = 0, int((~self._hidden).sum())
+        for name in self.task.latents:
+            site, transform = self._guide_nodes[name], biject_to(support_of(self._nodes[name]["fn"]))
+            free += Slot(transform.inv(site["value"]).shape, transform).unmasked(site).size
+        if free != drawn:
+            raise ValueError(
+                f"the guide draws {drawn} numbers for latents of {free}; with auxiliary draws it has no density."
+            )
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Drawn:
         """Return draws of the guide with their densities and quantities, found ``batch_size`` at a time."""
 
+        def read(view: View) -> Values:
+            own = {name: view.read(name) for name in self._own}
+            return {**own, **self._placing(view), OWN: view.log_prob(self._own.__contains__)}
+
         def step(_: Values, size: int) -> Values:
-            z, log_q, placed = self.placement.draw(size)
+            found = self.task.guide.sample(read, {}, size)
+            z = self.noised(_packed(found, self._own))
+            own, of_hidden = _unpacked(z, self._own).changes, self.of_hidden(z)
+            placed = self._placed(found, own)
             scores = self._score(placed.latents, size)
-            log_p = scores[TOTAL] + placed.log_det + self.placement.of_hidden(z)
-            quantities = self.read.numbers({**placed.latents, **scores})
-            return {"z": z, "log_p": log_p, "log_q": log_q, "quantities": quantities}
+            log_q = found[OWN] + total(own.values()) + of_hidden
+            log_p = scores[TOTAL] + placed.log_det + of_hidden
+            return {
+                "z": z,
+                "log_p": log_p,
+                "log_q": log_q,
+                "quantities": self.read.numbers({**placed.latents, **scores}),
+            }
 
         return Drawn(**in_batches(step, {}, number, batch_size))
+
+    @torch.no_grad()
+    def vectors(self, number: int, batch_size: int) -> Tensor:
+        """Return the vectors of draws alone, ``(number, D)``."""
+
+        def step(_: Values, size: int) -> Values:
+            found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self._own}, {}, size)
+            return {"z": self.noised(_packed(found, self._own))}
+
+        return in_batches(step, {}, number, batch_size)["z"]
+
+    def noised(self, z: Tensor) -> Tensor:
+        """Return vectors with standard normal draws in what masks hide."""
+        return z.where(~self._hidden.to(z.device), torch.randn_like(z)) if self._hides else z
+
+    def of_hidden(self, z: Tensor) -> Tensor:
+        """Return the standard normal log-density of what masks hide in vectors, ``(N,)``, or 0."""
+        if not self._hides:
+            return torch.zeros(())
+        return dist.Normal(0.0, 1.0).log_prob(z[:, self._hidden.to(z.device)]).sum(-1)
+
+    def log_q(self, z: Tensor) -> Tensor:
+        """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats, NaN where the guide breaks down."""
+
+        def density(z: Tensor) -> Tensor:
+            held = _unpacked(z, self._own)
+            found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held.latents, len(z))
+            return found[OWN] + held.log_det + self.of_hidden(z)
+
+        return or_nan(density)(z)
+
+    @functools.cached_property
+    def has_log_q(self) -> bool:
+        """True if the guide has a density at vectors that it did not draw."""
+        with torch.no_grad():
+            z = self.vectors(2, 2)
+            try:
+                return bool(self.log_q(z.flip(0)).isfinite().all())
+            except (NotImplementedError, KeyError):  # its transform has no inverse
+                return False
 
     def _score(self, latents: Values, size: int) -> Values:
         """Return the model's log-density of N draws, ``TOTAL``, -inf where it breaks down, and deterministic sites."""
@@ -107,8 +336,8 @@ class Density:
         return in_parts([density], self.task.model.chunk, self.task.model.threads)
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        placed = self.placement.place(z)
-        return self.task.model.log_prob(placed.latents, len(z)) + placed.log_det + self.placement.of_hidden(z)
+        placed = self.place(z)
+        return self.task.model.log_prob(placed.latents, len(z)) + placed.log_det + self.of_hidden(z)
 
     def log_prior_and_prob(self, z: Tensor, prior: Runner | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-densities over z, each ``(N,)`` in nats, of the prior and of the model.
@@ -119,22 +348,24 @@ class Density:
             z: The vectors.
             prior: The model without its data, if discrete latents are summed out; None to read both off one run.
         """
-        placed, model = self.placement.place(z), self.task.model
+        placed, model = self.place(z), self.task.model
         names = {*self.task.latents} - {*self.flat}
         if prior is None:
-            both = model.run(
-                lambda view: {"p": view.log_prob(), "prior": view.log_prob(names.__contains__)}, placed.latents, len(z)
-            )
-            log_p, log_prior = both["p"], both["prior"]
+
+            def read(view: View) -> Values:
+                return {TOTAL: view.log_prob(), PRIOR: view.log_prob(names.__contains__)}
+
+            both = model.run(read, placed.latents, len(z))
+            log_p, log_prior = both[TOTAL], both[PRIOR]
         else:
             log_p, log_prior = (program.log_prob(placed.latents, len(z)) for program in (model, prior))
         proper = total(change for name, change in placed.changes.items() if name not in self.flat)
-        of_hidden = self.placement.of_hidden(z)
+        of_hidden = self.of_hidden(z)
         return log_prior + proper + of_hidden, log_p + placed.log_det + of_hidden
 
     def constrain(self, z: Tensor) -> Values:
         """Return the model's latents at z: each ``(N, *shape)``."""
-        return self.placement.place(z).latents
+        return self.place(z).latents
 
     @torch.no_grad()
     def values(self, z: Tensor) -> Values:
@@ -159,7 +390,7 @@ class Density:
         """True for the coordinates that are angles in radians, ``(D,)``."""
         known = getattr(self.task.guide.call, "has_circles", False)
         turning = self.read.angles if known else self.read.plain_angles
-        return torch.tensor([name in turning for name in self.placement.coordinates])
+        return torch.tensor([name in turning for name in self.coordinates])
 
     def wrapped(self, z: Tensor, loc: Tensor) -> Tensor:
         """Return vectors z with angles within half a turn of ``loc``: angles are the same after a whole turn."""
@@ -169,8 +400,8 @@ class Density:
     @functools.cached_property
     def flat(self) -> list[str]:
         """The latents with improper priors, and with priors whose density is scaled or masked."""
-        placed = self.task.guide.single.nodes
-        return [name for name in self.task.latents if _is_flat(self._nodes[name], mask_of(placed[name]))]
+        nodes = self._guide_nodes
+        return [name for name in self.task.latents if _is_flat(self._nodes[name], mask_of(nodes[name]))]
 
     @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor:
@@ -183,10 +414,84 @@ class Density:
             latents = self.constrain(z)
             held = {name: latents[name] for name in self.flat}
             found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
-            located = self.placement.located(found)
-            return z * math.nan if located is None else self.placement.noised(located)
+            located = self.located(found)
+            return z * math.nan if located is None else self.noised(located)
 
         return or_nan(drawn, self.dim)(z)
+
+    def place(self, z: Tensor) -> Placed:
+        """Return the model's latents at N vectors z."""
+        return _unpacked(z, self._slots) if self._slots else self._place_by_run(z)
+
+    def _place_by_run(self, z: Tensor) -> Placed:
+        held = _unpacked(z, self._own)
+        return self._placed(self.task.guide.run(self._placing, held.latents, len(z)), held.changes)
+
+    def _placing(self, view: View) -> Values:
+        """Read the latents that a run of the guide places, and the changes of variables at all sites but its own."""
+        others = [name for name, site in view.trace.nodes.items() if site["type"] == "sample" and name not in self._own]
+        changes = {CHANGE + name: -view.log_prob(name.__eq__) for name in others}
+        return {**{name: view.read(name) for name in self.task.latents}, **changes}
+
+    def _placed(self, found: Values, changes: Values) -> Placed:
+        """Return the latents that :meth:`_placing` has read, and its changes of variables after those of own sites."""
+        more = {key.removeprefix(CHANGE): value for key, value in found.items() if key.startswith(CHANGE)}
+        return Placed({name: found[name] for name in self.task.latents}, {**changes, **more})
+
+    @functools.cached_property
+    def coordinates(self) -> list[str]:
+        """The latent that each of the coordinates belongs to, or the guide's own site if the latent is unknown."""
+        guide, names = self.task.guide.call, list[str]()
+        packings = {f"_{getattr(guide, '_pyro_name', '')}_{n}": p for n, p in getattr(guide, "packings", {}).items()}
+        for name, slot in self._layout.items():
+            inside = packings[name].coordinates if name in packings else [name]  # of each row
+            names += inside * (slot.size // len(inside))
+        return names
+
+    @functools.cached_property
+    def _layout(self) -> Slots:
+        """The latents in vectors, or the guide's own sites if the latents are unknown."""
+        guide: Any = self.task.guide.call
+        prototype = getattr(guide, "prototype_trace", None)
+        nodes = prototype.nodes if prototype else {}
+        sites = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
+        constraints = {name: biject_to(support_of(site["fn"])) for name, site in sites.items()}
+        constraints.update({name: slot.transform for name, slot in self._own.items()})
+        if isinstance(guide, AutoContinuous):
+            shapes = guide._unconstrained_shapes.items()
+            return {name: Slot(shape, constraints[name]).unmasked(self._guide_nodes[name]) for name, shape in shapes}
+        latents = {f"{name}_unconstrained": name for name in constraints}
+        of_own = {latents.get(name, name): slot.shape for name, slot in self._own.items()}
+        return {name: Slot(shape, constraints[name]) for name, shape in of_own.items()}
+
+    @functools.cached_property
+    def _slots(self) -> Slots:
+        """The latents in vectors, if constraining them gives the same as a run of the guide, or else empty."""
+        if {*self._layout} != {*self.task.latents}:
+            return {}
+        z = _packed({name: self._guide_nodes[name]["value"].unsqueeze(0) for name in self._own}, self._own)
+        # Cosines in place of a draw use no random numbers.
+        z = torch.cat((z, z + torch.arange(1.0, 1 + self.dim).to(z).cos() / 10))
+        with torch.no_grad():
+            known = self._place_by_run(z)
+            try:
+                found = _unpacked(z, self._layout)
+            except RuntimeError:
+                return {}
+        pairs = [(found.log_det, known.log_det), *((v, known.latents[name]) for name, v in found.latents.items())]
+        same = all(a.shape == b.shape and torch.allclose(a, b.to(a), 1e-4, 1e-6, equal_nan=True) for a, b in pairs)
+        return self._layout if same else {}
+
+    def located(self, values: Values) -> Tensor | None:
+        """Return the vectors at which the latents take values ``(N, *shape)``, or None if they are unknown."""
+        guide: Any = self.task.guide.call
+        if hasattr(guide, "pack"):
+            z, _ = guide.pack(values, *self.task.guide.args, **self.task.guide.kwargs)
+        elif {*self._layout} == values.keys():
+            z = _packed(values, self._layout)
+        else:
+            return None
+        return z if z.shape[1:] == (self.dim,) else None
 
 
 def _is_flat(site: Site, drawn: Mask) -> bool:
@@ -194,3 +499,32 @@ def _is_flat(site: Site, drawn: Mask) -> bool:
     scaled = site["scale"] is not None and bool((torch.as_tensor(site["scale"]) != 1).any())
     masked = mask_of(site).hides and not are_equal(mask_of(site), drawn)
     return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or masked
+
+
+def _packed(values: Values, slots: Slots) -> Tensor:
+    """Return vectors, ``(N, D)``, of constrained values."""
+    found = []
+    for name, slot in slots.items():
+        free = slot.transform.inv(values[name]).reshape(len(values[name]), -1)
+        found.append(present_of(free, slot.counts))
+    return torch.cat(found, -1)
+
+
+def _unpacked(z: Tensor, slots: Slots) -> Placed:
+    """Return the constrained values in vectors, and the log-determinants of their constraints."""
+    values, changes = {}, {}
+    chunks = z.split([slot.size for slot in slots.values()], -1)
+    for (name, slot), chunk in zip(slots.items(), chunks, strict=True):
+        free = among_absent(chunk, slot.counts).reshape(len(z), *slot.shape)
+        values[name] = slot.transform(free)
+        change = slot.transform.log_abs_det_jacobian(free, values[name])
+        if slot.mask is not None:
+            mask = slot.mask.to(z.device)
+            change = change.where(mask.reshape(mask.shape + (1,) * (change.dim() - 1 - mask.dim())), 0.0)
+        changes[name] = change.reshape(len(z), -1).sum(-1)
+    return Placed(values, changes)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of log-densities or log-determinants, 0 if there are none."""
+    return sum(parts, torch.zeros(()))

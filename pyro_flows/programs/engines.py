@@ -5,29 +5,35 @@
 * ``"loop"``: one run per draw, for programs that call ``.item()`` or branch on values.
 
 All three read the same tensors off the trace of a run, see :class:`View`, and return them with the draws in front.
+
+vmap refuses some of what single runs can do: distributions of torch and Pyro write into new tensors, branch on their
+parameters, fill empty tensors at random, or read ``tensor.data``.  :class:`VmapRules` are rules for these.
 """
 
 from __future__ import annotations
 
+import copy
+import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import pyro
+import pyro.distributions as dist
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 from ..arguments import is_integer
-from .masks import counted_data, is_masked
-from .vmap_rules import VmapRules, mappable
+from .sites import Site, Values, value_of
 
 DRAWS = "_pyro_flows_draws"  # the plate of draws
-Site = dict[str, Any]
-Values = dict[str, Tensor]
+INSTALLED = re.compile("(site|dist)-packages")  # folders of libraries
+REFUSALS = "vmap: ", "Batching rule not implemented", "In order to use an autograd.Function"  # torch's first words
 
 _weighs: ContextVar[bool] = ContextVar("weighs", default=False)
 
@@ -35,17 +41,6 @@ _weighs: ContextVar[bool] = ContextVar("weighs", default=False)
 def is_weighing() -> bool:
     """True inside :func:`run`, where draws are weighed: a draw without a density has weight 0 and is no error."""
     return _weighs.get()
-
-
-def value_of(site: Site) -> Tensor:
-    """Return the value of a site as a tensor."""
-    return torch.as_tensor(site["value"])
-
-
-def row_log_prob(site: Site) -> Tensor:
-    """Return the log-density of each row of a site without the scale of its plates, 0 for masked rows."""
-    value = counted_data(site) if is_masked(site) else site["value"]
-    return scale_and_mask(site["fn"].log_prob(value, *site["args"], **site["kwargs"]), mask=site["mask"])
 
 
 class View(NamedTuple):
@@ -65,15 +60,11 @@ class View(NamedTuple):
 
     def check_structure(self) -> None:
         """Raise ValueError unless the trace has the sites of the single one."""
-        met, known = (
-            {name for name, site in nodes.items() if site["type"] == "sample"}
-            for nodes in (self.trace.nodes, self.single.nodes)
-        )
+        met, known = ({*trace.observation_nodes, *trace.stochastic_nodes} for trace in (self.trace, self.single))
         if other := sorted(met ^ known):
-            raise ValueError(
-                f"the program has other sites from run to run: {other[0]!r} is in some runs only. Let it draw the same "
-                "sites each time, and mask those that do not count: with poutine.mask(mask=...)."
-            )
+            fault = f"the program has other sites from run to run: {other[0]!r} is in some runs only"
+            way = "Let it draw the same sites each time, and mask those that do not count: with poutine.mask(mask=...)"
+            raise ValueError(f"{fault}. {way}.")
 
     def read(self, name: str, what: Callable[[Site], Tensor] = value_of) -> Tensor:
         """Return a tensor of a site, by default its value: ``(N, *shape)``, or ``shape`` for one draw."""
@@ -160,20 +151,13 @@ def in_batches(step: Callable[[Values, int], Values], held: Values, number: int,
         number: The number of draws.
         batch_size: The largest number in a batch.
     """
-    if not is_integer(batch_size) or batch_size < 1:
+    if not is_integer(batch_size, 1):
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     parts = []
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
         parts.append(step({name: value[start : start + size] for name, value in held.items()}, size))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def plate_like(frame: Any) -> Any:
-    """Return a new plate with a frame's name, sizes and dimension; a size of -1 in the frame means no size."""
-    if frame.size < 0:
-        return pyro.plate(frame.name, dim=frame.dim)
-    return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
 
 
 def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:
@@ -186,3 +170,130 @@ def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:
     """
     plates = site["value"].dim() - site["fn"].event_dim
     return value.reshape(len(value), *(1,) * (nesting - plates), *value.shape[1:])
+
+
+class DrawsDiffer(RuntimeError):
+    """A library branches on a value that differs between draws."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if vmap refused what a program does, or if draws differ in a branch of a library."""
+    return isinstance(error, DrawsDiffer) or (isinstance(error, RuntimeError) and str(error).startswith(REFUSALS))
+
+
+class VmapRules(TorchFunctionMode):
+    """Rules for one run of a program under vmap.
+
+    * A write into a tensor that the run has created, and that is the same for all draws, makes one of each draw of it.
+      Random writes count.
+    * A branch of a library is taken if all draws agree on it.  Branches of users are refused, since the few draws that
+      choose an engine may agree by chance.
+
+    Args:
+        draw: The index of the draw, a tensor that differs between draws.
+    """
+
+    def __init__(self, draw: Tensor) -> None:
+        super().__init__()
+        self._draw = draw
+        self._created: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        if func in _READS and INSTALLED.search(sys._getframe(1).f_code.co_filename):
+            args = tuple(map(_common, args))
+        if func is Tensor.__getitem__ and isinstance(args[1], slice):
+            args = args[0], slice(*map(_common, (args[1].start, args[1].stop, args[1].step)))
+        if func in _EQUAL:
+            return args[0].shape == args[1].shape and bool(_common((args[0] == args[1]).all()))
+        if func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
+            index = args[1]
+            if isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == args[0].shape:
+                func = Tensor.masked_fill_  # vmap has no rule for a mask as an index
+        found = self._written(func, args, kwargs or {})
+        if func in _CREATORS:
+            self._created[id(found)] = found
+        return found
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function; if it fails to write into a tensor of this run, let the tensor differ between draws.
+
+        A part of such a tensor no longer belongs to it then, since ``x[1:] += y`` assigns the part to its place.
+        """
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if func is Tensor.__format__:
+                return "a number per draw"
+            written = args[0] if args and isinstance(args[0], Tensor) else None
+            if written is None or (id(written) not in self._created and id(written._base) not in self._created):
+                raise
+            self._created.pop(id(written), None)
+            swap_tensors(written, torch.where(self._draw >= 0, written, written))
+            return func(*args, **kwargs)
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, torch.arange}
+_EQUAL = torch.equal, Tensor.equal
+_LIKE = torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like
+_NEW = Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor
+_CREATORS = {torch.tensor, torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, *_LIKE, *_NEW}
+_CREATORS |= {torch.clone, Tensor.clone}
+
+
+def _common(value: Any) -> Any:
+    return _Common.apply(value) if isinstance(value, Tensor) else value
+
+
+class _Common(torch.autograd.Function):
+    """The value that all draws have in common."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, None]:
+        rows = x.movedim(in_dims[0], 0)
+        if (rows != rows[:1]).any():
+            raise DrawsDiffer("draws differ in a value on which a library branches")
+        return rows[0].detach().clone(), None
+
+
+def mappable(fn: Any) -> Any:
+    """Return a distribution whose log-density runs by vmap: an equal one for hidden Markov models, or the same."""
+    if type(fn) is dist.DiscreteHMM:
+        return _DiscreteHMM(fn.initial_logits, fn.transition_logits, fn.observation_dist, False, fn.duration)
+    base = getattr(fn, "base_dist", None)
+    if base is None or (new := mappable(base)) is base:
+        return fn
+    other = copy.copy(fn)
+    other.base_dist = new
+    return other
+
+
+class _DiscreteHMM(dist.DiscreteHMM):
+    """Pyro's hidden Markov model without its ``safe_log``, a function that has no rule for vmap."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        value = value.unsqueeze(-1 - self.observation_dist.event_dim)
+        steps = self.transition_logits + self.observation_dist.log_prob(value).unsqueeze(-2)  # (*batch, T, S, S)
+        while (number := steps.shape[-3]) > 1:
+            pairs, last = steps[..., : number // 2 * 2, :, :], steps[..., number // 2 * 2 :, :, :]
+            steps = torch.cat((_log_matmul(pairs[..., ::2, :, :], pairs[..., 1::2, :, :]), last), -3)
+        return (self.initial_logits + steps.squeeze(-3).logsumexp(-1)).logsumexp(-1)
+
+
+def _log_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``log(exp(x) @ exp(y))``, with gradient 0 where it is -inf."""
+    least = torch.finfo(x.dtype).min
+    x_top, y_top = x.detach().amax(-1, True).clamp(min=least), y.detach().amax(-2, True).clamp(min=least)
+    total = (x - x_top).exp() @ (y - y_top).exp()
+    never = total == 0
+    return total.masked_fill(never, 1.0).log().masked_fill(never, -torch.inf) + x_top + y_top

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,20 +18,28 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from .. import arguments
+from ..arguments import check_program
 from ..threads import keep_memory
 from ..user_code import warn_user
-from .engine_choice import check_noise, choose, why_alone
-from .engines import Site, Values, View, in_batches, plate_like, value_of
-from .error_text import check_observed, explained
-from .latents import check_match, is_point, summable
-from .masks import WithoutHiddenNaN, hides_nan, is_deterministic, is_observation
-from .plate_nesting import check_crossed, has_bare_dimensions, is_subsampled, nesting_of, plates_of
-from .program import Args, Function, Kwargs, Program, arguments_of, vectorize_of
-from .run_budget import RunBudget
-from .runner import GIVEN, TOTAL, Choice, Runner
-from .traces import trace_of
-from .written_values import Writes
+from .checks import check_crossed, check_match, check_observed, explained, summable
+from .engines import View, in_batches
+from .log_density import RunBudget
+from .program import Args, Function, Kwargs, Program, arguments_of, nesting_of, trace_of, vectorize_of, writable
+from .runner import GIVEN, TOTAL, Choice, Runner, check_noise, choose, why_alone
+from .sites import (
+    Site,
+    Values,
+    WithoutHiddenNaN,
+    group_of,
+    has_bare_dimensions,
+    hides_nan,
+    is_observation,
+    is_point,
+    plate_like,
+    plates_of,
+    subsampled_plate,
+    value_of,
+)
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
@@ -84,23 +91,19 @@ class Task:
 
     def __init__(self, model: Function, guide: Function, args: Args, kwargs: Kwargs) -> None:
         keep_memory()
-        arguments.check_program(model=model, guide=guide)
+        check_program(model=model, guide=guide)
         self._arguments, self.given = (args, kwargs), arguments_of(model, args, kwargs)
-        writes = Writes()
-        self._programs = writes(model), guide
-        single, drawn = self.once()
-        if (writable := writes.writable(model)) is not model:
-            model, self._programs = writable, (writable, guide)
-            single, drawn = self.once()
+        self._guide, self._vectorize, self._weighs, self._warns = guide, vectorize_of(model), False, True
+        self._model, (single, drawn) = writable(model, self.once)
         check_crossed("", single)
         check_observed("", single, self.given)
-        nesting = nesting_of(drawn, single)
-        self.traces, self._vectorize = (single, drawn), vectorize_of(model)
-        self._weighs, self._warns = False, True
-        enumerated = tuple(summable(single, drawn))
-        self.guide = Runner(guide, args, kwargs, drawn, nesting, choose=self._choose_for_guide)
-        program = WithoutHiddenNaN()(model) if hides_nan(single) else model
-        self.model = Runner(program, args, kwargs, single, nesting, enumerated, self._choose_for_model)
+        nesting, enumerated = nesting_of(drawn, single), tuple(summable(single, drawn))
+        self.traces = single, drawn
+        self.guide = Runner(guide, args, kwargs, drawn, nesting, choose=functools.partial(self._choose, "guide"))
+        program, choice = self._model, functools.partial(self._choose, "model")
+        if hides_nan(single):
+            program = WithoutHiddenNaN()(program)
+        self.model = Runner(program, args, kwargs, single, nesting, enumerated, choice)
         sites = dict(self.model.single.iter_stochastic_nodes())
         follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
         self.latents = [name for name in sites if name not in {*enumerated, *follows}]
@@ -116,16 +119,15 @@ class Task:
         return other
 
     @torch.no_grad()
-    def once(self) -> tuple[Trace, Trace]:
+    def once(self, model: Function | None = None) -> tuple[Trace, Trace]:
         """Run guide and model once; return the traces of the model and of the guide.
 
         Parameters that are not valid at this draw are no error, since other draws may give valid ones.
         """
-        model, guide = self._programs
         with poutine.block():
             with explained("guide", self.given):
-                drawn = trace_of(guide, *self._arguments)
-            replayed = _Replay(trace=drawn)(model)
+                drawn = trace_of(self._guide, *self._arguments)
+            replayed = _Replay(trace=drawn)(model or self._model)
             with explained("model", self.given):
                 try:
                     return trace_of(replayed, *self._arguments), drawn
@@ -170,7 +172,7 @@ class Task:
         return any(frame.name in self.model.subsamples for frame in frames)
 
     def check(self, *, whole: bool = True) -> Task:
-        """Return the task with draws that can be weighed.
+        """Let draws be weighed, and return the task.
 
         Args:
             whole: True to weigh draws against all rows of a subsampled plate that holds data alone.
@@ -185,13 +187,10 @@ class Task:
             raise ValueError(
                 f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
             )
-        other = copy.copy(self)
-        other._weighs = whole
         if self.is_settled:
             check_noise(self.model.choice.noise, is_weighed=whole, warns=False)
-        other.guide = self.guide.with_(_choose=other._choose_for_guide)
-        other.model = self.model.with_(shares=shares, _choose=other._choose_for_model)
-        return other
+        self._weighs, self.model.shares = whole, shares
+        return self
 
     @functools.cached_property
     def _second(self) -> Values:
@@ -200,17 +199,13 @@ class Task:
         with torch.no_grad():
             return self.guide.alone(lambda view: {name: view.read(name) for name in names}, 1)
 
-    def _choose_for_guide(self, guide: Runner) -> Choice:
-        choice = choose(guide, {name: self._second[name] for name in self.own}, "auto", "guide")
+    def _choose(self, role: str, runner: Runner) -> Choice:
+        names, asked = (self.own, "auto") if role == "guide" else (self.latents, self._vectorize)
+        choice = choose(runner, {name: self._second[name] for name in names}, asked, role)
         if choice.engine == "loop" and self._vectorize == "auto":
-            warn_user(why_alone("guide", choice))
-        return choice
-
-    def _choose_for_model(self, model: Runner) -> Choice:
-        choice = choose(model, {name: self._second[name] for name in self.latents}, self._vectorize, "model")
-        if choice.engine == "loop" and self._vectorize == "auto":
-            warn_user(why_alone("model", choice))
-        check_noise(choice.noise, is_weighed=self._weighs, warns=self._warns)
+            warn_user(why_alone(role, choice))
+        if role == "model":
+            check_noise(choice.noise, is_weighed=self._weighs, warns=self._warns)
         return choice
 
     def settle(self) -> Task:
@@ -333,49 +328,6 @@ class Lifted:
             if name not in plates:
                 plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
         return {name: plates[name].indices for name in self._model.subsamples}, plates
-
-
-def check_trained(caller: str, guide: Any) -> None:
-    """Raise ValueError for a guide that is known to be untrained, and TypeError for what is no guide."""
-    arguments.check_program(guide=guide)
-    if _is_untrained(guide):
-        raise ValueError(f"{caller}: the {type(guide).__name__} was never trained; {_way_to_fit(guide)}.")
-
-
-def warn_untrained(caller: str, guide: Any) -> None:
-    """Warn of a guide that is known to be untrained."""
-    if _is_untrained(guide):
-        fault = f"the {type(guide).__name__} was never trained, so its draws are not those of a posterior"
-        warn_user(f"{caller}: {fault}; {_way_to_fit(guide)}.")
-
-
-def _way_to_fit(guide: Any) -> str:
-    amortised = getattr(guide, "encoder", None) is not None
-    return f"fit it first: {'fit_amortized(model, guide)' if amortised else 'fit_svi(model, guide, ...)'}"
-
-
-def _is_untrained(guide: Any) -> bool:
-    """True if a guide is known to be untrained: it was not set up, or its parameters are those of its start."""
-    return getattr(guide, "prototype_trace", guide) is None or bool(getattr(guide, "is_fresh", False))
-
-
-def group_of(site: Site) -> str | None:
-    """Return a site's group: ``"posterior"`` for latent and deterministic sites, ``"observed"``, or None."""
-    if site["type"] != "sample" or site_is_subsample(site) or not isinstance(site["value"], Tensor):
-        return None
-    if not site["is_observed"] or is_deterministic(site):
-        return "posterior"
-    return None if type(site["fn"]).__name__ == "Unit" else "observed"
-
-
-def subsampled_plate(trace: Trace) -> str:
-    """Return words for the first plate of a trace that runs over a part of its rows, or an empty string."""
-    for name, site in trace.nodes.items():
-        for frame in site.get("cond_indep_stack", ()):
-            if is_subsampled(frame):
-                rows = f"{frame.size} of {frame.full_size} rows"
-                return f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({rows})"
-    return ""
 
 
 class _Replay(ReplayMessenger):

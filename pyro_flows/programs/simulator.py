@@ -7,6 +7,7 @@ The model takes its data by arguments, and draws the data whose argument is None
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pyro
@@ -17,17 +18,75 @@ from torch import Tensor
 from ..arguments import check_integers, check_program, check_tensors, quoted
 from ..threads import allowed, using
 from ..user_code import warn_user
-from .engine_choice import choose, why_alone
-from .engines import Values, in_batches
-from .latents import innermost
-from .masks import is_observation
-from .model_and_guide import subsampled_plate
-from .plate_nesting import nesting_of, runs_programs
-from .program import Args, Function, Kwargs, signature_of, vectorize_of
-from .runner import Choice, Runner
-from .simulations import Simulations
-from .traces import trace_at
-from .written_values import Writes
+from .engines import in_batches
+from .program import Args, Function, Kwargs, nesting_of, runs_programs, signature_of, trace_at, vectorize_of, writable
+from .runner import Choice, Runner, choose, why_alone
+from .sites import Values, innermost, is_observation, subsampled_plate
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """N joint draws of latents and data, from :func:`~pyro_flows.simulate` or from any other simulator.
+
+    Attributes:
+        latents: For each latent site the values, ``(N, *site_shape)``.
+        data: For each argument that holds data the values, ``(N, *site_shape)``.
+
+    Raises:
+        TypeError: If a value is no tensor.
+        ValueError: If there are no data, or not as many rows of all.
+
+    Example::
+
+        >>> import torch
+        >>> theta = torch.randn(100)
+        >>> found = Simulations({"theta": theta}, {"x": theta + 0.5 * torch.randn(100)})
+        >>> len(found), len(found.take(slice(10))), found.row(0)["x"].shape, len(found.join(found))
+        (100, 10, torch.Size([]), 200)
+    """
+
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        check_tensors("Simulations", "latents", self.latents)
+        check_tensors("Simulations", "data", self.data)
+        sizes = {name: len(value) for group in (self.latents, self.data) for name, value in group.items()}
+        if not self.data or len(set(sizes.values())) > 1:
+            raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
+
+    def __repr__(self) -> str:
+        groups = ("latents", self.latents), ("data", self.data)
+        parts = [
+            f"{kind} {', '.join(f'{n} {tuple(v.shape[1:])}' for n, v in g.items()) or 'none'}" for kind, g in groups
+        ]
+        return f"Simulations({len(self)} draws; {'; '.join(parts)})"
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """Return one dataset: for each argument that holds data its value, ``site_shape``."""
+        return {name: value[number] for name, value in self.data.items()}
+
+    def take(self, index: Tensor | slice) -> Simulations:
+        """Return the draws at an index ``(n,)`` or in a slice."""
+        return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
+
+    @property
+    def has_finite_data(self) -> Tensor:
+        """True for each draw whose data are finite, ``(N,)``."""
+        return torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in self.data.values()]).all(0)
+
+    def join(self, other: Simulations) -> Simulations:
+        """Return these draws followed by those of another object."""
+        groups = (self.latents, other.latents), (self.data, other.data)
+        return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
+
+    @property
+    def numbers(self) -> int:
+        """The number of numbers in a dataset."""
+        return sum(value[:1].numel() for value in self.data.values())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
 
 
 @runs_programs
@@ -104,11 +163,9 @@ class Simulator:
                 f"Give all others, as in {caller}(model, ..., n=10)",
                 error,
             )
-        (args, kwargs), writes = self.arguments({}), Writes()
+        args, kwargs = self.arguments({})
         try:
-            single = trace_at(writes(model), {}, args, kwargs)
-            if (writable := writes.writable(model)) is not model:
-                single = trace_at(model := writable, {}, args, kwargs)
+            model, single = writable(model, lambda program: trace_at(program, {}, args, kwargs))
         except (TypeError, AttributeError, NotImplementedError) as error:
             self._refuse(
                 f"it fails without its data ({error}). It must draw what is None from proper distributions, and take "
@@ -244,3 +301,13 @@ class Simulator:
             if is_noisy and torch.equal(*self._run(twice, 2, model)[name]):
                 return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
         return ""
+
+
+def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
+    """Raise ValueError for draws ``(N, *shape)`` that are not finite, or all the same."""
+    if not value.isfinite().all():
+        rows = value.reshape(len(value), -1).isfinite().all(1)
+        fault = f"{what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws"
+        raise ValueError(f"{caller}: {fault}. Simulate first, and give those that are finite, simulations=....")
+    if len(value) > 1 and value.numel() and (value == value[:1]).all():
+        raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")

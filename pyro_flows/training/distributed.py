@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..programs.plate_minibatches import Shuffled
+from ..programs.plate_rows import Shuffled
 from .randomness import random_state, set_random_state
 
 T = TypeVar("T")

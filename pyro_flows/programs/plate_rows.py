@@ -1,4 +1,4 @@
-"""Shares of the rows of a model's subsampled plates, whose log-densities add up to that of all rows.
+"""Rows of subsampled plates: minibatches, and shares whose log-densities add up to that of all rows.
 
 A subsample stands for all rows by its scale, which is an estimate.  Shares that together hold each row once, at scale
 one, give the exact density.  Of several plates each share of one meets each share of the others.
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
-from .engines import Site, Values
+from .sites import Site, Values
 
 MOST = 64  # shares of several plates; more would take hours
 
@@ -96,3 +96,29 @@ def _shares_of(rows: Tensor, full_size: int) -> Iterator[RowsOfPlate]:
         first = min(start, full_size - size)
         taken = torch.arange(first, first + size, device=rows.device)
         yield RowsOfPlate(taken, taken >= start if first < start else None, size / full_size, start == 0)
+
+
+class Shuffled(nn.Module):
+    """Minibatches without replacement until all rows were seen, so that their noise cancels.
+
+    All rows are equally likely, as in Pyro's own minibatches, which are drawn independently of each other.
+    """
+
+    order: Tensor
+    place: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("place", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def next(self, full_size: int, size: int) -> Tensor:
+        """Return the next ``size`` rows out of ``full_size``."""
+        if torch._C._get_tracing_state():  # a traced program would repeat the same rows for ever
+            return torch.randperm(full_size, device=self.order.device)[:size]
+        start = int(self.place)
+        if len(self.order) != full_size or start + size > full_size:
+            start = 0
+            self.order.resize_(full_size).copy_(torch.randperm(full_size))
+        self.place.fill_(start + size)
+        return self.order[start : start + size].clone()  # the next shuffle is in place
