@@ -73,7 +73,7 @@ def test_shapes_are_those_of_the_sites():
 
 def test_simulations_are_shown_by_their_shapes():
     found = repr(simulate(linear, num_simulations=5))
-    assert found == "Simulations(5 draws; latents theta (); data x (3,))"
+    assert found == "Simulations(5 draws, latents={'theta': ()}, data={'x': (3,)})"
 
 
 def test_moments_of_a_linear_model():
@@ -300,7 +300,7 @@ def test_a_model_that_does_not_broadcast_is_simulated_as_one_by_one():
         is_standard_normal(found.data["x"] - found.latents["theta"] @ weights.T)
 
     guide = AutoFlow(model, encoder=MLPEncoder(3, 2, (4,)))
-    brief = {"num_simulations": 40, "max_epochs": 1, "progress": False}
+    brief = {"simulations": 40, "max_epochs": 1, "progress": False}
     with pytest.raises(ValueError, match=r"does not run vectorised over draws.*vectorize"):
         fit_amortized(Program(model, vectorize="plate"), guide, **brief)
     for engine in ("auto", "vmap", "loop"):

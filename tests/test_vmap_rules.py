@@ -212,8 +212,8 @@ ABSTRACT = {"Distribution", "TorchDistribution", "ExponentialFamily"}
 # Without a density, or without a gradient by the number, in single runs too.
 NO_DENSITY = {"LinearHMM"}
 NO_GRADIENT = {"GaussianScaleMixture", "ImproperUniform", "TruncatedPolyaGamma"}
-# Its density uses a function of Pyro's that has no rule for vmap, so a program with it runs one draw at a time.
-ALONE = {"CoalescentTimesWithRate"}
+# Their densities use functions of Pyro that have no rule for vmap, so programs with them run one draw at a time.
+ALONE = {"CoalescentTimesWithRate", "DiscreteHMM", "DiscreteHMM(masked)"}
 # Drawn values decide how many of them are counted, and vmap has one shape for all draws.
 SHAPED_BY_VALUES = {"DirichletMultinomial(sparse)", "Poisson(sparse)"}
 

@@ -25,19 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from .. import arguments
 from ..user_code import place_of, warn_user
-from .sites import (
-    Site,
-    are_equal,
-    base_of,
-    innermost,
-    is_discrete,
-    is_observation,
-    is_point,
-    is_summable,
-    mask_of,
-    named,
-    states_support,
-)
+from . import sites
+from .sites import Site
 
 # Errors of a program that get more words.  Other classes may take no message, or a user may wait for them.
 BUILT_IN = ValueError, RuntimeError, TypeError, AttributeError, AssertionError, IndexError, KeyError
@@ -62,9 +51,8 @@ def explained(role: str, given: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        innermost_frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        package = __name__.partition(".")[0]
-        is_ours = innermost_frame.f_globals.get("__name__", "").partition(".")[0] == package
+        frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+        is_ours = frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
         if type(error) in BUILT_IN and place_of(error) and not is_ours:
             run = ", ".join(f"{name}: {_described(value)}" for name, value in given.items()) or "no arguments"
             fault = f"the {role} fails: {quoted(error)}. It was run with {run}"
@@ -109,14 +97,14 @@ def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
     """
     sources = [f"argument {name!r} holds {count} NaN" for name, value in given.items() if (count := count_nan(value))]
     for name, site in trace.nodes.items():
-        if not (is_observation(site) and isinstance(site["value"], Tensor)):
+        if not (sites.is_observation(site) and isinstance(site["value"], Tensor)):
             continue
         lost, outside = count_nan(site["value"]), _outside(site)
         if (lost and len(outside)) or ((lost or sources) and _log_prob_of(site).isnan().any()):
             fault = "; ".join([f"holds {lost} NaN" if lost else "has a density of NaN", *sources[:1]])
             way = "Leave those rows out, or mask them by poutine.mask and replace the NaN: y.nan_to_num()"
         elif len(outside):
-            fault = f"holds data outside of the support of {type(innermost(site['fn'])).__name__}"
+            fault = f"holds data outside of the support of {type(sites.innermost(site['fn'])).__name__}"
             first = [f"{number:g}" for number in outside[0].flatten()[:4].tolist()]
             example = first[0] if outside.dim() == 1 else f"[{', '.join(first)}{', …' * (outside[0].numel() > 4)}]"
             fault += f" ({len(outside)} of {site['fn'].batch_shape.numel()}, such as {example})"
@@ -131,10 +119,10 @@ def _outside(site: Site) -> Tensor:
     """Return the data of a site, ``(number, *event_shape)``, that Pyro's validation refuses and no mask hides."""
     fn, value = site["fn"], site["value"]
     event = value.shape[value.dim() - fn.event_dim :]
-    if event != fn.event_shape or not (states_support(fn) and _is_fixed(fn.support)):
+    if event != fn.event_shape or not (sites.states_support(fn) and _is_fixed(fn.support)):
         return value.new_empty(0, *event)
     try:
-        outside = ~fn.support.check(value) & mask_of(site).every
+        outside = ~fn.support.check(value) & sites.mask_of(site).every
         if outside.any():
             fn.log_prob(value)
     except ValueError:
@@ -170,7 +158,7 @@ def check_crossed(owner: str, trace: Trace) -> None:
         if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
             continue
         fn, value = site["fn"], site["value"]
-        if type(innermost(fn)).__module__.partition(".")[0] not in ("torch", "pyro"):
+        if type(sites.innermost(fn)).__module__.partition(".")[0] not in ("torch", "pyro"):
             continue  # a distribution of the user's own may take data of any kind and shape
         if not isinstance(value, Tensor):
             must = f"{owner}observed site {name!r} must hold a tensor, got {type(value).__name__}"
@@ -193,24 +181,26 @@ def _drawn(trace: Trace) -> dict[str, Any]:
 
 def summable(model: Trace, guide: Trace) -> list[str]:
     """Return the discrete latents of a model's trace that its guide lacks and whose support is finite."""
-    return [name for name, site in _undrawn(model, guide).items() if is_summable(site["fn"])]
+    return [name for name, site in _undrawn(model, guide).items() if sites.is_summable(site["fn"])]
 
 
 def lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     """Return the latent sites of a model's trace that its guide lacks and that cannot be summed out."""
-    return {name: site for name, site in _undrawn(model, guide).items() if not is_summable(site["fn"])}
+    return {name: site for name, site in _undrawn(model, guide).items() if not sites.is_summable(site["fn"])}
 
 
 def _undrawn(model: Trace, guide: Trace) -> dict[str, Any]:
     latents = _drawn(model).items()
-    return {name: site for name, site in latents if name not in guide.nodes and not is_point(site["fn"])}
+    return {name: site for name, site in latents if name not in guide.nodes and not sites.is_point(site["fn"])}
 
 
 def flat_by_mask(model: Trace, guide: Trace) -> str:
     """Return in words which latents have priors that a mask hides, and draws that count; or an empty string."""
-    masks = {name: mask_of(s) for name, s in _drawn(model).items() if not isinstance(innermost(s["fn"]), FREE)}
+    masks = {
+        name: sites.mask_of(s) for name, s in _drawn(model).items() if not isinstance(sites.innermost(s["fn"]), FREE)
+    }
     hidden = [name for name, mask in masks.items() if mask.is_scalar and mask.hides]
-    names = [name for name in hidden if name not in guide.nodes or not mask_of(guide.nodes[name]).hides]
+    names = [name for name in hidden if name not in guide.nodes or not sites.mask_of(guide.nodes[name]).hides]
     if not names:
         return ""
     way = "Take the mask off, or write dist.ImproperUniform for a flat prior"
@@ -238,21 +228,19 @@ def check_guided(owner: str, model: Trace, guide: Trace, left_out: Sequence[str]
     missing = lacking(model, guide)
     if not missing:
         return
-    infinite = [name for name, site in missing.items() if is_discrete(site["fn"])]
+    infinite = [name for name, site in missing.items() if sites.is_discrete(site["fn"])]
     continuous = [name for name in missing if name not in infinite]
     data = ", ".join(f"{name!r}: ..." for name in continuous)
-    ways = {
-        "discrete with infinite support: sum the site out by hand (a GammaPoisson for a Poisson whose rate is Gamma), "
-        "cut it off at a Categorical, or condition on it.": infinite,
-        "continuous: give the guide the whole model, or hold the site at a value by "
-        f"poutine.condition(model, data={{{data}}}).": continuous,
-    }
-    way_out = " ".join(f"{_are('', names)} {way}" for way, names in ways.items() if names)
+    by_hand = "sum the site out by hand (a GammaPoisson for a Poisson whose rate is Gamma), cut it off at a Categorical"
+    held = f"give the guide the whole model, or hold the site at a value by poutine.condition(model, data={{{data}}})"
+    discrete = "discrete with infinite support", f"{by_hand}, or condition on it", infinite
+    ways = discrete, ("continuous", held, continuous)
+    way_out = " ".join(f"{_are('', names)} {kind}: {way}." for kind, way, names in ways if names)
     if left_out:
         data = ", ".join(f"{name}=..." for name in [name for name in missing if name in left_out] or left_out)
         way_out = f"Perhaps data are missing here: give {data}, as in the fit. {way_out}"
-    sites = _are("latent site", list(missing), " of the model")
-    raise ValueError(f"{owner}{sites} not in the guide. {way_out}")
+    fault = _are("latent site", list(missing), " of the model")
+    raise ValueError(f"{owner}{fault} not in the guide. {way_out}")
 
 
 def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
@@ -277,20 +265,18 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             fault = f"{_are('site', names, ' of the guide')} {what} the model; is it the guide of another model?"
             raise ValueError(f"{owner}{fault} {way}.")
     # A mask on latents alone is a flat prior, whose rows the guide counts.
-    hides_data = any(mask_of(node).hides for node in nodes.values() if is_observation(node))
+    hides_data = any(sites.mask_of(node).hides for node in nodes.values() if sites.is_observation(node))
     is_bare = not any(node["type"] == "sample" and node["infer"].get("is_auxiliary") for node in guide.nodes.values())
     for name, site in drawn.items():
-        mask = mask_of(nodes[name])
-        if not mask.hides or site["infer"].get(KEEPS_MASK) or are_equal(mask, mask_of(site)):
+        mask = sites.mask_of(nodes[name])
+        if not mask.hides or site["infer"].get(KEEPS_MASK) or sites.are_equal(mask, sites.mask_of(site)):
             continue
         # A point has no entropy, unless the guide has auxiliary draws.
-        if hides_data and not (is_point(site["fn"]) and is_bare):
-            raise ValueError(
-                f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
-                "where the model has no density. Build the guide from the masked model, as in "
-                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
-                "prior write dist.ImproperUniform."
-            )
+        if hides_data and not (sites.is_point(site["fn"]) and is_bare):
+            fault = f"latent site {name!r} is masked in the model, and not in the guide, whose entropy would count"
+            way = "Build the guide from the masked model, as in AutoPlateFlow(poutine.mask(model, mask=...), plate), or"
+            way += " mask the observed sites only. For a flat prior write dist.ImproperUniform."
+            raise ValueError(f"{owner}{fault} where the model has no density. {way}")
 
 
 def check_likelihood(caller: str, model: Trace) -> None:
@@ -298,13 +284,13 @@ def check_likelihood(caller: str, model: Trace) -> None:
 
     A point at the data is a constant factor: ``pyro.sample("f", dist.Delta(x, log_density=f), obs=x)``.
     """
-    sites = {name: site for name, site in model.nodes.items() if is_observation(site)}
-    points = [name for name, site in sites.items() if is_point(site["fn"])]
-    elsewhere = [name for name in points if _is_elsewhere(sites[name])]
+    observed = {name: site for name, site in model.nodes.items() if sites.is_observation(site)}
+    points = [name for name, site in observed.items() if sites.is_point(site["fn"])]
+    elsewhere = [name for name in points if _is_elsewhere(observed[name])]
     if not elsewhere:
         return
-    if sites.keys() == {*points}:
-        got = f"only Delta distributions at observed site{'s' * (len(points) > 1)} {named(points)}"
+    if observed.keys() == {*points}:
+        got = f"only Delta distributions at observed site{'s' * (len(points) > 1)} {sites.named(points)}"
         way = "Judge a guide of a simulator by calibrate(model, guide), and near one observation by local_c2st and "
         raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}misspecification.")
     fault = f"observed site {elsewhere[0]!r} is a Delta at other values than its data, so that no draw has a density"
@@ -315,34 +301,32 @@ def check_likelihood(caller: str, model: Trace) -> None:
 def _is_elsewhere(site: Site) -> bool:
     """True if an observed site is a point mass at other values than the data, unless a mask hides them."""
     is_outside = bool((_log_prob_of(site) == -torch.inf).any())
-    return is_outside and not bool((base_of(site["fn"]).v == site["value"]).all())
+    return is_outside and not bool((sites.base_of(site["fn"]).v == site["value"]).all())
 
 
 def _are(kind: str, names: list[str], of: str = "") -> str:
     """Return sites by name as the subject of a sentence: ``sites 'a', 'b' of the model are``."""
-    sites = f"{kind}{'s' * (len(names) > 1)} " if kind else ""
-    return f"{sites}{named(names)}{of} {'are' if len(names) > 1 else 'is'}"
+    plural = f"{kind}{'s' * (len(names) > 1)} " if kind else ""
+    return f"{plural}{sites.named(names)}{of} {'are' if len(names) > 1 else 'is'}"
 
 
 def check_trained(caller: str, guide: Any) -> None:
     """Raise ValueError for a guide that is known to be untrained, and TypeError for what is no guide."""
     arguments.check_program(guide=guide)
-    if _is_untrained(guide):
-        raise ValueError(f"{caller}: the {type(guide).__name__} was never trained; {_way_to_fit(guide)}.")
+    if way := _way_to_train(guide):
+        raise ValueError(f"{caller}: the {type(guide).__name__} was never trained; {way}.")
 
 
 def warn_untrained(caller: str, guide: Any) -> None:
     """Warn of a guide that is known to be untrained."""
-    if _is_untrained(guide):
+    if way := _way_to_train(guide):
         fault = f"the {type(guide).__name__} was never trained, so its draws are not those of a posterior"
-        warn_user(f"{caller}: {fault}; {_way_to_fit(guide)}.")
+        warn_user(f"{caller}: {fault}; {way}.")
 
 
-def _way_to_fit(guide: Any) -> str:
+def _way_to_train(guide: Any) -> str:
+    """Return words if a guide was not set up or has the parameters of its start, as far as it says, or nothing."""
+    if getattr(guide, "prototype_trace", guide) is not None and not getattr(guide, "is_fresh", False):
+        return ""
     amortised = getattr(guide, "encoder", None) is not None
     return f"fit it first: {'fit_amortized(model, guide)' if amortised else 'fit_svi(model, guide, ...)'}"
-
-
-def _is_untrained(guide: Any) -> bool:
-    """True if a guide is known to be untrained: it was not set up, or its parameters are those of its start."""
-    return getattr(guide, "prototype_trace", guide) is None or bool(getattr(guide, "is_fresh", False))

@@ -21,23 +21,12 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from ..vjp import LogDensity
+from . import sites
 from .engines import View, in_batches
 from .log_density import in_parts, is_breakdown, or_nan
 from .model_and_guide import Task
 from .runner import TOTAL, Runner
-from .sites import (
-    Mask,
-    Site,
-    Values,
-    among_absent,
-    are_equal,
-    innermost,
-    is_deterministic,
-    labels_of,
-    mask_of,
-    present_of,
-    support_of,
-)
+from .sites import Site, Values
 
 MOST = 1000  # numbers of a deterministic site; larger ones are left out
 OWN = "log q of own sites"  # not the name of a site
@@ -64,20 +53,20 @@ class Quantities:
     """
 
     def __init__(self, nodes: dict[str, Site], latents: list[str], enumerated: Collection[str] = ()) -> None:
-        small = [name for name, site in nodes.items() if is_deterministic(site) and site["value"].numel() <= MOST]
+        small = [name for name, site in nodes.items() if sites.is_deterministic(site) and site["value"].numel() <= MOST]
         self.derived = [] if enumerated else small
         read = [name for name in nodes if name in latents or name in self.derived]
         self._turns = {name: _turn_of(nodes[name]) for name in read}
         self.names, self.sites = [], []
         for name, turn in self._turns.items():
-            own = labels_of(name, nodes[name]["value"].shape)
-            parts = ("re", "im") if nodes[name]["value"].is_complex() else ("cos", "sin")
-            plain = turn is None and parts[0] == "cos"
-            labels = own if plain else [f"{part} {label}" for part in parts for label in own]
-            self.names += labels
-            self.sites += [name] * len(labels)
+            labels = sites.labels_of(name, nodes[name]["value"].shape)
+            found = [part + label for part in _parts(nodes[name]["value"], turn) for label in labels]
+            self.names += found
+            self.sites += [name] * len(found)
         self.angles = {name for name in latents if self._turns[name] is not None}
-        self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), dist.VonMises)}
+        self.plain_angles = {
+            name for name in self.angles if isinstance(sites.innermost(nodes[name]["fn"]), dist.VonMises)
+        }
         self._kept = torch.arange(len(self.names))
 
     def keep(self, used: Tensor) -> None:
@@ -87,20 +76,20 @@ class Quantities:
 
     def numbers(self, values: Values) -> Tensor:
         """Return all quantities as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""
-        columns = []
-        for name, turn in self._turns.items():
-            value = values[name]
-            if value.is_complex():
-                parts: tuple[Tensor, ...] = value.real, value.imag
-            else:
-                parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
-            columns += [part.reshape(len(part), -1) for part in parts]
-        return torch.cat(columns, -1)[:, self._kept]
+        parts = [part for name, turn in self._turns.items() for part in _parts(values[name], turn).values()]
+        return torch.cat([part.reshape(len(part), -1) for part in parts], -1)[:, self._kept]
+
+
+def _parts(value: Tensor, turn: Tensor | None) -> Values:
+    """Return a site's values as real numbers that do not jump, by the first words of their names."""
+    if value.is_complex():
+        return {"re ": value.real, "im ": value.imag}
+    return {"": value} if turn is None else {"cos ": (value * turn).cos(), "sin ": (value * turn).sin()}
 
 
 def _turn_of(site: dict[str, Any]) -> Tensor | None:
     """Return the factor that turns an angle's values into radians, or None if a site is no angle."""
-    fn = innermost(site["fn"])
+    fn = sites.innermost(site["fn"])
     if isinstance(fn, dist.VonMises):
         return torch.ones(())
     if site["infer"].get("periodic"):
@@ -121,14 +110,19 @@ class Slot(NamedTuple):
     transform: Transform
     mask: Tensor | None = None
 
+    @classmethod
+    def of(cls, value: Tensor, support: Any) -> Slot:
+        """Return the place of a site with a value in a support."""
+        transform = biject_to(support)
+        return cls(transform.inv(value).shape, transform)
+
     @property
     def counts(self) -> Tensor | None:
         """True for the numbers in the vector, flattened; None if all are."""
         if self.mask is None:
             return None
-        return (
-            self.mask.reshape(self.mask.shape + (1,) * (len(self.shape) - self.mask.dim())).expand(self.shape).flatten()
-        )
+        room = (1,) * (len(self.shape) - self.mask.dim())
+        return self.mask.reshape(self.mask.shape + room).expand(self.shape).flatten()
 
     @property
     def size(self) -> int:
@@ -137,7 +131,7 @@ class Slot(NamedTuple):
 
     def unmasked(self, site: Site) -> Slot:
         """Return the slot without the numbers that the mask of a guide's site hides."""
-        mask = mask_of(site)
+        mask = sites.mask_of(site)
         if not mask.hides:
             return self
         batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
@@ -200,17 +194,14 @@ class Density:
             raise ValueError("the model has no latent sites; there is nothing to judge.")
         self._nodes, self._guide_nodes = task.model.single.nodes, task.guide.single.nodes
         self.read = Quantities(self._nodes, task.latents, task.model.enumerated)
-        self._own: Slots = {}
-        for name in task.own:
-            site = self._guide_nodes[name]
-            if site["fn"].support.is_discrete:
-                raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
-            transform = biject_to(site["fn"].support)
-            self._own[name] = Slot(transform.inv(site["value"]).shape, transform)
+        own = {name: self._guide_nodes[name] for name in task.own}
+        if discrete := [name for name, site in own.items() if site["fn"].support.is_discrete]:
+            raise ValueError(f"site {discrete[0]!r} of the guide is discrete; leave it out, and it is summed out.")
+        self._own = {name: Slot.of(site["value"], site["fn"].support) for name, site in own.items()}
         self.dim = sum(slot.size for slot in self._own.values())
-        counts = {name: slot.unmasked(self._guide_nodes[name]).counts for name, slot in self._own.items()}
+        counts = {name: slot.unmasked(own[name]).counts for name, slot in self._own.items()}
         hidden = [torch.zeros(self._own[name].size).bool() if c is None else ~c for name, c in counts.items()]
-        self._hidden = torch.cat(hidden) if hidden else torch.zeros(0).bool()
+        self._hidden = torch.cat([torch.zeros(0).bool(), *hidden])
         self._hides = bool(self._hidden.any())
 
     @classmethod
@@ -240,12 +231,11 @@ class Density:
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
         free, drawn = 0, int((~self._hidden).sum())
         for name in self.task.latents:
-            site, transform = self._guide_nodes[name], biject_to(support_of(self._nodes[name]["fn"]))
-            free += Slot(transform.inv(site["value"]).shape, transform).unmasked(site).size
+            site, support = self._guide_nodes[name], sites.support_of(self._nodes[name]["fn"])
+            free += Slot.of(site["value"], support).unmasked(site).size
         if free != drawn:
-            raise ValueError(
-                f"the guide draws {drawn} numbers for latents of {free}; with auxiliary draws it has no density."
-            )
+            fault = f"the guide draws {drawn} numbers for latents of {free}"
+            raise ValueError(f"{fault}; with auxiliary draws it has no density.")
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Drawn:
@@ -348,20 +338,19 @@ class Density:
             z: The vectors.
             prior: The model without its data, if discrete latents are summed out; None to read both off one run.
         """
-        placed, model = self.place(z), self.task.model
-        names = {*self.task.latents} - {*self.flat}
+        placed, names = self.place(z), {*self.task.latents} - {*self.flat}
+
+        def read(view: View) -> Values:
+            return {TOTAL: view.log_prob(), PRIOR: view.log_prob(names.__contains__)}
+
         if prior is None:
-
-            def read(view: View) -> Values:
-                return {TOTAL: view.log_prob(), PRIOR: view.log_prob(names.__contains__)}
-
-            both = model.run(read, placed.latents, len(z))
-            log_p, log_prior = both[TOTAL], both[PRIOR]
+            found = self.task.model.run(read, placed.latents, len(z))
         else:
-            log_p, log_prior = (program.log_prob(placed.latents, len(z)) for program in (model, prior))
+            programs = {TOTAL: self.task.model, PRIOR: prior}
+            found = {name: program.log_prob(placed.latents, len(z)) for name, program in programs.items()}
         proper = total(change for name, change in placed.changes.items() if name not in self.flat)
         of_hidden = self.of_hidden(z)
-        return log_prior + proper + of_hidden, log_p + placed.log_det + of_hidden
+        return found[PRIOR] + proper + of_hidden, found[TOTAL] + placed.log_det + of_hidden
 
     def constrain(self, z: Tensor) -> Values:
         """Return the model's latents at z: each ``(N, *shape)``."""
@@ -400,8 +389,7 @@ class Density:
     @functools.cached_property
     def flat(self) -> list[str]:
         """The latents with improper priors, and with priors whose density is scaled or masked."""
-        nodes = self._guide_nodes
-        return [name for name in self.task.latents if _is_flat(self._nodes[name], mask_of(nodes[name]))]
+        return [n for n in self.task.latents if _is_flat(self._nodes[n], sites.mask_of(self._guide_nodes[n]))]
 
     @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor:
@@ -454,8 +442,8 @@ class Density:
         guide: Any = self.task.guide.call
         prototype = getattr(guide, "prototype_trace", None)
         nodes = prototype.nodes if prototype else {}
-        sites = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
-        constraints = {name: biject_to(support_of(site["fn"])) for name, site in sites.items()}
+        of_latents = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
+        constraints = {name: biject_to(sites.support_of(site["fn"])) for name, site in of_latents.items()}
         constraints.update({name: slot.transform for name, slot in self._own.items()})
         if isinstance(guide, AutoContinuous):
             shapes = guide._unconstrained_shapes.items()
@@ -494,11 +482,11 @@ class Density:
         return z if z.shape[1:] == (self.dim,) else None
 
 
-def _is_flat(site: Site, drawn: Mask) -> bool:
+def _is_flat(site: Site, drawn: sites.Mask) -> bool:
     """True if a latent's prior is improper, or its density is scaled, or masked where that of its guide is not."""
     scaled = site["scale"] is not None and bool((torch.as_tensor(site["scale"]) != 1).any())
-    masked = mask_of(site).hides and not are_equal(mask_of(site), drawn)
-    return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or masked
+    masked = sites.mask_of(site).hides and not sites.are_equal(sites.mask_of(site), drawn)
+    return scaled or isinstance(sites.innermost(site["fn"]), dist.ImproperUniform) or masked
 
 
 def _packed(values: Values, slots: Slots) -> Tensor:
@@ -506,7 +494,7 @@ def _packed(values: Values, slots: Slots) -> Tensor:
     found = []
     for name, slot in slots.items():
         free = slot.transform.inv(values[name]).reshape(len(values[name]), -1)
-        found.append(present_of(free, slot.counts))
+        found.append(sites.present_of(free, slot.counts))
     return torch.cat(found, -1)
 
 
@@ -515,7 +503,7 @@ def _unpacked(z: Tensor, slots: Slots) -> Placed:
     values, changes = {}, {}
     chunks = z.split([slot.size for slot in slots.values()], -1)
     for (name, slot), chunk in zip(slots.items(), chunks, strict=True):
-        free = among_absent(chunk, slot.counts).reshape(len(z), *slot.shape)
+        free = sites.among_absent(chunk, slot.counts).reshape(len(z), *slot.shape)
         values[name] = slot.transform(free)
         change = slot.transform.log_abs_det_jacobian(free, values[name])
         if slot.mask is not None:

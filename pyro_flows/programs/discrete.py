@@ -88,11 +88,9 @@ def sum_over(trace_at: TraceAt, single: Trace, names: tuple[str, ...], nesting: 
             way = f'Draw each row at a site of its own, in a Python loop: pyro.sample(f"{names[0]}_{{i}}", ...)'
             raise ValueError(f"{fault}: {more}. {words}{way}.") from error
         except ValueError as more:
-            raise ValueError(
-                f"{fault}: the model does not run at all of their values at once ({quoted(error)}), and {more}. Let it "
-                "broadcast over dimensions to the left of its plates, as for Pyro's TraceEnum_ELBO: no .item() and no "
-                "branches on discrete values."
-            ) from error
+            fault += f": the model does not run at all of their values at once ({quoted(error)}), and {more}"
+            way = "Let it broadcast over dimensions to the left of its plates, as for Pyro's TraceEnum_ELBO"
+            raise ValueError(f"{fault}. {way}: no .item() and no branches on discrete values.") from error
 
 
 class Parallel:
@@ -140,15 +138,14 @@ class Parallel:
 
     def _common_scale(self) -> Any:
         scales = {name: site["scale"] for name, site in self._sites.items()}
-        first, *others = scales
-        for name in others:
-            if float(scales[name]) != float(scales[first]):
-                raise ValueError(
-                    f"sites {first!r} and {name!r} depend on the same discrete latents, but are scaled by "
-                    f"{float(scales[first]):g} and {float(scales[name]):g}: put both into the same subsampled plates, "
-                    "and under the same poutine.scale."
-                )
-        return scales[first]
+        (first, scale), *others = scales.items()
+        for name, other in others:
+            if float(other) != float(scale):
+                fault = f"sites {first!r} and {name!r} depend on the same discrete latents"
+                numbers = f"but are scaled by {float(scale):g} and {float(other):g}"
+                way = "put both into the same subsampled plates, and under the same poutine.scale"
+                raise ValueError(f"{fault}, {numbers}: {way}.")
+        return scale
 
     def _read(self, view: View) -> Values:
         return _terms_of(view, self._sites, self._shapes)
@@ -305,11 +302,8 @@ class Sequential:
                 wanted = there.gather(0, places.to(there.device).unsqueeze(0))[0] if inside else there
                 if not torch.allclose(here.expand_as(wanted), wanted, rtol=1e-5, atol=1e-4, equal_nan=True):
                     plates = f"plate{'s' * (len(self._plates) > 1)} {', '.join(map(repr, self._plates))}"
-                    raise _RowsDepend(
-                        f"site {name!r} in {plates} depends on the values of other rows"
-                        if inside
-                        else f"site {name!r} outside of {plates} depends on the values of several rows"
-                    )
+                    place, which = ("in", "other") if inside else ("outside of", "several")
+                    raise _RowsDepend(f"site {name!r} {place} {plates} depends on the values of {which} rows")
         return found[0][REST].unsqueeze(0) + self._scale * torch.stack([f[ROWS] for f in found]).logsumexp(0).sum()
 
     def log_prob(self, run: Run, held: Values, size: int) -> Tensor:

@@ -12,7 +12,6 @@ parameters, fill empty tensors at random, or read ``tensor.data``.  :class:`Vmap
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 import warnings
@@ -21,7 +20,6 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -96,9 +94,8 @@ class View(NamedTuple):
         """Return a log-density with the draws' dimension in front, if any, and the others as in a single run."""
         if self.size is None:
             return log_prob
-        if log_prob.dim() <= self.nesting:
-            return log_prob.expand(self.size, *log_prob.shape)
-        rows = log_prob.movedim(-1 - self.nesting, 0)
+        depth = -1 - self.nesting
+        rows = log_prob.unsqueeze(0) if log_prob.dim() <= self.nesting else log_prob.movedim(depth, 0)
         return rows.expand(self.size, *rows.shape[1:])
 
 
@@ -128,11 +125,7 @@ def run(engine: str, once: Callable[[Values, int | None], View], read: Read, hel
 
         def alone(draw: Tensor, values: Values) -> Values:
             with VmapRules(draw):
-                view = once(values, None)
-                for site in view.trace.nodes.values():
-                    if site["type"] == "sample":
-                        site["fn"] = mappable(site["fn"])
-                return read(view)
+                return read(once(values, None))
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")
@@ -158,18 +151,6 @@ def in_batches(step: Callable[[Values, int], Values], held: Values, number: int,
         size = min(batch_size, number - start)
         parts.append(step({name: value[start : start + size] for name, value in held.items()}, size))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:
-    """Return values ``(N, *site_shape)`` with a dimension of 1 for each plate that the site does not lie in.
-
-    Args:
-        site: The site in the trace of a single run.
-        value: The values; unconstrained ones may have other event dimensions.
-        nesting: The number of dimensions that the plates take.
-    """
-    plates = site["value"].dim() - site["fn"].event_dim
-    return value.reshape(len(value), *(1,) * (nesting - plates), *value.shape[1:])
 
 
 class DrawsDiffer(RuntimeError):
@@ -205,7 +186,7 @@ class VmapRules(TorchFunctionMode):
             args = tuple(map(_common, args))
         if func is Tensor.__getitem__ and isinstance(args[1], slice):
             args = args[0], slice(*map(_common, (args[1].start, args[1].stop, args[1].step)))
-        if func in _EQUAL:
+        if func in (torch.equal, Tensor.equal):
             return args[0].shape == args[1].shape and bool(_common((args[0] == args[1]).all()))
         if func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
             index = args[1]
@@ -236,14 +217,14 @@ class VmapRules(TorchFunctionMode):
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, torch.arange}
-_EQUAL = torch.equal, Tensor.equal
 _LIKE = torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like
 _NEW = Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor
-_CREATORS = {torch.tensor, torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, *_LIKE, *_NEW}
-_CREATORS |= {torch.clone, Tensor.clone}
+_FULL = torch.tensor, torch.empty, torch.zeros, torch.ones, torch.full, torch.eye
+_CREATORS = {*_FULL, *_LIKE, *_NEW, torch.clone, Tensor.clone}
 
 
 def _common(value: Any) -> Any:
+    """Return the value that all draws have in common, or a value that is no tensor unchanged."""
     return _Common.apply(value) if isinstance(value, Tensor) else value
 
 
@@ -264,36 +245,3 @@ class _Common(torch.autograd.Function):
         if (rows != rows[:1]).any():
             raise DrawsDiffer("draws differ in a value on which a library branches")
         return rows[0].detach().clone(), None
-
-
-def mappable(fn: Any) -> Any:
-    """Return a distribution whose log-density runs by vmap: an equal one for hidden Markov models, or the same."""
-    if type(fn) is dist.DiscreteHMM:
-        return _DiscreteHMM(fn.initial_logits, fn.transition_logits, fn.observation_dist, False, fn.duration)
-    base = getattr(fn, "base_dist", None)
-    if base is None or (new := mappable(base)) is base:
-        return fn
-    other = copy.copy(fn)
-    other.base_dist = new
-    return other
-
-
-class _DiscreteHMM(dist.DiscreteHMM):
-    """Pyro's hidden Markov model without its ``safe_log``, a function that has no rule for vmap."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        value = value.unsqueeze(-1 - self.observation_dist.event_dim)
-        steps = self.transition_logits + self.observation_dist.log_prob(value).unsqueeze(-2)  # (*batch, T, S, S)
-        while (number := steps.shape[-3]) > 1:
-            pairs, last = steps[..., : number // 2 * 2, :, :], steps[..., number // 2 * 2 :, :, :]
-            steps = torch.cat((_log_matmul(pairs[..., ::2, :, :], pairs[..., 1::2, :, :]), last), -3)
-        return (self.initial_logits + steps.squeeze(-3).logsumexp(-1)).logsumexp(-1)
-
-
-def _log_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``log(exp(x) @ exp(y))``, with gradient 0 where it is -inf."""
-    least = torch.finfo(x.dtype).min
-    x_top, y_top = x.detach().amax(-1, True).clamp(min=least), y.detach().amax(-2, True).clamp(min=least)
-    total = (x - x_top).exp() @ (y - y_top).exp()
-    never = total == 0
-    return total.masked_fill(never, 1.0).log().masked_fill(never, -torch.inf) + x_top + y_top

@@ -21,25 +21,13 @@ from torch.distributions import constraints
 from ..arguments import check_program
 from ..threads import keep_memory
 from ..user_code import warn_user
+from . import sites
 from .checks import check_crossed, check_match, check_observed, explained, summable
 from .engines import View, in_batches
 from .log_density import RunBudget
 from .program import Args, Function, Kwargs, Program, arguments_of, nesting_of, trace_of, vectorize_of, writable
 from .runner import GIVEN, TOTAL, Choice, Runner, check_noise, choose, why_alone
-from .sites import (
-    Site,
-    Values,
-    WithoutHiddenNaN,
-    group_of,
-    has_bare_dimensions,
-    hides_nan,
-    is_observation,
-    is_point,
-    plate_like,
-    plates_of,
-    subsampled_plate,
-    value_of,
-)
+from .sites import Site, Values, value_of
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
@@ -83,6 +71,9 @@ class Task:
         traces: The traces of one run of model and guide, in this order.
         latents: The names of the model's latents except those that are summed out.
         own: The names of the sites that the guide draws, without sites of type ``Delta``.
+        left_out: The model's arguments that are None; a site that observes one draws its data.
+        observes: True if a site of the model is observed.
+        subsampled: The first plate that runs over a part of its rows, in words, or an empty string.
         has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
     Raises:
@@ -98,16 +89,19 @@ class Task:
         check_crossed("", single)
         check_observed("", single, self.given)
         nesting, enumerated = nesting_of(drawn, single), tuple(summable(single, drawn))
-        self.traces = single, drawn
+        self.traces, self.subsampled = (single, drawn), sites.subsampled_plate(single)
+        self.left_out = [name for name, value in self.given.items() if value is None]
+        nodes = single.nodes.values()
+        self.observes = any(sites.is_observation(site) and not site_is_subsample(site) for site in nodes)
         self.guide = Runner(guide, args, kwargs, drawn, nesting, choose=functools.partial(self._choose, "guide"))
         program, choice = self._model, functools.partial(self._choose, "model")
-        if hides_nan(single):
-            program = WithoutHiddenNaN()(program)
+        if sites.hides_nan(single):
+            program = sites.WithoutHiddenNaN()(program)
         self.model = Runner(program, args, kwargs, single, nesting, enumerated, choice)
-        sites = dict(self.model.single.iter_stochastic_nodes())
-        follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
-        self.latents = [name for name in sites if name not in {*enumerated, *follows}]
-        self.has_bare_dimensions = has_bare_dimensions(single)
+        latents = self.model.single.iter_stochastic_nodes()
+        unknown = [(name, site) for name, site in latents if name not in enumerated]
+        self.latents = [name for name, site in unknown if name in drawn.nodes or not sites.is_point(site["fn"])]
+        self.has_bare_dimensions = sites.has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
 
@@ -151,21 +145,6 @@ class Task:
         return RunBudget(seconds, sum(part.choice.seconds for part in (self.model, self.guide)))
 
     @property
-    def left_out(self) -> list[str]:
-        """The model's arguments that are None; a site that observes one draws its data."""
-        return [name for name, value in self.given.items() if value is None]
-
-    @property
-    def observes(self) -> bool:
-        """True if a site of the model is observed."""
-        return any(is_observation(site) and not site_is_subsample(site) for site in self.traces[0].nodes.values())
-
-    @property
-    def subsampled(self) -> str:
-        """The first plate that runs over a part of its rows, in words, or an empty string."""
-        return subsampled_plate(self.traces[0])
-
-    @property
     def draws_rows(self) -> bool:
         """True if the guide draws a minibatch of latents, because their plate is subsampled."""
         frames = [frame for name in self.latents for frame in self.model.single.nodes[name]["cond_indep_stack"]]
@@ -184,9 +163,8 @@ class Task:
         check_match(*self.traces, self.left_out)
         shares = self.model.all_rows(list(self.sites("observed"))) if whole and not self.draws_rows else []
         if self.subsampled and not shares:
-            raise ValueError(
-                f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
-            )
+            fault = f"{self.subsampled}: draws would be weighed against different data"
+            raise ValueError(f"{fault}. Let the plate run over all rows.")
         if self.is_settled:
             check_noise(self.model.choice.noise, is_weighed=whole, warns=False)
         self._weighs, self.model.shares = whole, shares
@@ -277,7 +255,7 @@ class Task:
 
     def sites(self, group: str) -> dict[str, Site]:
         """Return the model's sites of a group by name: see :func:`group_of`."""
-        return {name: site for name, site in self.model.single.nodes.items() if group_of(site) == group}
+        return {name: site for name, site in self.model.single.nodes.items() if sites.group_of(site) == group}
 
 
 class Lifted:
@@ -312,7 +290,7 @@ class Lifted:
 
     def _sample(self, name: str, site: Site, plates: dict[str, Any]) -> Any:
         with ExitStack() as stack:
-            for frame in plates_of(site):
+            for frame in sites.plates_of(site):
                 stack.enter_context(plates[frame.name])
             shape = site["value"].shape
             depth = len(shape) - site["fn"].event_dim
@@ -321,9 +299,9 @@ class Lifted:
     def _plates(self) -> tuple[Values, dict[str, Any]]:
         """Return the rows of subsampled plates, and the plates that latents lie in."""
         plates: dict[str, Any] = {}
-        for frame in {frame for site in self._sites.values() for frame in plates_of(site)}:
+        for frame in {frame for site in self._sites.values() for frame in sites.plates_of(site)}:
             with poutine.block(hide=self._model.given):
-                plates[frame.name] = plate_like(frame)
+                plates[frame.name] = sites.plate_like(frame)
         for name, fn in self._model.subsamples.items():
             if name not in plates:
                 plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
@@ -346,7 +324,7 @@ class _Anew(Messenger):
     """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if group_of(msg) == "observed":
+        if sites.group_of(msg) == "observed":
             rows = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
             msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, rows))
             msg["value"], msg["is_observed"] = None, False

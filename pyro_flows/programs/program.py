@@ -102,16 +102,13 @@ class Program:
 
     def _check_fit(self) -> None:
         """Raise TypeError if the model does not take the arguments that are held; unknown signatures take all."""
-        try:
-            signature = signature_of(self.model)
-        except (TypeError, ValueError):
-            return
-        try:
-            signature.bind_partial(*self.args, **(self.kwargs or {}))
-        except TypeError as error:
-            must = f"args and kwargs must fit the model, which takes ({', '.join(signature.parameters)})"
-            held = ", ".join([f"{len(self.args)} in args", *(self.kwargs or {})])
-            raise TypeError(f"Program: {must}, got {held}: {error}.") from None
+        if signature := outline_of(self.model):
+            try:
+                signature.bind_partial(*self.args, **(self.kwargs or {}))
+            except TypeError as error:
+                must = f"args and kwargs must fit the model, which takes ({', '.join(signature.parameters)})"
+                held = ", ".join([f"{len(self.args)} in args", *(self.kwargs or {})])
+                raise TypeError(f"Program: {must}, got {held}: {error}.") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the arguments that are held, followed by others."""
@@ -182,11 +179,9 @@ def outline_of(program: Function) -> inspect.Signature | None:
 
 def outline(arguments: Iterable[tuple[str, str]]) -> inspect.Signature:
     """Return a signature of optional arguments from their names and kinds, such as ``"KEYWORD_ONLY"``."""
-    found = []
-    for name, kind in arguments:
-        default = inspect.Parameter.empty if kind.startswith("VAR_") else None
-        found.append(inspect.Parameter(name, getattr(inspect.Parameter, kind), default=default))
-    return inspect.Signature(found)
+    parameter, empty = inspect.Parameter, inspect.Parameter.empty
+    kinds = [(name, getattr(parameter, kind), empty if kind.startswith("VAR_") else None) for name, kind in arguments]
+    return inspect.Signature([parameter(name, kind, default=default) for name, kind, default in kinds])
 
 
 def arguments_of(program: Function, args: Args, kwargs: Kwargs) -> Kwargs:

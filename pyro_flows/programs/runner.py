@@ -29,7 +29,7 @@ from ..time_limit import check_time
 from ..user_code import place_now, warn_user
 from .checks import quoted
 from .discrete import Parallel, Sequential, sum_over
-from .engines import DRAWS, NONE, Read, View, in_batches, is_refusal, run, with_room
+from .engines import DRAWS, NONE, Read, View, in_batches, is_refusal, run
 from .log_density import part_size
 from .plate_rows import MOST, RowShare, number_of_shares, shares_of
 from .program import ENGINES, Args, Function, Kwargs, outside_plates, trace_of
@@ -94,6 +94,7 @@ class Runner:
         given: The plates whose rows the program chooses itself, ``pyro.plate(..., subsample=...)``.
         subsamples: The subsampled plates whose rows are drawn.
         rows: The rows of these plates by their names, the same in every run.
+        sizes: The numbers of all rows of these plates.
         shares: The parts of all rows whose log-densities are added up; empty to take a subsample for all rows.
     """
 
@@ -114,6 +115,7 @@ class Runner:
         drawn = {n: s for n, s in plates.items() if n not in self.given and len(s["value"]) < s["fn"].size}
         self.subsamples = {name: site["fn"] for name, site in drawn.items()}
         self.rows = {name: site["value"] for name, site in drawn.items()}
+        self.sizes = {name: fn.size for name, fn in self.subsamples.items()}
         self.shares: Sequence[RowShare] = ()
         self._scaled: Trace | None = self.single  # a run at the scales of the rows
         self._sum_of_shares: Parallel | Sequential | None = None
@@ -130,11 +132,6 @@ class Runner:
     def engine(self) -> str:
         """The way to run many draws.  If vmap refuses some draws, they run one by one."""
         return self.choice.engine
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of all rows of each subsampled plate."""
-        return {name: fn.size for name, fn in self.subsamples.items()}
 
     @property
     def fault(self) -> str:
@@ -181,8 +178,10 @@ class Runner:
         check_time()
 
         def once(values: Values, number: int | None) -> View:
-            if number is not None:
-                values = {n: with_room(self.single.nodes[n], v, self.nesting) for n, v in values.items()}
+            if number is not None:  # a site gets a dimension of 1 for each plate that it does not lie in
+                nodes = {name: self.single.nodes[name] for name in values}
+                room = {n: (1,) * (self.nesting - s["value"].dim() + s["fn"].event_dim) for n, s in nodes.items()}
+                values = {name: value.reshape(number, *room[name], *value.shape[1:]) for name, value in values.items()}
             trace = self._trace(place(self.call, data=values), number, enumerate, rows)
             return View(trace, self.single, number, self.nesting)
 
@@ -517,13 +516,9 @@ def check_noise(noise: Noise, *, is_weighed: bool, warns: bool = True) -> None:
     seen += f", most at site {site!r}" if site else ""
     more = "more draws to the estimate, as Dequantized(flow, num_samples=...) does"
     if is_weighed and not deviation <= USELESS:
-        raise ValueError(
-            f"the model's log-density changes from run to run, {seen}: draws cannot be weighed by it. Put networks "
-            "with dropout into eval mode; draw noise once, outside of the model, or at a pyro.sample site; give "
-            f"{more}."
-        )
+        way = "Put networks with dropout into eval mode; draw noise once, outside of the model, or at a pyro.sample"
+        fault = f"the model's log-density changes from run to run, {seen}: draws cannot be weighed by it"
+        raise ValueError(f"{fault}. {way} site; give {more}.")
     if warns and deviation > NOISY:
-        warn_user(
-            f"the model's log-density is an estimate, {seen}: weights, k-hat and verdicts see that noise too. Give "
-            f"{more}, or fit flow, not Dequantized(flow), to x + noise drawn once."
-        )
+        fault = f"the model's log-density is an estimate, {seen}: weights, k-hat and verdicts see that noise too"
+        warn_user(f"{fault}. Give {more}, or fit flow, not Dequantized(flow), to x + noise drawn once.")

@@ -56,11 +56,8 @@ class Simulations:
             raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
 
     def __repr__(self) -> str:
-        groups = ("latents", self.latents), ("data", self.data)
-        parts = [
-            f"{kind} {', '.join(f'{n} {tuple(v.shape[1:])}' for n, v in g.items()) or 'none'}" for kind, g in groups
-        ]
-        return f"Simulations({len(self)} draws; {'; '.join(parts)})"
+        latents, data = ({name: tuple(v.shape[1:]) for name, v in g.items()} for g in (self.latents, self.data))
+        return f"Simulations({len(self)} draws, latents={latents}, data={data})"
 
     def row(self, number: int) -> dict[str, Tensor]:
         """Return one dataset: for each argument that holds data its value, ``site_shape``."""
@@ -158,20 +155,14 @@ class Simulator:
         try:
             self.given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            self._refuse(
-                f"{error}. An argument that holds data must be optional, `def model(x=None)`, and is not given here. "
-                f"Give all others, as in {caller}(model, ..., n=10)",
-                error,
-            )
+            must = "An argument that holds data must be optional, `def model(x=None)`, and is not given here"
+            self._refuse(f"{error}. {must}. Give all others, as in {caller}(model, ..., n=10)", error)
         args, kwargs = self.arguments({})
         try:
             model, single = writable(model, lambda program: trace_at(program, {}, args, kwargs))
         except (TypeError, AttributeError, NotImplementedError) as error:
-            self._refuse(
-                f"it fails without its data ({error}). It must draw what is None from proper distributions, and take "
-                "sizes from other arguments, which are given here",
-                error,
-            )
+            must = "draw what is None from proper distributions, and take sizes from other arguments"
+            self._refuse(f"it fails without its data ({error}). It must {must}, which are given here", error)
         self.model = Runner(model, args, kwargs, single, nesting_of(single), choose=self._choose)
         if plate := subsampled_plate(single):
             self._refuse(f"{plate}. Let it run over all rows of a simulated dataset")
@@ -205,9 +196,8 @@ class Simulator:
                 must = f"{argument}[{name!r}] must have shape {tuple(shape)}"
                 raise ValueError(f"{self.caller}: {must}, got {tuple(value.shape)}.")
             if not value.isfinite().all():
-                raise ValueError(
-                    f"{self.caller}: {argument}[{name!r}] must be finite, got NaN or inf. Correct the data."
-                )
+                must = f"{argument}[{name!r}] must be finite, got NaN or inf"
+                raise ValueError(f"{self.caller}: {must}. Correct the data.")
 
     def _find_data(self) -> dict[str, str]:
         """Return the site that observes each argument that was left open."""
@@ -219,10 +209,8 @@ class Simulator:
             if site is not None:
                 found[name] = site
             elif name in drawn:
-                self._refuse(
-                    f"site {name!r} must observe argument {name!r} unchanged, obs={name}. Transform it in the site's "
-                    "distribution, for example by a TransformedDistribution, not before obs="
-                )
+                way = "Transform it in the site's distribution, as a TransformedDistribution does, not before obs="
+                self._refuse(f"site {name!r} must observe argument {name!r} unchanged, obs={name}. {way}")
         return found
 
     def _check_sites(self) -> None:
@@ -231,17 +219,14 @@ class Simulator:
             if is_observation(site) and type(site["fn"]).__name__ == "Unit":
                 self._refuse(f"{name!r} is a factor statement, which has no draws. Write it as a pyro.sample statement")
             if is_observation(site):
-                self._refuse(
-                    f"site {name!r} is observed though no argument was left open for it. Take its data by `def "
-                    f"model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it"
-                )
+                way = f"by `def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it"
+                self._refuse(f"site {name!r} is observed though no argument was left open for it. Take its data {way}")
         if not self.sites:
+            given = ", ".join(self._signature.parameters) or "none"
             unused = f", and {self._open} reach no observed site" if self._open else ""
-            self._refuse(
-                "it takes no data. Give it an argument that is None by default and observed unchanged, `def "
-                'model(x=None)` with `pyro.sample("x", ..., obs=x)`; its arguments are '
-                f"{', '.join(self._signature.parameters) or 'none'}{unused}"
-            )
+            way = "Give it an argument that is None by default and observed unchanged, `def model(x=None)` with "
+            way += f'`pyro.sample("x", ..., obs=x)`; its arguments are {given}{unused}'
+            self._refuse(f"it takes no data. {way}")
 
     def _holds(self, name: str, site: str, value: Tensor) -> bool:
         """True if a site observes a value given by an argument."""
@@ -294,10 +279,8 @@ class Simulator:
             many, one, again = (self._run(latents, 2, way)[name] for way in (model, alone, alone))
             is_noisy = not torch.equal(one, again)
             if not is_noisy and not torch.allclose(many, one, rtol=1e-4, atol=1e-6):
-                return (
-                    f" makes site {name!r} another function of the latents when it runs vectorised over simulations: "
-                    "one of them sees the others"
-                )
+                fault = f" makes site {name!r} another function of the latents when it runs vectorised over simulations"
+                return f"{fault}: one of them sees the others"
             if is_noisy and torch.equal(*self._run(twice, 2, model)[name]):
                 return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
         return ""
