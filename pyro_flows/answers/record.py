@@ -200,7 +200,7 @@ class Posterior:
 
         For others give it their draws: ``pf.plots.marginals({"theta": found.draws["theta"][:, 12:24]})``.
         """
-        return plots.marginals(self.draws)
+        return plots.marginals(arrays_of(self.draws))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the draws and the facts to a file, for :func:`pyro_flows.load`, without model, data and chains.

@@ -120,7 +120,7 @@ def answer(
         if wish.quiet:  # first, so that a file that cannot be written does not cost the report
             print(VERDICTS[found.verdict], *([] if found.trusted else [found.reason]), end=" ")
         else:
-            evidence = f"{found.log_evidence:.3f} ± {found.log_evidence_se:.3f} nats"
+            evidence = f"{found.log_evidence:.3f} ± {found.log_evidence_se:.2g} nats"
             stages = ", ".join(f"{step.name} {step.seconds:.1f} s" for step in found.steps)
             print("", found.summary(**labels), "", sep="\n")
             print("log evidence ", "not known" if found.log_evidence != found.log_evidence else evidence)
