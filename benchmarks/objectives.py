@@ -31,7 +31,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows import objectives
-from pyro_flows.guides.default_training import plan_of
+from pyro_flows.guides.base import plan_of
 
 OUT = posteriors.OUT / "objectives.md"
 SEEDS, TEMPERED = (0, 1, 2), 3000  # steps for modes far apart

@@ -38,7 +38,7 @@ from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.default_training import plan_of
+from pyro_flows.guides.base import plan_of
 from pyro_flows.guides.guide_flow import LIMITS
 from pyro_flows.guides.guide_flow import affine_couplings as default
 from pyro_flows.sampling.gaussian import Matching

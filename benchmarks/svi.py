@@ -48,7 +48,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.guides.default_training import plan_of
+from pyro_flows.guides.base import plan_of
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 PARTS = "model", "forward", "backward", "optimiser"  # of a step; the rest is the guide

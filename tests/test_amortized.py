@@ -168,7 +168,9 @@ def test_an_encoder_takes_some_of_the_models_arguments():
         guide.context(x, mask=mask)
     with pytest.raises(ValueError, match=r"mask \(argument 2 of the model\) must be given.*Give ones if nothing"):
         guide.sample(5, x, times)
-    with pytest.warns(UserWarning, match=r"GRUEncoder: the data have 12 steps, but training had [0-3] to 6\. Train on"):
+    with pytest.warns(
+        UserWarning, match=r"GRUEncoder: the data have 12 elements, but training had [0-3] to 6\. Train on"
+    ):
         guide.encoder(torch.randn(12, 1), torch.arange(12), torch.ones(12))
     assert psis(series, guide, x, times, mask, num_samples=25).log_weights.isfinite().all()
 
@@ -341,26 +343,18 @@ def test_plates_sets_and_delta_simulators():
     assert draws.std().item() == pytest.approx(1 / math.sqrt(6), rel=0.3)
 
 
-def test_modules_as_models_and_functions_as_encoders():
+def test_modules_as_models_in_float64_and_functions_as_encoders():
     class Model(nn.Module):
         def forward(self, x=None):
-            return linear(x)
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
 
     model = Model()
-    guide = AutoFlow(model, small, encoder=lambda x: x)
-    fit = quick(model, guide, max_epochs=5)
-    assert fit.losses.isfinite().all()
-    assert guide.sample(3, X)["theta"].shape == (3, 2)
-
-
-def test_float64():
-    def model(x=None):
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
-        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
-
-    guide = AutoFlow(model, small, encoder=MLPEncoder(2, 4, (8,)).double())
-    quick(model, guide)
-    assert guide.sample(3, torch.zeros(2, dtype=torch.float64))["theta"].dtype == torch.float64
+    for encoder in (lambda x: x, MLPEncoder(2, 4, (8,)).double()):
+        guide = AutoFlow(model, small, encoder=encoder)
+        assert quick(model, guide).losses.isfinite().all()
+        draws = guide.sample(3, torch.zeros(2, dtype=torch.float64))["theta"]
+        assert (draws.shape, draws.dtype) == ((3, 2), torch.float64)
 
 
 @pytest.mark.slow
@@ -691,16 +685,11 @@ def test_data_that_are_no_tensor_are_refused_with_what_encoders_take(wrong):
         guide.sample(5, *args)
 
 
-def test_rounds_need_simulations_side_by_side():
+def test_rounds_need_the_data_and_simulations_side_by_side():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    with pytest.raises(ValueError, match="give another vectorize"):
-        quick(Program(linear, vectorize="loop"), guide, datasets=Observed({"x": X}))
-
-
-def test_rounds_need_the_data():
-    guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    with pytest.raises(ValueError, match=r"must hold one dataset, observed=\{'x': ...\}"):
-        quick(linear, guide, datasets=Observed({"y": X}))
+    refused(Program(linear, vectorize="loop"), "give another vectorize", guide=guide, datasets=Observed({"x": X}))
+    words = r"must hold one dataset, observed=\{'x': ...\}"
+    refused(linear, words, guide=guide, datasets=Observed({"y": X}))
 
 
 # Errors.

@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from pyro_flows import AutoFlow, anneal, check
 from pyro_flows.diagnostics.guide_space import prior_of, target_of
 from pyro_flows.fitting import Annealed, annealing
-from pyro_flows.guides.default_training import Schedule
+from pyro_flows.guides.base import Schedule
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.optimizers import SOAP, WIDEST, Muon, optimizers
-from pyro_flows.guides.default_training import plan_of
+from pyro_flows.guides.base import plan_of
 from pyro_flows.guides.guide_flow import LIMITS
 from pyro_flows.transforms import Coupling
 

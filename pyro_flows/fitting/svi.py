@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_flags, check_integers, check_kind, check_numbers, check_program, quoted
 from ..encoders.training_record import recorded
+from ..guides.base import Schedule, plan_of
 from ..guides.block_guide import BlockGuide
 from ..guides.blocks import Block
-from ..guides.default_training import Schedule, plan_of
 from ..guides.guide_call import Call
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective

@@ -27,9 +27,8 @@ from ..flows.mixture import FlowMixture
 from ..transforms import Compose, View
 from ..vjp import keeps
 from .amortised import OfDatasets, Packed, SimulatedVectors
-from .base import FlowGuide, check_fits, sites_of
+from .base import FlowGuide, Schedule, check_fits, schedule_of_many
 from .contexts import check_finite, encode, initialize, width_for_one
-from .default_training import Schedule, schedule_of_many
 from .guide_call import Call, Found
 from .guide_flow import LIMITS, GuideFlow, assemble, bound, built, check_recipes, default_for
 from .packing import Moving, Packing, check_supports, is_circular, moving_supports, place
@@ -449,7 +448,7 @@ def _check(guides: Sequence[Any]) -> None:
         ):
             if fails:
                 raise ValueError(f"ensemble: guides[{number}] must {fault}.")
-        latents.append([f"{site.name} {tuple(site.value.shape)} in {site.support}" for site in sites_of(guide)])
+        latents.append([f"{site.name} {tuple(site.value.shape)} in {site.support}" for site in guide.parts()["sites"]])
         if latents[number] != latents[0]:
             got = f"{latents[number]} and {latents[0]}"
             raise ValueError(f"ensemble: guides must have the same latents, got {got}. Give guides of one model.")

@@ -1,4 +1,7 @@
-"""The base class of guides made of flows: setup, summaries of draws, unique names, and independent copies."""
+"""The base class of guides made of flows: default training, setup, summaries, unique names, and independent copies.
+
+*Choosing a flow* in the docs says how the numbers of the default training were found.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -26,7 +29,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..arguments import check_integers, check_kind, check_program, check_tensors, quoted
+from ..arguments import check_integers, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.checks import count_nan, explained, warn_untrained
@@ -34,9 +37,9 @@ from ..programs.log_density import is_breakdown
 from ..programs.program import arguments_of, outline, outline_of, signature_of
 from ..programs.sites import is_discrete, named, plate_like
 from .contexts import check_encoder
-from .default_training import Plan
 from .draw_watch import DrawWatch
 from .guide_call import NONE, Call, Calls, Found
+from .guide_flow import LIMITS
 from .left_out import HideDiscrete, draw_discrete, with_reparametrised
 from .packing import MarkCircles, Packing, bijection_onto, scalar_support
 from .start_location import init_to_center, settle_start
@@ -65,31 +68,80 @@ class SavedSite:
     present: Tensor | None = None
 
 
-def sites_of(guide: Any) -> list[SavedSite]:
-    """Return the latent sites of a guide.
-
-    Raises:
-        ValueError: If the guide was never set up.
-    """
-    if guide.prototype_trace is None:
-        fault = f"this {type(guide).__name__} was never set up, so that it has no flow yet"
-        raise ValueError(f"save: {fault}. Fit it first, or call guide.setup(...) with the model's arguments.")
-    sites, masks = [], guide._calls.present
-    for name, node in guide.prototype_trace.iter_stochastic_nodes():
-        fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
-        plates = tuple((f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
-        sites.append(
-            SavedSite(name, fn.support, node["value"], fn.batch_shape, fn.event_shape, plates, masks.get(name))
-        )
-    return sites
-
-
 def check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
     """Raise ValueError unless a flow is over ``size`` numbers with contexts of a width; None stands for 0 numbers."""
     got = (0, 0) if flow is None else (flow.event_shape.numel(), flow.context_dim)
     if got[0] != size or (size and got[1] != context_dim):
         fault = f"the flow is over {got[0]} numbers with a context of width {got[1]}"
         raise ValueError(f"{fault}, but the sites have {size} and {context_dim}")
+
+
+class Schedule(NamedTuple):
+    """The number of steps and of draws per step, the step size, and the largest norm of a gradient."""
+
+    steps: int = 3000
+    num_particles: int = 64
+    lr: float = 0.01
+    clip_norm: float = 100.0
+
+
+def schedule_of_many(number: int, *, near: bool) -> Schedule:
+    """Return the schedule that suits one flow over more than 32 latents.
+
+    Guides with about forty latents take the most steps.  A step is still cheap there, and funnels of many dimensions
+    train slowly.  A guide that starts near the posterior needs half as many, or 100 beyond 4096 latents, where a
+    step is dear.
+    """
+    steps = 2100 if number <= 64 else 1000
+    if near:
+        steps = steps // 2 if number <= LIMITS.dense else 100
+    return Schedule(steps, num_particles=256, clip_norm=1.0)
+
+
+class Plan:
+    """The properties of a guide that its training depends on.  These are the defaults for guides of other packages.
+
+    Attributes:
+        is_joint: True if the guide is one flow over all latents, which can be compared with others.
+    """
+
+    is_joint = False
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the guide is known to be untrained."""
+        return False
+
+    @property
+    def takes_paths(self) -> bool:
+        """True if path gradients suit the guide."""
+        return True
+
+    def schedule(self, *, near: bool = False, alone: bool = True, share: float = 1.0) -> Schedule:
+        """Return the schedule that suits the guide.
+
+        Args:
+            near: True if the guide starts near the posterior.
+            alone: True if only the guide is trained, by many draws per step, so that SOAP takes the steps.
+            share: The share of the rows of a batch that this process has.
+        """
+        return Schedule()
+
+    def by_soap(self) -> list[Tensor]:
+        """Return the parameters that SOAP trains if only the guide is trained, by many draws per step."""
+        return []
+
+    def by_muon(self) -> list[Tensor]:
+        """Return the weight matrices that Muon trains."""
+        return []
+
+    def prepare(self, call: Call) -> None:
+        """Initialise, from the data that the guide will be trained on, layers that depend on their scale."""
+
+
+def plan_of(guide: Any) -> Plan:
+    """Return a guide itself if it is a plan, else the default plan."""
+    return guide if isinstance(guide, Plan) else Plan()
 
 
 SHOWN = 8  # latents in the repr of a guide
@@ -346,8 +398,11 @@ class FlowGuide(Plan, AutoGuide):
         self._asked("quantiles", args, kwargs)
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
         warn_untrained(f"{type(self).__name__}.quantiles", self)
-        number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that the draws fit into memory
-        return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
+        number, found = min(self.num_summary_draws, max(1000, 20_000_000 // one)), {}  # so that draws fit into memory
+        for name, value in self.sample(number, *args, **kwargs).items():
+            levels = torch.as_tensor(quantiles, dtype=value.dtype).cpu()
+            found[name] = torch.as_tensor(np.quantile(value.cpu(), levels, axis=0)).to(value)  # torch takes 2²⁴ numbers
+        return found
 
     def __repr__(self) -> str:
         """Return the state of training, the latents and the flows in a few lines; ``modules()`` has every layer."""
@@ -389,9 +444,17 @@ class FlowGuide(Plan, AutoGuide):
         Raises:
             ValueError: If the guide was never set up.
         """
+        if self.prototype_trace is None:
+            fault = f"this {type(self).__name__} was never set up, so that it has no flow yet"
+            raise ValueError(f"save: {fault}. Fit it first, or call guide.setup(...) with the model's arguments.")
+        sites, masks = [], self._calls.present
+        for name, node in self.prototype_trace.iter_stochastic_nodes():
+            fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
+            plates = tuple((f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
+            shapes = fn.batch_shape, fn.event_shape
+            sites.append(SavedSite(name, fn.support, node["value"], *shapes, plates, masks.get(name)))
         known = None if self._outline is None else self._outline.parameters.values()
         arguments = None if known is None else tuple((argument.name, argument.kind.name) for argument in known)
-        sites = sites_of(self)
         return {"sites": sites, "init_scale": self._init_scale, "name": self._pyro_name, "arguments": arguments}
 
     @classmethod
@@ -436,7 +499,6 @@ class FlowGuide(Plan, AutoGuide):
     def _claim_name(self, name: str | None) -> None:
         """Take a name in the parameter store, by default the first of the class that was never used."""
         kind = type(self).__name__
-        check_kind(kind, (str, type(None)), "a word or None", name=name)
         if name is None:
             names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
             name = next(n for n in names if n not in _used)
@@ -561,15 +623,3 @@ def _check_whole(call: Call) -> None:
                 rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
                 way = "Let it run over all rows, or use AutoStructuredFlow(model)"
                 raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
-
-
-def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:
-    """Return quantiles over the first dimension, by numpy: torch takes at most 2²⁴ numbers."""
-    try:
-        levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
-        fits = bool(((levels >= 0) & (levels <= 1)).all())
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"quantiles must be numbers from 0 to 1, such as [0.05, 0.95], got {quoted(quantiles)}.")
-    return torch.as_tensor(np.quantile(value.cpu(), levels.cpu(), axis=0)).to(value)

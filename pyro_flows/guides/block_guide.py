@@ -29,10 +29,9 @@ from ..flows import Flow
 from ..programs.engines import in_batches
 from ..programs.plate_rows import Shuffled
 from ..transforms import View
-from .base import FlowGuide, check_fits
+from .base import FlowGuide, Schedule, check_fits, schedule_of_many
 from .blocks import Block, Blocks, Drawn, Frame
 from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
-from .default_training import Schedule, schedule_of_many
 from .guide_call import Call, Found, Key, RowMasks, Rows, frames_of, masks_of_all
 from .guide_flow import (
     LIMITS,

@@ -6,7 +6,6 @@ Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -208,7 +207,7 @@ def check_tied(call: Call, name: str, rows: Rows) -> None:
     for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
         found = call.look(indices={name: indices})  # all with the same random numbers: only the indices differ
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
-    if seen[0] and all(map(torch.equal, 9 * seen[0], itertools.chain(*seen[1:]))):
+    if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
         way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
         fault = "but its data are the same whatever its indices"
@@ -277,13 +276,14 @@ class RowContexts(Paced):
         """Return the rows at ``indices`` of the plates."""
         places = [self._places(call, plate, rows) for plate, rows in zip(plates, indices, strict=True)]
         if self.encoder is None:
-            flat = torch.zeros((), dtype=torch.long)  # the places in the table of parameters
+            device = self.embedding.weight.device
+            flat = torch.zeros((), dtype=torch.long, device=device)  # the places in the table of parameters
             for plate, rows, found, size in zip(plates, indices, places, self.sizes, strict=True):
                 self._check_known(call, plate.name, plate.size)
                 if found is None:
                     got = f"plate {plate.name!r} is given the data of {len(rows)} of {plate.size} rows as subsample="
                     raise ValueError(f"{call.owner}: {got}. Give an encoder, or the rows' indices as subsample=.")
-                flat = flat.unsqueeze(-1) * size + found.to(self.embedding.weight.device)
+                flat = flat.unsqueeze(-1) * size + found.to(device)
             return BlockRows(flat, self.paced(self.embedding(flat)))
         (plate,), (rows,), (found,) = plates, indices, places
         if found is None:  # the arguments hold these rows alone

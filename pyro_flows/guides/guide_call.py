@@ -247,45 +247,46 @@ class RowMasks(NamedTuple):
         return {(key, names, bytes(row)) for row in torch.cat(columns, -1).tolist()} if columns else set()
 
 
-def _masks_of(owner: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """Return the masks of latents over their batch shapes, or raise ValueError if one divides an event."""
-    masks = {}
-    for name, site in sites.items():
-        some, every = (torch.as_tensor(part, device=site["value"].device) for part in mask_of(site))
-        if not torch.equal(some, every):
-            fault = f"the mask of latent site {name!r} divides an event"
-            raise ValueError(f"{owner}: {fault}. Mask whole events, or the observed sites only.")
-        while every.dim() > len(batch_of(site)) and every.shape[0] == 1:
-            every = every[0]
-        masks[name] = every.bool().expand(torch.broadcast_shapes(every.shape, batch_of(site)))
-    return masks
-
-
-def _are_flat(found: Found, hidden: Collection[str]) -> bool:
-    """True if masks only leave flat priors: a single number hides each latent, and no data are hidden."""
-    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
-    return not hides_data and all(mask_of(found.latents[name]).is_scalar for name in hidden)
-
-
-def masks_of_rows(found: Found) -> dict[Key, RowMasks]:
-    """Return the masks of the latents in rows, by the plates of the rows.
+def masks_of(found: Found) -> dict[Key, RowMasks]:
+    """Return the masks of the latents that masks hide in part, by the plates of their rows; ``()`` outside of rows.
 
     Raises:
-        ValueError: Naming the site, if a mask divides an event.
+        ValueError: Naming the site, if a mask divides an event, or does not broadcast to a latent outside of rows.
     """
+    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
     blocks: dict[Key, dict[str, Site]] = {}
     for name, site in found.latents.items():
-        if key := tuple(frame.name for frame in frames_of(site, found.plates)):
-            blocks.setdefault(key, {})[name] = site
+        blocks.setdefault(tuple(frame.name for frame in frames_of(site, found.plates)), {})[name] = site
     result = {}
-    for key, inside in blocks.items():
-        masks, result[key] = _masks_of(found.owner, inside), RowMasks()
+    for key, inside in blocks.items() if any(map(is_masked, found.latents.values())) else ():
+        masks = {name: _mask_over_batch(found.owner, name, site, key) for name, site in inside.items()}
         hidden = {name: mask for name, mask in masks.items() if not mask.all()}
-        if hidden and not _are_flat(found, hidden):
+        # If a single number hides each latent, and no data are hidden, the masks leave flat priors.
+        if not hidden or not (hides_data or any(not mask_of(inside[name]).is_scalar for name in hidden)):
+            continue
+        result[key] = RowMasks(hidden=hidden)
+        if key:
             rows = torch.stack([_reduced(masks[name], site, key) for name, site in inside.items()]).any(0)
             parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
             result[key] = RowMasks(bool(rows.all()) or rows, parts, hidden)
     return result
+
+
+def _mask_over_batch(owner: str, name: str, site: Site, key: Key) -> Tensor:
+    """Return the mask of a latent over its batch shape."""
+    batch = batch_of(site)
+    some, every = (torch.as_tensor(part, device=site["value"].device) for part in mask_of(site))
+    if not torch.equal(some, every):
+        fault = f"the mask of latent site {name!r} divides an event"
+        raise ValueError(f"{owner}: {fault}. Mask whole events, or the observed sites only.")
+    while every.dim() > len(batch) and every.shape[0] == 1:
+        every = every[0]
+    shape = torch.broadcast_shapes(every.shape, batch)
+    if not key and shape != batch:
+        shapes = f"by shape {tuple(shape)}, but its batch shape is {tuple(batch)}"
+        way = "Give a mask that broadcasts to the latent, or mask the observed sites only"
+        raise ValueError(f"{owner}: latent site {name!r} is masked {shapes}. {way}.")
+    return every.bool().expand(shape)
 
 
 def _reduced(mask: Tensor, site: Site, key: Key) -> Tensor:
@@ -302,7 +303,7 @@ def masks_of_all(found: Found) -> dict[Key, RowMasks]:
     """Return the masks of the latents of all rows.
 
     Raises:
-        ValueError: As :func:`masks_of_rows`, or if a plate is subsampled, which leaves other rows' masks unknown.
+        ValueError: As :func:`masks_of`, or if a plate is subsampled, which leaves other rows' masks unknown.
     """
     for name, site in found.latents.items():
         for frame in frames_of(site, found.plates) if is_masked(site) else ():
@@ -311,7 +312,7 @@ def masks_of_all(found: Found) -> dict[Key, RowMasks]:
                 subsampled = f"plate {frame.name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
                 fault = f"latent site {name!r} is masked, and {subsampled}"
                 raise ValueError(f"{found.owner}.log_prob: {fault}. Let the plate run over all rows.")
-    return masks_of_rows(found)
+    return masks_of(found)
 
 
 def _absent_of(call: Call, hidden: dict[str, Tensor], found: Found, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -385,28 +386,6 @@ def _shifted(site: Site, value: Tensor, by: Tensor | float) -> Tensor:
     return bijection(bijection.inv(value) + by)
 
 
-def _check_shapes(call: Call, found: Found) -> None:
-    """Refuse a model that lacks a latent of the guide or has another shape, apart from the numbers of rows."""
-    for name, site in call.latents.items():
-        shape, now = list(site["value"].shape), found.latents.get(name)
-        for frame in frames_of(site, call.plates):
-            shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
-        if now is not None and now["value"].shape == tuple(shape):
-            continue
-        built = "" if now is not None else "one of shape "
-        if now is not None:
-            there = f"has shape {tuple(now['value'].shape)}"
-        elif name in found.observed:
-            there = "is observed"
-        else:
-            there = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
-        fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
-        way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
-        if not call.latents.keys() & found.latents.keys():
-            way = "Give the model that the guide was built for"
-        raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
-
-
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 
 
@@ -440,8 +419,8 @@ class Calls:
                 absent.
         """
         found = call.look()
-        self._observed, self._hidden = frozenset(found.observed), self._hidden_outside(found)
-        self.present = {} if _are_flat(found, self._hidden) else _absent_of(call, self._hidden, found, {})
+        self._observed, self._hidden = frozenset(found.observed), masks_of(found).get((), RowMasks()).hidden
+        self.present = _absent_of(call, self._hidden, found, {})
         outside = [name for name, site in found.latents.items() if not frames_of(site, call.plates)]
         if self.present and all(name in self.present and not self.present[name].any() for name in outside):
             where = f" outside of plate {named(call.plates)}" if call.plates else ""
@@ -485,9 +464,9 @@ class Calls:
 
     def _checked(self, call: Call, found: Found, rows: Mapping[str, Tensor]) -> dict[Key, RowMasks]:
         """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
-        found_masks = masks_of_rows(found)
+        found_masks = masks_of(found)
         for key, masks in found_masks.items():
-            if new := masks.patterns(key, found) - self._absent:
+            if key and (new := masks.patterns(key, found) - self._absent):
                 _absent_of(call, masks.hidden, found, rows)
                 self._absent |= new
         return found_masks
@@ -497,26 +476,32 @@ class Calls:
         self.masked, self._last = any(map(is_masked, found.latents.values())), _keys(call)
 
     def check(self, call: Call, found: Found) -> None:
-        """Raise ValueError, naming the site, if latents have other shapes than at setup, or outside of rows masks."""
-        _check_shapes(call, found)
-        now, built = self._hidden_outside(found), self._hidden
+        """Raise ValueError, naming the site, if latents have other shapes than at setup, or outside of rows masks.
+
+        The numbers of rows may differ.
+        """
+        for name, site in call.latents.items():
+            shape, own = list(site["value"].shape), found.latents.get(name)
+            for frame in frames_of(site, call.plates):
+                shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
+            if own is not None and own["value"].shape == tuple(shape):
+                continue
+            if own is not None:
+                there = f"has shape {tuple(own['value'].shape)}, but the guide was built for {tuple(shape)}"
+            else:
+                others = f"is not in the model, which has {named(list(found.latents)) if found.latents else 'none'}"
+                there = "is observed" if name in found.observed else others
+                there += f", but the guide was built for one of shape {tuple(shape)}"
+            way = "Build another guide, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+            if not call.latents.keys() & found.latents.keys():
+                way = "Give the model that the guide was built for"
+            raise ValueError(f"{call.owner}: with these arguments latent site {name!r} {there}. {way}.")
+        now, built = masks_of(found).get((), RowMasks()).hidden, self._hidden
         for name in {**built, **now}:
             if not (name in now and name in built and torch.equal(now[name], built[name])):
                 fault = f"the mask of latent site {name!r} differs from that which the guide was built with"
                 way = "Build another guide, or use AutoPlateFlow(model, plate), whose rows take a new mask in each call"
                 raise ValueError(f"{call.owner}: {fault}. {way}.")
-
-    def _hidden_outside(self, found: Found) -> dict[str, Tensor]:
-        """Return the masks of the latents outside of rows that are hidden in part, over their batch shapes."""
-        sites = found.latents.items()
-        hidden = {n: site for n, site in sites if not frames_of(site, found.plates) and mask_of(site).hides}
-        masks = _masks_of(found.owner, hidden)
-        for name, mask in masks.items():
-            if mask.shape != (batch := batch_of(hidden[name])):
-                shapes = f"by shape {tuple(mask.shape)}, but its batch shape is {tuple(batch)}"
-                way = "Give a mask that broadcasts to the latent, or mask the observed sites only"
-                raise ValueError(f"{found.owner}: latent site {name!r} is masked {shapes}. {way}.")
-        return masks
 
     def _knows(self, call: Call) -> bool:
         """True if the model need not be run for the arguments of a call.
