@@ -17,7 +17,7 @@ from vector_laws import Edged, Mixture, Ring
 
 import pyro_flows as pf
 from pyro_flows import check
-from pyro_flows.diagnostics.narrow_modes import NARROW_MODES, narrowest_shown
+from pyro_flows.diagnostics.missing_modes import SEARCH, narrowest_shown
 
 Program = Callable[[], None]
 
@@ -202,11 +202,11 @@ def test_the_limit_of_narrow_modes_agrees_with_counts() -> None:
     """Draws of the guide within the reach of a mode of the narrowest scale are about as many as predicted."""
     for dim in (2, 4):
         scale = narrowest_shown(dim, 60_000)
-        excess = math.log(NARROW_MODES.share / (1 - NARROW_MODES.share)) - dim * math.log(scale) + dim / 2
+        excess = math.log(SEARCH.share / (1 - SEARCH.share)) - dim * math.log(scale) + dim / 2
         draws = torch.randn(2_000_000, dim, generator=torch.Generator().manual_seed(0))
         near = (draws - 1.0).norm(dim=-1) < scale * math.sqrt(2 * excess)  # |c|² = D
         shown = 60_000 * float(near.double().mean())
-        assert shown == pytest.approx(NARROW_MODES.shown, rel=0.4)
+        assert shown == pytest.approx(SEARCH.shown, rel=0.4)
 
 
 def test_rounding_errors_of_cancelling_densities_are_no_modes() -> None:

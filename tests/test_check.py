@@ -218,7 +218,9 @@ def test_spreads_of_fast_and_of_slow_chains():
     assert found.slowness[:2] == pytest.approx([1.0, 1.0], abs=0.5)
     assert found.slowness[2] > 10  # the means of 5 sweeps of a walk
     assert abs(found.error[1] - 0.1) < 4 * found.noise[1]
-    assert len(SpreadMeter([], reference[:, :0], start[:, :0]).spreads().error) == 0
+    none = SpreadMeter([], reference[:, :0], start[:, :0])
+    none.record(place[:, :0])
+    assert len(none.spreads().error) == 0
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics import few_latents, missing_modes
+from pyro_flows.diagnostics import measurements, missing_modes
 from pyro_flows.diagnostics.importance import Weighing
 from pyro_flows.fitting import guide_start
 from pyro_flows.fitting.guide_start import start_from_gaussian
@@ -171,11 +171,11 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 @pytest.fixture
 def brief(monkeypatch):
     """Shorten the search for modes and the chains."""
-    small = {"starts": 16, "few": 16, "particles": 64, "probes": 500, "gradients": 40}
-    brief = dataclasses.replace(missing_modes.SEARCH, **small)
-    monkeypatch.setattr(missing_modes, "SEARCH", brief)
-    run = dataclasses.replace(few_latents.SHORT_RUN, sweeps=few_latents.FEW_LATENTS.block)
-    monkeypatch.setattr(few_latents, "SHORT_RUN", run)
+    fewer = {"SEARCH": {"starts": 16, "probes": 500, "gradients": 40}, "REACH": {"few": 16, "particles": 64}}
+    for name, numbers in fewer.items():
+        monkeypatch.setattr(missing_modes, name, dataclasses.replace(getattr(missing_modes, name), **numbers))
+    run = dataclasses.replace(measurements.SHORT_RUN, sweeps=measurements.SHORT_RUN.block)
+    monkeypatch.setattr(measurements, "SHORT_RUN", run)
 
 
 def pair(name):
@@ -731,7 +731,7 @@ def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
         cov = torch.linalg.inv(torch.eye(2) + 1.0)
         pyro.sample("w", dist.MultivariateNormal(cov.sum(-1) * y, cov))
 
-    for module in ("importance", "few_latents"):
+    for module in ("importance", "few_latents", "measurements"):
         monkeypatch.setattr(f"pyro_flows.diagnostics.{module}.WEIGHING", Weighing(seconds=1e-3))
     COUNTED.clear()
     found = pf.check(one_by_one, exact, Y[0])

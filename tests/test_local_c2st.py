@@ -14,8 +14,8 @@ from scipy import stats
 
 from pyro_flows import AutoFlow, fit_amortized, flows, local_c2st
 from pyro_flows.diagnostics import LocalC2ST
-from pyro_flows.diagnostics.largest_statistic import p_value, scaled
-from pyro_flows.diagnostics.neighbours import Proposal, neighbours_of
+from pyro_flows.diagnostics.amortised import p_value, scaled
+from pyro_flows.diagnostics.local_c2st import Proposal, neighbours_of
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.programs import Program
 from pyro_flows.programs.simulator import Simulator
@@ -157,7 +157,7 @@ def nearby(model, guide, x, number=400):
 def test_the_true_latents_are_one_of_the_candidates(x):
     """Half of the latents are proposed near the observation.  The weights of the candidates take account of this."""
     found = nearby(conjugate, posterior(), x)
-    assert found.latents.shape == found.base.shape == (400, 41, 2)
+    assert found.numbers.shape == found.base.shape == (400, 41, 2)
     assert found.distance[0] < 0.2 < found.distance[-1]
     z = {}
     for kind, log_weights in ("right", found.log_weights), ("even", torch.zeros_like(found.log_weights)):
@@ -173,8 +173,8 @@ def test_the_true_latents_are_one_of_the_candidates(x):
 def test_base_coordinates_are_those_of_the_latents():
     found = nearby(conjugate, posterior(), X)
     sd = math.sqrt(0.2)
-    centre = (found.latents - sd * found.base)[:, :1]  # 0.8 x, the same for all candidates of a row
-    assert torch.allclose(found.latents - sd * found.base, centre.expand_as(found.latents), atol=1e-4)
+    centre = (found.numbers - sd * found.base)[:, :1]  # 0.8 x, the same for all candidates of a row
+    assert torch.allclose(found.numbers - sd * found.base, centre.expand_as(found.numbers), atol=1e-4)
 
 
 def test_hidden_latents_before_those_of_the_guide_leave_the_prior():

@@ -150,13 +150,8 @@ def _from_guide(
                 "these are draws of the posterior. Judge the guide by pf.check(model, guide, ...)."
             )
     stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
-    attrs = {
-        "inference_method": "variational",
-        "khat": psis.khat,
-        "num_weighed": drawn,
-        "importance_resampled": int(importance),
-        "importance_ess": psis.ess,
-    }
+    attrs = {"inference_method": "variational", "khat": psis.khat, "num_weighed": drawn}
+    attrs |= {"importance_resampled": int(importance), "importance_ess": psis.ess}
     return task.complete(draws.latents, at_once), stats, attrs
 
 
@@ -168,12 +163,8 @@ def _from_chains(task: Task, samples: Samples, at_once: int) -> tuple[Values, Va
         raise ValueError(f"to_arviz: the Samples are of another model; they lack the latent {missing[0]!r}.")
     held, number = {name: flat[name] for name in task.latents}, len(next(iter(flat.values())))
     stats = in_batches(lambda part, size: {"log_p": task.model.log_prob(part, size)}, held, number, at_once)
-    attrs = {
-        "inference_method": "mcmc",
-        "sampling_time": samples.seconds,
-        "converged": int(samples.converged),
-        "divergences": samples.divergences,
-    }
+    attrs = {"inference_method": "mcmc", "sampling_time": samples.seconds}
+    attrs |= {"converged": int(samples.converged), "divergences": samples.divergences}
     return {name: flat[name] for name in names}, stats, attrs
 
 
@@ -184,17 +175,14 @@ def _by_draw(
 
     Complex numbers, which netCDF lacks, are two variables, and bfloat16, which NumPy lacks, becomes single.
     """
-    real: dict[str, tuple[str, torch.Tensor]] = {}
+    found: dict[str, Variable] = {}
     for name, value in values.items():
         parts = {f"re {name}": value.real, f"im {name}": value.imag} if value.is_complex() else {name: value}
-        real |= {label: (name, part.float() if part.dtype is torch.bfloat16 else part) for label, part in parts.items()}
-    return {
-        label: (
-            ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
-            value.unflatten(0, (chains, -1)).numpy(force=True),
-        )
-        for label, (name, value) in real.items()
-    }
+        dims = ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim))
+        for label, part in parts.items():
+            array = (part.float() if part.dtype is torch.bfloat16 else part).unflatten(0, (chains, -1))
+            found[label] = dims, array.numpy(force=True)
+    return found
 
 
 def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size, event_dim: int | None = None) -> tuple[str, ...]:

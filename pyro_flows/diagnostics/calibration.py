@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,8 @@ from .. import plots
 from ..arguments import check_integers
 from ..encoders.training_record import unjudged
 from ..guides.amortised import OfDatasets
-from ..programs.program import runs_programs
-from ..programs.simulator import Simulator
-from .amortised import check_amortised, check_model, posteriors
+from ..programs.program import Function, runs_programs
+from .amortised import check_model, posteriors, simulator_of
 
 LIMIT = 0.01 / 3  # the p-value of each of three tests below which the draws are not calibrated
 
@@ -73,25 +71,18 @@ class Calibration:
             inside = 100 * float((self.coverage <= 0.9).double().mean())
             found = f"{inside:.1f} % of the truths lie in regions of 90 %"
             return f"No test finds an error over {len(self.ranks)} datasets; {found}."
-        faults = []
-        if self.sbc_p <= LIMIT:
-            faults.append(self._worst)
-        if self.coverage_p <= LIMIT:
-            width = "wide" if self.coverage.mean() < 0.5 else "narrow"
-            faults.append(f"{_share(self.coverage)}, since the draws lie too {width}")
-        if self.tarp_p <= LIMIT:
-            faults.append(f"by TARP {_share(self.tarp)}")
-        return f"The draws are not calibrated: {'; '.join(faults)}."
-
-    @property
-    def _worst(self) -> str:
-        """The element with the worst ranks and its fault, in words."""
         worst = int(self.rank_p.argmin())
         bias = float(self.ranks[:, worst].mean()) - 0.5
         spread = float((2 * self.ranks[:, worst] - 1).abs().mean()) - 0.5
         side = "low" if bias > 0 else "high"
         how = f"too {side}" if abs(bias) > abs(spread) else "too narrow" if spread > 0 else "too wide"
-        return f"the ranks of {self.names[worst]} are not uniform, since its draws lie {how}"
+        width = "wide" if self.coverage.mean() < 0.5 else "narrow"
+        faults = {
+            f"the ranks of {self.names[worst]} are not uniform, since its draws lie {how}": self.sbc_p,
+            f"{_share(self.coverage)}, since the draws lie too {width}": self.coverage_p,
+            f"by TARP {_share(self.tarp)}": self.tarp_p,
+        }
+        return f"The draws are not calibrated: {'; '.join(fault for fault, p in faults.items() if p <= LIMIT)}."
 
     def plot(self) -> Any:
         """Plot the three tests with :func:`pyro_flows.plots.calibration`."""
@@ -108,12 +99,7 @@ class Calibration:
 @torch.no_grad()
 @unjudged()
 def calibrate(
-    model: Callable[..., Any],
-    guide: Any,
-    *args: Any,
-    num_simulations: int = 1000,
-    num_samples: int = 500,
-    **kwargs: Any,
+    model: Function, guide: Any, *args: Any, num_simulations: int = 1000, num_samples: int = 500, **kwargs: Any
 ) -> Calibration:
     """Test the calibration of an amortised guide on new simulations of the model.
 
@@ -160,16 +146,14 @@ def calibrate(
         torch.Size([200, 2])
     """
     check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
-    check_amortised("calibrate", guide)
-    simulator = Simulator("calibrate", model, args, kwargs)
+    simulator = simulator_of("calibrate", model, guide, args, kwargs)
     known = simulator.draw(num_simulations)
     check_model(guide, simulator, known.row(0))
-    size = max(1, 100_000 // num_samples)
     parts = []
-    for start in range(0, num_simulations, size):
-        rows = known.take(slice(start, start + size))
-        posterior = posteriors(guide, simulator, rows.data)
-        parts.append(_compare(posterior, rows.latents, num_samples))
+    for rows in torch.arange(num_simulations).split(max(1, 100_000 // num_samples)):
+        some = known.take(rows)
+        posterior = posteriors(guide, simulator, some.data)
+        parts.append(_compare(posterior, some.latents, num_samples))
     ranks, coverage, truth, draws = map(torch.cat, zip(*parts, strict=True))
     tarp = _tarp(truth, draws)
     rank_p = torch.tensor([uniformity(column, num_samples) for column in ranks.T], dtype=torch.float64)

@@ -1,7 +1,8 @@
 """Findings: the faults of a guide's draws as data, a sentence for each, and the rules that find them.
 
 The verdict is a fold over findings: the worst that follows from any of them.  To add a finding, add a line to the table
-of kinds, its words to ``KINDS``, and a rule to ``FAULTS``, or to ``_doubts`` for a question that remains open.
+of kinds, its words to ``WORDS``, a remedy to ``NEXT``, and a rule to ``FAULTS``, or to ``_doubts`` for a question that
+remains open.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..sampling.chains import MOVES
-from .drift import SLOWEST, TOLERANCE, Drift
+from .drift import TOLERANCE, Drift
 from .measurements import Measurements, certainty
 
 VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
@@ -99,15 +99,19 @@ class Finding:
 
     @property
     def moment(self) -> str:
-        """The quantity and its error, in words."""
-        if (self.of or self.kind) == "mean":
-            return f"mean of {self.quantity} off by {measured(self.size, self.noise, sign='+')} sd"
-        if (self.of or self.kind) == "sd":
-            return f"sd of {self.quantity} {measured(self.size, self.noise)} times the posterior's"
-        return f"distribution function of {self.quantity} off by {measured(self.size, self.noise)}"
+        """The quantity and its error, in words, with as many decimals as the noise needs: two to four."""
+        of, digits = self.of or self.kind, 2
+        if 0 < self.noise < 0.01:
+            digits = min(4, math.ceil(-math.log10(self.noise)))
+        error = f"{self.size:{'+' if of == 'mean' else ''}.{digits}f} ± {self.noise:.{digits}f}"
+        if of == "sd":
+            return f"sd of {self.quantity} {error} times the posterior's"
+        what = f"{'mean' if of == 'mean' else 'distribution function'} of {self.quantity}"
+        return f"{what} off by {error}{' sd' if of == 'mean' else ''}"
 
     @property
-    def _share(self) -> str:
+    def missed(self) -> str:
+        """The share of the posterior's mass that is missing, in words."""
         share = self.share if self.kind == "far" else self.size
         if math.isnan(share):
             return "an unknown part"
@@ -116,16 +120,10 @@ class Finding:
     @property
     def next(self) -> str:
         """The next step, in a sentence."""
-        return KINDS[self.kind].next
+        return NEXT[self.kind]
 
     def __str__(self) -> str:
-        return KINDS[self.kind].words.format(f=self)
-
-
-def measured(size: float, noise: float, sign: str = "") -> str:
-    """Return a number with its standard error, in at least two decimals and as many as the error needs, up to four."""
-    digits = min(4, math.ceil(-math.log10(noise))) if 0 < noise < 0.01 else 2
-    return f"{size:{sign}.{digits}f} ± {noise:.{digits}f}"
+        return WORDS[self.kind].format(f=self)
 
 
 def worst(findings: Sequence[Finding]) -> str:
@@ -133,78 +131,50 @@ def worst(findings: Sequence[Finding]) -> str:
     return max((finding.verdict for finding in findings), key=VERDICTS.index, default="trust")
 
 
-class Kind(NamedTuple):
-    """The words for a kind of finding ``f``, and the first remedy of docs/trust.md for draws that cannot be trusted."""
-
-    words: str
-    next: str
-
-
+OFF = "The guide's draws are off ({f.moment})."
+WORDS = {  # for each kind of finding f
+    "mean": OFF,
+    "sd": OFF,
+    "shape": "The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
+    "outside": "The model has no density at {f.size:.1%} of the draws.",
+    "outliers": "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
+    "{f.size:.2f} times as large).",
+    "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
+    "mode": "A mode may be missing: the guide draws nothing where {f.missed} of the posterior's mass was found.",
+    "support": "The support of the guide's {f.quantity} leaves out {f.missed} of the posterior's mass.",
+    "neck": "The guide draws nothing in the neck of {f.quantity}, where {f.missed} of the posterior's mass was found.",
+    "far": "A little mass is missing, far away: {f.missed} of the posterior's ({f.moment}).",
+    "collapsed": "The guide has collapsed or lies elsewhere: it draws nothing where {f.missed} of the posterior's mass "
+    "was found, and chains drift ({f.quantity}).",
+    "whitened": "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
+    "tails": "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
+    "blind": "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
+    "frozen": "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
+    "unclear": "It cannot be told whether the draws are right ({f.moment}).",
+    "slow": "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
+    "chains change slowly.",
+    "doubt": "The chains doubt that the draws are right ({f.moment}).",
+    "evidence": "Mass is missing: the stage {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+}
 EXACT = "Use pf.sample for exact draws, or pf.posterior."
 DOOR = "Use pf.posterior, which goes on until draws can be trusted."
 ANNEAL = "Use pf.anneal, which finds modes and needs no guide."
 AGAIN = "Check again with num_samples=40_000 and num_chains=1024."
-OFF = "The guide's draws are off ({f.moment})."
-KINDS = {
-    "mean": Kind(OFF, EXACT),
-    "sd": Kind(OFF, EXACT),
-    "shape": Kind("The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.", EXACT),
-    "outside": Kind("The model has no density at {f.size:.1%} of the draws.", DOOR),
-    "outliers": Kind(
-        "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
-        "{f.size:.2f} times as large).",
-        "Use medians and quantiles.",
-    ),
-    "weights": Kind(
-        "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
-        "Use pf.resample(model, guide, ...).",
-    ),
-    "mode": Kind(
-        "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
-        ANNEAL,
-    ),
-    "support": Kind(
-        "The support of the guide's {f.quantity} leaves out {f._share} of the posterior's mass.",
-        "Give the site a distribution over the model's support, or use AutoFlow(model).",
-    ),
-    "neck": Kind(
-        "The guide draws nothing in the neck of {f.quantity}, where {f._share} of the posterior's mass was found.",
-        "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for exact "
-        "draws.",
-    ),
-    "far": Kind("A little mass is missing, far away: {f._share} of the posterior's ({f.moment}).", ANNEAL),
-    "collapsed": Kind(
-        "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass was "
-        "found, and chains drift ({f.quantity}).",
-        DOOR,
-    ),
-    "whitened": Kind(
-        "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
-        EXACT,
-    ),
-    "tails": Kind(
-        "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
-        "Fit with more steps=, or give AutoFlow a base with wider tails.",
-    ),
-    "blind": Kind(
-        "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
-        "Choose a prior closer to what the data allow.",
-    ),
-    "frozen": Kind(
-        "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
-        "Remove hard edges of the model, or gradients that are not finite.",
-    ),
-    "unclear": Kind("It cannot be told whether the draws are right ({f.moment}).", AGAIN),
-    "slow": Kind(
-        "It cannot be told whether the draws are right: all numbers of {f.quantity!r} seem to share a scale, which "
-        "chains change slowly.",
-        "Give AutoFlow a base with wider tails, or use pf.sample for exact draws, or pf.posterior.",
-    ),
-    "doubt": Kind("The chains doubt that the draws are right ({f.moment}).", AGAIN),
-    "evidence": Kind(
-        "Mass is missing: the stage {f.quantity!r} has found {f.size:.2f} nats more evidence.",
-        "Use that fit, or pf.anneal, which finds modes and needs no guide.",
-    ),
+NEXT = {  # the first remedy of docs/trust.md for each kind of draws that cannot be trusted
+    **dict.fromkeys(("mean", "sd", "shape", "whitened"), EXACT),
+    **dict.fromkeys(("outside", "collapsed"), DOOR),
+    **dict.fromkeys(("mode", "far"), ANNEAL),
+    **dict.fromkeys(("unclear", "doubt"), AGAIN),
+    "outliers": "Use medians and quantiles.",
+    "weights": "Use pf.resample(model, guide, ...).",
+    "support": "Give the site a distribution over the model's support, or use AutoFlow(model).",
+    "neck": "Non-centre the latents of this scale by poutine.reparam and LocScaleReparam(0.0), or use pf.sample for "
+    "exact draws.",
+    "tails": "Fit with more steps=, or give AutoFlow a base with wider tails.",
+    "blind": "Choose a prior closer to what the data allow.",
+    "frozen": "Remove hard edges of the model, or gradients that are not finite.",
+    "slow": "Give AutoFlow a base with wider tails, or use pf.sample for exact draws, or pf.posterior.",
+    "evidence": "Use that fit, or pf.anneal, which finds modes and needs no guide.",
 }
 
 
@@ -324,7 +294,7 @@ def _doubts(seen: Measurements) -> Iterator[Finding]:
         yield Finding("tails", "", psis.khat)
     if seen.spreads and not psis.even:
         for name, error, noise, slowness in zip(*seen.spreads, strict=True):
-            if slowness >= SLOWEST:
+            if slowness >= TOLERANCE.slow:
                 yield Finding("slow", name, float(slowness))
             if error.abs() + noise >= TOLERANCE.right:
                 yield Finding("unclear", f"all of {name}", 1 / (1 + float(error)), float(noise), of="sd")

@@ -86,16 +86,16 @@ def guide_density(space: Density, coordinates: Coordinates) -> GuideDensity | No
     """
     inner = coordinates.chart if isinstance(coordinates, Stretched) else coordinates
     guide: Any = space.task.guide.call
-    if isinstance(inner, Mapped) and hasattr(guide, "get_base_dist"):
+    if not (isinstance(inner, Mapped) and hasattr(guide, "get_base_dist")):
+        log_q = space.log_q
+        return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
 
-        def of_base(x: Tensor, z: Tensor, log_det: Tensor) -> Tensor:
-            own, change = coordinates.inwards(x) if isinstance(coordinates, Stretched) else (x, 0.0)
-            log_prob = guide.get_base_dist().log_prob(own)
-            return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
+    def of_base(x: Tensor, z: Tensor, log_det: Tensor) -> Tensor:
+        own, change = coordinates.inwards(x) if isinstance(coordinates, Stretched) else (x, 0.0)
+        log_prob = guide.get_base_dist().log_prob(own)
+        return _sum_rightmost(log_prob, log_prob.dim() - 1) + change
 
-        return of_base
-    log_q = space.log_q
-    return (lambda x, z, log_det: log_q(z) + log_det) if space.has_log_q else None
+    return of_base
 
 
 def base_of(space: Density, z: Tensor) -> Mapped | None:
@@ -133,9 +133,7 @@ def hierarchy_of(space: Density, z: Tensor) -> Hierarchy | None:
         return None
 
     def stacked(z: Tensor) -> Tensor:
-        found = model.run(
-            lambda view: {name: view.read(name, _loc_and_scale) for name in names}, space.constrain(z), len(z)
-        )
+        found = model.run(lambda view: {n: view.read(n, _loc_and_scale) for n in names}, space.constrain(z), len(z))
         return torch.cat([found[name].reshape(len(z), -1, 2) for name in names], 1).to(z)
 
     guarded = or_nan(stacked, len(columns), 2)

@@ -27,13 +27,16 @@ from ..arguments import check_integers
 from ..programs.checks import check_likelihood, flat_by_mask
 from ..programs.engines import View
 from ..programs.model_and_guide import Draws, Task
-from ..programs.program import runs_programs
+from ..programs.program import Function, runs_programs
 from ..programs.sites import Values
 from ..sampling.resampling import systematic
 from ..user_code import warn_user
 from .unreached import check_reach
 
+LatentsAt = Callable[[Tensor], Values]  # returns the model's latents at the draws with some indices, (K,)
 EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
+ROUND_OFF = 1e-4  # nats by which weights of an even tail differ
+FEWEST = 5  # weights in the tail
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Weighing:
         many: The latents beyond which small errors of many of them add up in k-hat.
         of_many: The fewest draws then.
         numbers: The numbers in all draws of so many latents, and in those that run at once.
+        held: The numbers in the draws that are only looked at.
+        batch: The most draws that run at once.
     """
 
     least: int = 25
@@ -59,6 +64,8 @@ class Weighing:
     many: int = 1000
     of_many: int = 500
     numbers: int = 10_000_000
+    held: int = 20_000_000
+    batch: int = 1000
 
     def too_slow(self, task: Task) -> str:
         """Return the reason why a check of a model takes too long, in words, or an empty string."""
@@ -67,15 +74,15 @@ class Weighing:
 
     def at_once(self, task: Task) -> int:
         """Return the number of draws of a settled task that run at once, which depends on the numbers in them."""
-        return max(1, min(1000, self.numbers // max(task.model.largest, task.guide.largest)))
+        return max(1, min(self.batch, self.numbers // max(task.model.largest, task.guide.largest)))
 
     def number(self, task: Task, dim: int) -> int:
         """Return the default number of draws of a settled task and D latents; of many it depends on their numbers."""
         found = self.alone if task.runs_one_by_one else self.usual
         found = self.slow if self.too_slow(task) else found
-        return (
-            found if dim <= self.many else min(found, max(self.of_many, self.numbers // max(dim, task.model.largest)))
-        )
+        if dim <= self.many:
+            return found
+        return min(found, max(self.of_many, self.numbers // max(dim, task.model.largest)))
 
 
 WEIGHING = Weighing()
@@ -143,13 +150,7 @@ class Psis:
 
 
 @runs_programs
-def psis(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_samples: int = 10_000,
-    **kwargs: Any,
-) -> Psis:
+def psis(model: Function, guide: Function, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> Psis:
     """Return k-hat, effective sample size and log evidence of any Pyro guide, by importance sampling.
 
     The weights are p(z, x) / q(z).  The largest are smoothed by a generalised Pareto distribution, and k-hat is its
@@ -188,19 +189,20 @@ def psis(
         (True, -2.3)
     """
     check_integers("psis", WEIGHING.least, num_samples=num_samples)
-    task = Task(model, guide, args, kwargs)
-    with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task = task.check()
-        check_reach("psis", task)
-        draws = task.draw(num_samples, WEIGHING.at_once(task.settle()))
+    task, draws = _drawn("psis", Task(model, guide, args, kwargs), num_samples)
     return weigh(draws.log_p - draws.log_q, "psis", task, draws.latents_at)
 
 
+def _drawn(caller: str, task: Task, number: int) -> tuple[Task, Draws]:
+    """Return a task whose draws can be weighed, and draws; raise ValueError if the guide does not reach the mass."""
+    with pyro.validation_enabled(False):  # because the weights show draws without a density
+        task = task.check()
+        check_reach(caller, task)
+        return task, task.draw(number, WEIGHING.at_once(task.settle()))
+
+
 def weigh(
-    log_weights: Tensor,
-    caller: str = "psis",
-    task: Task | None = None,
-    latents: Callable[[Tensor], Values] | None = None,
+    log_weights: Tensor, caller: str = "psis", task: Task | None = None, latents: LatentsAt | None = None
 ) -> Psis:
     """Return the summary of raw log-weights, ``(S,)`` in nats, of the draws of a task.
 
@@ -208,7 +210,7 @@ def weigh(
         log_weights: The log-weights.
         caller: The public function, for errors.
         task: The task, if errors are to name its sites.
-        latents: Returns the model's latents at the draws with some indices, ``(K,)``.
+        latents: The model's latents.
 
     Raises:
         ValueError: If a weight is NaN or infinite, or all weights are zero.
@@ -226,15 +228,12 @@ def weigh(
     relative = (raw - raw.max()).exp()
     mean, noise = relative.mean(), relative.std() / math.sqrt(size)
     smoothed, khat = smooth(raw)
-    return Psis(
-        khat=khat,
-        threshold=min(1 - 1 / math.log10(size), 0.7),
-        ess=float(1 / smoothed.exp().square().sum()),
-        log_evidence=float(raw.max() + mean.log()),
-        log_evidence_se=math.hypot(float(noise / mean), _unseen(float(1 / mean), khat) / size),
-        log_weights=log_weights,
-        smoothed=smoothed.to(log_weights),
-    )
+    largest = float(1 / mean)  # of the weights, in units of their mean
+    tail = khat if largest > math.exp(EVEN) else min(khat, 0.0)
+    unseen = (largest - 1) / (1 - tail) if tail < 1 else math.inf  # the expected excess of a weight beyond the largest
+    threshold, ess = min(1 - 1 / math.log10(size), 0.7), float(1 / smoothed.exp().square().sum())
+    evidence = float(raw.max() + mean.log()), math.hypot(float(noise / mean), unseen / size)
+    return Psis(khat, threshold, ess, *evidence, log_weights, smoothed.to(log_weights))
 
 
 def _cause(task: Task, latents: Values) -> str:
@@ -256,20 +255,9 @@ def _cause(task: Task, latents: Values) -> str:
     return f"the guide's log-density is not finite. {way}"
 
 
-def _unseen(largest: float, khat: float) -> float:
-    """Return the expected excess over the mean of a weight beyond the largest, in units of the mean."""
-    shape = khat if largest > math.exp(EVEN) else min(khat, 0.0)
-    return (largest - 1) / (1 - shape) if shape < 1 else math.inf
-
-
 @runs_programs
 def resample(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_samples: int = 1000,
-    num_weighed: int = 10_000,
-    **kwargs: Any,
+    model: Function, guide: Function, *args: Any, num_samples: int = 1000, num_weighed: int = 10_000, **kwargs: Any
 ) -> dict[str, Tensor]:
     """Return draws of any Pyro guide, resampled by Pareto-smoothed weights to be closer to the posterior.
 
@@ -309,13 +297,9 @@ def resample(
     """
     check_integers("resample", num_samples=num_samples)
     check_integers("resample", WEIGHING.least, num_weighed=num_weighed)
-    task = Task(model, guide, args, kwargs)
-    with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task = task.check()
-        check_reach("resample", task)
-    at_once = WEIGHING.at_once(task.settle())
-    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), at_once), num_samples, "resample", task)
-    return task.values(kept.latents, at_once)
+    task, draws = _drawn("resample", Task(model, guide, args, kwargs), max(num_samples, num_weighed))
+    kept, _ = reweighted(draws, num_samples, "resample", task)
+    return task.values(kept.latents, WEIGHING.at_once(task))
 
 
 def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None) -> tuple[Draws, Psis]:
@@ -328,10 +312,6 @@ def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None)
         )
     kept = systematic(psis.smoothed.double().softmax(-1), number)
     return draws.take(kept[torch.randperm(number, device=kept.device)]), psis
-
-
-ROUND_OFF = 1e-4  # nats
-FEWEST = 5  # weights in the tail
 
 
 def smooth(log_weights: Tensor) -> tuple[Tensor, float]:

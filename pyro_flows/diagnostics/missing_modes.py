@@ -7,6 +7,24 @@ distribution is fitted around each mode.
 Guide and fitted distributions are then proposals of multiple importance sampling, where each draw is weighted against
 the mixture of all (Veach, Guibas 1995, Optimally combining sampling techniques for Monte Carlo rendering).  The
 posterior's mass where the guide has less than a twentieth of it is the mass that the guide misses.
+
+*Narrow modes.*  A population of few particles does not meet a mode that is much narrower than the guide, and gradient
+ascents of log p end in the broad mode that surrounds it.  The ratio h = log p - log q tells more: it is nearly constant
+where the guide q is right, so nothing hides the slope of a narrow mode.  Here h is computed at many draws of the guide
+and at draws spread more widely.  The largest values at each distance from the centre start ascents of h.
+
+A narrow mode is a normal distribution with a share w of the mass and s times the guide's standard deviations in D
+dimensions.  At its centre c, in coordinates where the guide is standard normal, it exceeds the guide by
+
+    L = log(w / (1 - w)) - D log s + |c|² / 2
+
+nats.  Its excess at a distance r is L - r² / (2 s²), and is visible up to the radius R = s √(2 (L + V)).  If h varies
+by itself, as that of a trained guide does, V is about 0.  If the guide is exact apart from the mode, only rounding
+limits it, and V is about 34 nats in double precision, 14 in single.  So N draws contain about
+
+    N (2 π)^(-D/2) exp(-|c|² / 2) π^(D/2) / Γ(D/2 + 1) R^D
+
+that show the mode.  No method that evaluates h at N draws finds a mode where this number is far below 1.
 """
 
 from __future__ import annotations
@@ -24,21 +42,21 @@ from ..sampling.annealed_population import Reference, anneal
 from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
-from ..vjp import LogDensity
+from ..vjp import LogDensity, value_and_score
 from .drift import Drift
 from .guide_space import prior_of
-from .narrow_modes import narrowest, peaks
-from .unreached import EFFORT, Missing, unreached
+from .importance import WEIGHING
+from .unreached import EFFORT, REACH, Missing, unreached
+
+DF = 5.0  # degrees of freedom of the fitted distributions
 
 
 @dataclass(frozen=True)
 class Search:
-    """Constants of the search.
+    """Constants of the search, for modes anywhere and for narrow ones.
 
     Attributes:
-        particles: The particles of the population.
-        few: Those of one whose model runs one draw at a time.
-        gradients: The most gradients to anneal it.
+        gradients: The most gradients to anneal the population.
         starts: Gradient ascents.
         surprise: Nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20.
         faint: Nats per coordinate by which a wide mode may be lower than the guide's.
@@ -50,10 +68,20 @@ class Search:
         along: The share of the way back along which a neck's density falls by little,
         steep: at most these nats, and one for each latent of its scale.
         probes: Draws of all fitted distributions.
+        places: The places to look at for narrow modes.
+        at_once: The places that run at once.
+        wide: The share of places that are spread more widely.
+        widest: The largest factor by which they are.
+        dims: The dimensions beyond which places lie too far apart.
+        shells: Ranges of distances from the centre.
+        tops: Ascents from each.
+        steps: Steps of an ascent.
+        longest: The length of the first step, in whitened units.
+        shortest: That of the last.
+        share: The share of the mass of a mode that ``narrowest`` is about.
+        shown: The draws that must show it, for a chance of 95 %.
     """
 
-    particles: int = 256
-    few: int = 64
     gradients: int = 150
     starts: int = 64
     surprise: float = 3.0
@@ -66,10 +94,21 @@ class Search:
     along: float = 0.2
     steep: float = 3.0
     probes: int = 4000
+    places: int = 100_000
+    at_once: int = 5000
+    wide: float = 0.4
+    widest: float = 4.0
+    dims: int = 16
+    shells: int = 16
+    tops: int = 6
+    steps: int = 40
+    longest: float = 0.15
+    shortest: float = 0.003
+    share: float = 0.1
+    shown: float = 3.0
 
 
 SEARCH = Search()
-DF = 5.0  # degrees of freedom of the fitted distributions
 
 
 def search(space: Density, white: White, draws: Drawn, evidence: float) -> Missing:
@@ -87,9 +126,11 @@ def search(space: Density, white: White, draws: Drawn, evidence: float) -> Missi
     density = reference.log_p
     lacking, is_blind = _lacking(space, white, reference, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
-    found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
+    found = _missed(space, density, draws, fitted) if fitted else Missing()
     neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
-    return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest(space, len(draws.z)))
+    places = number_of_places(space)
+    narrowest = narrowest_shown(space.dim, len(draws.z) + places - int(SEARCH.wide * places)) if places else 1.0
+    return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest)
 
 
 @torch.no_grad()
@@ -120,23 +161,84 @@ def _neck(space: Density, white: White, density: LogDensity, draws: Drawn, place
 
 def _lacking(space: Density, white: White, reference: Reference, draws: Drawn, evidence: float) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
-    alone = space.task.runs_one_by_one
-    particles, number = (SEARCH.few, SEARCH.starts // 8) if alone else (SEARCH.particles, SEARCH.starts // 2)
+    alone, starts = space.task.runs_one_by_one, SEARCH.starts
+    particles, number = (REACH.few, starts // 8) if alone else (REACH.particles, starts // 2)
     population = anneal(reference, particles, EFFORT._replace(gradients=SEARCH.gradients))
     drawn, density = reference.draw(particles), reference.log_p
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - SEARCH.faint * (1 + space.dim)
-    beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
-    starts = torch.cat((beyond, ways_up(density, drawn, faint)))
-    arrived = population.z if population is not None and population.has_arrived else drawn[:0]
-    if population is not None and not population.has_arrived:  # its particles have not reached the posterior
-        starts = torch.cat((starts, population.z))
-    tops = climb(density, white, starts, least=faint), peaks(space, density, white, draws)
-    places = space.wrapped(torch.cat((arrived, *tops)), white.loc)
+    places = [white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn, faint)]
+    arrived = drawn[:0]
+    if population is not None and population.has_arrived:
+        arrived = population.z
+    elif population is not None:  # its particles have not reached the posterior
+        places.append(population.z)
+    tops = climb(density, white, torch.cat(places), least=faint), peaks(space, density, white, draws)
+    found = space.wrapped(torch.cat((arrived, *tops)), white.loc)
     with torch.no_grad():
-        heights = density(places)
-    surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
-    return places[(surprise > SEARCH.surprise) & (heights > faint)], population is None
+        heights = density(found)
+    surprise = _known(heights - log_q(space, found) - evidence, math.inf)
+    return found[(surprise > SEARCH.surprise) & (heights > faint)], population is None
+
+
+def number_of_places(space: Density) -> int:
+    """Return the number of places to look for narrow modes, apart from draws; 0 if that is hopeless or too slow."""
+    if space.task.runs_one_by_one or space.dim > SEARCH.dims:
+        return 0
+    return min(SEARCH.places, WEIGHING.held // (space.task.model.largest + space.task.guide.largest))
+
+
+def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Tensor:
+    """Return the ends of ascents of log p - log q from the places where it is largest, ``(n, D)``.
+
+    Args:
+        space: The guide's space.
+        density: The model's log-density.
+        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
+        draws: Draws of the guide.
+    """
+    number = number_of_places(space)
+    if not number:
+        return draws.z[:0]
+
+    def ratio(x: Tensor) -> Tensor:
+        z, _ = white.forward(x)
+        return density(z) - space.log_q(z)
+
+    more = white.inverse(space.vectors(number, 2 * SEARCH.at_once))
+    wide = int(SEARCH.wide * number)
+    more[:wide] *= SEARCH.widest ** torch.rand(wide, 1).to(more)
+    with torch.no_grad():
+        found = _known(torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(SEARCH.at_once))]))
+    x = torch.cat((white.inverse(draws.z), more))
+    # In each shell by itself, because the ratio of a good guide may be largest in its tails.
+    shells = x.norm(dim=-1).argsort().tensor_split(SEARCH.shells)
+    x = x[torch.cat([shell[found[shell].topk(min(SEARCH.tops, len(shell))).indices] for shell in shells])]
+    best, highest = x.clone(), torch.full_like(x[:, 0], -math.inf)
+    for step in range(SEARCH.steps):  # of given lengths, since slopes differ by many magnitudes
+        height, slope = value_and_score(ratio, x)
+        is_higher = height.to(x) > highest
+        best[is_higher], highest[is_higher] = x[is_higher], height.to(x)[is_higher]
+        slope = slope.nan_to_num(0, 0, 0)
+        length = SEARCH.longest * (SEARCH.shortest / SEARCH.longest) ** (step / (SEARCH.steps - 1))
+        x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return white.forward(best)[0]
+
+
+def narrowest_shown(dim: int, number: int) -> float:
+    """Return the scale of the narrowest mode that a number of draws shows with a chance of 95 %.
+
+    It is relative to the guide's standard deviations.  The mode has a tenth of the mass, and lies where the guide has
+    its mean log-density.  Guides whose ratio to the posterior is exactly constant elsewhere show narrower ones.
+    """
+
+    def shown(scale: float) -> float:
+        excess = math.log(SEARCH.share / (1 - SEARCH.share)) - dim * math.log(scale) + dim / 2
+        radius = scale * math.sqrt(2 * max(excess, 0.0))
+        return number * math.exp(-dim / 2) * (radius / math.sqrt(2)) ** dim / math.gamma(dim / 2 + 1)
+
+    scales = [0.001 * 1.05**step for step in range(142)]  # up to about 1
+    return next((scale for scale in scales if shown(scale) > SEARCH.shown), 1.0)
 
 
 class MultivariateT(NamedTuple):
@@ -166,7 +268,7 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
     around = White(places) if len(places) > places.shape[1] else white
     ends = ascend(density, around, places)
     with torch.no_grad():
-        heights = density(ends).nan_to_num(-math.inf, -math.inf, -math.inf)
+        heights = _known(density(ends))
     labels, dim = components(density, around, ends), places.shape[1]
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
@@ -194,42 +296,35 @@ def _missed(space: Density, density: LogDensity, draws: Drawn, fitted: list[Mult
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))
     sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
     log_proposals = torch.stack([own, *(proposal.log_prob(places) for proposal in fitted)])
-    log_weights = log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0)
-    log_weights = log_weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+    log_weights = _known(log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0))
     evidence = float(log_weights.logsumexp(0)) - math.log(len(places))
-    lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SEARCH.surprise
+    lacking = _known(log_p - own - evidence, math.inf) > SEARCH.surprise
     weights = (log_weights - evidence).exp() / len(places)
     share = float(weights[lacking].sum())
     noise = float((weights * (lacking.to(weights) - share)).norm())
     if not share:
-        return Missing(0.0, 0.0)
-    found = space.quantities(places[lacking]).double()
-    inside = weights[lacking].double().unsqueeze(-1) / share
+        return Missing()
+    inside = weights[lacking].double().unsqueeze(-1) / share  # (n, 1)
     place = places[lacking][log_p[lacking].argmax()]
-    return Missing(share, noise, place, _moved(draws.quantities.double(), found, inside, share, noise))
-
-
-def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: float) -> Drift:
-    """Return the errors of a guide that is the posterior except for a missing share of the mass.
-
-    Args:
-        own: The quantities at draws of the guide, ``(M, K)``.
-        found: The quantities at points of the missing mass, ``(n, K)``.
-        weights: The weight of each of these points, ``(n, 1)``.
-        share: The missing share.
-        noise: The standard error of the share.
-    """
+    # The errors of a guide that is the posterior except for the missing share.
+    own, found = draws.quantities.double(), space.quantities(places[lacking]).double()  # (M, K), (n, K)
     mean, variance = own.mean(0), own.var(0)
     found = found.where(found.isfinite(), mean)
-    there = (weights * found).sum(0)
-    apart, spread = there - mean, (weights * (found - there).square()).sum(0)
+    there = (inside * found).sum(0)
+    apart, spread = there - mean, (inside * (found - there).square()).sum(0)
     total = ((1 - share) * variance + share * spread + share * (1 - share) * apart.square()).clamp_min(1e-12)
     of_share = spread - variance + (1 - 2 * share) * apart.square()
     error, error_se = -share * apart / total.sqrt(), noise * apart.abs() / total.sqrt()
-    return Drift(error, error_se, total / variance, noise * of_share.abs() / variance)
+    moved = Drift(error, error_se, total / variance, noise * of_share.abs() / variance)
+    return Missing(share, noise, place, moved)
+
+
+def _known(value: Tensor, highest: float = -math.inf) -> Tensor:
+    """Return log-densities, -inf where they are NaN, and ``highest`` where they are infinite."""
+    return value.nan_to_num(-math.inf, highest, -math.inf)
 
 
 @torch.no_grad()
 def log_q(space: Density, z: Tensor) -> Tensor:
     """Return the guide's log-density, -inf where it is not finite."""
-    return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
+    return _known(space.log_q(z), math.inf)

@@ -6,7 +6,6 @@ each to N numbers, in the same way for all, so that the numbers of datasets from
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +15,9 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, check_numbers
 from ..encoders.training_record import unjudged
-from ..programs.program import runs_programs
-from ..programs.simulator import Simulator
+from ..programs.program import Function, runs_programs
 from ..programs.sites import labels_of
-from .amortised import posteriors, simulator_of
-from .largest_statistic import ObservationTest, Statistic, largest, p_value
+from .amortised import ObservationTest, Statistic, check_observed, largest, p_value, posteriors, simulator_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +71,7 @@ class Misspecification(ObservationTest):
 @torch.no_grad()
 @unjudged()
 def misspecification(
-    model: Callable[..., Any],
+    model: Function,
     guide: Any,
     *args: Any,
     observed: dict[str, Tensor],
@@ -128,24 +125,8 @@ def misspecification(
     check_integers("misspecification", 99, num_simulations=num_simulations)
     check_integers("misspecification", 10, num_samples=num_samples)
     check_numbers("misspecification", above=0, below=1, level=level)
-    simulator = simulator_of("misspecification", model, guide, args, kwargs, observed)
-    predictive = _replicate(guide, simulator, observed, num_simulations, num_samples)
-    found = predictive.statistics()
-    alone = [min(1.0, len(one.sides) * min(p_value(side.value, -1) for side in one.sides)) for one in found]
-    together = largest([side for one in found for side in one.sides], -1, level)
-    residuals = predictive.residuals()[0][-1]
-    names = [one.name for one in found]
-    return Misspecification(names, *together, torch.tensor(alone), predictive.names, residuals)
-
-
-def _replicate(
-    guide: Any,
-    simulator: Simulator,
-    observed: dict[str, Tensor],
-    num_simulations: int,
-    num_samples: int,
-) -> Predictive:
-    """Simulate datasets, append the observation, and draw posterior predictive replicates of each."""
+    simulator = simulator_of("misspecification", model, guide, args, kwargs)
+    check_observed(guide, simulator, observed)
     drawn = simulator.draw(num_simulations)
     simulated = drawn.take(drawn.has_finite_data).data
     data = {name: torch.cat((x, observed[name].unsqueeze(0).to(x))) for name, x in simulated.items()}
@@ -153,7 +134,12 @@ def _replicate(
     assert of.context is not None
     latents = {name: value.flatten(0, 1) for name, value in of.sample_all(num_samples).items()}
     made = simulator.draw(num_samples * len(of.context), latents).data
-    return Predictive(data, {name: made[name].reshape(num_samples, *x.shape) for name, x in data.items()}, of.context)
+    replicates = {name: made[name].reshape(num_samples, *x.shape) for name, x in data.items()}
+    predictive = Predictive(data, replicates, of.context)
+    found = predictive.statistics()
+    alone = [min(1.0, len(sides) * min(p_value(side.value, -1) for side in sides)) for sides in found.values()]
+    together = largest([side for sides in found.values() for side in sides], -1, level)
+    return Misspecification([*found], *together, torch.tensor(alone), predictive.names, predictive.residuals()[0][-1])
 
 
 @dataclass(frozen=True)
@@ -178,28 +164,6 @@ class Comparing:
 
 
 COMPARING = Comparing()
-
-
-class TwoSided(NamedTuple):
-    """A statistic of N datasets.
-
-    Attributes:
-        name: Its name.
-        value: Its values, ``(N,)``.
-        high: The fault that a large value shows, in words.
-        low: The fault that a small value shows, or "" if small values show none.
-    """
-
-    name: str
-    value: Tensor
-    high: str
-    low: str = ""
-
-    @property
-    def sides(self) -> list[Statistic]:
-        """The statistic, and also its negative if small values show a fault."""
-        value = self.value.nan_to_num(0.0)
-        return [Statistic(value, self.high), *([Statistic(-value, self.low)] if self.low else [])]
 
 
 class Predictive(NamedTuple):
@@ -229,34 +193,43 @@ class Predictive(NamedTuple):
         scale = scale.clamp(min=1e-30).maximum(COMPARING.tiny * x.std(0))
         return (x - loc) / scale, (y - loc) / scale
 
-    def statistics(self) -> list[TwoSided]:
-        """Return all statistics."""
+    def statistics(self) -> dict[str, list[Statistic]]:
+        """Return all statistics by name, some with their negative, whose large values show another fault."""
         x, y = self.residuals()
-        found = [_distance(x, y), _largest(x, self.names), _run(x, self.names), _remote(self.contexts)]
+        distance = (_whitened(x, y.flatten(0, 1)) if x.shape[1] <= COMPARING.widest else x.T).square().mean(0)
+        away = (self.contexts - self.contexts.mean(0)) / self.contexts.std(0).clamp(min=1e-9)
+        remote = _whitened(away, away).square().mean(0).log1p()
+        far = f"{self.names[int(x[-1].abs().argmax())]} lies far from its replicates"
+        words = "the data scatter {} around their replicates than simulated datasets do"
+        found = {
+            "distance from replicates": _more_or_less(distance.clamp(min=1e-30).log() / 2, words),
+            "largest residual": [Statistic(x.abs().amax(1).log1p(), far)],
+            "largest sum of residuals": [_run(x, self.names)],
+            "distance from simulations": [Statistic(remote, "the prior and the simulator make no such data")],
+        }
         for name, data in self.data.items():
             points, others = _points(data, self.replicates[name])
             if points.shape[1] >= COMPARING.fewest:
-                found += [_spread(name, points, others), _energy(name, points, others)]
+                own, other = (part.std(1).square().mean(-1).clamp(min=1e-30).log() / 2 for part in (points, others))
+                words = f"the entries of {name} vary {{}} than those of its replicates"
+                found[f"spread of {name}"] = _more_or_less(own - other, words)
+                words = f"the entries of {name} have another distribution than those of its replicates"
+                found[f"energy distance of {name}"] = [Statistic(_energy(points, others), words)]
         return found
 
 
-def _distance(x: Tensor, y: Tensor) -> TwoSided:
-    """Return the logarithm of the Mahalanobis distance of the residuals."""
-    if x.shape[1] <= COMPARING.widest:
-        rows = y.flatten(0, 1)
-        corr = (1 - COMPARING.shrunk) * rows.T @ rows / len(rows) + COMPARING.shrunk * torch.eye(x.shape[1]).to(x)
-        x = torch.linalg.solve_triangular(torch.linalg.cholesky(corr), x.T, upper=False).T
-    words = "the data scatter {} around their replicates than simulated datasets do"
-    value = x.square().mean(1).clamp(min=1e-30).log() / 2
-    return TwoSided("distance from replicates", value, words.format("more"), words.format("less"))
+def _more_or_less(value: Tensor, words: str) -> list[Statistic]:
+    return [Statistic(value, words.format("more")), Statistic(-value, words.format("less"))]
 
 
-def _largest(x: Tensor, names: list[str]) -> TwoSided:
-    entry = names[int(x[-1].abs().argmax())]
-    return TwoSided("largest residual", x.abs().amax(1).log1p(), f"{entry} lies far from its replicates")
+def _whitened(x: Tensor, others: Tensor) -> Tensor:
+    """Return vectors x, ``(N, P)``, whose Mahalanobis distance is that of other vectors, as columns ``(P, N)``."""
+    shrunk = COMPARING.shrunk * torch.eye(x.shape[1]).to(x)
+    covariance = (1 - COMPARING.shrunk) * others.T @ others / len(others) + shrunk
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
 
 
-def _run(x: Tensor, names: list[str]) -> TwoSided:
+def _run(x: Tensor, names: list[str]) -> Statistic:
     """Return the largest sum of neighbouring residuals over the square root of their number."""
     size = x.shape[1]
     total = torch.cat((torch.zeros_like(x[:, :1]), x.cumsum(1)), 1)
@@ -267,15 +240,7 @@ def _run(x: Tensor, names: list[str]) -> TwoSided:
     side = "higher" if sums[best][-1, first] > 0 else "lower"
     span = f"{names[first]} to {names[first + lengths[best] - 1]}" if size > 1 else names[0]
     value = torch.cat(sums, 1).abs().amax(1).log1p()
-    return TwoSided("largest sum of residuals", value, f"the data at {span} lie {side} than their replicates")
-
-
-def _remote(contexts: Tensor) -> TwoSided:
-    """Return the logarithm of the Mahalanobis distance of contexts from their mean."""
-    c = (contexts - contexts.mean(0)) / contexts.std(0).clamp(min=1e-9)
-    cov = (1 - COMPARING.shrunk) * c.T @ c / len(c) + COMPARING.shrunk * torch.eye(c.shape[1]).to(c)
-    value = torch.linalg.solve_triangular(torch.linalg.cholesky(cov), c.T, upper=False).square().mean(0)
-    return TwoSided("distance from simulations", value.log1p(), "the prior and the simulator make no such data")
+    return Statistic(value, f"the data at {span} lie {side} than their replicates")
 
 
 def _points(data: Tensor, replicates: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,14 +251,7 @@ def _points(data: Tensor, replicates: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, kept], y[:, torch.randperm(y.shape[1])[: COMPARING.others]]
 
 
-def _spread(name: str, points: Tensor, others: Tensor) -> TwoSided:
-    """Return the logarithm of the ratio of the entries' standard deviation to that of replicates."""
-    own, other = (part.std(1).square().mean(-1).clamp(min=1e-30).log() / 2 for part in (points, others))
-    words = f"the entries of {name} vary {{}} than those of its replicates"
-    return TwoSided(f"spread of {name}", own - other, words.format("more"), words.format("less"))
-
-
-def _energy(name: str, points: Tensor, others: Tensor) -> TwoSided:
+def _energy(points: Tensor, others: Tensor) -> Tensor:
     """Return the energy distance of the entries from those of replicates."""
     # Features that are constant in replicates, such as the first steps of a mask, must not divide by zero.
     least = COMPARING.tiny * torch.cat((points, others), 1).flatten(0, 1).std(0)
@@ -301,6 +259,4 @@ def _energy(name: str, points: Tensor, others: Tensor) -> TwoSided:
     scale = torch.where(scale > 0, scale, 1.0)
     x, y = points / scale, others / scale
     one, two = y.tensor_split(2, 1)
-    value = 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))
-    words = f"the entries of {name} have another distribution than those of its replicates"
-    return TwoSided(f"energy distance of {name}", value, words)
+    return 2 * torch.cdist(x, y).mean((1, 2)) - torch.cdist(x, x).mean((1, 2)) - torch.cdist(one, two).mean((1, 2))

@@ -6,7 +6,6 @@ Hamiltonian Monte Carlo mixes fast for any shape of the posterior.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.distributions import biject_to
 from ..arguments import check_integers
 from ..programs.checks import check_trained
 from ..programs.model_and_guide import Task
-from ..programs.program import nesting_of, runs_programs
+from ..programs.program import Args, Function, Kwargs, nesting_of, runs_programs
 from ..user_code import warn_user
 from .verdict import assess
 
@@ -53,11 +52,11 @@ class Neutra:
         (torch.Size([4, 1]), torch.Size([4]))
     """
 
-    model: Callable[..., Any]
+    model: Function
     site: str
     guide: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
 
     @torch.no_grad()
     def transform(self, samples: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
@@ -72,13 +71,11 @@ class Neutra:
         Raises:
             ValueError: If the samples lack the base's site.
         """
-        others: dict[str, Tensor] = {}
+        others = {} if isinstance(samples, Tensor) else {**samples}
         if not isinstance(samples, Tensor):
             if self.site not in samples:
-                raise ValueError(
-                    f"Neutra.transform: samples must contain the site {self.site!r}, got {sorted(samples)}."
-                )
-            others = dict(samples)
+                must = f"samples must contain the site {self.site!r}"
+                raise ValueError(f"Neutra.transform: {must}, got {sorted(samples)}.")
             samples = others.pop(self.site)
         batch, room = samples.shape[:-1], (1,) * nesting_of(self.guide.prototype_trace)  # draws lie left of all plates
         latent = self.guide.get_transform(*self.args, **self.kwargs)(samples.reshape(-1, *room, samples.shape[-1]))
@@ -105,13 +102,7 @@ class Neutra:
 
 
 @runs_programs
-def neutra(
-    model: Callable[..., Any],
-    guide: Any,
-    *args: Any,
-    check: bool = True,
-    **kwargs: Any,
-) -> Neutra:
+def neutra(model: Function, guide: Any, *args: Any, check: bool = True, **kwargs: Any) -> Neutra:
     """Return a model over the base of a trained guide, where Markov chains mix faster.
 
     For base coordinates u and the guide's transform T, the log-density of the new model is (Hoffman, Sountsov, Dillon,
@@ -175,7 +166,7 @@ def neutra(
     return Neutra(_over_base(model, guide, site), site, guide, args, kwargs)
 
 
-def _over_base(model: Callable[..., Any], guide: Any, site: str) -> Callable[..., Any]:
+def _over_base(model: Function, guide: Any, site: str) -> Function:
     """Return the model over the guide's base.
 
     Pyro's reparameteriser draws the base's vector at the first latent.  If that latent lies in a plate of K rows, the

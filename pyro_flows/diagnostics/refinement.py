@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..arguments import check_integers
 from ..programs.checks import check_trained
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
-from ..programs.program import runs_programs
+from ..programs.program import Function, runs_programs
 from ..sampling.chains import MOVES, Chains
 from ..user_code import warn_user
 from .drift import Drift, DriftMeter
@@ -59,12 +58,7 @@ class Refined:
 
 @runs_programs
 def refine(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_samples: int = 1000,
-    transitions: int = 20,
-    **kwargs: Any,
+    model: Function, guide: Function, *args: Any, num_samples: int = 1000, transitions: int = 20, **kwargs: Any
 ) -> Refined:
     """Move draws of any Pyro guide towards the posterior, at a fraction of the cost of training.
 

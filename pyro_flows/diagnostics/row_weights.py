@@ -12,24 +12,23 @@ the errors of the row's means.  All rows are looked at, in time and memory propo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..arguments import check_integers
 from ..programs.density import Density
 from ..programs.engines import View, in_batches
 from ..programs.model_and_guide import Task
-from ..programs.program import runs_programs
+from ..programs.program import Function, runs_programs
 from ..programs.sites import Site, Values, plates_of, row_log_prob
 from .importance import WEIGHING, smooth
 
-LOG_P, LOG_Q, OUTSIDE = "log p of rows", "log q of rows", "log p outside"  # not the names of sites
+LOG_P, LOG_Q, LOG_W, OUTSIDE = "log p of rows", "log q of rows", "log w of rows", "log p outside"  # are no sites
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class RowJudgement:
         widest: The latents in a row beyond which its weights say nothing either.
         draws: The draws.
         least: The fewest draws.
-        numbers: The numbers in them to hold.
         smoothed: The rows whose k-hat is found: those with the most unequal weights.
         certain: The standard errors of an error that is certain among a million rows.
     """
@@ -50,7 +48,6 @@ class RowJudgement:
     widest: int = 64
     draws: int = 1000
     least: int = 200
-    numbers: int = 20_000_000
     smoothed: int = 200
     certain: float = 6.0
 
@@ -112,14 +109,15 @@ class PlateRows:
         self.sizes = [of[plate].size for of in frames for plate in plates]
 
     def draw(self, size: int) -> Values:
-        """Draw from the guide; return both log-densities of each draw and row, ``(N, rows)``, and the latents."""
+        """Draw from the guide; return the log-weight of each draw and row, ``(N, rows)``, and the latents."""
 
         def of_guide(view: View) -> Values:
             return {LOG_Q: self.log_prob(view, self.of_guide), **{name: view.read(name) for name in self.task.latents}}
 
         found = self.task.guide.sample(of_guide, {}, size)
-        latents = {name: found[name] for name in self.task.latents}
-        return found | self.task.model.run(lambda view: {LOG_P: self.log_prob(view, self.of_model)}, latents, size)
+        log_q = found.pop(LOG_Q)
+        log_p = self.task.model.run(lambda view: {LOG_P: self.log_prob(view, self.of_model)}, found, size)[LOG_P]
+        return {**found, LOG_W: log_p - log_q}
 
     def log_prob(self, view: View, names: list[str]) -> Tensor:
         """Return the log-density of each row at some sites, ``(N, rows)``, or ``(rows,)`` for one draw."""
@@ -138,12 +136,7 @@ class PlateRows:
 @runs_programs
 @torch.no_grad()
 def importance_log_likelihood(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    plate: str | None = None,
-    num_samples: int = 500,
-    **kwargs: Any,
+    model: Function, guide: Function, *args: Any, plate: str | None = None, num_samples: int = 500, **kwargs: Any
 ) -> Tensor:
     """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
 
@@ -189,13 +182,18 @@ def importance_log_likelihood(
     task = Task(model, guide, args, kwargs).check(whole=False).settle()
     rows = PlateRows(task, (plate or getattr(guide, "plate", None) or _only_plate(task),), row_log_prob)
     for program, names in (task.model, rows.of_model), (task.guide, rows.of_guide):
-        _check_inside(program.single, names, *rows.plates)
+        for name, _ in program.single.iter_stochastic_nodes():
+            if name not in names:
+                fault = f"site {name!r} lies outside of plate {rows.plates[0]!r}. Fix such latents with "
+                way = "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
+                raise ValueError(f"importance_log_likelihood: {fault}{way}")
+        if not names:
+            raise ValueError(f"importance_log_likelihood: the model has no plate {rows.plates[0]!r}.")
 
     def step(_: Values, size: int) -> Values:
-        found = rows.draw(size)
-        return {"log_weights": (found[LOG_P] - found[LOG_Q]).logsumexp(0, keepdim=True)}  # (1, rows)
+        return {LOG_W: rows.draw(size)[LOG_W].logsumexp(0, keepdim=True)}  # (1, rows)
 
-    return in_batches(step, {}, num_samples, WEIGHING.at_once(task))["log_weights"].logsumexp(0) - math.log(num_samples)
+    return in_batches(step, {}, num_samples, WEIGHING.at_once(task))[LOG_W].logsumexp(0) - math.log(num_samples)
 
 
 def _only_plate(task: Task) -> str:
@@ -207,18 +205,6 @@ def _only_plate(task: Task) -> str:
         way = f"Pass plate={plates[0]!r}" if plates else "Put the rows into a pyro.plate"
         raise ValueError(f"importance_log_likelihood: {fault}. {way}.")
     return plates[0]
-
-
-def _check_inside(trace: Trace, inside: list[str], plate: str) -> None:
-    """Raise ValueError if a latent of a program lies outside of a plate, or the program lacks the plate."""
-    for name, _ in trace.iter_stochastic_nodes():
-        if name not in inside:
-            raise ValueError(
-                f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
-                "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
-            )
-    if not inside:
-        raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
 
 
 @torch.no_grad()
@@ -238,17 +224,19 @@ def row_weights(space: Density) -> tuple[RowWeights, ...]:
 
 def _tell(rows: PlateRows) -> bool:
     """Return True if the weights of rows say something about the guide's distribution of each."""
-    nodes, task = rows.nodes, rows.task
+    nodes, task, number = rows.nodes, rows.task, math.prod(rows.sizes)
     inside = [name for name in rows.of_model if name in task.latents]
-    number, numbers = math.prod(rows.sizes), _numbers(nodes, inside)
-    if number < ROW_JUDGEMENT.fewest or numbers > ROW_JUDGEMENT.widest * number:
-        return False
+    numbers = sum(nodes[name]["value"].numel() for name in inside)
     # Few rows share the latents of an outer row, or the effects of another plate, whose draws would count too.
     others = {plate for name in task.latents if name not in inside for plate in _plates(nodes[name])}
-    if any(others & {*_plates(nodes[name])} for name in rows.of_model):
-        return False
-    # A guide that draws all latents together has values in the rows, and their density outside.
-    return any(name in task.own for name in rows.of_guide) and _are_apart(rows, inside)
+    return (
+        ROW_JUDGEMENT.fewest <= number
+        and numbers <= ROW_JUDGEMENT.widest * number
+        and not any(others & {*_plates(nodes[name])} for name in rows.of_model)
+        # A guide that draws all latents together has values in the rows, and their density outside.
+        and any(name in task.own for name in rows.of_guide)
+        and _are_apart(rows, inside)
+    )
 
 
 def _are_apart(rows: PlateRows, inside: list[str]) -> bool:
@@ -278,35 +266,30 @@ def _are_apart(rows: PlateRows, inside: list[str]) -> bool:
 
 def _judged(rows: PlateRows) -> RowWeights:
     """Return what the weights of draws of the guide show."""
-    most = ROW_JUDGEMENT.numbers // _numbers(rows.nodes, rows.latents)
+    most = WEIGHING.held // sum(rows.nodes[name]["value"].numel() for name in rows.latents)
     number = max(ROW_JUDGEMENT.least, min(ROW_JUDGEMENT.draws, most))
     found = in_batches(lambda _, size: rows.draw(size), {}, number, WEIGHING.at_once(rows.task))
-    log_w = found[LOG_P] - found[LOG_Q]
+    log_w = found[LOG_W]
     weights = (log_w - log_w.logsumexp(0)).nan_to_num(-math.inf).exp()
     weights = weights.clamp_max(number**-0.5)  # truncated (Ionides 2008)
     weights = (weights / weights.sum(0).clamp_min(1e-30)).unsqueeze(-1)
-    values, labels = [], []
+    values, places, names = [], [], []
     for name in rows.latents:
         site, shape = rows.nodes[name], rows.nodes[name]["value"].shape
         values.append(rows.in_front(found[name], site, site["fn"].event_dim, 1).flatten(1, -2))
-        places = torch.arange(shape.numel()).reshape(shape)
-        labels.append(rows.in_front(places, site, site["fn"].event_dim, 0).flatten(0, -2))
+        numbers = torch.arange(shape.numel()).reshape(shape)
+        places.append(rows.in_front(numbers, site, site["fn"].event_dim, 0).flatten(0, -2))
+        names += [name] * places[-1].shape[1]
     away = torch.cat(values, -1)  # (draws, rows, numbers)
     away = (away - away.mean(0)) / away.std(0).clamp_min(1e-12)
     error, noise = ((weights - 1 / number) * away).sum(0), ((weights - 1 / number) * away).square().sum(0).sqrt()
     unequal = weights.square().sum((0, 2)).argsort(descending=True)[: ROW_JUDGEMENT.smoothed]
     khat = max(smooth(log_w[:, row].double().nan_to_num(-math.inf))[1] for row in unequal.tolist())
     row, column = divmod(int((error.abs() / (noise + 0.01)).argmax()), error.shape[1])
-    names = [name for name, of in zip(rows.latents, labels, strict=True) for _ in range(of.shape[1])]
-    name, place = names[column], torch.cat(labels, -1)[row, column]
-    index = torch.unravel_index(place, rows.nodes[name]["value"].shape)
-    label = f"{name}[{', '.join(str(int(i)) for i in index)}]"
+    index = torch.unravel_index(torch.cat(places, -1)[row, column], rows.nodes[names[column]]["value"].shape)
+    label = f"{names[column]}[{', '.join(str(int(i)) for i in index)}]"
     ends = float(error[row, column]), float(noise[row, column])
     return RowWeights(",".join(rows.plates), log_w.shape[1], khat, label, *ends)
-
-
-def _numbers(nodes: Mapping[str, Site], names: list[str]) -> int:
-    return sum(nodes[name]["value"].numel() for name in names)
 
 
 def _plates(site: Site) -> dict[str, Any]:

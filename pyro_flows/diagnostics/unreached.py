@@ -70,8 +70,8 @@ class Missing(NamedTuple):
             95 %, relative to the guide's standard deviations; 1 if it did not look for narrow modes.
     """
 
-    share: float
-    share_se: float
+    share: float = 0.0
+    share_se: float = 0.0
     place: Tensor | None = None
     error: Drift | None = None
     is_blind: bool = False
@@ -101,7 +101,7 @@ def unreached(task: Task) -> Missing:
     """Return the posterior's mass outside of a guide's support; its share is NaN if it could not be estimated."""
     narrow = _narrow(task)
     if not narrow:
-        return Missing(0.0, 0.0)
+        return Missing()
     sites = f"site{'s' * (len(narrow) > 1)} {named(narrow)}"
     unknown, model = Missing(math.nan, math.nan, outside=sites), task.settle().model
     if sum(model.single.nodes[name]["value"].numel() for name in task.latents) > REACH.latents:
@@ -115,8 +115,9 @@ def unreached(task: Task) -> Missing:
     population = anneal(Reference(prior_of(space), guide.start[0]), number, EFFORT)
     if population is None or not population.has_arrived:
         return unknown
-    outside = _outside(narrow, space.constrain(population.z))
-    return Missing(*population.share(outside), outside=sites) if bool(outside.any()) else Missing(0.0, 0.0)
+    latents = space.constrain(population.z)
+    outside = ~torch.stack([_is_inside(fn, latents[name]) for name, fn in narrow.items()]).all(0)
+    return Missing(*population.share(outside), outside=sites) if bool(outside.any()) else Missing()
 
 
 def _narrow(task: Task) -> dict[str, Any]:
@@ -175,8 +176,3 @@ def _is_inside(fn: Any, values: Tensor) -> Tensor:
             back = (whole(base) - values).abs() <= REACH.same * (1 + values.abs())  # False for NaN
             inside &= back.reshape(len(values), -1).all(-1) & _is_inside(inner.base_dist, base)
     return inside
-
-
-def _outside(narrow: dict[str, Any], latents: dict[str, Tensor]) -> Tensor:
-    """Return True for the draws of the model's latents outside of some supports, ``(N,)``."""
-    return ~torch.stack([_is_inside(fn, latents[name]) for name, fn in narrow.items()]).all(0)

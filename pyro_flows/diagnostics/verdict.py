@@ -8,8 +8,8 @@ Three tests look at the draws, and none needs the true posterior:
 * a population annealed from the prior finds mass that lies far away (:mod:`.missing_modes`).
 
 Beyond 1,000 latents the first two look at some quantities: at all numbers of small sites, such as scales, at those
-that scores suspect (:mod:`.suspects`), and at random ones.  The last is left out.  So are k-hat and other measures in
-which small errors of many latents add up.
+that scores suspect, and at random ones.  The last is left out.  So are k-hat and other measures in which small errors
+of many latents add up.
 
 Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
 function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is
@@ -19,7 +19,6 @@ the worst that follows from any finding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +29,10 @@ from ..arguments import check_integers
 from ..programs.checks import check_trained
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
-from ..programs.program import runs_programs
+from ..programs.program import Function, runs_programs
 from . import few_latents, many_latents
 from .drift import Drift
-from .findings import Finding, judge, worst
+from .findings import NEXT, Finding, judge, worst
 from .importance import WEIGHING
 from .measurements import Measurements
 
@@ -97,12 +96,11 @@ class Check(Measurements):
     @property
     def reason(self) -> str:
         """The reason for the verdict, in words."""
-        for finding in self.findings:
-            if finding.verdict == self.verdict:
-                if self.verdict == "do not trust":
-                    return str(finding)
-                mend = f"but their weights are reliable (k-hat {self.khat:.2f}): resample the draws by their weights."
-                return f"{str(finding)[:-1]}, {mend}"
+        if gravest := self._gravest:
+            if gravest.verdict == "do not trust":
+                return str(gravest)
+            mend = f"but their weights are reliable (k-hat {self.khat:.2f}): resample the draws by their weights."
+            return f"{str(gravest)[:-1]}, {mend}"
         largest = max(0.01, float(self._moments.errors.max()))
         found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
         if self.scope:
@@ -112,6 +110,11 @@ class Check(Measurements):
         if self.rows:
             found += f" Weights of single rows have a k-hat of at most {', '.join(map(str, self.rows))}."
         return found
+
+    @property
+    def _gravest(self) -> Finding | None:
+        """The first finding that the verdict follows from."""
+        return next((finding for finding in self.findings if finding.verdict == self.verdict), None)
 
     @property
     def trusted(self) -> bool:
@@ -160,20 +163,14 @@ class Check(Measurements):
 
     def __repr__(self) -> str:
         low, high = self.sd_ratios
-        share = self.missing.share
+        share, gravest = self.missing.share, self._gravest
+        after = NEXT["weights"] if self.verdict == "reweight" else gravest.next if gravest else ""
         missing = "?" if self.scope else f"{share:.{4 if self.findings and 0 < share < LITTLE else 2}f}"
         return (
             f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
             f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
-            f"missing={missing}, seconds={self.seconds:.1f})\n{' '.join([self.reason, *self._next])}"
+            f"missing={missing}, seconds={self.seconds:.1f})\n{f'{self.reason} {after}'.strip()}"
         )
-
-    @property
-    def _next(self) -> list[str]:
-        """The next step in a sentence, unless the draws are right as they are."""
-        if self.verdict == "reweight":
-            return ["Use pf.resample(model, guide, ...)."]
-        return [finding.next for finding in self.findings if finding.verdict == self.verdict][:1]
 
     def plot(self) -> Any:
         """Plot the errors of each quantity and the weights with :func:`pyro_flows.plots.check`."""
@@ -182,8 +179,8 @@ class Check(Measurements):
 
 @runs_programs
 def check(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Function,
+    guide: Function,
     *args: Any,
     num_samples: int | None = None,
     num_chains: int | None = None,

@@ -27,7 +27,7 @@ from ..data.batches import Batch, Rows, Source
 from ..data.reading import Reader, sources
 from ..data.row_statistics import CellNoise, Survey, check_rows
 from ..diagnostics import bits_per_dim, save_images
-from ..diagnostics.rounding import warn_of_round_off
+from ..diagnostics.flow_reports import warn_of_round_off
 from ..distributions import CircularBase, StandardNormal, StudentTBase
 from ..encoders import ClassEmbedding, Standardize
 from ..encoders.base import at_rest, learning
