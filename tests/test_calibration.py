@@ -164,37 +164,47 @@ def test_uniformity():
 # Errors.
 
 
-@pytest.mark.parametrize("name", ["num_simulations", "num_samples"])
-@pytest.mark.parametrize("value", [19, 100.0, True])
-def test_numbers_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"calibrate: {name} must be an integer of at least 20"):
-        calibrate(conjugate, posterior(), **{name: value})
+OBSERVED = {"observed": {"x": torch.zeros(2)}}
+LEAST = {  # of each number
+    calibrate: {"num_simulations": 20, "num_samples": 20},
+    local_c2st: {"num_simulations": 1000, "num_samples": 10, "num_null": 100},
+    misspecification: {"num_simulations": 99, "num_samples": 10},
+}
+every_test = pytest.mark.parametrize("test", LEAST, ids=lambda test: test.__name__)
 
 
-def test_guides_that_are_not_amortised_are_refused():
-    words = "calibrate: guide must be an AutoFlow with an encoder"
-    with pytest.raises(ValueError, match=words + ".*got AutoFlow without one"):
-        calibrate(conjugate, AutoFlow(conjugate).setup(torch.zeros(2)))
-    with pytest.raises(ValueError, match=words + ".*got int"):
-        calibrate(conjugate, 3)
+@every_test
+def test_numbers_out_of_range_are_refused(test):
+    more = {} if test is calibrate else OBSERVED
+    for name, least in LEAST[test].items():
+        for value in (least - 1, float(least), True):
+            with pytest.raises(ValueError, match=f"{test.__name__}: {name} must be an integer of at least {least}"):
+                test(conjugate, posterior(), **more, **{name: value})
+    for level in (0.0, 1.0) if more else ():
+        with pytest.raises(ValueError, match=f"{test.__name__}: level must lie between 0 and 1"):
+            test(conjugate, posterior(), **more, level=level)
+
+
+@every_test
+def test_guides_that_are_not_amortised_are_refused(test):
+    more, untrained = ({} if test is calibrate else OBSERVED), AutoFlow(conjugate, encoder=MLPEncoder(2, 2))
+    words = f"{test.__name__}: guide must be an AutoFlow with an encoder"
+    for guide, got in (AutoFlow(conjugate).setup(torch.zeros(2)), "AutoFlow without one"), (3, "int"):
+        with pytest.raises(ValueError, match=f"{words}.*got {got}"):
+            test(conjugate, guide, **more)
     with pytest.raises(ValueError, match="the guide was never trained"):
-        calibrate(conjugate, AutoFlow(conjugate, encoder=MLPEncoder(2, 2)))
+        test(conjugate, untrained, **more)
 
 
-def test_models_of_other_latents_are_refused():
+@every_test
+def test_models_of_other_latents_are_refused(test):
     def other(x=None):
         phi = pyro.sample("phi", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         return pyro.sample("x", dist.Normal(phi, 1.0).to_event(1), obs=x)
 
     words = r"latent site 'theta' is not in the model, which has 'phi', but the guide was built for one of shape \(2,\)"
-    settings = {"observed": {"x": torch.zeros(2)}}
-    for check, guide, more in (
-        (calibrate, posterior(), {}),
-        (local_c2st, posterior(), settings),
-        (misspecification, posterior(), settings),
-    ):
-        with pytest.raises(ValueError, match=f"{check.__name__}: with these arguments {words}. Give the model that"):
-            check(other, guide, **more)
+    with pytest.raises(ValueError, match=f"{test.__name__}: with these arguments {words}. Give the model that"):
+        test(other, posterior(), **({} if test is calibrate else OBSERVED))
 
 
 def test_models_that_cannot_be_simulated_are_refused():

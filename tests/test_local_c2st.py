@@ -252,17 +252,6 @@ def test_the_reason_counts_the_simulations():
 # Errors.
 
 
-@pytest.mark.parametrize(("name", "least"), [("num_simulations", 1000), ("num_samples", 10), ("num_null", 100)])
-def test_numbers_out_of_range_are_refused(name, least):
-    with pytest.raises(ValueError, match=f"local_c2st: {name} must be an integer of at least {least}"):
-        local_c2st(conjugate, posterior(), observed={"x": X}, **{name: least - 1})
-
-
-def test_levels_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="local_c2st: level must lie between 0 and 1"):
-        run(posterior(), level=1.0)
-
-
 @pytest.mark.parametrize(
     ("observed", "words"),
     [
@@ -333,13 +322,3 @@ def test_draws_that_are_not_finite_have_the_error_of_the_guide():
     fit_amortized(conjugate, guide, simulations=100, max_epochs=1, progress=False)
     with pytest.raises(FloatingPointError, match=r"the data lie up to .* standard deviations from the mean"):
         run(guide, observed={"x": torch.full((2,), 1e30)}, num_simulations=1000)
-
-
-def test_guides_that_are_not_amortised_are_refused():
-    words = "local_c2st: guide must be an AutoFlow with an encoder"
-    with pytest.raises(ValueError, match=words + ".*, got AutoFlow without one"):
-        run(AutoFlow(conjugate).setup(torch.zeros(2)))
-    with pytest.raises(ValueError, match=words + ".*, got int"):
-        run(3)
-    with pytest.raises(ValueError, match="the guide was never trained"):
-        run(AutoFlow(conjugate, encoder=MLPEncoder(2, 2)))

@@ -157,15 +157,8 @@ def test_several_chains():
     found = neutra(model, bent(), Y, check=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a warning about few cores
-        mcmc = MCMC(
-            NUTS(found.model, max_tree_depth=4),
-            20,
-            20,
-            num_chains=2,
-            initial_params=found.initial(2),
-            disable_progbar=True,
-            mp_context="fork",
-        )
+        how = {"num_chains": 2, "initial_params": found.initial(2), "disable_progbar": True, "mp_context": "fork"}
+        mcmc = MCMC(NUTS(found.model, max_tree_depth=4), 20, 20, **how)
     mcmc.run(Y)
     draws = found.transform(mcmc.get_samples(group_by_chain=True))
     assert draws["x"].shape == (2, 20, 3)
@@ -236,15 +229,13 @@ def test_a_fitted_flow_passes():
     assert poutine.trace(found.model).get_trace(Y).log_prob_sum().isfinite()
 
 
-def test_guides_without_a_base_are_refused():
+@pytest.mark.parametrize("kind", [AutoNormal, AutoLaplaceApproximation])
+def test_guides_without_a_base_are_refused(kind):
+    guide = kind(correlated)
+    guide()
     words = "guide must be an AutoContinuous with a base distribution, such as AutoFlow or AutoMultivariateNormal"
-    normal, laplace = AutoNormal(correlated), AutoLaplaceApproximation(correlated)
-    for guide in (normal, laplace):
-        guide()
-    with pytest.raises(ValueError, match=f"neutra: {words}, got AutoNormal"):
-        neutra(correlated, normal)
-    with pytest.raises(ValueError, match=f"neutra: {words}, got AutoLaplaceApproximation, which has no"):
-        neutra(correlated, laplace)
+    with pytest.raises(ValueError, match=f"neutra: {words}, got {kind.__name__}, which has no"):
+        neutra(correlated, guide)
 
 
 @pytest.mark.parametrize("guide", [AutoFlow(correlated), AutoFlow(correlated).setup(), AutoDiagonalNormal(correlated)])
