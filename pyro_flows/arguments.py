@@ -124,10 +124,11 @@ def _check_each(
 ) -> None:
     """Raise ValueError for the first value that does not fit."""
     for argument, value in values.items():
-        _require(fits(value) or (optional and value is None), caller, argument, must, value)
+        require(fits(value) or (optional and value is None), caller, argument, must, value)
 
 
-def _require(fits: bool, caller: str, argument: str, must: str, value: object) -> None:
+def require(fits: object, caller: str, argument: str, must: str, value: object) -> None:
+    """Raise ValueError unless a value fits; the error says what it must be."""
     if not fits:
         raise ValueError(f"{caller}: {argument} must {must}, got {quoted(value)}.")
 
@@ -237,7 +238,7 @@ def as_shape(caller: str, argument: str, value: object, *, length: int | None = 
     """
     found = (value,) if length is None and is_integer(value) else value
     must = f"be {words or 'a tuple of positive integers such as (3,)'}"
-    _require(_are_sizes(found) and length in (None, len(found)), caller, argument, must, value)
+    require(_are_sizes(found) and length in (None, len(found)), caller, argument, must, value)
     return torch.Size(found)  # type: ignore[arg-type]
 
 
@@ -256,7 +257,7 @@ def as_flags(caller: str, argument: str, value: Any, length: int | None = None) 
     found = _listed(value)
     fits = found and all(flag in (0, 1) for flag in found) and length in (None, len(found))
     must = f"hold one bool for {'each feature' if length is None else f'each of {length} features'}"
-    _require(bool(fits), caller, argument, must, value)
+    require(bool(fits), caller, argument, must, value)
     return torch.tensor([bool(flag) for flag in found], device=getattr(value, "device", None))
 
 
@@ -268,7 +269,7 @@ def as_order(caller: str, argument: str, value: Any, length: int | None = None) 
     """
     found = _listed(value)
     fits = found and sorted(found) == list(range(len(found) if length is None else length))
-    _require(bool(fits), caller, argument, f"hold each of 0 … {'D - 1' if length is None else length - 1} once", value)
+    require(bool(fits), caller, argument, f"hold each of 0 … {'D - 1' if length is None else length - 1} once", value)
     return [int(place) for place in found]
 
 

@@ -27,7 +27,6 @@ from pyro_flows.bijectors import (
     RationalQuadraticSpline,
     SoftplusAffine,
 )
-from pyro_flows.transforms.carried import map_and_pull
 
 DTYPES = [torch.float32, torch.float64]
 Spline = RationalQuadraticSpline | LinearRationalSpline
@@ -105,23 +104,6 @@ def test_log_det_is_the_log_of_the_derivative(bijector: Bijector, dtype: torch.d
 def test_the_log_dets_are_opposite(bijector: Bijector, dtype: torch.dtype) -> None:
     x = torch.linspace(-10, 10, 1000, dtype=dtype)
     laws.log_dets_are_opposite(bijector, x, params_of(bijector, 1000, dtype=dtype), {4: 1e-3, 8: 1e-10}[dtype.itemsize])
-
-
-@every_bijector
-def test_derivatives_are_autograds(bijector: Bijector) -> None:
-    x, params = laws.normal(200).requires_grad_(), params_of(bijector, 200).requires_grad_()
-    of_y, of_log_det = laws.normal(200, seed=1), laws.normal(200, seed=2)
-    y, log_det = bijector.forward_and_log_det(x, params)
-    with torch.no_grad():
-        *values, slope, pull = map_and_pull(bijector, x, params)
-    for gradients in ((of_y, of_log_det), (of_y, None)):
-        total = (of_y * y).sum() + (0.0 if gradients[1] is None else (of_log_det * log_det).sum())
-        wanted = torch.autograd.grad(total, (x, params), retain_graph=True)
-        for one, other in zip(pull(*gradients), wanted, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
-    (bend,) = torch.autograd.grad(log_det.sum() + 0 * x.sum(), x)
-    torch.testing.assert_close(torch.zeros_like(x) if slope is None else slope, bend, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(values, [y.detach(), log_det.detach()], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers, require
 from .base import Bijector, bounded, evenly_spaced
 
 MIN_PIECE = 0.025  # the least share of a bin for each piece of a linear-rational spline
@@ -28,8 +28,7 @@ class Spline(Bijector):
         name, bins, min_bin = type(self).__name__, self.bins, self.min_bin
         check_integers(name, 2, bins=bins)
         check_numbers(name, above=0, bound=self.bound, min_bin=min_bin)
-        if not min_bin * bins < 1:
-            raise ValueError(f"{name}: min_bin must be below 1 / bins = {1 / bins:.3g}, got {min_bin}. Lower it.")
+        require(min_bin * bins < 1, name, "min_bin", f"be below 1 / bins = {1 / bins:.3g}", min_bin)
         check_numbers(name, above=1, max_slope=self.max_slope)
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

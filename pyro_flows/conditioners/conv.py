@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import activation_of, as_flags, as_image, as_shape, check_integers
+from ..arguments import activation_of, as_flags, as_image, as_shape, check_integers, require
 from .base import Conditioner, Linear, zero_
 
 
@@ -171,13 +171,12 @@ class StepNet(Conditioner):
     ) -> None:
         mask = as_flags("StepNet", "mask", mask)
         check_integers("StepNet", steps=steps)
-        if len(mask) % steps or mask.all():
-            raise ValueError(f"StepNet: mask must hold {steps} steps and a False, got {len(mask)} flags.")
+        fits = len(mask) % steps == 0 and not mask.all()
+        require(fits, "StepNet", "mask", f"hold {steps} steps and a False", mask.tolist())
         kept = int(mask.sum())
         super().__init__(kept, len(mask) - kept, num_params, hidden_dims, context_dim)
         width, *others = self.hidden_dims
-        if {*others} - {width}:
-            raise ValueError(f"StepNet: hidden_dims must be alike, got {self.hidden_dims}.")
+        require({width, *others} == {width}, "StepNet", "hidden_dims", "be alike", self.hidden_dims)
         self.steps, self.activation = steps, activation
         self.register_buffer("mask", mask)
         self._set_places()

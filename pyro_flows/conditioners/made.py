@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import as_order, check_integers, quoted
+from ..arguments import as_order, check_integers, quoted, require
 from .base import Conditioner, Linear, activation_of
 
 
@@ -115,12 +115,11 @@ class MADE(Conditioner):
         self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:
-        if (graph & (self.order[:, None] < self.order)).any():
-            raise ValueError(f"MADE: order must put parents first, got {self.order.tolist()}.")
+        first = not (graph & (self.order[:, None] < self.order)).any()
+        require(first, "MADE", "order", "put parents first", self.order.tolist())
         sets = len(self._parent_sets())
-        if min(self.hidden_dims) < sets:
-            fault = f"hidden_dims must be at least {sets}, a unit for each set of parents"
-            raise ValueError(f"MADE: {fault}, got {self.hidden_dims}.")
+        must = f"be at least {sets}, a unit for each set of parents"
+        require(min(self.hidden_dims) >= sets, "MADE", "hidden_dims", must, self.hidden_dims)
 
     def _parent_sets(self) -> Tensor:
         """Return the sets of features that hidden units may depend on, without repetition, by degree, ``(T, D)``."""
@@ -149,8 +148,7 @@ class MADE(Conditioner):
 
     def _restore_masks(self, _keys: object) -> None:
         """Derive the masks from the order of a state that was loaded."""
-        if sorted(self.order.tolist()) != list(range(self.input_dim)):
-            raise ValueError(f"MADE: the state's order must be a permutation of 0 … {self.input_dim - 1}.")
+        as_order("MADE", "the state's order", self.order, self.input_dim)
         self._set_masks()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -188,8 +186,8 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
     except (TypeError, ValueError, RuntimeError) as error:
         fault = f"adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}"
         raise ValueError(f"MADE: {fault}.") from error
-    if graph.shape != (input_dim, input_dim):
-        raise ValueError(f"MADE: adjacency must have shape ({input_dim}, {input_dim}), got {tuple(graph.shape)}.")
+    shape = (input_dim, input_dim)
+    require(graph.shape == shape, "MADE", "adjacency", f"have shape {shape}", tuple(graph.shape))
     return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)
 
 
@@ -217,11 +215,10 @@ def topological_order(graph: Tensor) -> list[int]:
     left, order = set(range(len(graph))), [0] * len(graph)
     parents = [set(row.nonzero().flatten().tolist()) for row in graph]
     for rank in range(len(graph)):
-        feature = next((feature for feature in sorted(left) if not parents[feature] & left), None)
-        if feature is None:
-            raise ValueError(f"MADE: adjacency must have no cycle, got one among the features {sorted(left)}.")
-        order[feature] = rank
-        left.remove(feature)
+        free = [feature for feature in sorted(left) if not parents[feature] & left]
+        require(free, "MADE", "adjacency", "have no cycle", sorted(left))
+        order[free[0]] = rank
+        left.remove(free[0])
     return order
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..arguments import CONDITIONER, as_flags, check_flags, check_integers, check_kind, check_numbers
+from ..arguments import CONDITIONER, as_flags, check_flags, check_integers, check_kind, check_numbers, require
 from .base import Conditioner, Linear, activation_of
 
 POINTS = 16  # an even number: the mirror image of each point is a point
@@ -68,9 +68,8 @@ class MLP(Conditioner):
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         check_flags("MLP", residual=residual, skip=skip, centered=centered)
-        if centered and (skip or context_dim or not input_dim):
-            got = f"got input_dim={input_dim}, context_dim={context_dim}, skip={skip}"
-            raise ValueError(f"MLP: centered=True takes inputs alone, without skip, {got}. Leave centered out.")
+        fits = not centered or (input_dim and not skip and not context_dim)
+        require(fits, "MLP", "centered", "be False with a context, with skip, or without inputs", centered)
         self.activation, self.residual, self.skip, self.centered = activation, residual, skip, centered
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))
@@ -135,8 +134,8 @@ class Given(Conditioner):
         super().__init__(input_dim, output_dim, num_params, (1,), 0)
         check_integers("Given", 0, num_factors=num_factors)
         self.num_factors = num_factors
-        if input_dim < (least := self.num_coefficients(output_dim, num_params, num_factors) + num_factors):
-            raise ValueError(f"Given: input_dim must be at least {least} for these sizes, got {input_dim}.")
+        least = self.num_coefficients(output_dim, num_params, num_factors) + num_factors
+        require(input_dim >= least, "Given", "input_dim", f"be at least {least} for these sizes", input_dim)
 
     @staticmethod
     def num_coefficients(output_dim: int, num_params: int, num_factors: int) -> int:
@@ -190,9 +189,8 @@ class Periodic(Conditioner):
         periodic = as_flags("Periodic", "periodic", periodic)
         check_numbers("Periodic", above=0, bound=bound)
         wanted = len(periodic) + int(periodic.sum())
-        if net.input_dim != wanted:
-            fault = f"net must take {wanted} inputs, two for each periodic feature, for periodic = {periodic.tolist()}"
-            raise ValueError(f"Periodic: {fault}, got net.input_dim = {net.input_dim}.")
+        must = f"take {wanted} inputs, two for each periodic feature, for periodic = {periodic.tolist()}"
+        require(net.input_dim == wanted, "Periodic", "net", must, net.input_dim)
         super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
         self.context_dim = net.context_dim  # the context enters inside the network
         self.net = net

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import as_image, as_order, check_integers
+from ..arguments import as_image, as_order, check_integers, require
 from ..attention import AttentionLayer
 from .base import Conditioner, zero_
 
@@ -78,8 +78,9 @@ class CausalTransformer(Conditioner):
         caller = "CausalTransformer"
         check_integers(caller, length=length, token_dim=token_dim, num_layers=num_layers, num_heads=num_heads)
         check_integers(caller, hidden_dim=hidden_dim)
-        if hidden_dim % num_heads:
-            raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
+        require(
+            hidden_dim % num_heads == 0, caller, "hidden_dim", f"be a multiple of num_heads={num_heads}", hidden_dim
+        )
         order = list(range(length)) if order is None else as_order(caller, "order", order, length)
         image = None if context_shape is None else as_image(caller, "context_shape", context_shape)
         super().__init__(length, length, num_params, (hidden_dim,) * num_layers, 0 if image else context_dim)

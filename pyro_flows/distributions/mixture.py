@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..arguments import as_flags, check_integers, check_numbers, is_integer
+from ..arguments import as_flags, check_integers, check_numbers
 
 MAX_SD = 2.0  # a normal on the circle of this conditional standard deviation, or of a larger one, is nearly uniform
 TURNS = 2  # in each direction in the sum over full turns; the rest of its density is below 1e-12
@@ -55,8 +55,6 @@ class MixtureBase(nn.Module):
     def __init__(self, input_dim: int, num_components: int, spread: float = 0.5) -> None:
         super().__init__()
         check_integers("MixtureBase", input_dim=input_dim)
-        if is_integer(num_components) and num_components == 1:
-            raise ValueError("MixtureBase: num_components must be at least 2, got 1. Use StandardNormal for one.")
         check_integers("MixtureBase", 2, num_components=num_components)
         check_numbers("MixtureBase", above=0, below=1, spread=spread)
         self.input_dim, self.num_components, self.spread = input_dim, num_components, spread

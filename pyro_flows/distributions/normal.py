@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..arguments import as_flags, as_shape, check_kind, check_numbers
+from ..arguments import as_flags, as_shape, check_kind, check_numbers, require
 
 
 class _Normal(dist.Normal):
@@ -218,8 +218,7 @@ class StudentTBase(Base):
     ) -> None:
         super().__init__(event_shape)
         check_numbers("StudentTBase", above=0, df=df, min_df=min_df, max_df=max_df)
-        if not min_df < df < max_df:
-            raise ValueError(f"StudentTBase: df must lie between min_df = {min_df} and max_df = {max_df}, got {df}.")
+        require(min_df < df < max_df, "StudentTBase", "df", f"lie between min_df = {min_df} and max_df = {max_df}", df)
         self.df, self.min_df, self.max_df = df, min_df, max_df
         start = math.log(math.log(df / min_df) / math.log(max_df / df))
         self.free_df = nn.Parameter(torch.full(self.event_shape, start))

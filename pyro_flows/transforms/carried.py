@@ -1,8 +1,8 @@
 """Draws and their scores mapped outside of autograd: one pass forwards, and one backwards for the gradients.
 
 A guide's default layers are small, and autograd would take longer to record them than they take to run.  So the
-derivatives of couplings, of multilayer perceptrons and of affine maps are written by hand, here and nowhere else.  They
-hold for these very classes.  Any other layer is differentiated by autograd, alone.
+derivatives of affine couplings with multilayer perceptrons are written by hand, here and nowhere else.  They hold for
+these very classes.  Any other layer is differentiated by autograd, alone.
 
 Products of matrices take half the time in single precision.  As long as the layers act on numbers of order one, the
 rounding of a gradient is far below the noise of its draws.
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..bijectors import Affine, Bijector, SoftplusAffine
-from ..conditioners import MLP, Conditioner
+from ..bijectors import Affine, SoftplusAffine
+from ..conditioners import MLP
 from ..conditioners.base import Linear
 from ..conditioners.jacobian import SLOPES
 from ..vjp import is_plain, vjp
@@ -31,8 +31,6 @@ from .linear import ScaledLinear
 from .wrapped import Compose
 
 Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
-PullNetwork = Callable[[Tensor, bool], tuple[Tensor, Gradients]]  # (g, True for those of parameters) -> of x, of these
-PullMap = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # (of y, of the log-det or None) -> of x, of params
 
 
 class Carried(NamedTuple):
@@ -57,7 +55,7 @@ def carry_draws(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -
     Returns:
         The mapped draws and, without gradients, the sum of the log-determinants and the scores of the mapped draws.
     """
-    trained = {p: None for layer in transforms for p in layer.parameters() if p.requires_grad}
+    trained = dict.fromkeys(p for layer in transforms for p in layer.parameters() if p.requires_grad)
     found: tuple[Tensor, Tensor, Tensor] = _Carried.apply(transforms, x, score, *trained)
     return found
 
@@ -119,8 +117,11 @@ def carry(transform: FlowTransform, x: Tensor, score: Tensor) -> Carried:
         return transform.carry(x, score)
     if type(transform) is Compose:
         return carried_along(transform.transforms, x, score)
-    if type(transform) is Coupling:
-        return _carry_coupling(transform, x, score)
+    if type(transform) is Coupling and type(affine := transform.bijector) is Affine:
+        net: Any = transform.conditioner
+        known = type(net) is MLP and not (net.skip or net.residual) and net.activation in SLOPES
+        if known and all(type(layer) is Linear for layer in (*net.hidden, net.output)):
+            return _carry_affine(transform, affine, net, x, score)
     trained = [parameter for parameter in transform.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -133,109 +134,61 @@ def carry(transform: FlowTransform, x: Tensor, score: Tensor) -> Carried:
     return Carried(y.detach(), log_det.detach(), score, pull)
 
 
-def _carry_coupling(coupling: Coupling, x: Tensor, score: Tensor) -> Carried:
+def _carry_affine(coupling: Coupling, affine: Affine, net: MLP, x: Tensor, score: Tensor) -> Carried:
     # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
-    kept, mapped = coupling.part(x)
-    params, pull_network = network_and_pull(coupling.conditioner, kept)
-    y, log_det, bend, pull_map = map_and_pull(coupling.bijector, mapped, params)
-    of_kept, of_mapped = coupling.part(score)
-    of_mapped = (of_mapped if bend is None else of_mapped - bend) * torch.exp(-log_det)
-    of_kept = of_kept - pull_network(pull_map(of_mapped, torch.ones_like(log_det))[1], False)[0]
-
-    def pull(g: Tensor) -> tuple[Tensor, Gradients]:
-        g_kept, g_mapped = coupling.part(g)
-        g_mapped, g_params = pull_map(g_mapped, None)
-        through, gradients = pull_network(g_params, True)
-        return coupling.join(g_kept + through, g_mapped), gradients
-
-    return Carried(coupling.join(kept, y), coupling.sum_event(log_det), coupling.join(of_kept, of_mapped), pull)
-
-
-def map_and_pull(bijector: Bijector, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor | None, PullMap]:
-    """Map numbers by a bijector.
-
-    Returns:
-        The values, the log-determinants, the derivative of these in x (None for zero), and the vector–Jacobian product.
-    """
-    if type(bijector) is Affine:
-        return _affine_and_pull(bijector, x, params)
-    with torch.enable_grad():
-        x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
-        y, log_det = bijector.forward_and_log_det(x, params)
-
-    def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
-        of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
-        return of_x, of_params
-
-    (bend,) = vjp((log_det,), (x,), (torch.ones_like(log_det),))
-    return y.detach(), log_det.detach(), bend, pull
-
-
-def _affine_and_pull(affine: Affine, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor | None, PullMap]:
-    a, t = params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)
+    (kept, mapped), (of_kept, of_mapped) = coupling.part(x), coupling.part(score)
+    outputs, pull_network = _outputs_and_pull(net, kept)
+    a, t = outputs.unflatten(-1, (2, -1)).unbind(-2)
     s = affine.log_scale(a, 1)
     scale = s.exp()
-    stretched = x * scale
+    stretched = mapped * scale
     slope = affine.slope - (affine.slope / affine.max_log_scale**2) * s * s  # ds/da
+    of_mapped = of_mapped * torch.exp(-s)
+    of_s = torch.addcmul(torch.ones_like(s), of_mapped, stretched)
+    of_kept = of_kept - pull_network(torch.stack((of_s * slope, of_mapped), -2), None)
 
-    def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
-        of_s = of_y * stretched if of_log_det is None else torch.addcmul(of_log_det, of_y, stretched)
-        return of_y * scale, torch.stack((of_s * slope, of_y), -2).mT
+    def pull(g: Tensor) -> tuple[Tensor, Gradients]:
+        gradients: Gradients = []
+        g_kept, g_mapped = coupling.part(g)
+        through = pull_network(torch.stack((g_mapped * stretched * slope, g_mapped), -2), gradients)
+        return coupling.join(g_kept + through, g_mapped * scale), gradients
 
-    return stretched + t, s, None, pull
-
-
-def network_and_pull(net: Conditioner, x: Tensor) -> tuple[Tensor, PullNetwork]:
-    """Compute the parameters of bijectors by a network without a context, and its vector–Jacobian product."""
-    if type(net) is MLP and not (net.skip or net.residual) and net.activation in SLOPES:
-        layers = [*net.hidden, net.output]
-        if all(type(layer) is Linear for layer in layers):
-            return _mlp_and_pull(net, layers, x)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        params = net(x)
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-    def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
-        of_x, *rest = vjp((params,), [x, *trained] if own else [x], (g,))
-        return of_x, list(zip(trained, rest, strict=True)) if own else []
-
-    return params.detach(), pull
+    y = coupling.join(kept, stretched + t)
+    return Carried(y, coupling.sum_event(s), coupling.join(of_kept, of_mapped), pull)
 
 
-def _mlp_and_pull(net: MLP, layers: list[Linear], x: Tensor) -> tuple[Tensor, PullNetwork]:
+def _outputs_and_pull(net: MLP, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Gradients | None], Tensor]]:
+    """Return the outputs of a perceptron, and its product of the gradient of these and the Jacobian.
+
+    The latter appends the gradients of the parameters to a list.
+    """
+    *hidden, last = layers = [*net.hidden, net.output]
     rows = x.detach().reshape(-1, net.input_dim)
     size, slope_of = len(rows), SLOPES[net.activation]
     # The points that centre the units go through the layers in the same products as the inputs.
     inputs, slopes = [torch.cat((rows, net.points)) if net.centered else rows], []
-    for layer in layers[:-1]:
+    for layer in hidden:
         a = layer(inputs[-1])
         h = net.act(a)
         inputs.append(h)
         slopes.append(slope_of(a, h))
     if net.centered:
         inputs[-1] = h[:size] - h[size:].mean(0)
-    params = net.arranged(layers[-1](inputs[-1]).reshape(*x.shape[:-1], -1))
 
-    def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
-        gradients: Gradients = []
-        kept = gradients if own else None
-        g = _pull_linear(layers[-1], g.mT.reshape(size, -1), inputs[-1], kept)
-        if own and net.centered:
-            g = torch.cat((g, (g.sum(0) / -len(net.points)).expand(len(net.points), -1)))
-        for layer, slope, own_inputs in zip(layers[-2::-1], slopes[::-1], inputs[-2::-1], strict=True):
-            g = _pull_linear(layer, g * slope[: len(g)], own_inputs, kept)
-        return g[:size].reshape(x.shape), gradients
+    def pull(g: Tensor, gradients: Gradients | None) -> Tensor:
+        g = g.reshape(size, -1)
+        for number in reversed(range(len(layers))):
+            if number < len(hidden):
+                g = g * slopes[number][: len(g)]
+            g = layers[number].paced(g)
+            if gradients is not None:
+                gradients += [(layers[number].weight, g.mT @ inputs[number]), (layers[number].bias, g.sum(0))]
+            g = g @ layers[number].weight
+            if number == len(hidden) and gradients is not None and net.centered:
+                g = torch.cat((g, (g.sum(0) / -len(net.points)).expand(len(net.points), -1)))
+        return g[:size].reshape(x.shape)
 
-    return params, pull
-
-
-def _pull_linear(layer: Linear, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
-    """Return the gradient of the inputs ``(N, n)`` of a layer, and append those of its parameters to a list."""
-    g = layer.paced(g)
-    if gradients is not None:
-        gradients += [(layer.weight, g.mT @ x), (layer.bias, g.sum(0))]
-    return g @ layer.weight
+    return last(inputs[-1]).reshape(*x.shape[:-1], -1), pull
 
 
 class InSingle(Compose):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind
+from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind, require
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
@@ -57,15 +57,13 @@ class Coupling(TwoWay):
         check_kind("Coupling", Bijector, BIJECTOR, bijector=bijector)
         check_kind("Coupling", Conditioner, CONDITIONER, conditioner=conditioner)
         mask = as_flags("Coupling", "mask", mask)
-        if mask.all() or not mask.any():
-            raise ValueError(f"Coupling: mask must be a vector with both True and False, got {mask.tolist()}.")
+        mixed = not mask.all() and mask.any()
+        require(mixed, "Coupling", "mask", "be a vector with both True and False", mask.tolist())
         super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
         kept, taken = int(mask.sum()), conditioner.input_dim
+        require(taken == kept, "Coupling", "conditioner", f"take the {kept} features that condition", taken)
         check_params("Coupling", bijector, conditioner, len(mask) - kept)
-        if taken != kept:
-            raise ValueError(f"Coupling: conditioner must take the {kept} features that condition, got {taken}.")
-        self.bijector = bijector
-        self.conditioner = conditioner
+        self.bijector, self.conditioner = bijector, conditioner
         self.register_buffer("mask", mask)
         self._set_places()
         self.register_load_state_dict_post_hook(Coupling._set_places)

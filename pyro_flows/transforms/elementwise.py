@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from ..arguments import BIJECTOR, CONDITIONER, as_shape, check_integers, check_kind, check_numbers
+from ..arguments import BIJECTOR, CONDITIONER, as_shape, check_integers, check_kind, check_numbers, require
 from ..bijectors import Bijector
 from ..bijectors.spline import rational_quadratic
 from ..conditioners import Conditioner
@@ -59,8 +59,7 @@ class Conditional(VectorTransform):
 def check_outputs(owner: str, conditioner: Conditioner, wanted: tuple[int, int], words: str) -> None:
     """Raise ValueError unless a conditioner has the wanted ``(output_dim, num_params)``."""
     got = conditioner.output_dim, conditioner.num_params
-    if got != wanted:
-        raise ValueError(f"{owner}: conditioner must have (output_dim, num_params) = {wanted} for {words}, got {got}.")
+    require(got == wanted, owner, "conditioner", f"have (output_dim, num_params) = {wanted} for {words}", got)
 
 
 def check_params(owner: str, bijector: Bijector, conditioner: Conditioner, output_dim: int) -> None:
@@ -143,8 +142,7 @@ class Sigmoid(FlowTransform):
         super().__init__(as_shape("Sigmoid", "event_shape", event_shape))
         check_numbers("Sigmoid", low=low, high=high)
         check_numbers("Sigmoid", least=0, below=0.5, alpha=alpha)
-        if not low < high:
-            raise ValueError(f"Sigmoid: low must lie below high, both finite, got low={low} and high={high}.")
+        require(low < high, "Sigmoid", "low", f"lie below high = {high}", low)
         self.low, self.high, self.alpha = low, high, alpha
         self._stretch = (high - low) / (1 - 2 * alpha)
         ends = constraints.interval(low - alpha * self._stretch, high + alpha * self._stretch)

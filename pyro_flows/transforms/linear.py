@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular
 from torch.nn import functional as F
 
-from ..arguments import as_flags, as_order, check_flags, check_integers, check_numbers
+from ..arguments import as_flags, as_order, check_flags, check_integers, check_numbers, require
 from ..bijectors.base import bounded
 from ..conditioners import Conditioner
 from ..conditioners.base import Paced
@@ -295,8 +295,7 @@ class FixedAffine(VectorTransform):
         super().__init__(input_dim)
         check_flags("FixedAffine", dense=dense)
         check_integers("FixedAffine", 0, rank=rank)
-        if dense and rank:
-            raise ValueError(f"FixedAffine: rank must be 0 for a dense matrix, got {rank}. Pass dense=False.")
+        require(not (dense and rank), "FixedAffine", "rank", "be 0 for a dense matrix", rank)
         self.dense, self.rank = dense, rank
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.scale = nn.Parameter(torch.eye(input_dim) if dense else torch.ones(input_dim))
@@ -459,8 +458,7 @@ class Householder(Isometry):
     def __init__(self, input_dim: int, reflections: int = 8) -> None:
         super().__init__(input_dim)
         check_integers("Householder", reflections=reflections)
-        if reflections % 2:
-            raise ValueError(f"Householder: reflections must be positive and even, got {reflections}.")
+        require(reflections % 2 == 0, "Householder", "reflections", "be positive and even", reflections)
         self.reflections = reflections
         self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
 

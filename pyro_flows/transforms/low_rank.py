@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import check_integers, is_integer
+from ..arguments import check_integers, is_integer, require
 from ..bijectors.base import bounded
 from ..compiler_state import NEW_COMPILER
 from ..conditioners import Conditioner
@@ -371,8 +371,8 @@ def check_ridges(owner: str, input_dim: int, rank: int | None, reflections: int 
     """Return the rank and the number of reflections, or raise an error that names owner, argument and value."""
     check_integers(owner, input_dim=input_dim)
     rank = min(input_dim, 8) if rank is None else rank
-    if not is_integer(rank) or not 1 <= rank <= input_dim:
-        raise ValueError(f"{owner}: rank must be an integer between 1 and input_dim = {input_dim}, got {rank!r}.")
+    fits = is_integer(rank) and 1 <= rank <= input_dim
+    require(fits, owner, "rank", f"be an integer between 1 and input_dim = {input_dim}", rank)
     reflections = min(rank, input_dim - 1) if reflections is None else reflections
     check_integers(owner, 0, reflections=reflections)
     return rank, reflections

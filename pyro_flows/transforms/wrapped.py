@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind, quoted
+from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind, quoted, require
 from ..vjp import keeps
 from .base import FlowTransform, TwoWay, WithScore, chained
 
@@ -73,17 +73,15 @@ def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list
     if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
         raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
     transforms = list(transforms)
-    if not transforms:
-        raise ValueError(f"{owner}: transforms must not be empty.")
+    require(transforms, owner, "transforms", "not be empty", transforms)
     for number, transform in enumerate(transforms):
         check_kind(owner, FlowTransform, "a pyro_flows transform", **{f"transforms[{number}]": transform})
-        if transform.event_shape != transforms[0].event_shape:
-            fault = f"transforms[{number}] must act on events of shape {tuple(transforms[0].event_shape)}"
-            raise ValueError(f"{owner}: {fault}, as transforms[0] does, got {tuple(transform.event_shape)}.")
-    sizes = {transform.context_dim for transform in transforms} - {0}
-    if len(sizes) > 1:
-        raise ValueError(f"{owner}: transforms must share one context_dim, got {sorted(sizes)}.")
-    return transforms, sizes.pop() if sizes else 0
+        first, own = tuple(transforms[0].event_shape), tuple(transform.event_shape)
+        must = f"act on events of shape {first}, as transforms[0] does"
+        require(own == first, owner, f"transforms[{number}]", must, own)
+    sizes = sorted({transform.context_dim for transform in transforms} - {0})
+    require(len(sizes) <= 1, owner, "transforms", "share one context_dim", sizes)
+    return transforms, sizes[0] if sizes else 0
 
 
 T = TypeVar("T")
@@ -172,8 +170,7 @@ class Conditioned(Wrapped):
         check_kind("Conditioned", Tensor, "a tensor", context=context)
         super().__init__(inner, context_dim=0)
         wanted, got = (inner.context_dim,), tuple(context.shape)
-        if got != wanted:
-            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
+        require(got == wanted, "Conditioned", "context", f"have shape {wanted}", got)
         self.context = context if isinstance(context, nn.Parameter) else nn.Parameter(context.detach().clone())
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
@@ -242,9 +239,9 @@ class Squeezed(Wrapped):
 
     def __init__(self, inner: FlowTransform, factor: int = 2) -> None:
         check_integers("Squeezed", 2, factor=factor)
-        if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
-            fault = f"inner must act on images with a multiple of factor² = {factor**2} channels"
-            raise ValueError(f"Squeezed: {fault}, got events of shape {tuple(inner.event_shape)}.")
+        fits = len(inner.event_shape) == 3 and inner.event_shape[0] % factor**2 == 0
+        must = f"act on images with a multiple of factor² = {factor**2} channels"
+        require(fits, "Squeezed", "inner", must, tuple(inner.event_shape))
         channels, height, width = inner.event_shape
         super().__init__(inner, (channels // factor**2, height * factor, width * factor))
         self.factor = factor
@@ -283,9 +280,10 @@ class Patched(Wrapped):
     def __init__(self, inner: FlowTransform, image_shape: Sequence[int]) -> None:
         image_shape = channels, height, width = as_image("Patched", "image_shape", image_shape)
         side = math.isqrt(inner.event_shape[-1] // channels) or 1
-        if height % side or width % side or inner.event_shape != (height * width // side**2, channels * side**2):
-            fault = f"inner must act on patches, (H W / p², C p²), of images of shape {image_shape}"
-            raise ValueError(f"Patched: {fault}, got events of shape {tuple(inner.event_shape)}.")
+        whole = not height % side and not width % side
+        fits = whole and inner.event_shape == (height * width // side**2, channels * side**2)
+        must = f"act on patches, (H W / p², C p²), of images of shape {image_shape}"
+        require(fits, "Patched", "inner", must, tuple(inner.event_shape))
         super().__init__(inner, image_shape)
         self.image_shape, self.side = image_shape, side
 
@@ -334,9 +332,8 @@ class Reshaped(Wrapped):
 
     def __init__(self, inner: FlowTransform, shape: Sequence[int]) -> None:
         shape = as_shape("Reshaped", "shape", shape)
-        if math.prod(inner.event_shape) != math.prod(shape):
-            inside = tuple(inner.event_shape)
-            raise ValueError(f"Reshaped: shape must hold as many numbers as inner's {inside}, got {tuple(shape)}.")
+        must = f"hold as many numbers as inner's {tuple(inner.event_shape)}"
+        require(inner.event_shape.numel() == shape.numel(), "Reshaped", "shape", must, tuple(shape))
         super().__init__(inner, shape)
         self.shape = tuple(shape)
 
@@ -373,8 +370,7 @@ class PerPixel(Wrapped):
     """
 
     def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
-        if len(inner.event_shape) != 1:
-            raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
+        require(len(inner.event_shape) == 1, "PerPixel", "inner", "act on vectors", tuple(inner.event_shape))
         size = as_shape("PerPixel", "size", size, length=2, words="height and width")
         super().__init__(inner, (*inner.event_shape, *size))
         self.size = tuple(size)
@@ -424,8 +420,7 @@ class Split(Wrapped):
         check_integers("Split", optional=True, input_dim=input_dim)
         first, *size = inner.event_shape
         total = 2 * first if input_dim is None else input_dim
-        if total <= first:
-            raise ValueError(f"Split: input_dim must exceed the {first} that inner acts on, got {total}.")
+        require(total > first, "Split", "input_dim", f"exceed the {first} that inner acts on", total)
         super().__init__(inner, (total, *size))
         self.input_dim = total
         self.sizes = [first, total - first]
