@@ -53,7 +53,7 @@ from pyro_flows import flows
 from pyro_flows.flows import Flow
 from pyro_flows.objectives import FlowMatching, Likelihood
 from pyro_flows.training import Training
-from pyro_flows.transforms import Continuous
+from pyro_flows.transforms import Continuous, Solver
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ROWS, TEST, DRAWS = 20_000, 10_000, 10_000
@@ -110,7 +110,7 @@ def data_of(name: str) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def cnf(part: str, dim: int) -> Flow:
-    return flows.cnf(dim, hidden_dims=WIDTHS[part], **TOLERANCES)
+    return flows.cnf(dim, hidden_dims=WIDTHS[part], solver=Solver(**TOLERANCES))
 
 
 def of_zuko(part: str, dim: int) -> Flow:
@@ -173,7 +173,7 @@ def judged(flow: Flow, x: Tensor) -> Row:
     """Return test nats, and the cost of a density with the defaults of each library."""
     for part in flow.transforms:
         if isinstance(part, Continuous):
-            part.rtol = part.atol = flows.cnf(1).transforms[0].rtol
+            part.solver = Solver()
     counts = counted(flow)
     start = time.process_time()
     values = -flow.log_prob(x)
@@ -275,7 +275,7 @@ def step(flow: Flow, x: Tensor) -> None:
 
 def with_weights_of(theirs: Any, dim: int, exact: bool) -> Flow:
     """Return our flow with zuko's field, which maps data at time 0 to the base at time 1."""
-    ours = flows.ffjord(dim, hidden_dims=(64, 64), exact=exact, **TOLERANCES)
+    ours = flows.ffjord(dim, hidden_dims=(64, 64), exact=exact, solver=Solver(**TOLERANCES))
     field = ours.transforms[0].field
     first, second, last = (layer for layer in theirs.transform.ode if hasattr(layer, "weight"))
     with torch.no_grad():

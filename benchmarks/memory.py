@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_flows import flows
 from pyro_flows.flows import Flow
+from pyro_flows.transforms import Solver
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 FLOWS, DIMS, LAYERS, ROWS = contenders.FLOWS, [8, 64, 256], [2, 5, 10], [512, 4096, 32768]
@@ -209,7 +210,7 @@ def special(options: argparse.Namespace) -> Iterator[Case]:
             yield Case("pyro_flows", name, torch.Size(shape).numel(), number, "step", 64, line.at(64), False)
     for recipe in (flows.cnf, flows.ffjord):
         for adjoint in (False, True):
-            flow = recipe(8, hidden_dims=contenders.HIDDEN, solver="rk4", num_steps=20, adjoint=adjoint)
+            flow = recipe(8, hidden_dims=contenders.HIDDEN, solver=Solver("rk4", num_steps=20, adjoint=adjoint))
             name = f"{recipe.__name__}{', adjoint' if adjoint else ''}"
             line, _ = line_through(tasks_of(flow, True, (8,), options.device, "step"), (256, 512), options.device)
             yield Case("pyro_flows", name, 8, 1, "step", 4096, line.at(4096), False)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Cache(Protocol):
-    """Keys and values of the tokens so far."""
-
-    def append(self, new: Tensor) -> Tensor:
-        """Add the key and value ``(2, N, heads, 1, d)`` of a token; return all of them, ``(2, N, heads, t, d)``."""
+Append = Callable[[Tensor], Tensor]  # (2, N, heads, 1, d), of one token -> (2, N, heads, t, d), of all so far
 
 
 class AttentionLayer(nn.Module):
@@ -46,20 +41,20 @@ class AttentionLayer(nn.Module):
             nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, wide), nn.GELU(), nn.Linear(wide, hidden_dim)
         )
 
-    def forward(self, h: Tensor, bias: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, h: Tensor, bias: Tensor | None = None, append: Append | None = None) -> Tensor:
         """Map tokens.
 
         Args:
-            h: Tokens of shape ``(*batch, T, hidden_dim)``, or one more, ``(N, 1, hidden_dim)``, after those in a cache.
+            h: Tokens of shape ``(*batch, T, hidden_dim)``, or one more, ``(N, 1, hidden_dim)``, after those of a cache.
             bias: Numbers to add to the logits of attention, which broadcast to ``(*batch, heads, T, T)``.
-            cache: The keys and values of earlier tokens.
+            append: A function that adds the key and value of a token to a cache, and returns all of them.
 
         Returns:
             Tokens of the shape of ``h``.
         """
         heads = self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))
-        query, (key, value) = heads[0], heads[1:] if cache is None else cache.append(heads[1:])
-        causal = self.causal and cache is None
+        query, (key, value) = heads[0], heads[1:] if append is None else append(heads[1:])
+        causal = self.causal and append is None
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
         h = h + self.mixed(attended.transpose(-2, -3).flatten(-2))
         return h + self.feed(h)

@@ -77,6 +77,7 @@ from pyro_flows.transforms import (
     Reshaped,
     Residual,
     ScaledLinear,
+    Solver,
     Split,
     Squeezed,
     Sylvester,
@@ -253,7 +254,7 @@ def _residual(dim: int, context_dim: int) -> FlowTransform:
 def _continuous(dim: int, context_dim: int) -> FlowTransform:
     """Build a flow whose solver is as exact as its dtype, so that the laws do not depend on a tolerance."""
     field = MLPField(dim, context_dim, WIDTHS, activation=nn.Tanh)
-    return Continuous(field, exact=True, solver="dopri8", rtol=1e-11, atol=1e-11)
+    return Continuous(field, exact=True, solver=Solver("dopri8", rtol=1e-11, atol=1e-11))
 
 
 def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:

@@ -55,7 +55,7 @@ NUMBERS = {
     "ContaminatedNormalBase: scale": lambda v: distributions.ContaminatedNormalBase(3, scale=v),
     "Sigmoid: alpha": lambda v: transforms.Sigmoid((3,), alpha=v),
     "LULinear: max_log_scale": lambda v: transforms.LULinear(3, max_log_scale=v),
-    "Continuous: rtol": lambda v: flows.cnf(3, rtol=v),
+    "Solver: rtol": lambda v: transforms.Solver(rtol=v),
     "RenyiELBO: alpha": lambda v: objectives.RenyiELBO(v),
     "Likelihood: kinetic": lambda v: objectives.Likelihood(kinetic=v),
     "dequantize: step": lambda v: pf.dequantize(x3, step=v),

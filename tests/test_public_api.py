@@ -46,7 +46,7 @@ NAMES = {
     "SetEncoder Standardize TransformerEncoder",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
-    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester "
+    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Solver Split Squeezed Sylvester "
     "TriangularAffine View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",

@@ -140,20 +140,12 @@ class CircularSpline(Spline):
     def num_params(self) -> int:
         return 3 * self.bins + 1
 
-    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        angle, turns = self._wrap(x)
-        y, log_det = self._curve(angle, self._table(params), 0)
-        return y + turns + params[..., -1], log_det
-
-    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        angle, turns = self._wrap(y - params[..., -1])
-        x, log_det = self._curve(angle, self._table(params), 1)
-        return x + turns, log_det
-
-    def _wrap(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the representative in [-B, B], both ends included, and the full turns, which carry no gradient."""
-        angle = torch.remainder(x + self.bound, 2 * self.bound) - self.bound
-        return angle, (x - angle).detach()
+    def _apply(self, value: Tensor, params: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        before, after = (0.0, params[..., -1]) if axis == 0 else (params[..., -1], 0.0)
+        value = value - before
+        angle = torch.remainder(value + self.bound, 2 * self.bound) - self.bound  # in [-B, B], both ends included
+        image, log_det = self._curve(angle, self._table(params), axis)
+        return image + (value - angle).detach() + after, log_det  # full turns carry no gradient
 
     def _table(self, params: Tensor) -> Tensor:
         sizes, slopes, _ = params.movedim(-1, 0).split((2 * self.bins, self.bins, 1))

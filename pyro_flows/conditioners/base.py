@@ -142,12 +142,7 @@ def set_pace(parts: Iterable[Paced], pace: float | None) -> None:
             then move in proportion to the widths of the layers.
     """
     for part in parts:
-        part.set_unit(1.0 if pace is None else power_of_2(part.unit_at(pace)))
-
-
-def power_of_2(number: float) -> float:
-    """Return the power of 2 closest to a positive number."""
-    return 2.0 ** round(math.log2(number))
+        part.set_unit(1.0 if pace is None else 2.0 ** round(math.log2(part.unit_at(pace))))
 
 
 def zero_(layer: nn.Module) -> nn.Module:

@@ -45,13 +45,9 @@ class Jacobian(NamedTuple):
             v = v if slope is None else v * slope
         return v
 
-    def transposed(self) -> Jacobian:
-        """Return Jᵀ, which has the same form."""
-        return Jacobian([weight.mT for weight in reversed(self.weights)], self.slopes[::-1])
-
     def pull(self, v: Tensor) -> Tensor:
         """Map covectors, ``(*batch, D)``, to Jᵀ v."""
-        return self.transposed().push(v)
+        return Jacobian([weight.mT for weight in reversed(self.weights)], self.slopes[::-1]).push(v)
 
     def ring(self) -> Jacobian:
         """Return B A, where B ends at the narrowest layer: det(I + B A) and the traces of its powers are those of J."""

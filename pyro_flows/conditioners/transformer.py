@@ -178,7 +178,7 @@ class Tokens:
             h = h + self.net.embed(token)
         h = h.unsqueeze(1)  # (N, 1, hidden_dim)
         for layer, cache in zip(self.net.layers, self.caches, strict=True):
-            h = layer(h, cache=cache)
+            h = layer(h, append=cache.append)
         self.rank += 1
         return self.net.read(h).squeeze(1)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..arguments import Activation, Widths, suggests_keywords
 from ..conditioners import MLPField
 from ..transforms import Continuous
-from ..transforms.continuous import Solution
+from ..transforms.continuous import DEFAULT, Solution, Solver
 from .arguments import checked_sizes
 from .distribution import FlowDistribution
 from .flow import Flow
@@ -58,11 +57,7 @@ def cnf(
     num_transforms: int = 1,
     hidden_dims: Widths = (64, 64),
     activation: Activation = nn.SiLU,
-    solver: str = "dopri5",
-    rtol: float = 1e-6,
-    atol: float = 1e-6,
-    num_steps: int = 20,
-    adjoint: bool = False,
+    solver: Solver = DEFAULT,
 ) -> Flow:
     """Continuous normalizing flow (Chen et al. 2018, arXiv:1806.07366), with exact divergences.
 
@@ -80,19 +75,14 @@ def cnf(
         num_transforms: The number of fields, one after the other.
         hidden_dims: The widths of the hidden layers of each field.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
-        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
-            ``"heun3"``, ``"midpoint"`` or ``"euler"``.
-        rtol: The relative tolerance of a step of an adaptive solver.
-        atol: The absolute tolerance of such a step.
-        num_steps: The number of steps of a solver of fixed steps.
-        adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
+        solver: The method and its settings, such as ``Solver("rk4", num_steps=10)`` of ``pyro_flows.transforms``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.
-        FloatingPointError: In use, if the field is too stiff for ``max_num_steps``, or not finite on the path.
+        FloatingPointError: In use, if the field is too stiff for the solver, or not finite on the path.
 
     Example::
 
@@ -103,9 +93,7 @@ def cnf(
     """
     checked_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
     field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
-    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps}
-    layers = (Continuous(field(), exact=True, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
-    return Flow(layers)
+    return Flow(Continuous(field(), solver, exact=True) for _ in range(num_transforms))
 
 
 @suggests_keywords
@@ -118,11 +106,7 @@ def ffjord(
     activation: Activation = nn.SiLU,
     exact: bool = False,
     num_probes: int = 1,
-    solver: str = "dopri5",
-    rtol: float = 1e-6,
-    atol: float = 1e-6,
-    num_steps: int = 20,
-    adjoint: bool = False,
+    solver: Solver = DEFAULT,
 ) -> Flow:
     """Free-form continuous flow (Grathwohl et al. 2018, arXiv:1810.01367): divergences estimated without bias.
 
@@ -140,12 +124,7 @@ def ffjord(
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         exact: True for exact divergences; in a trained flow, set ``exact`` of its transforms.
         num_probes: The number of random vectors ε of an estimate.
-        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
-            ``"heun3"``, ``"midpoint"`` or ``"euler"``.
-        rtol: The relative tolerance of a step of an adaptive solver.
-        atol: The absolute tolerance of such a step.
-        num_steps: The number of steps of a solver of fixed steps.
-        adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
+        solver: The method and its settings, such as ``Solver("rk4", num_steps=10)`` of ``pyro_flows.transforms``.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -163,7 +142,4 @@ def ffjord(
     """
     checked_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
     field = partial(MLPField, input_dim, context_dim, hidden_dims, activation=activation)
-    trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes}
-    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps}
-    layers = (Continuous(field(), **trace, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
-    return Flow(layers)
+    return Flow(Continuous(field(), solver, exact=exact, num_probes=num_probes) for _ in range(num_transforms))

@@ -21,6 +21,7 @@ from ..flows.mixture import FlowMixture
 from ..guides.base import SavedSite
 from ..guides.guide_flow import GuideFlow
 from ..guides.packing import Circle
+from ..transforms import Solver
 
 DISTRIBUTIONS = {  # those that ``FixedBase`` may hold, with their arguments
     "Cauchy": ("loc", "scale"),
@@ -86,7 +87,7 @@ def _classes() -> Iterator[tuple[str, type]]:
         for name, found in vars(package).items():
             if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield f"{package.__name__.rpartition('.')[2]}.{name}", found
-    for inner in (FlowMixture, Columns, GuideFlow, SavedSite, Circle):
+    for inner in (FlowMixture, Columns, GuideFlow, SavedSite, Circle, Solver):
         yield f"{inner.__module__.split('.')[1]}.{inner.__name__}", inner
     for name in constraints.__all__:
         found = getattr(constraints, name)

@@ -7,6 +7,7 @@ from .base import View as View
 from .block_autoregressive import BlockAutoregressive as BlockAutoregressive
 from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
+from .continuous import Solver as Solver
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
 from .elementwise import QuantileMap as QuantileMap

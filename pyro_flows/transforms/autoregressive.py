@@ -25,18 +25,7 @@ from ..compiler_state import is_traced
 from ..conditioners import MADE, CausalTransformer, Tokens, stream, stream_vjp
 from ..vjp import vjp
 from .base import FlowTransform
-from .elementwise import check_params
-
-
-def invert(
-    bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None, fixed_point: bool
-) -> tuple[Tensor, Tensor]:
-    """Invert by a sweep or by iterations, ``(N, D), (N, C) -> (N, D), (N,)``."""
-    names, weights = zip(*net.named_parameters(), strict=True)
-    with torch.autocast(y.device.type, enabled=False):  # round-off would add up from feature to feature
-        y = y.to(weights[0].dtype)
-        context = None if context is None else context.to(y.dtype)
-        return _Inversion.apply(_Layer(bijector, net, fixed_point), names, y, context, *weights)
+from .elementwise import check_conditioner
 
 
 def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,9 +93,7 @@ class _Layer(nn.Module):
 
     def __init__(self, bijector: Bijector, net: MADE, fixed_point: bool) -> None:
         super().__init__()
-        self.bijector = bijector
-        self.net = net
-        self.fixed_point = fixed_point
+        self.bijector, self.net, self.fixed_point = bijector, net, fixed_point
 
     def sweep(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Invert rank by rank, with features as rows, whose slices are contiguous."""
@@ -243,10 +230,8 @@ class Autoregressive(FlowTransform):
         check_kind("Autoregressive", known, "a MADE or a CausalTransformer", conditioner=conditioner)
         check_kind("Autoregressive", Bijector, BIJECTOR, bijector=bijector)
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
-        check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
-        self.bijector = bijector
-        self.conditioner = conditioner
-        self.fixed_point = fixed_point
+        check_conditioner("Autoregressive", conditioner, (conditioner.input_dim, bijector.num_params))
+        self.bijector, self.conditioner, self.fixed_point = bijector, conditioner, fixed_point
         check_flags("Autoregressive", fixed_point=fixed_point)
         if fixed_point and isinstance(conditioner, CausalTransformer):
             raise ValueError("Autoregressive: fixed_point=True is for a MADE, got a CausalTransformer. Use False.")
@@ -262,7 +247,11 @@ class Autoregressive(FlowTransform):
         elif is_traced():
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
-            x, log_det = invert(self.bijector, self.conditioner, y, context, self.fixed_point)
+            names, weights = zip(*self.conditioner.named_parameters(), strict=True)
+            layer = _Layer(self.bijector, self.conditioner, self.fixed_point)
+            with torch.autocast(y.device.type, enabled=False):  # round-off would add up from feature to feature
+                context = None if context is None else context.to(weights[0].dtype)
+                x, log_det = _Inversion.apply(layer, names, y.to(weights[0].dtype), context, *weights)
         return x.reshape(batch + self.event_shape), log_det.reshape(batch)
 
     def compiles(self, inverse: bool) -> bool:

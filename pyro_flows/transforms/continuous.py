@@ -13,7 +13,8 @@ integral whose error need not be judged: "Hey, that's not an ODE" (Kidger, Chen,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +29,176 @@ FIXED = "rk4", "heun3", "midpoint", "euler"
 MAX_EXACT_DIM = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
 FIRST_STEP = 0.1  # of an adaptive method, as a share of the way
 MIN_STEP = 1e-7  # about the least that float32 resolves
-ENDS = "(the data are at 1, the base at 0)"
-PENALTY = "objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
-SMALLER = f"Train with a smaller lr, or with a penalty, {PENALTY}"
+PENALTY = "a penalty that keeps the field smooth, objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
 Rates = Callable[[Tensor, Tensor], Tensor]  # (t, state) -> the derivative of the state
-REGULARISE = f"train with a penalty that keeps the field smooth, {PENALTY}"
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a :class:`Continuous` transform is solved: a Runge-Kutta method of torchdiffeq, and its settings.
+
+    Args:
+        method: An adaptive method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or one of fixed
+            steps: ``"rk4"``, ``"heun3"``, ``"midpoint"`` or ``"euler"``.
+        rtol: The relative tolerance of each step of an adaptive method, raised to at least ten times the dtype's
+            precision, in float32 1.2e-6.
+        atol: The absolute tolerance, likewise.
+        num_steps: The number of fixed steps.
+        adjoint: True if gradients come from solving the adjoint equation backwards, in memory that does not depend on
+            the number of steps.  They are as exact as the tolerances are in the mean over the batch, and reach the
+            values, the context and the field's own parameters.  By default they are those of the very steps that were
+            taken, which is faster, and has second derivatives.
+        max_num_steps: The greatest number of steps of an adaptive method, including those that it rejects.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> from pyro_flows import flows
+        >>> flows.cnf(2, solver=Solver("rk4", num_steps=10)).transforms[0].solver.num_steps
+        10
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-6
+    atol: float = 1e-6
+    num_steps: int = 20
+    adjoint: bool = False
+    max_num_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_choice("Solver", ADAPTIVE + FIXED, method=self.method)
+        check_numbers("Solver", above=0, rtol=self.rtol, atol=self.atol)
+        check_integers("Solver", num_steps=self.num_steps, max_num_steps=self.max_num_steps)
+        check_flags("Solver", adjoint=self.adjoint)
+
+    def integrate(
+        self, rates: Rates, start: Tensor, inverse: bool, judged: int, needs: Sequence[Tensor]
+    ) -> tuple[Tensor, int]:
+        """Solve an equation from time 0 to 1.
+
+        Args:
+            rates: The right-hand side; of the state, ``(*batch, n)``.
+            start: The initial state.
+            inverse: True to go from time 1 to 0.
+            judged: How many numbers of each row, the first ones, are held to the tolerances.
+            needs: The tensors that the adjoint method differentiates.
+
+        Returns:
+            The state at the end, and the number of evaluations.
+        """
+        from torchdiffeq import odeint, odeint_adjoint  # a late import, since it loads all of SciPy's integrators
+
+        if torch._C._get_tracing_state() and (self.method in ADAPTIVE or self.adjoint):
+            why = "since a trace repeats the steps of the data that it has seen"
+            raise ValueError(f'Continuous: torch.jit.trace needs fixed steps and no adjoint, {why}. Use Solver("rk4").')
+        begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
+        watched = _Watched(self, rates, goal)
+        times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)
+        least = 10 * torch.finfo(start.dtype).eps
+        settings: dict[str, Any] = {"method": self.method, "rtol": max(self.rtol, least), "atol": max(self.atol, least)}
+        settings["options"] = self._options(goal, judged)
+        if self.adjoint:
+            # torchdiffeq goes back through negative times if it has gone forth through falling ones.
+            back = self._options(-begin if inverse else begin, judged)
+            settings["adjoint_options"] = {**back, "norm": _norm_of_gradients} if "norm" in back else back
+            settings["adjoint_params"] = [tensor for tensor in needs if tensor.requires_grad]
+        end = (odeint_adjoint if self.adjoint else odeint)(watched, start, times, **settings)[1]
+        watched.check_finite(goal, end)
+        if self.adjoint and end.requires_grad:
+            end.register_hook(_check_gradient)
+        return end, watched.evaluations
+
+    def _options(self, goal: float, judged: int) -> dict[str, Any]:
+        """Return torchdiffeq's options of the method, for a solve up to the time ``goal``."""
+        if self.method in FIXED:
+            return {"grid_constructor": lambda _, state, t: torch.linspace(t[0], t[-1], self.num_steps + 1).to(t)}
+
+        def norm(errors: Tensor) -> Tensor:
+            rows = errors[..., :judged].square().mean(-1)
+            return rows.amax().sqrt() if rows.numel() else rows.new_zeros(())
+
+        # Without the goal, the last step would lead beyond it.
+        return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
+
+
+DEFAULT = Solver()
+
+
+class _Watched:
+    """The right-hand side that torchdiffeq calls; it counts the evaluations and checks every step.
+
+    Args:
+        solver: The solver.
+        rates: The right-hand side.
+        goal: The time at the end, where the adjoint equation begins.
+    """
+
+    def __init__(self, solver: Solver, rates: Rates, goal: float) -> None:
+        self.solver, self.rates, self.goal = solver, rates, goal
+        self.evaluations = self.steps = 0
+
+    def __call__(self, t: Tensor, state: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self.rates(t, state)
+
+    def callback_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
+        """Check a step; torchdiffeq calls this before each one, with the time, the state, and the step's length."""
+        self.check_finite(float(t), state)
+        self._check_step(float(t), float(dt), state.dtype)
+
+    def callback_step_adjoint(self, t: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
+        """Check a step of the adjoint equation, which may be solved more than once."""
+        if float(t) == self.goal and float(dt) == FIRST_STEP:
+            self.steps = 0
+        self.check_finite(float(t), *state, what="gradients of the adjoint equation are")
+        self._check_step(float(t), float(dt), state[1].dtype)
+
+    def check_finite(self, t: float, *numbers: Tensor, what: str = "the field is") -> None:
+        if not all(part.isfinite().all() for part in numbers):
+            raise FloatingPointError(f"Continuous: {what} not finite {_time(t)}. Use a smaller lr, or {PENALTY}.")
+
+    def _check_step(self, t: float, dt: float, dtype: torch.dtype) -> None:
+        self.steps += 1
+        solver, most = self.solver, self.solver.max_num_steps
+        if solver.method in FIXED or (dt >= MIN_STEP and self.steps <= most):
+            return
+        if dt == 0:
+            self.check_finite(t, torch.tensor(math.nan))  # of which torchdiffeq makes such a step
+        what, way = f"has taken max_num_steps={most} steps, so the field is stiff", "raise max_num_steps"
+        if dt < MIN_STEP:
+            what, way = f"fell to steps of {dt:.1e}, which {dtype} does not resolve", "use float64"
+        loosen = f"Loosen rtol={solver.rtol:g} and atol={solver.atol:g}"
+        raise FloatingPointError(f"Continuous: {solver.method} {what} {_time(t)}. {loosen}, {way}, or add {PENALTY}.")
+
+
+def _time(t: float) -> str:
+    return f"near time {abs(t):.6g} (the data are at 1, the base at 0)"
+
+
+def _signs(like: Tensor, number: int) -> Tensor:
+    """Draw vectors of random signs, ``(number, *batch, D)``; they have the least variance (Hutchinson 1990)."""
+    return torch.randint(0, 2, (number, *like.shape), dtype=like.dtype, device=like.device) * 2 - 1
+
+
+def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
+    """Return the norm of errors in time, state, its gradient, and the gradients of the other tensors.
+
+    It is the worst row's error in the state, or the mean over all rows of the error in the gradient, whichever is
+    larger.  The latter is a mean since the gradients of rows add up.
+    """
+    _, state, gradient, *_ = errors
+    rows = state.square().mean(-1)
+    return torch.maximum(rows.amax(), gradient.square().mean()).sqrt() if rows.numel() else rows.new_zeros(())
+
+
+def _check_gradient(gradient: Tensor | None) -> None:
+    """Check the gradient that reaches an adjoint equation before it is solved."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("Continuous: with adjoint=True there are no second derivatives; use adjoint=False.")
+    if gradient is not None and not gradient.isfinite().all():
+        raise FloatingPointError("Continuous: the gradient of the loss is not finite where it reaches the solve.")
 
 
 class Solution(NamedTuple):
@@ -54,7 +220,7 @@ class Solution(NamedTuple):
         >>> class Growth(VectorField):
         ...     def forward(self, t, x, context=None):
         ...         return x  # by e in each of two directions
-        >>> found = Continuous(Growth(2), solver="rk4", num_steps=10).solve(torch.ones(2))
+        >>> found = Continuous(Growth(2), Solver("rk4", num_steps=10)).solve(torch.ones(2))
         >>> round(found.value[0].item(), 4), round(found.log_det.item(), 4), found.evaluations
         (2.7183, 2.0, 40)
     """
@@ -87,24 +253,14 @@ class Continuous(TwoWay):
 
     Args:
         field: The vector field, such as an ``MLPField``.
+        solver: The method and its settings.
         exact: True for an exact divergence, False for an estimate that torch's generators draw anew in each solve.  By
             default it is exact for an ``MLPField`` of at most two hidden layers, where that costs little, and for other
             fields up to 16 features.
         num_probes: How many vectors ε an estimate takes; with several, :meth:`solve` returns its standard error.
-        solver: An adaptive Runge-Kutta method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or one
-            of fixed steps: ``"rk4"``, ``"heun3"``, ``"midpoint"`` or ``"euler"``.
-        rtol: The relative tolerance of each step of an adaptive method, raised to at least ten times the dtype's
-            precision, in float32 1.2e-6.
-        atol: The absolute tolerance, likewise.
-        num_steps: The number of fixed steps.
-        adjoint: True if gradients come from solving the adjoint equation backwards, in memory that does not depend on
-            the number of steps.  They are as exact as the tolerances are in the mean over the batch, and reach the
-            values, the context and the field's own parameters.  By default they are those of the very steps that were
-            taken, which is faster, and has second derivatives.
-        max_num_steps: The greatest number of steps of an adaptive method, including those that it rejects.
 
     Raises:
-        TypeError: If ``field`` is not a ``VectorField``.
+        TypeError: If ``field`` is not a ``VectorField``, or ``solver`` not a ``Solver``.
         ValueError: If an argument is out of its range.
         FloatingPointError: In use, if the field is not finite somewhere on the way, or too stiff for ``max_num_steps``
             or for the dtype; the error names the time and what to change.
@@ -122,29 +278,14 @@ class Continuous(TwoWay):
     """
 
     def __init__(
-        self,
-        field: VectorField,
-        *,
-        exact: bool | None = None,
-        num_probes: int = 1,
-        solver: str = "dopri5",
-        rtol: float = 1e-6,
-        atol: float = 1e-6,
-        num_steps: int = 20,
-        adjoint: bool = False,
-        max_num_steps: int = 1000,
+        self, field: VectorField, solver: Solver = DEFAULT, *, exact: bool | None = None, num_probes: int = 1
     ) -> None:
         check_kind("Continuous", VectorField, "a VectorField such as conditioners.MLPField(input_dim)", field=field)
-        super().__init__((field.input_dim,), field.context_dim)
-        self.field, self.exact = field, exact
-        self.num_probes = num_probes
-        self.solver, self.rtol, self.atol = solver, rtol, atol
-        self.num_steps, self.adjoint, self.max_num_steps = num_steps, adjoint, max_num_steps
-        check_integers("Continuous", num_probes=num_probes, num_steps=num_steps, max_num_steps=max_num_steps)
-        check_numbers("Continuous", above=0, rtol=rtol, atol=atol)
+        check_kind("Continuous", Solver, 'a Solver such as transforms.Solver("rk4")', solver=solver)
+        check_integers("Continuous", num_probes=num_probes)
         check_flags("Continuous", optional=True, exact=exact)
-        check_flags("Continuous", adjoint=adjoint)
-        check_choice("Continuous", ADAPTIVE + FIXED, solver=solver)
+        super().__init__((field.input_dim,), field.context_dim)
+        self.field, self.solver, self.exact, self.num_probes = field, solver, exact, num_probes
 
     @property
     def is_exact(self) -> bool:
@@ -191,7 +332,7 @@ class Continuous(TwoWay):
 
         def augmented(t: Tensor, state: Tensor) -> Tensor:
             # The adjoint method differentiates each evaluation by itself, down to the parameters.
-            v, jacobian = (self.field.at(context) if self.adjoint else rates)(t, state[..., :dim])
+            v, jacobian = (self.field.at(context) if self.solver.adjoint else rates)(t, state[..., :dim])
             if probes is None:
                 return torch.cat((v, jacobian.trace().unsqueeze(-1)), -1)
             pulled = jacobian.pull(probes)  # (K, *batch, D)
@@ -201,7 +342,8 @@ class Continuous(TwoWay):
             return torch.cat((v, traces, v.square().sum(-1, True), pulled.square().sum(-1).mean(0).unsqueeze(-1)), -1)
 
         start = torch.cat((value, value.new_zeros(*batch, columns + 2 * costs)), -1)
-        end, evaluations = self._integrate(augmented, start, inverse, dim + columns, context)
+        needs = [*self.field.parameters()] if context is None else [*self.field.parameters(), context]
+        end, evaluations = self.solver.integrate(augmented, start, inverse, dim + columns, needs)
         x, log_dets, more = end.masked_fill(broken, math.nan).split((dim, columns, 2 * costs), -1)
         zeros = torch.zeros_like(x[..., 0])
         kinetic, jacobian = more.abs().unbind(-1) if costs else (zeros, zeros)
@@ -212,135 +354,4 @@ class Continuous(TwoWay):
         return Solution(x, log_dets.mean(-1), error, kinetic, jacobian, evaluations)
 
     def extra_repr(self) -> str:
-        steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
-        divergence = "exact" if self.is_exact else f"{self.num_probes} probes"
-        return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
-
-    def _integrate(
-        self, rates: Rates, start: Tensor, inverse: bool, judged: int, context: Tensor | None
-    ) -> tuple[Tensor, int]:
-        """Solve the augmented equation with torchdiffeq.
-
-        Args:
-            rates: The right-hand side; of the state, ``(*batch, n)``.
-            start: The initial state.
-            inverse: True to go from time 1 to 0.
-            judged: How many numbers of each row, the first ones, are held to the tolerances.
-            context: The context, which the adjoint method differentiates.
-
-        Returns:
-            The state at the end, and the number of evaluations.
-        """
-        from torchdiffeq import odeint, odeint_adjoint  # a late import, since it loads all of SciPy's integrators
-
-        if torch._C._get_tracing_state() and (self.solver in ADAPTIVE or self.adjoint):
-            why = "since a trace repeats the steps of the data that it has seen"
-            way = 'Set solver="rk4" and adjoint=False'
-            raise ValueError(f"Continuous: torch.jit.trace needs fixed steps and no adjoint, {why}. {way}.")
-        begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
-        watched = Watched(self, rates, goal)
-        times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)
-        least = 10 * torch.finfo(start.dtype).eps
-        settings: dict[str, Any] = {"method": self.solver, "rtol": max(self.rtol, least), "atol": max(self.atol, least)}
-        settings["options"] = self._options(goal, judged)
-        if self.adjoint:
-            # torchdiffeq goes back through negative times if it has gone forth through falling ones.
-            back = self._options(-begin if inverse else begin, judged)
-            settings["adjoint_options"] = {**back, "norm": _norm_of_gradients} if "norm" in back else back
-            needs = (*self.field.parameters(), *(() if context is None else (context,)))
-            settings["adjoint_params"] = [tensor for tensor in needs if tensor.requires_grad]
-        end = (odeint_adjoint if self.adjoint else odeint)(watched, start, times, **settings)[1]
-        watched.check_state(goal, end)
-        if self.adjoint and end.requires_grad:
-            end.register_hook(_check_gradient)
-        return end, watched.evaluations
-
-    def _options(self, goal: float, judged: int) -> dict[str, Any]:
-        """Return torchdiffeq's options of the method, for a solve up to the time ``goal``."""
-        if self.solver in FIXED:
-            return {"grid_constructor": lambda _, state, t: torch.linspace(t[0], t[-1], self.num_steps + 1).to(t)}
-
-        def norm(errors: Tensor) -> Tensor:
-            rows = errors[..., :judged].square().mean(-1)
-            return rows.amax().sqrt() if rows.numel() else rows.new_zeros(())
-
-        # Without the goal, the last step would lead beyond it.
-        return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
-
-
-class Watched:
-    """The right-hand side that torchdiffeq calls; it counts the evaluations and checks every step.
-
-    Args:
-        layer: The transform.
-        rates: The right-hand side.
-        goal: The time at the end, where the adjoint equation begins.
-    """
-
-    def __init__(self, layer: Continuous, rates: Rates, goal: float) -> None:
-        self.layer, self.rates, self.goal = layer, rates, goal
-        self.evaluations = self.steps = self.steps_back = 0
-
-    def __call__(self, t: Tensor, state: Tensor) -> Tensor:
-        self.evaluations += 1
-        return self.rates(t, state)
-
-    def callback_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
-        """Check a step; torchdiffeq calls this before each one, with the time, the state, and the step's length."""
-        self.steps += 1
-        self.check_state(float(t), state)
-        self._check_step(self.steps, t, state, float(dt))
-
-    def callback_step_adjoint(self, t: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
-        """Check a step of the adjoint equation, which may be solved more than once."""
-        first = float(t) == self.goal and float(dt) == FIRST_STEP
-        self.steps_back = 1 if first else self.steps_back + 1
-        if not all(part.isfinite().all() for part in state):
-            time = f"near time {abs(float(t)):.6g} {ENDS}"
-            raise FloatingPointError(f"Continuous: gradients of the adjoint equation are not finite {time}. {SMALLER}.")
-        self._check_step(self.steps_back, t, state[1], float(dt))
-
-    def check_state(self, t: float, state: Tensor) -> None:
-        if not state.isfinite().all():
-            raise FloatingPointError(f"Continuous: the field is not finite near time {t:.6g} {ENDS}. {SMALLER}.")
-
-    def _check_step(self, number: int, t: Tensor, state: Tensor, dt: float) -> None:
-        layer, method = self.layer, self.layer.solver
-        if method in FIXED or (dt >= MIN_STEP and number <= layer.max_num_steps):
-            return
-        time, tolerances = f"time {abs(float(t)):.6g} {ENDS}", f"rtol={layer.rtol:g} and atol={layer.atol:g}"
-        if dt == 0:  # torchdiffeq's step after an error that is NaN
-            self.check_state(abs(float(t)), self.rates(t.to(state).abs(), state))
-            why = f"from {time}, a step of {method} reached points where the field is not finite. {SMALLER}"
-        elif dt < MIN_STEP:
-            finer = "" if state.dtype == torch.float64 else "go to float64, "
-            why = f"the step of {method} fell to {dt:.1e} at {time}, which {state.dtype} does not resolve. "
-            why += f"Loosen {tolerances}, {finer}or {REGULARISE}"
-        else:
-            why = f"{method} has taken max_num_steps={layer.max_num_steps} steps and is at {time}: the field is stiff. "
-            why += f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}"
-        raise FloatingPointError(f"Continuous: {why}.")
-
-
-def _signs(like: Tensor, number: int) -> Tensor:
-    """Draw vectors of random signs, ``(number, *batch, D)``; they have the least variance (Hutchinson 1990)."""
-    return torch.randint(0, 2, (number, *like.shape), dtype=like.dtype, device=like.device) * 2 - 1
-
-
-def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
-    """Return the norm of errors in time, state, its gradient, and the gradients of the other tensors.
-
-    It is the worst row's error in the state, or the mean over all rows of the error in the gradient, whichever is
-    larger.  The latter is a mean since the gradients of rows add up.
-    """
-    _, state, gradient, *_ = errors
-    rows = state.square().mean(-1)
-    return torch.maximum(rows.amax(), gradient.square().mean()).sqrt() if rows.numel() else rows.new_zeros(())
-
-
-def _check_gradient(gradient: Tensor | None) -> None:
-    """Check the gradient that reaches an adjoint equation before it is solved."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("Continuous: with adjoint=True there are no second derivatives; use adjoint=False.")
-    if gradient is not None and not gradient.isfinite().all():
-        raise FloatingPointError("Continuous: the gradient of the loss is not finite where it reaches the solve.")
+        return f"{self.solver}, divergence: {'exact' if self.is_exact else f'{self.num_probes} probes'}"

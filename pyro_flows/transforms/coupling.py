@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind, require
+from ..arguments import BIJECTOR, as_flags, check_kind, require
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
 from .base import TwoWay, WithScore
-from .elementwise import check_params
+from .elementwise import check_conditioner
 
 
 class Coupling(TwoWay):
@@ -55,14 +55,13 @@ class Coupling(TwoWay):
 
     def __init__(self, bijector: Bijector, conditioner: Conditioner, mask: Sequence[bool] | Tensor) -> None:
         check_kind("Coupling", Bijector, BIJECTOR, bijector=bijector)
-        check_kind("Coupling", Conditioner, CONDITIONER, conditioner=conditioner)
         mask = as_flags("Coupling", "mask", mask)
-        mixed = not mask.all() and mask.any()
-        require(mixed, "Coupling", "mask", "be a vector with both True and False", mask.tolist())
+        kept = int(mask.sum())
+        require(0 < kept < len(mask), "Coupling", "mask", "be a vector with both True and False", mask.tolist())
+        check_conditioner("Coupling", conditioner, (len(mask) - kept, bijector.num_params))
+        must = f"take the {kept} features that condition"
+        require(conditioner.input_dim == kept, "Coupling", "conditioner", must, conditioner.input_dim)
         super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
-        kept, taken = int(mask.sum()), conditioner.input_dim
-        require(taken == kept, "Coupling", "conditioner", f"take the {kept} features that condition", taken)
-        check_params("Coupling", bijector, conditioner, len(mask) - kept)
         self.bijector, self.conditioner = bijector, conditioner
         self.register_buffer("mask", mask)
         self._set_places()

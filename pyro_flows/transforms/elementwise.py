@@ -36,15 +36,14 @@ class Conditional(VectorTransform):
 
     params: nn.Parameter
 
-    def __init__(self, input_dim: int, conditioner: Conditioner | None, outputs: tuple[int, int]) -> None:
-        owner = type(self).__name__
+    def __init__(
+        self, input_dim: int, conditioner: Conditioner | None, outputs: tuple[int, int], start: Tensor | None = None
+    ) -> None:
         if conditioner is not None:
-            check_kind(owner, Conditioner, CONDITIONER, conditioner=conditioner)
+            check_conditioner(type(self).__name__, conditioner, outputs)
         super().__init__(input_dim, 0 if conditioner is None else conditioner.input_dim)
         self.conditioner = conditioner
-        self.register_parameter("params", None)
-        if conditioner is not None:
-            check_outputs(owner, conditioner, outputs, f"{input_dim} features")
+        self.register_parameter("params", None if start is None else nn.Parameter(start))
 
     def _params(self, context: Tensor | None) -> Tensor:
         """Return the parameters at a context: the table, ``(*batch, *outputs)``, or ``(*batch, num_params)``."""
@@ -56,16 +55,11 @@ class Conditional(VectorTransform):
         return found if self.params is None else self.params + found.squeeze(-2)
 
 
-def check_outputs(owner: str, conditioner: Conditioner, wanted: tuple[int, int], words: str) -> None:
-    """Raise ValueError unless a conditioner has the wanted ``(output_dim, num_params)``."""
+def check_conditioner(owner: str, conditioner: Conditioner, wanted: tuple[int, int]) -> None:
+    """Raise TypeError unless a network is a conditioner, and ValueError unless it has ``(output_dim, num_params)``."""
+    check_kind(owner, Conditioner, CONDITIONER, conditioner=conditioner)
     got = conditioner.output_dim, conditioner.num_params
-    require(got == wanted, owner, "conditioner", f"have (output_dim, num_params) = {wanted} for {words}", got)
-
-
-def check_params(owner: str, bijector: Bijector, conditioner: Conditioner, output_dim: int) -> None:
-    """Raise ValueError unless a conditioner yields the parameters of a bijector for each feature to map."""
-    words = f"{output_dim} features mapped by {type(bijector).__name__}"
-    check_outputs(owner, conditioner, (output_dim, bijector.num_params), words)
+    require(got == wanted, owner, "conditioner", f"have (output_dim, num_params) = {wanted}", got)
 
 
 class Elementwise(Paced, TwoWay, Conditional):

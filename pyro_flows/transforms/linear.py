@@ -255,7 +255,7 @@ def stretched(rows: Tensor, directions: Tensor, by: Tensor) -> Tensor:
     return rows + (rows @ directions * (by - 1)) @ directions.T
 
 
-class FixedAffine(VectorTransform):
+class FixedAffine(TwoWay, VectorTransform):
     """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
 
     The matrix is triangular or diagonal.  With a rank R it is diagonal times a stretch of R orthonormal directions::
@@ -324,34 +324,31 @@ class FixedAffine(VectorTransform):
             self.directions[:, : len(stretch)] = directions
             self.stretch[: len(stretch)] = stretch
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = self._log_det(x)
+    def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        matrix, loc = self._matrix(), self.loc.detach()
+        log_det = (matrix.diagonal() if self.dense else matrix).abs().log().sum()
         if self.rank:
-            x = self._stretched(x, self.stretch.detach())
-        matrix = self._matrix()
-        return self.loc.detach() + (x @ matrix.T if self.dense else x * matrix), log_det
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        away = self._divided(y - self.loc.detach(), transposed=True)
-        return (self._stretched(away, 1 / self.stretch.detach()) if self.rank else away), -self._log_det(y)
+            log_det = log_det + self.stretch.detach().log().sum()
+        log_det = log_det.expand(value.shape[:-1])
+        if inverse:
+            return self._stretched(self._divided(value - loc, transposed=True), inverse), -log_det
+        x = self._stretched(value, inverse)
+        return loc + (x @ matrix.T if self.dense else x * matrix), log_det
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> WithScore:
-        if self.rank:  # the stretch is symmetric
-            score = self._stretched(score, 1 / self.stretch.detach())
-        return *self.forward_and_log_det(x), self._divided(score, transposed=False)
+        # The stretch is symmetric.
+        return *self.forward_and_log_det(x), self._divided(self._stretched(score, inverse=True), transposed=False)
 
     def _matrix(self) -> Tensor:
         return self.scale.detach().tril() if self.dense else self.scale.detach()
 
-    def _log_det(self, x: Tensor) -> Tensor:
-        log_det = (self.scale.diagonal() if self.dense else self.scale).detach().abs().log().sum()
-        return (log_det + self.stretch.detach().log().sum() if self.rank else log_det).expand(x.shape[:-1])
-
-    def _stretched(self, rows: Tensor, by: Tensor) -> Tensor:
-        return stretched(rows, self.directions.detach(), by)
+    def _stretched(self, rows: Tensor, inverse: bool) -> Tensor:
+        if not self.rank:
+            return rows
+        by = self.stretch.detach()
+        return stretched(rows, self.directions.detach(), 1 / by if inverse else by)
 
     def _divided(self, rows: Tensor, transposed: bool) -> Tensor:
-        """Multiply rows ``(*batch, D)`` from the right by the inverse of the matrix, or of its transpose."""
         matrix = self._matrix()
         if not self.dense:
             return rows / matrix
@@ -580,8 +577,7 @@ class TriangularAffine(Conditional):
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
         start = torch.zeros(self.count_params(input_dim))
-        super().__init__(input_dim, conditioner, (1, len(start)))
-        self.params = nn.Parameter(start)
+        super().__init__(input_dim, conditioner, (1, len(start)), start)
 
     @staticmethod
     def count_params(input_dim: int) -> int:

@@ -13,7 +13,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..arguments import check_integers, is_integer, require
@@ -67,8 +67,7 @@ class Planar(Conditional):
         check_integers("Planar", input_dim=input_dim)
         w = torch.randn(input_dim) / input_dim**0.5  # w·x is of order one
         start = torch.cat((torch.zeros(input_dim), w, torch.randn(1)))
-        super().__init__(input_dim, conditioner, (1, len(start)))
-        self.params = nn.Parameter(start)
+        super().__init__(input_dim, conditioner, (1, len(start)), start)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, s = self._ridge(context)
@@ -138,8 +137,7 @@ class Radial(Conditional):
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
         check_integers("Radial", input_dim=input_dim)
         start = torch.cat((torch.randn(input_dim + 1), torch.zeros(1)))
-        super().__init__(input_dim, conditioner, (1, len(start)))
-        self.params = nn.Parameter(start)
+        super().__init__(input_dim, conditioner, (1, len(start)), start)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, s = self._ball(context)
@@ -233,8 +231,7 @@ class Sylvester(Conditional):
         rank, reflections = check_ridges("Sylvester", input_dim, rank, reflections)
         square = torch.randn(rank, rank).tril(-1)
         start = torch.cat((square.flatten(), torch.randn(2 * rank + reflections * input_dim)))
-        super().__init__(input_dim, conditioner, (1, len(start)))
-        self.params = nn.Parameter(start)
+        super().__init__(input_dim, conditioner, (1, len(start)), start)
         self.rank, self.reflections = rank, reflections
 
     @staticmethod

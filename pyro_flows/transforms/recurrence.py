@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import CONDITIONER, check_integers, check_kind
+from ..arguments import check_integers
 from ..bijectors.base import bounded
 from ..conditioners import Conditioner
 from .base import FlowTransform, VectorTransform
-from .elementwise import check_outputs
+from .elementwise import check_conditioner
 
 MAX_LOG_SCALE = 5.0  # bound of the log-scales, in nats
 SMALL = 4  # the largest matrices whose products are faster by sums than by matrix products
@@ -52,8 +52,7 @@ class Recurrence(VectorTransform):
     def __init__(self, steps: int, width: int = 1, conditioner: Conditioner | None = None) -> None:
         check_integers("Recurrence", steps=steps, width=width)
         if conditioner is not None:
-            check_kind("Recurrence", Conditioner, CONDITIONER, conditioner=conditioner)
-            check_outputs("Recurrence", conditioner, (steps * width, 2 + width), f"{steps} steps of width {width}")
+            check_conditioner("Recurrence", conditioner, (steps * width, 2 + width))
         super().__init__(steps * width, 0 if conditioner is None else conditioner.context_dim)
         self.steps, self.width, self.conditioner = steps, width, conditioner
         if conditioner is None:

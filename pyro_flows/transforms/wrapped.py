@@ -100,11 +100,8 @@ class Wrapped(TwoWay):
         self, inner: FlowTransform, event_shape: Sequence[int] | None = None, context_dim: int | None = None
     ) -> None:
         check_kind(type(self).__name__, FlowTransform, TRANSFORM, inner=inner)
-        shape, width = (
-            tuple(event_shape or inner.event_shape),
-            inner.context_dim if context_dim is None else context_dim,
-        )
-        super().__init__(shape, width)
+        shape = tuple(event_shape or inner.event_shape)
+        super().__init__(shape, inner.context_dim if context_dim is None else context_dim)
         self.inner = inner
         if shape == inner.event_shape:
             self.domain, self.codomain = inner.domain, inner.codomain
