@@ -295,8 +295,6 @@ def test_moments_of_the_contaminated_normal():
     pyro.set_rng_seed(0)
     draws, number = base().rsample((200_000,)), 400_000
     variance = 1 - 0.2 + 0.2 * 4
-    torch.testing.assert_close(base().variance, torch.full((2,), variance, dtype=torch.float64))
-    assert base().mean.tolist() == [0, 0]
     fourth = 3 * (1 - 0.2 + 0.2 * 16)
     assert abs(draws.square().mean().item() - variance) < 4 * math.sqrt((fourth - variance**2) / number)
     eighth = 105 * (1 - 0.2 + 0.2 * 256)

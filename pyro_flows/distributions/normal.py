@@ -259,14 +259,6 @@ class ContaminatedNormal(dist.TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ContaminatedNormal:
         return ContaminatedNormal(self._like.expand(torch.Size(batch_shape)), self.share, self.scale)
 
-    @property
-    def mean(self) -> Tensor:
-        return torch.zeros_like(self._like)
-
-    @property
-    def variance(self) -> Tensor:
-        return torch.full_like(self._like, 1 - self.share + self.share * self.scale**2)
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         like = self._like  # drawn anew and not in place, so that vmap can draw for each of its batch
         noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=like.dtype, device=like.device)

@@ -115,7 +115,7 @@ class BlockAutoregressive(Network, Conditional):
         x, log_dets = [], []
         for feature, value in enumerate(columns.split(1)):
             *shifts, out = (rows[:width].unsqueeze(0) for rows, width in zip(sums, widths, strict=True))
-            layers = [_Layer(*(part[feature, None] for part in layer)) for layer in net.layers]
+            layers: list[_Layer] = [tuple(part[feature, None] for part in layer) for layer in net.layers]  # type: ignore[misc]
             own = _Net(layers, net.last[feature, None], shifts, [])
             log_scale, shift = self._scale_and_shift(out)
             root = own.root((value - shift) * torch.exp(-log_scale), steps)
@@ -144,7 +144,7 @@ class BlockAutoregressive(Network, Conditional):
             a = bounded(self.steepness[number], self.max_log_slope).exp()
             # The copies share one unit of slope: the more there are, the faster each has to move.
             gate = torch.expm1(bounded(self.hidden_dims[number] ** 0.5 * self.gates[number], self.max_log_slope))
-            layers.append(_Layer(mixture, a * mixture, gate, gate / a))
+            layers.append((mixture, a * mixture, gate, gate / a))
             weights[number] = a.flatten(0, 1) * weights[number]
             biases[number] = a.flatten(0, 1) * biases[number]
         return batch, rows.T.contiguous().unsqueeze(1), _Net(layers, last, biases, weights)
@@ -154,13 +154,8 @@ class BlockAutoregressive(Network, Conditional):
         return bounded(log_scale, self.max_log_slope), shift
 
 
-class _Layer(NamedTuple):
-    """A hidden layer's map of the copies of all features, or of one."""
-
-    mixture: Tensor  # P: (D, K, K')
-    steep: Tensor  # a P: (D, K, K')
-    gate: Tensor  # γ: (D, K, 1)
-    reach: Tensor  # γ / a: (D, K, 1)
+# Of a hidden layer: the mixture P and a P, (D, K, K'); γ and γ / a, (D, K, 1).
+_Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Net(NamedTuple):
@@ -192,8 +187,8 @@ class _Net(NamedTuple):
         """Return the x of one feature with p h = value, ``(1, 1, N)``, and the derivatives of the implicit function."""
         net, y = tree_map(Tensor.detach, (self, value))  # not by ``no_grad``, which torch.jit does not record
         radius = torch.zeros_like(net.last[..., :1])  # how far the copies can be from x
-        for layer in net.layers:
-            radius = torch.baddbmm(layer.reach.abs(), layer.mixture, radius)
+        for mixture, _, _, reach in net.layers:
+            radius = torch.baddbmm(reach.abs(), mixture, radius)
         radius = torch.bmm(net.last, radius)
         low, high = y - radius, y + radius
         x = bracketed_root(net._slope, y, (low, *net._slope(low)), (high, *net._slope(high)), steps)

@@ -41,8 +41,7 @@ class CompiledVerb:
     """
 
     def __init__(self, plain: Verb, settings: dict[str, Any]) -> None:
-        self.plain = plain
-        self.settings = settings
+        self.plain, self.settings = plain, settings
         self._compiled: dict[bool, Verb] = {}
 
     def __call__(self, x: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,9 +141,7 @@ class CompiledRuns:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        if "dynamic" in settings:
-            raise ValueError("compile: dynamic is set already, to batches of any size. Leave it out.")
-        known = COMPILE_SETTINGS - {"model", "dynamic"}
+        known = COMPILE_SETTINGS - {"model", "dynamic"}  # batches of any size are set already
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"compile: torch.compile knows no {unknown[0]}. Use {', '.join(sorted(known))}.")
         self.settings = settings
