@@ -276,7 +276,7 @@ def test_which_features_are_periodic_is_part_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Periodic(MLP(2, 1, 1), [True, False]), r"3 inputs, .*got net.input_dim = 2"),
+        (lambda: Periodic(MLP(2, 1, 1), [True, False]), r"3 inputs, .*got 2"),
         (lambda: Periodic(MLP(2, 1, 1), [[True]]), r"periodic must hold one bool for each feature, got \[\[True\]\]"),
     ],
 )
@@ -340,7 +340,7 @@ def test_gradients_that_point_one_way_hardly_move_the_weights_of_a_centered_netw
 
 @pytest.mark.parametrize("options", [{"context_dim": 3}, {"skip": True}, {"input_dim": 0}])
 def test_what_a_centered_network_cannot_have_is_named(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"MLP: centered=True takes inputs alone, without skip, got .* Leave centered"):
+    with pytest.raises(ValueError, match="MLP: centered must be False"):
         MLP(**{"input_dim": 4, "output_dim": 3, "num_params": 2, "centered": True, **options})
 
 

@@ -326,7 +326,7 @@ def test_angles_are_uniform_and_scored_by_any_representative() -> None:
     [
         (lambda: StudentTBase((2,), df=1.0), "StudentTBase: df must lie between min_df = 1.0 and .*got 1.0"),
         (lambda: StudentTBase((2,), df=300.0), "StudentTBase: df must .* max_df = 200.0, .*got 300.0"),
-        (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1. Use StandardNormal"),
+        (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be .* at least 2, got 1"),
         (lambda: CircularBase([]), r"CircularBase: circular must hold one bool for each feature, got \[\]"),
         (lambda: CircularBase([[True]]), r"CircularBase: circular .*got \[\[True\]\]"),
     ],

@@ -1,4 +1,4 @@
-"""Radial and Sylvester transforms and rotations are the maps of their papers, at any parameters, to the last bits."""
+"""Planar, radial and Sylvester transforms and rotations are the maps of their papers, at any parameters, to the last bits."""
 
 from __future__ import annotations
 
@@ -65,11 +65,8 @@ def test_it_compiles_to_one_graph(layer: FlowTransform) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (
-            lambda: Radial(3, MLP(2, 1, 4)),
-            ValueError,
-            r"Radial: .*num_params\) = \(1, 5\) for 3 features, got \(1, 4\)",
-        ),
+        (lambda: Radial(3, MLP(2, 1, 4)), ValueError, r"Radial: .*num_params\) = \(1, 5\), got \(1, 4\)"),
+        (lambda: Planar(3, MLP(2, 1, 6)), ValueError, r"num_params\) = \(1, 7\), got \(1, 6\)"),
         (lambda: Sylvester(3, rank=4), ValueError, r"Sylvester: rank .* between 1 and input_dim = 3, got 4"),
         (lambda: Sylvester(3, rank=0), ValueError, r"Sylvester: rank .* between 1 and input_dim = 3, got 0"),
         (lambda: Sylvester(3, rank=2.0), ValueError, r"Sylvester: rank must be an integer .*got 2.0"),
@@ -132,19 +129,72 @@ def test_radial_bends_no_more_than_its_bound_even_at_its_centre(raw: float, dim:
 @pytest.mark.parametrize("raw", [-1e3, -3.0, -1e-3, 1e-3, 3.0, 1e3])
 def test_radial_inverts_to_the_last_bits_at_all_slopes(raw: float, size: float) -> None:
     """The root of the quadratic equation has no cancellation, from close to the centre to far outside."""
-    layer = with_params(Radial(1), torch.tensor([0.0, size, raw], dtype=torch.float64))
-    y = torch.cat((torch.linspace(-120, 120, 4001), torch.logspace(-12, 9, 3001))).double().unsqueeze(-1)
-    x, backward = layer.inverse_and_log_det(y)
-    again, forward = layer.forward_and_log_det(x)
-    assert ((again - y).abs() <= 1e-13 * y.abs()).all()
+    inverts_to_the_last_bits(with_params(Radial(1), torch.tensor([0.0, size, raw], dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("along", [-1e3, -10.0, -3.0, -1.0, -1e-3, 1e-3, 1.0, 3.0, 10.0, 1e3])
+def test_planar_inverts_to_the_last_bits_at_all_slopes(along: float) -> None:
+    """Slopes of exp(±4), on the ridge and far from it, are inverted within a bounded number of steps."""
+    inverts_to_the_last_bits(with_params(Planar(1), torch.tensor([along, 1.0, 0.3], dtype=torch.float64)))
+
+
+def inverts_to_the_last_bits(layer: FlowTransform) -> None:
+    y = torch.cat((torch.linspace(-120, 120, 40001), torch.logspace(-12, 9, 3001))).double().unsqueeze(-1)
+    with torch.no_grad():
+        x, backward = layer.inverse_and_log_det(y)
+        again, forward = layer.forward_and_log_det(x)
+    assert laws.gap(again, y, 1).max() < 1e-12
     assert (backward + forward).abs().max() < 1e-12
 
 
-def test_radial_inverse_has_first_and_second_derivatives() -> None:
-    layer = laws.randomise(Radial(3, MLP(2, 1, 5, (8,), activation=nn.Tanh)), scale=1.0).double()
-    inputs = (laws.normal(4, 3, seed=1).requires_grad_(), laws.normal(4, 2, seed=2).requires_grad_())
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Planar(1, MLP(2, 1, 3, (8,), activation=nn.Tanh)),
+        Planar(3, MLP(2, 1, 7, (8,), activation=nn.Tanh)),
+        Radial(3, MLP(2, 1, 5, (8,), activation=nn.Tanh)),
+        *(Sylvester(3, 3, n, MLP(2, 1, Sylvester.count_params(3, 3, n), (4,), activation=nn.Tanh)) for n in (0, 2)),
+    ],
+    ids=["planar_1", "planar_3", "radial", "triangular", "sylvester"],
+)
+def test_inverses_have_first_and_second_derivatives(layer: FlowTransform) -> None:
+    """They are those of the implicit function, in the value and, through a context, in all parameters."""
+    layer, rows = laws.randomise(layer, scale=1.0).double(), 2 if isinstance(layer, Sylvester) else 4
+    inputs = laws.normal(rows, layer.input_dim, seed=1), laws.normal(rows, 2, seed=2)
+    inputs = [value.requires_grad_() for value in inputs]
     assert torch.autograd.gradcheck(layer.inverse_and_log_det, inputs)
     assert torch.autograd.gradgradcheck(layer.inverse_and_log_det, inputs)
+
+
+# ------------------------------------------------------------ planar
+
+
+def test_planar_is_the_map_it_says() -> None:
+    """y = x + û tanh(w·x + b), where û differs from u only along w, and 1 + w·û = exp(4 tanh(w·u / 4))."""
+    u, w, x = laws.normal(3), laws.normal(3, seed=1), laws.normal(ROWS, 3, seed=2)
+    y, _ = with_params(Planar(3), torch.cat((u, w, torch.tensor([0.5])))).forward_and_log_det(x)
+    bent = u + (torch.expm1(4 * torch.tanh(w @ u / 4)) - w @ u) * w / (w @ w)
+    close(y, x + torch.tanh(x @ w + 0.5).unsqueeze(-1) * bent)
+
+
+def slopes_are_bounded(layer: FlowTransform, x: Tensor, most: float) -> None:
+    for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
+        layer.zero_grad()
+        value, log_det = verb(x)
+        assert log_det.abs().max() <= most + 1e-12
+        (value.sum() + log_det.sum()).backward()
+        assert value.isfinite().all()
+        assert layer.params.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale_of_w", [0.0, 1e-9, 1.0, 1e4])
+@pytest.mark.parametrize("scale_of_u", [1e-9, 1.0, 1e4])
+def test_planar_slopes_are_bounded_whatever_the_parameters(scale_of_u: float, scale_of_w: float) -> None:
+    """Its Jacobian has one eigenvalue other than 1, within exp(±4), so that no optimiser step can make it singular."""
+    for seed in range(20):
+        u, w = laws.normal(3, seed=seed, scale=scale_of_u), laws.normal(3, seed=seed + 50, scale=scale_of_w)
+        layer = with_params(Planar(3), torch.cat((u, w, torch.zeros(1).double())))
+        slopes_are_bounded(layer, laws.normal(ROWS, 3, seed=1) * torch.tensor([[0.0], *[[1.0]] * (ROWS - 1)]), 4)
 
 
 # ------------------------------------------------------------ sylvester
@@ -214,13 +264,7 @@ def test_sylvester_stays_a_bijection_whatever_the_parameters(scale: float) -> No
     for seed in range(5):
         layer = laws.randomise(Sylvester(4, rank=3), seed=seed, scale=scale).double()
         x = laws.normal(ROWS, 4, seed=1)
-        for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
-            layer.zero_grad()
-            value, log_det = verb(x)
-            assert log_det.abs().max() <= 3 * 4 + 1e-12
-            (value.sum() + log_det.sum()).backward()
-            assert value.isfinite().all()
-            assert layer.params.grad.isfinite().all()
+        slopes_are_bounded(layer, x, 3 * 4)
         laws.inverts(layer, x, None, max(1e-12, 1e-13 * scale))
 
 
@@ -252,16 +296,6 @@ def test_sylvester_inverse_keeps_the_bits_that_high_ridges_would_drown() -> None
             exact, _ = copy.deepcopy(layer).double().inverse_and_log_det(y.double())
             rounded, _ = layer.forward_and_log_det(exact.float())
             laws.inverts(layer, x, None, 3 * float(laws.gap(rounded, y, 1).max()) + 2e-6)
-
-
-@pytest.mark.parametrize("reflections", [0, 2])
-def test_sylvester_inverse_has_first_and_second_derivatives(reflections: int) -> None:
-    """They are those of the implicit function, in the value and, through a context, in all parameters."""
-    net = MLP(2, 1, Sylvester.count_params(3, 3, reflections), (4,), activation=nn.Tanh)
-    layer = laws.randomise(Sylvester(3, 3, reflections, net), scale=1.0).double()
-    inputs = (laws.normal(2, 3, seed=1).requires_grad_(), laws.normal(2, 2, seed=2).requires_grad_())
-    assert torch.autograd.gradcheck(layer.inverse_and_log_det, inputs)
-    assert torch.autograd.gradgradcheck(layer.inverse_and_log_det, inputs)
 
 
 def test_no_two_ridges_coincide_and_each_number_moves() -> None:
