@@ -373,7 +373,7 @@ def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
 
 def cnf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 1, **options: Any) -> Flow:
     """Build a flow of one field, solved in float64 far beyond the default tolerances."""
-    options = {"solver": "dopri8", "rtol": 1e-11, "atol": 1e-11, **options}
+    options = {"solver": Solver("dopri8", rtol=1e-11, atol=1e-11), **options}
     return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 1), **options)
 
 

@@ -1,4 +1,4 @@
-"""Planar, radial and Sylvester transforms and rotations are the maps of their papers, at any parameters, to the last bits."""
+"""Planar, radial and Sylvester transforms and rotations are the maps of their papers, to the last bits."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_it_compiles_to_one_graph(layer: FlowTransform) -> None:
         (lambda: Sylvester(3, rank=0), ValueError, r"Sylvester: rank .* between 1 and input_dim = 3, got 0"),
         (lambda: Sylvester(3, rank=2.0), ValueError, r"Sylvester: rank must be an integer .*got 2.0"),
         (lambda: Sylvester(3, reflections=-1), ValueError, r"Sylvester: reflections .* at least 0, got -1"),
-        (lambda: Sylvester(3, 2, 1, MLP(2, 1, 7)), ValueError, r"Sylvester: .* = \(1, 11\) .*got \(1, 7\)"),
+        (lambda: Sylvester(3, 2, 1, MLP(2, 1, 7)), ValueError, r"Sylvester: .* = \(1, 11\), got \(1, 7\)"),
         (lambda: flows.sylvester_flow(3, rank=4), ValueError, r"sylvester_flow: rank .* input_dim = 3, got 4"),
         (lambda: flows.sylvester_flow(3, reflections=-2), ValueError, r"sylvester_flow: reflections .*got -2"),
         (lambda: Householder(3, 3), ValueError, r"Householder: reflections must be positive and even, got 3"),
@@ -129,22 +129,24 @@ def test_radial_bends_no_more_than_its_bound_even_at_its_centre(raw: float, dim:
 @pytest.mark.parametrize("raw", [-1e3, -3.0, -1e-3, 1e-3, 3.0, 1e3])
 def test_radial_inverts_to_the_last_bits_at_all_slopes(raw: float, size: float) -> None:
     """The root of the quadratic equation has no cancellation, from close to the centre to far outside."""
-    inverts_to_the_last_bits(with_params(Radial(1), torch.tensor([0.0, size, raw], dtype=torch.float64)))
+    y, again = there_and_back(with_params(Radial(1), torch.tensor([0.0, size, raw], dtype=torch.float64)))
+    assert ((again - y).abs() <= 1e-13 * y.abs()).all()
 
 
 @pytest.mark.parametrize("along", [-1e3, -10.0, -3.0, -1.0, -1e-3, 1e-3, 1.0, 3.0, 10.0, 1e3])
 def test_planar_inverts_to_the_last_bits_at_all_slopes(along: float) -> None:
     """Slopes of exp(±4), on the ridge and far from it, are inverted within a bounded number of steps."""
-    inverts_to_the_last_bits(with_params(Planar(1), torch.tensor([along, 1.0, 0.3], dtype=torch.float64)))
+    y, again = there_and_back(with_params(Planar(1), torch.tensor([along, 1.0, 0.3], dtype=torch.float64)))
+    assert laws.gap(again, y, 1).max() < 1e-12
 
 
-def inverts_to_the_last_bits(layer: FlowTransform) -> None:
+def there_and_back(layer: FlowTransform) -> tuple[Tensor, Tensor]:
     y = torch.cat((torch.linspace(-120, 120, 40001), torch.logspace(-12, 9, 3001))).double().unsqueeze(-1)
     with torch.no_grad():
         x, backward = layer.inverse_and_log_det(y)
         again, forward = layer.forward_and_log_det(x)
-    assert laws.gap(again, y, 1).max() < 1e-12
     assert (backward + forward).abs().max() < 1e-12
+    return y, again
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ Rates = Callable[[Tensor, Tensor], Tensor]  # (t, state) -> the derivative of th
 
 @dataclass(frozen=True)
 class Solver:
-    """How a :class:`Continuous` transform is solved: a Runge-Kutta method of torchdiffeq, and its settings.
+    """The method and the settings by which a :class:`Continuous` transform is solved with torchdiffeq.
 
     Args:
         method: An adaptive method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or one of fixed
