@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 import sys
-import warnings
 from typing import Any, NamedTuple
 
 import pyro
@@ -32,7 +30,6 @@ from pyro_flows.guides.blocks import Drawn, Frame
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs import Program
 from pyro_flows.programs.plate_rows import Shuffled
-from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, Elementwise, FixedAffine
 
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
@@ -485,10 +482,12 @@ def test_subsampled_hierarchy_finds_the_exact_posterior(amortised):
     assert 0.6 < draws["mean"].std() / mean_sd < 1.6
 
 
-@both_ways
-def test_given_rows_are_respected(amortised):
-    y, rows = data(6), torch.tensor([4, 0, 3])
-    guide = stir(plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y))
+@pytest.mark.parametrize("kind", ["encoder", "table", "rows"])
+def test_given_rows_are_respected(kind):
+    """An encoder may also return a table of features for all rows, of which the guide takes those of the minibatch."""
+    y, rows, table = data(6), torch.tensor([4, 0, 3]), torch.randn(6, 2)
+    encoder = {"encoder": Rows(), "table": lambda *_: table, "rows": None}[kind]
+    guide = stir(plate_flow(hierarchy, "group", encoder=encoder).setup(y))
     trace = poutine.trace(guide).get_trace(y, None, rows)
     assert torch.equal(trace.nodes["group"]["value"], rows)
     assert trace.nodes["level"]["value"].shape == (3,)
@@ -526,11 +525,8 @@ def test_minibatches_as_arguments_with_a_ragged_last_one():
             trace = poutine.trace(guide).get_trace(batch, 10)
             assert trace.nodes["z"]["value"].shape == (len(batch), 2)
             assert trace.nodes["z"]["scale"] == 10 / len(batch)
-            wanted = (
-                guide.posterior.blocks[0]
-                .flow(guide.posterior.blocks[0].contexts.encoder(batch))
-                .log_prob(torch.zeros(2))
-            )
+            block = guide.posterior.blocks[0]
+            wanted = block.flow(block.contexts.encoder(batch)).log_prob(torch.zeros(2))
             torch.testing.assert_close(trace.nodes[name]["fn"].log_prob(torch.zeros(2)), wanted)
 
 
@@ -648,13 +644,6 @@ def test_member_of_a_list_of_guides(amortised, size):
 # Training.
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """Let each call of the clock add a minute, so that every window of 50 steps ends with a checkpoint."""
-    clock = itertools.count(step=60)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
-
-
 @pytest.mark.slow
 @both_ways
 @pytest.mark.usefixtures("hasty")
@@ -718,6 +707,7 @@ def test_encoders_are_trained(kind, local):
 
 @both_ways
 @pytest.mark.parametrize("case", [CASES["both"], CASES["outer"]], ids=["both", "outer"])
+@pytest.mark.filterwarnings("error")
 def test_every_parameter_learns(case, amortised):
     y = data()
     guide = AutoPlateFlow(case.model, "group", encoder=Rows() if amortised else None).setup(y)
@@ -742,20 +732,19 @@ def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
 
 
 def test_fit_svi_shows_the_data_to_the_encoder_of_a_new_guide(tmp_path):
-    y = 500 + 100 * data(50)
-    guide = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
+    y, encoder = 500 + 100 * data(50), Rows()
+    guide = AutoPlateFlow(locals_only, "group", encoder=encoder, local_flow=small_local, name="standardised")
     quick = functools.partial(fit_svi, locals_only, guide, steps=2, progress=False)
     quick(y, 10)  # all rows, not those of a minibatch
-    torch.testing.assert_close(guide.posterior.blocks[0].contexts.encoder.standardize.loc.detach(), y.mean(0))
-    torch.testing.assert_close(
-        guide.posterior.blocks[0].contexts.encoder.standardize.scale.detach(), y.std(0, correction=0)
-    )
+    standardize = encoder.standardize
+    torch.testing.assert_close(standardize.loc.detach(), y.mean(0))
+    torch.testing.assert_close(standardize.scale.detach(), y.std(0, correction=0))
     quick(y + 100)  # a trained guide keeps its parameters
-    torch.testing.assert_close(guide.posterior.blocks[0].contexts.encoder.standardize.loc.detach(), y.mean(0))
+    torch.testing.assert_close(standardize.loc.detach(), y.mean(0))
     SVI(locals_only, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(y)
     wanted = draws_of(guide, y)
     pyro.get_param_store().save(str(tmp_path / "params"))
-    del guide, quick
+    del guide, quick, encoder
     pyro.clear_param_store()
     pyro.get_param_store().load(str(tmp_path / "params"))
     fresh = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
@@ -1006,14 +995,6 @@ def test_fit_svi_refuses_what_is_for_autoflow():
         fit_svi(hierarchy, guide, data(), steps=5, warm_start=True, progress=False)
 
 
-def test_training_is_silent():
-    """Minibatches, encoders and networks give no warning."""
-    guide = plate_flow(hierarchy, "group", encoder=Rows())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit_svi(hierarchy, guide, data(), 2, steps=2, num_particles=2, progress=False)
-
-
 def test_guides_without_the_plate_are_trained_on_minibatches_too():
     """Only the model subsamples rows; the rows differ, so that minibatches have different densities."""
     y = torch.tensor([0.0, 5.0, 9.0, 100.0])
@@ -1025,20 +1006,6 @@ def test_guides_without_the_plate_are_trained_on_minibatches_too():
 
     for guide in (AutoFlow(model, small_global), plate_flow(model, "group")):
         assert fit_svi(model, guide, y, steps=5, num_particles=4, progress=False).losses.isfinite().all()
-
-
-def test_encoders_may_answer_for_all_rows():
-    """The encoder returns a table of features for all rows, and the guide takes the rows of the minibatch."""
-    y, table = data(6), torch.randn(6, 2)
-    guide = stir(plate_flow(hierarchy, "group", encoder=lambda *_: table).setup(y, 2))
-    rows = torch.tensor([5, 1])
-    pyro.set_rng_seed(5)
-    part = poutine.trace(guide).get_trace(y, None, rows)
-    pyro.set_rng_seed(5)
-    whole = poutine.trace(guide).get_trace(y)
-    name, probe = f"_{guide._pyro_name}_group_latent", torch.tensor([0.3])
-    scores = (trace.nodes[name]["fn"].log_prob(probe) for trace in (part, whole))
-    torch.testing.assert_close(next(scores), next(scores)[rows])
 
 
 # The layer that computes the parameters of a row from its context.
@@ -1071,16 +1038,3 @@ def test_rows_start_alike_and_learn_apart():
     fit_svi(hierarchy, guide, y, 1, steps=100, num_particles=4, lr=0.05, progress=False)
     _, _, levels, sd = exact(y)
     assert ((guide.sample(500, y)["level"].mean(0) - levels) / sd).abs().max() < 0.5
-
-
-@both_ways
-def test_module_local_params_make_no_difference(amortised):
-    losses, y = [], data(8)
-    for local in (True, False):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(1)
-        with pyro.settings.context(module_local_params=local):
-            guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None)
-            losses.append(fit_svi(hierarchy, guide, y, 4, steps=20, num_particles=8, progress=False).losses)
-            assert bool(pyro.get_param_store().keys()) != local
-    assert torch.equal(*losses)

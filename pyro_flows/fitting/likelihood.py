@@ -179,7 +179,7 @@ def _build(recipe: Callable[[int, int], Flow] | None, theta: Tensor, x: Tensor, 
     """Build and start the distribution of the rows of x, ``(N, D)``, given parameters ``(N, P)``."""
     number = [max(2, int(c.max()) + 1) if kind == "discrete" else 0 for kind, c in zip(kinds, x.T, strict=True)]
     width, size = theta.shape[1] + sum(number), number.count(0)
-    made = built(CALLER, "flow", recipe, likelihood_flow, size, width, may_encode=True).to(x) if size else None
+    made = built(CALLER, "flow", recipe, likelihood_flow, (size, width), may_encode=True).to(x) if size else None
     if made is not None and {*kinds} == {"real"}:
         start_flow(made, x, theta, (x.mean(0), x.std(0)), heavy_tails=False)
         return made

@@ -122,8 +122,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             check_supports(call, moving)
         self._engine = Moving(call, self.packings["latent"]).engine if moving else None
         self.latent_dim = self.packings["latent"].size  # without absent elements
-        width = width_for_one(call, self.encoder)
-        flow = built("AutoFlow", "flow", self._recipe, default_for(self.circular, width), self.latent_dim, width)
+        sizes = self.latent_dim, width_for_one(call, self.encoder)
+        flow = built("AutoFlow", "flow", self._recipe, default_for(self.circular, sizes[1]), sizes)
         self.flow = assemble(flow, self._base_recipe, self.packings["latent"].start, self._init_scale, self.circular)
 
     def parts(self) -> dict[str, Any]:

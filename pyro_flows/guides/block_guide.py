@@ -161,12 +161,12 @@ class BlockGuide(FlowGuide):
         elif alone:
             flow = assemble_local(rows_flow(size, width, num_given), *place, by_row=False)
         elif contexts is None:
-            made = built(call.owner, "global_flow", self._build_global, default_for((), width), size, width)
+            made = built(call.owner, "global_flow", self._build_global, default_for((), width), (size, width))
             flow = assemble(made, None, *place)
         else:
             default: Callable[..., Flow] = partial(default_local_flow, spread=not (num_given or learned))
             default = default_for((), width) if self.is_amortised else default
-            made = built(call.owner, "local_flow", self._build_local, default, size, width)
+            made = built(call.owner, "local_flow", self._build_local, default, (size, width))
             flow = assemble_local(made, *place, by_row=learned, amortised=self.is_amortised)
         if framed:
             shared = blocks[0].packing.size if 0 in parents and not blocks[0].packing.plates else 0

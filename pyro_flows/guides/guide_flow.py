@@ -207,31 +207,32 @@ def check_recipes(owner: str, **recipes: object) -> None:
 
 
 def built(
-    owner: str,
-    name: str,
-    build: Recipe | None,
-    default: Recipe,
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    may_encode: bool = False,
+    owner: str, name: str, build: Recipe | None, default: Recipe, sizes: tuple[int, int], *, may_encode: bool = False
 ) -> Flow:
     """Build the flow from the recipe that the user gives under a name, or from the default recipe.
+
+    Args:
+        owner: The function or class that the user calls, for errors.
+        name: The argument that holds the recipe.
+        build: The recipe of the user, or None.
+        default: The default recipe.
+        sizes: The number of features, and the width of the contexts or 0.
+        may_encode: True if the flow may have an encoder, which then takes the contexts.
 
     Raises:
         TypeError: If the recipe fails by one; its errors of other classes keep those.
         ValueError: If it returns no flow over that number of features, with contexts of that width; or one with an
             encoder, unless it ``may_encode``.
     """
-    sizes = (input_dim, context_dim) if context_dim else (input_dim,)
-    call = f"{name}({', '.join(map(str, sizes))})"
+    (input_dim, context_dim), given = sizes, sizes if sizes[1] else sizes[:1]
+    call = f"{name}({', '.join(map(str, given))})"
     try:
-        flow = (build or default)(*sizes)
+        flow = (build or default)(*given)
     except BUILT_IN as error:
         if type(error) not in BUILT_IN:
             raise
         raise type(error)(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
-    has_encoder = isinstance(flow, Flow) and flow.encoder is not None  # which takes the contexts
+    has_encoder = isinstance(flow, Flow) and flow.encoder is not None
     fits = isinstance(flow, Flow) and flow.event_shape == (input_dim,) and (may_encode or not has_encoder)
     if not fits or not (flow.context_dim == context_dim or has_encoder):
         context = f"contexts of width {context_dim}" if context_dim else "no context"
@@ -382,9 +383,7 @@ class GuideFlow(Flow):
         """
         given, rank = 0 if stretch is None else len(stretch), 0 if self.correlations is None else self.correlations.rank
         if given > rank:
-            raise ValueError(
-                f"AutoFlow.start_at: stretch must have at most {rank} numbers for this guide, got {given}."
-            )
+            raise ValueError(f"AutoFlow.start_at: stretch must have at most {rank} numbers here, got {given}.")
         if self.learned is not None:
             self.learned.load_state_dict(learned_map(self.circular, 1.0).state_dict())
         if any(self.circular):
@@ -404,11 +403,12 @@ class GuideFlow(Flow):
     @torch.no_grad()
     def start_at_draws(self, z: Tensor) -> Tensor:
         """Set the fixed maps to the marginal distributions of draws ``(N, D)``; return their scales, ``(D,)``."""
-        loc, scale = z.median(0).values, _spread(z)
+        loc, quarter = z.median(0).values, max(1, len(z) // 4)
+        width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
+        scale = torch.where(width > 0, width / 1.349, z.std(0))  # heavy tails do not move the quartiles
         self.start_at(loc, scale)
         if isinstance(self.bend, QuantileMap):
-            angles = torch.as_tensor(self.circular, device=z.device) if any(self.circular) else None
-            self.bend.set((z - loc) / scale, angles)
+            self.bend.set((z - loc) / scale, torch.as_tensor(self.circular, device=z.device))
         return scale
 
 
@@ -513,10 +513,3 @@ def _without_angles(loc: Tensor, scale: Tensor, angles: Tensor) -> tuple[Tensor,
     rows = scale.masked_fill(angles.unsqueeze(-1), 0.0)
     factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
     return loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
-
-
-def _spread(z: Tensor) -> Tensor:
-    """Return the standard deviation of each column, from its quartiles if they differ: heavy tails do not move them."""
-    quarter = max(1, len(z) // 4)
-    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
-    return torch.where(width > 0, width / 1.349, z.std(0))

@@ -25,7 +25,6 @@ from .block_guide import BlockGuide
 from .blocks import Drawn
 from .contexts import BlockRows, RowContexts, check_encoder, encode, initialize, probe, standardise
 from .guide_call import Call, Found, Key, RowMasks
-from .guide_flow import bound
 from .read_structure import Structure
 
 
@@ -242,7 +241,7 @@ class AutoPlateFlow(BlockGuide):
         for block, own, packing in zip(new.posterior.blocks, rows, new.packings.values(), strict=True):
             block.packing, seen = packing, cast(Tensor, own.contexts).to(packing.dtype)
             if block.contexts is None:
-                block.flow = bound(block.flow, seen)
+                block.flow = block.flow.bound(seen)
             else:
                 block.contexts = RowContexts(packing.plates, None)
                 block.contexts.restore(seen.shape[-1], seen.clone(), (len(seen),))

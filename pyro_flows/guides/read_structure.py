@@ -75,9 +75,7 @@ class Structure(NamedTuple):
     def of(cls, parts: Iterable[Any]) -> Structure:
         """Return a structure from nested tuples of its parts, in their order."""
         plates, sequences, nestings = parts
-        return cls(
-            tuple(plates), tuple(StepSequence(*part) for part in sequences), tuple(Nesting(*part) for part in nestings)
-        )
+        return cls(tuple(plates), tuple(map(StepSequence._make, sequences)), tuple(map(Nesting._make, nestings)))
 
     def parts(self) -> tuple[Any, ...]:
         """Return the structure as nested tuples, for :meth:`of`."""
@@ -89,8 +87,19 @@ class Structure(NamedTuple):
         Args:
             present: The masks of the present elements of sites, over their batch shapes.
         """
-        kept = (_without_absent(sequence, present) for sequence in self.sequences)
-        return self._replace(sequences=tuple(sequence for sequence in kept if sequence))
+        kept = list[StepSequence]()
+        for sequence in self.sequences:
+            of = []
+            for name, steps in zip(sequence.sites, sequence.of, strict=True):
+                counts = present.get(name, torch.ones(1, dtype=torch.bool)).flatten()
+                of.append(steps.reshape(len(counts), -1)[counts].flatten())
+            met, sizes = torch.cat(of).unique(return_counts=True)
+            if not present.keys() & {*sequence.sites}:
+                kept.append(sequence)
+            elif len(met) > 1 and bool((sizes == sizes[0]).all()):
+                steps_of = tuple(torch.searchsorted(met, steps) for steps in of)
+                kept.append(StepSequence(sequence.sites, len(met), steps_of))
+        return self._replace(sequences=tuple(kept))
 
     def outside(self, plate: str) -> tuple[Nesting, ...]:
         """Return the nestings of a plate."""
@@ -103,20 +112,6 @@ class Structure(NamedTuple):
     def group(self, name: str) -> int:
         """Return the index of the sequence that a site belongs to, or -1."""
         return next((i for i, sequence in enumerate(self.sequences) if name in sequence.sites), -1)
-
-
-def _without_absent(sequence: StepSequence, present: Mapping[str, Tensor]) -> StepSequence | None:
-    """Return a sequence without absent elements, or None if its steps then differ in size."""
-    if not present.keys() & {*sequence.sites}:
-        return sequence
-    of = []
-    for name, steps in zip(sequence.sites, sequence.of, strict=True):
-        counts = present.get(name, torch.ones(1, dtype=torch.bool)).flatten()
-        of.append(steps.reshape(len(counts), -1)[counts].flatten())
-    met, sizes = torch.cat(of).unique(return_counts=True)
-    if len(met) < 2 or bool((sizes != sizes[0]).any()):
-        return None
-    return StepSequence(sequence.sites, len(met), tuple(torch.searchsorted(met, steps) for steps in of))
 
 
 def check_nestings(owner: str, structure: Structure, rows: Mapping[str, Rows]) -> None:
@@ -235,6 +230,8 @@ class _Look:
         kept = some.union(*(key for key, sites in self.blocks.items() if len(self._at(sites)) > PROBE.few))
         self.plates = [plate for plate in self.plates if plate in kept]
         self.blocks = self._sites_by_plates()
+        inside = torch.zeros(1, size, dtype=torch.long), *(self.rows[plate].unsqueeze(0) for plate in self.plates)
+        self._first = torch.cat(inside).max(0).values <= 0  # the numbers in the first row of each plate, or outside
 
     def _sites_by_plates(self) -> dict[Key, list[str]]:
         found: dict[Key, list[str]] = {}
@@ -328,7 +325,7 @@ class _Look:
 
     def _sequence(self, reach: int, of: Tensor) -> StepSequence:
         """Return a sequence, in which steps are put together so that each is coupled to the next one alone."""
-        steps, first = int(of.max()) + 1, self._first_rows
+        steps, first = int(of.max()) + 1, self._first
         size = next((size for size in range(max(1, reach), 4 * reach + 1) if steps % size == 0), 1)
         places = {name: place.flatten() for name, place in self.places.items() if of[place].min() >= 0}
         return StepSequence(
@@ -360,20 +357,12 @@ class _Look:
             if found:
                 yield min(found, key=lambda track: max(1, track[0]) / int(track[1].max() + 1))
 
-    @property
-    def _first_rows(self) -> Tensor:
-        """True for the numbers in the first row of each of the plates, or outside of it, ``(D,)``."""
-        found = torch.ones(self._start.shape, dtype=torch.bool)
-        for plate in self.plates:
-            found &= self.rows[plate] <= 0
-        return found
-
     def _track(self, of: Tensor) -> Track | None:
         """Return a sequence with its reach, or None if it is not local.
 
         The reach is the largest number of steps between coupled latents, seen from a few steps.
         """
-        steps, places, reach = int(of.max()) + 1, ((of >= 0) & self._first_rows).nonzero().squeeze(-1), 0
+        steps, places, reach = int(of.max()) + 1, ((of >= 0) & self._first).nonzero().squeeze(-1), 0
         own = of[places]
         for step in {steps // 2, steps // 3, steps - 1 - steps // 5}:
             coupled = self.coupled(places[own == step])[places]
