@@ -23,11 +23,11 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoStructuredFlow, fit_svi
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.fitting import elbo
 from pyro_flows.fitting.guide_start import density_of_all_rows
 from pyro_flows.guides.read_structure import Nesting, Structure
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.training.loop import Descent
 
 normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
@@ -730,7 +730,7 @@ def test_rows_that_start_near_their_posterior_take_few_steps(
 ) -> None:
     """The rows of a minibatch alone tell little of the others, which have a long way to go."""
     seen = []
-    monkeypatch.setattr(elbo.Descent, "fit", lambda descent: seen.append(descent.settings.steps) or stopped())
+    monkeypatch.setattr(Descent, "fit", lambda descent: seen.append(descent.settings.steps) or stopped())
     y = CASES["crossed"].args[0]
     with pytest.raises(KeyboardInterrupt):
         fit_svi(model, AutoStructuredFlow(model), y if model is crossed else y[0], *args, progress=False)

@@ -349,17 +349,15 @@ class BlockGuide(FlowGuide):
         posterior, plates = self.posterior, self._plates(call)
         result, drawn = dict[str, Tensor](), list[Drawn]()
         # The model enters the plates itself, so it must be run before the guide does.
-        all_rows = {name: plates[name].indices for name in self._inner_plates}
-        masks = self._calls.masks(call, all_rows)
+        masks = self._calls.masks(call, {name: plates[name].indices for name in self._inner_plates})
         shared = self._shared(call, masks)
         for block in posterior.blocks:
             key, mask = block.packing.plates, masks.get(block.packing.plates, RowMasks())
             with ExitStack() as stack:
                 indices = {name: stack.enter_context(plates[name]) for name in key}
                 stack.enter_context(_masked(mask))
-                inside = [plates[name] for name in key]
-                rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else shared
-                q = posterior.at(block, rows, drawn)
+                known = [plates[name] for name in key], [*indices.values()]
+                q = posterior.at(block, block.contexts.of(call, *known) if block.contexts else shared, drawn)
                 z = mask.filled(self._draw(block.name, q, indices))
             drawn.append(Drawn(block, z, q))
             with _masked(mask):

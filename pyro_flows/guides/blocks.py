@@ -309,12 +309,10 @@ class Blocks(nn.Module):
 
     def batch_of(self, rows: Sequence[BlockRows]) -> torch.Size:
         """Return the shape of a batch of datasets whose rows have some contexts; ``()`` for one dataset."""
-        found = [
-            own.contexts.shape[: own.contexts.dim() - 1 - len(block.packing.dims)]
-            for block, own in zip(self.blocks, rows, strict=True)
-            if own.contexts is not None
-        ]
-        return found[0] if found else torch.Size()
+        for block, own in zip(self.blocks, rows, strict=True):
+            if own.contexts is not None:
+                return own.contexts.shape[: own.contexts.dim() - 1 - len(block.packing.dims)]
+        return torch.Size()
 
     @property
     def depth(self) -> int:

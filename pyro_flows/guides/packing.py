@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -40,7 +39,7 @@ from ..programs.engines import Run, View
 from ..programs.program import nesting_of
 from ..programs.runner import Runner
 from ..programs.sites import Site, Values, among_absent, innermost, present_of, states_support, support_of, value_of
-from .guide_call import Call, Key, frames_of, rows_in
+from .guide_call import NONE, Call, Key, frames_of, rows_in
 
 
 class Circle(constraints.interval):
@@ -141,7 +140,6 @@ if hasattr(constraints, "MixtureSameFamilyConstraint"):  # older versions use th
 
 
 Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of its present parts
-NONE: Absent = MappingProxyType({})
 
 
 class PackedSite(NamedTuple):
@@ -337,9 +335,8 @@ class Packing:
             axes = [sample + plates + dim for dim in self.dims]
             front = [*range(sample, sample + len(axes))]
             free, change = free.movedim(axes, front), change.movedim(axes, front)
-            aligned = [1] * self.depth
-            for dim, place in zip(self.dims, front, strict=True):
-                aligned[dim] = free.shape[place]
+            rows = dict(zip(self.dims, free.shape[sample:], strict=False))
+            aligned = [rows.get(dim, 1) for dim in range(-self.depth, 0)]
             flat = free.reshape(*free.shape[:sample], *aligned, -1) if self.dims else part.gather(free)
             packed.append(flat)
             change = _sum_rightmost(change, change.dim() - sample - len(axes))
