@@ -64,12 +64,6 @@ def asserts(y):
     pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
 
 
-def indexes(y):
-    w = pyro.sample("w", dist.Normal(0.0, 1.0))
-    rate = {(): 1.0}[tuple(w.shape)]
-    pyro.sample("y", dist.Normal(w, rate), obs=y)
-
-
 def converts(y):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(w.exp() if math.exp(w) > 0 else w, 1.0), obs=y)
@@ -82,7 +76,6 @@ def misses(y):
 
 FAULTS = {
     asserts: r"`raise AssertionError .*`: AssertionError\.",
-    indexes: r"`rate = \{\(\): 1.0\}\[tuple\(w.shape\)\]`: KeyError: \(2,\)\.",
     converts: r"`pyro.sample\(\"y\", dist.Normal\(w.exp\(\) if math.exp\(w\) > .*`: (ValueError|RuntimeError): .*\.",
     misses: r"`pyro.sample\(\"y\", dist.Normal\(w if .*`: AttributeError: .*absent'\.",
 }

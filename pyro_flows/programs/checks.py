@@ -179,19 +179,11 @@ def _drawn(trace: Trace) -> dict[str, Any]:
     return dict(prune_subsample_sites(trace).iter_stochastic_nodes())
 
 
-def summable(model: Trace, guide: Trace) -> list[str]:
-    """Return the discrete latents of a model's trace that its guide lacks and whose support is finite."""
-    return [name for name, site in _undrawn(model, guide).items() if sites.is_summable(site["fn"])]
-
-
-def lacking(model: Trace, guide: Trace) -> dict[str, Any]:
-    """Return the latent sites of a model's trace that its guide lacks and that cannot be summed out."""
-    return {name: site for name, site in _undrawn(model, guide).items() if not sites.is_summable(site["fn"])}
-
-
-def _undrawn(model: Trace, guide: Trace) -> dict[str, Any]:
+def lacking(model: Trace, guide: Trace, *, summable: bool = False) -> dict[str, Any]:
+    """Return the latent sites of a model's trace that its guide lacks: those that can be summed out, or the others."""
     latents = _drawn(model).items()
-    return {name: site for name, site in latents if name not in guide.nodes and not sites.is_point(site["fn"])}
+    missing = {name: site for name, site in latents if name not in guide.nodes and not sites.is_point(site["fn"])}
+    return {name: site for name, site in missing.items() if sites.is_summable(site["fn"]) is summable}
 
 
 def flat_by_mask(model: Trace, guide: Trace) -> str:

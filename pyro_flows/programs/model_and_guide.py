@@ -22,7 +22,7 @@ from ..arguments import check_program
 from ..threads import keep_memory
 from ..user_code import warn_user
 from . import sites
-from .checks import check_crossed, check_match, check_observed, explained, summable
+from .checks import check_crossed, check_match, check_observed, explained, lacking
 from .engines import View, in_batches
 from .log_density import RunBudget
 from .program import Args, Function, Kwargs, Program, arguments_of, nesting_of, trace_of, vectorize_of, writable
@@ -88,7 +88,7 @@ class Task:
         self._model, (single, drawn) = writable(model, self.once)
         check_crossed("", single)
         check_observed("", single, self.given)
-        nesting, enumerated = nesting_of(drawn, single), tuple(summable(single, drawn))
+        nesting, enumerated = nesting_of(drawn, single), tuple(lacking(single, drawn, summable=True))
         self.traces, self.subsampled = (single, drawn), sites.subsampled_plate(single)
         self.left_out = [name for name, value in self.given.items() if value is None]
         nodes = single.nodes.values()
