@@ -441,10 +441,11 @@ def _check(guides: Sequence[Any]) -> None:
     latents = list[list[str]]()
     for number, guide in enumerate(guides):
         way = "Build AutoFlow(model, encoder=...), and train it by fit_amortized"
+        is_ensemble = isinstance(getattr(guide, "flow", None), FlowMixture)
         for fails, fault in (
             (guide.encoder is None, f"have an encoder, got none. {way}"),
             (guide.prototype_trace is None or guide.is_fresh, "be trained. Fit it first: fit_amortized(model, guide)"),
-            (isinstance(guide.flow, FlowMixture), "be a single guide, got an ensemble. Give its members"),
+            (is_ensemble, "be a single guide, got an ensemble. Give its members"),
         ):
             if fails:
                 raise ValueError(f"ensemble: guides[{number}] must {fault}.")
