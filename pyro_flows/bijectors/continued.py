@@ -86,7 +86,12 @@ class Continued(Bijector):
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         y, table = self._aligned(y, params)
-        x = self._root(y.detach(), tuple(part.detach() for part in table))
+        fixed, target = tuple(part.detach() for part in table), y.detach()
+        edge = torch.full_like(target, self.bound)
+        low, high = self.bend(-edge, fixed), self.bend(edge, fixed)
+        inside = torch.maximum(torch.minimum(target, high[0]), low[0])
+        x = bracketed_root(lambda value: self.bend(value, fixed), inside, (-edge, *low), (edge, *high))
+        x = x + (target - inside) * torch.exp(-torch.where(target < low[0], low[1], high[1]))
         x = implicit_root(lambda value: self._continue(value, table), x, y)
         return x, -self._continue(x, table)[1]
 
@@ -99,13 +104,6 @@ class Continued(Bijector):
         inside = x.clamp(-self.bound, self.bound)
         y, log_slope = self.bend(inside, table)
         return torch.addcmul(y, x - inside, log_slope.exp()), log_slope
-
-    def _root(self, y: Tensor, table: tuple[Tensor, ...]) -> Tensor:
-        edge = torch.full_like(y, self.bound)
-        low, high = self.bend(-edge, table), self.bend(edge, table)
-        inside = torch.maximum(torch.minimum(y, high[0]), low[0])
-        x = bracketed_root(lambda value: self.bend(value, table), inside, (-edge, *low), (edge, *high))
-        return x + (y - inside) * torch.exp(-torch.where(y < low[0], low[1], high[1]))
 
 
 def bracketed_root(
@@ -153,7 +151,7 @@ def implicit_root(f: Curve, x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-FLOOR = 0.01  # ε of SumOfSquares
+FLOOR = 0.01  # ε
 UNIT = 1 / 2  # with 1, steps of .003 in coefficients compound over layers until rows overflow: slopes are squares
 
 
@@ -300,7 +298,6 @@ class SumOfSquares(Continued):
         return torch.addcmul(shift, x, (weights * slopes[:-1]).sum(0)), torch.log(slopes[-1])
 
 
-FLOOR = 0.01  # ε
 SPREAD = 3.0
 FAR = 30.0  # where x - y₀ is constant to the last bit
 

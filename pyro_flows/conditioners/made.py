@@ -110,16 +110,13 @@ class MADE(Conditioner):
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
         if graph is not None:
-            self._check_graph(graph)
+            first = not (graph & (self.order[:, None] < self.order)).any()
+            require(first, "MADE", "order", "put parents first", self.order.tolist())
+            sets = len(self._parent_sets())
+            must = f"be at least {sets}, a unit for each set of parents"
+            require(min(self.hidden_dims) >= sets, "MADE", "hidden_dims", must, self.hidden_dims)
         self._set_masks()
-        self.register_load_state_dict_post_hook(MADE._restore_masks)
-
-    def _check_graph(self, graph: Tensor) -> None:
-        first = not (graph & (self.order[:, None] < self.order)).any()
-        require(first, "MADE", "order", "put parents first", self.order.tolist())
-        sets = len(self._parent_sets())
-        must = f"be at least {sets}, a unit for each set of parents"
-        require(min(self.hidden_dims) >= sets, "MADE", "hidden_dims", must, self.hidden_dims)
+        self.register_load_state_dict_post_hook(MADE._set_masks)
 
     def _parent_sets(self) -> Tensor:
         """Return the sets of features that hidden units may depend on, without repetition, by degree, ``(T, D)``."""
@@ -132,8 +129,9 @@ class MADE(Conditioner):
         """Return the features that the parameters of each feature may depend on, ``(D, D)``."""
         return self.order[:, None] > self.order if self.adjacency is None else self.adjacency
 
-    def _set_masks(self) -> None:
+    def _set_masks(self, _keys: object = None) -> None:
         """Derive masks, units and the sequence of features from the state: ``order`` and ``adjacency``."""
+        as_order("MADE", "the state's order", self.order, self.input_dim)
         self.features: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # the feature of each rank
         sets = self._parent_sets()
         # unlocked[l][r]: the number of units of hidden layer l that have degree r, and so wait for r features
@@ -145,11 +143,6 @@ class MADE(Conditioner):
             self.unlocked.append(torch.bincount(_degrees(units, self.order), minlength=self.input_dim).tolist())
             seen = units
         self.output.mask = _within(seen, self._parents()).repeat(self.num_params, 1).to(self.output.weight)
-
-    def _restore_masks(self, _keys: object) -> None:
-        """Derive the masks from the order of a state that was loaded."""
-        as_order("MADE", "the state's order", self.order, self.input_dim)
-        self._set_masks()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden

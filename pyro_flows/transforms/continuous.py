@@ -177,11 +177,6 @@ def _time(t: float) -> str:
     return f"near time {abs(t):.6g} (the data are at 1, the base at 0)"
 
 
-def _signs(like: Tensor, number: int) -> Tensor:
-    """Draw vectors of random signs, ``(number, *batch, D)``; they have the least variance (Hutchinson 1990)."""
-    return torch.randint(0, 2, (number, *like.shape), dtype=like.dtype, device=like.device) * 2 - 1
-
-
 def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
     """Return the norm of errors in time, state, its gradient, and the gradients of the other tensors.
 
@@ -326,7 +321,10 @@ class Continuous(TwoWay):
         value = value.expand(*batch, -1)
         broken = ~value.isfinite().all(-1, keepdim=True)
         value = value.masked_fill(broken, 0.0)
-        probes = None if exact and not costs else _signs(value, num_probes or self.num_probes)
+        probes = None
+        if costs or not exact:  # random signs have the least variance (Hutchinson 1990)
+            shape = num_probes or self.num_probes, *value.shape
+            probes = torch.randint(0, 2, shape, dtype=value.dtype, device=value.device) * 2 - 1
         columns = 1 if exact or probes is None else len(probes)
         rates = self.field.at(context)
 

@@ -93,15 +93,12 @@ class Wrapped(TwoWay):
     Args:
         inner: The inner transform.
         event_shape: The shape of an event, by default that of the inner transform.
-        context_dim: The width of contexts, by default that of the inner transform.
     """
 
-    def __init__(
-        self, inner: FlowTransform, event_shape: Sequence[int] | None = None, context_dim: int | None = None
-    ) -> None:
+    def __init__(self, inner: FlowTransform, event_shape: Sequence[int] | None = None) -> None:
         check_kind(type(self).__name__, FlowTransform, TRANSFORM, inner=inner)
         shape = tuple(event_shape or inner.event_shape)
-        super().__init__(shape, inner.context_dim if context_dim is None else context_dim)
+        super().__init__(shape, inner.context_dim)
         self.inner = inner
         if shape == inner.event_shape:
             self.domain, self.codomain = inner.domain, inner.codomain
@@ -165,7 +162,8 @@ class Conditioned(Wrapped):
 
     def __init__(self, inner: FlowTransform, context: Tensor | nn.Parameter) -> None:
         check_kind("Conditioned", Tensor, "a tensor", context=context)
-        super().__init__(inner, context_dim=0)
+        super().__init__(inner)
+        self.context_dim = 0
         wanted, got = (inner.context_dim,), tuple(context.shape)
         require(got == wanted, "Conditioned", "context", f"have shape {wanted}", got)
         self.context = context if isinstance(context, nn.Parameter) else nn.Parameter(context.detach().clone())
