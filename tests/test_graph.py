@@ -101,7 +101,7 @@ def test_one_layer_has_the_graph_and_more_have_ancestors(recipe: object) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adjacency": [[0, 1], [1, 0]]}, r"no cycle, got one among the features \[0, 1\]"),
+        ({"adjacency": [[0, 1], [1, 0]]}, r"no cycle .*got \[0, 1\]"),
         ({"adjacency": torch.zeros(3, 3)}, r"adjacency must have shape \(2, 2\), .*got \(3, 3\)"),
         ({"adjacency": [[0, 1], [0, 0]], "order": [0, 1]}, r"order must put parents first"),
     ],

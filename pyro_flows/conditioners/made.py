@@ -209,7 +209,7 @@ def topological_order(graph: Tensor) -> list[int]:
     parents = [set(row.nonzero().flatten().tolist()) for row in graph]
     for rank in range(len(graph)):
         free = [feature for feature in sorted(left) if not parents[feature] & left]
-        require(free, "MADE", "adjacency", "have no cycle", sorted(left))
+        require(free, "MADE", "adjacency", "have no cycle among its features", sorted(left))
         order[free[0]] = rank
         left.remove(free[0])
     return order
