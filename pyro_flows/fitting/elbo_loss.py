@@ -38,19 +38,18 @@ from ..vjp import is_plain
 from .program_checks import is_vectorised
 
 
-def find_loader(args: tuple[Any, ...], kwargs: dict[str, Any]) -> DataLoader | None:
-    """Return the loader among the arguments of a model, or None.
+def batches_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelBatches | None:
+    """Return the batches of the loader among the arguments of a model, or None.
 
     Raises:
         ValueError: If there are two, or one is a keyword argument.
     """
-    for name, value in kwargs.items():
-        if isinstance(value, DataLoader):
-            raise ValueError(f"fit_svi: {name}= is a DataLoader. Give it as a positional argument.")
+    if named := [name for name, value in kwargs.items() if isinstance(value, DataLoader)]:
+        raise ValueError(f"fit_svi: {named[0]}= is a DataLoader. Give it as a positional argument.")
     loaders = [value for value in args if isinstance(value, DataLoader)]
     if len(loaders) > 1:
         raise ValueError("fit_svi: the model has two DataLoaders among its arguments. Give one, of tuples of tensors.")
-    return loaders[0] if loaders else None
+    return ModelBatches(loaders[0], args) if loaders else None
 
 
 class ModelBatches(Stream):

@@ -33,7 +33,7 @@ from ..training.checkpoint import check_path, fingerprint, kept_settings, settin
 from ..training.loop import Descent, Settings
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
-from .elbo_loss import ELBOLoss, ModelBatches, find_loader, fresh_mean, in_training, parts_of
+from .elbo_loss import ELBOLoss, ModelBatches, batches_among, fresh_mean, in_training, parts_of
 from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .optimizers import optimizers
 from .program_checks import check_proper, check_task, culprit
@@ -147,10 +147,9 @@ def fit_svi(
     annealed = getattr(objective, "num_steps", None)
     if steps and annealed and steps < annealed:
         raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
-    loader = find_loader(args, kwargs)
-    if loader is not None and warm_start:
+    batches = batches_among(args, kwargs)
+    if batches and warm_start:
         raise ValueError(f"{CALLER}: warm_start needs all data at once, and not a DataLoader.")
-    batches = ModelBatches(loader, args) if loader is not None else None
     args = batches.next() if batches else args
     file = check_path(CALLER, "checkpoint", checkpoint)
     if warm_start and not plan_of(guide).is_joint:

@@ -155,7 +155,7 @@ def broadcast(make: Callable[[], T], source: int = 0) -> T:
 
 @torch.no_grad()
 def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: list[bool]) -> tuple[float, list[bool]]:
-    """Replace gradients by their weighted sum over all processes, or None if no process has one.
+    """Replace gradients by their weighted sum over all processes.
 
     One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
     gradients themselves.  The vector also holds the loss and the flags, so that all processes skip, save and stop at
@@ -173,23 +173,19 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: l
     if size() == 1:
         return loss.item(), flags
     barrier()
-    gradients = [parameter.grad for parameter in parameters]
     # The dtype of the parameters, because that of a loss that failed may differ between processes.
     dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
-    parts = [
-        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1).to(dtype)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-    ]
+    gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
+    parts = [gradient.reshape(-1).to(dtype) for gradient in gradients]
     own = torch.cat([*parts, loss.reshape(1).to(parts[0].device, dtype)]).mul_(1 / size() if share is None else share)
-    raised = torch.tensor([*(gradient is not None for gradient in gradients), *flags])
-    flat = torch.cat((own, raised.to(own)))
+    flat = torch.cat((own, torch.tensor(flags).to(own)))
     with reaching():
         dist.all_reduce(flat)
-    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(raised)])
+    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(flags)])
+    for parameter, part in zip(parameters, sums, strict=True):
+        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype)
     total, *counts = rest.tolist()
-    for parameter, part, count in zip(parameters, sums, counts, strict=False):
-        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype) if count else None
-    return total, [count > 0 for count in counts[len(parameters) :]]
+    return total, [count > 0 for count in counts]
 
 
 def share(number: int) -> tuple[slice, float]:
@@ -248,26 +244,18 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
 
 
 def agree(caller: str, settings: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-    """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one; set their tensors.
+    """Check that all processes fit the same, and set their tensors to those of process 0.
 
     Raises:
         ValueError: In all processes, if they do not; the error names what differs, or the way out.
     """
     if size() == 1:
         return
-    device = tensors[0].device
-    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
-    first, *others = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
-    for number, (other, _) in enumerate(others, 1):
-        if differ := [name for name, value in first[0].items() if other.get(name) != value]:
+    first, *others = all_gather(lambda: {name: repr(value) for name, value in settings.items()})
+    for number, other in enumerate(others, 1):
+        if differ := [name for name, value in first.items() if other.get(name) != value]:
             raise ValueError(
                 f"{caller}: processes 0 and {number} are to fit different things (their {', '.join(differ)}). Run the "
                 "same script on the same data in all. If it generates data, set a seed first."
             )
-    if on_gpu and [used for _, used in (first, *others)].count(gpu) > 1:
-        raise ValueError(
-            f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
-            'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'
-        )
     broadcast_tensors(tensors)
