@@ -284,46 +284,6 @@ def test_arguments_of_every_kind():
     assert high > low + 0.5
 
 
-def test_positional_none_and_keywords_that_clash():
-    def model(x=None, progress=1.0):
-        theta = pyro.sample("theta", dist.Normal(0.0, progress))
-        pyro.sample("x", dist.Normal(theta[..., None], torch.ones(2)).to_event(1), obs=x)
-
-    class First(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = MLPEncoder(2, 2, (4,))
-
-        def forward(self, x):
-            return self.net(x)
-
-    program = Program(model, kwargs={"progress": 50.0})
-    guide = AutoFlow(program, small, encoder=First())
-    quick(program, guide, None)
-    assert not guide.encoder.net.standardize.is_fresh  # also in nested arguments
-    spread = guide.sample(500, torch.tensor([0.0, 0.0]))["theta"].std()
-    assert spread > 5  # the prior has 50
-
-
-@pytest.mark.slow
-def test_integer_data():
-    def model(k=None):
-        p = pyro.sample("p", dist.Beta(1.0, 1.0))
-        with pyro.plate("rows", 6):
-            pyro.sample("k", dist.Bernoulli(p), obs=k)
-
-    class Total(MLPEncoder):
-        def forward(self, k):
-            return super().forward(k.float().mean(-1, keepdim=True))
-
-    guide = AutoFlow(model, small, encoder=Total(1, 2, (8,)))
-    quick(model, guide, simulations=1000, max_epochs=15, lr=0.01)
-    k = torch.tensor([1, 1, 0, 1, 1, 1])
-    mean = guide.sample(1000, k)["p"].mean()
-    exact = dist.Beta(6.0, 2.0)
-    assert abs(mean - exact.mean) < 0.5 * exact.variance.sqrt()
-
-
 @pytest.mark.slow
 def test_plates_sets_and_delta_simulators():
     def simulator(theta, noise):

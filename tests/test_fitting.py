@@ -208,14 +208,6 @@ def test_module_local_params_make_no_difference(build):
     assert losses[0][-5:].mean() < losses[0][0]
 
 
-def test_same_seed_gives_the_same_fit():
-    losses = []
-    for _ in range(2):
-        pyro.set_rng_seed(5)
-        losses.append(quick(conjugate, AutoFlow(conjugate, small), Y).losses)
-    assert torch.equal(*losses)
-
-
 # The best state.
 
 
@@ -617,11 +609,6 @@ def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monk
     assert asked == [256, 256]
 
 
-def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"missing/run' cannot be written \(there is no folder '.*missing'"):
-        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "missing" / "run")
-
-
 # Arguments.
 
 
@@ -665,12 +652,6 @@ def test_nothing_to_train_is_refused():
         pyro.sample("mu", dist.Normal(2.0, 0.5))
 
     with pytest.raises(ValueError, match="neither the guide nor the model has parameters to train"):
-        quick(conjugate, guide, Y)
-
-
-def test_a_frozen_guide_is_refused():
-    guide = AutoFlow(conjugate, small).setup(Y).requires_grad_(False).eval()
-    with pytest.raises(ValueError, match="parameters to train"):
         quick(conjugate, guide, Y)
 
 
