@@ -13,7 +13,6 @@ log z.  Marginal Tail-Adaptive Normalizing Flows (Laszkiewicz, Lederer, Fischer 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +140,7 @@ def fit_density(
             lambda batch: loss(flow, *spread(batch)),
             lambda: culprit(flow, reader.flow, *some),
             {"model": design(flow), "data": data},
-            show=functools.partial(_in_bits, flow) if is_image else None,
+            show=(lambda nats: f"{bits_per_dim(torch.tensor(-nats), shape):.4f} bits/dim") if is_image else None,
             clip_norm=50.0 if is_image else 5.0,
             end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
         )
@@ -185,10 +184,6 @@ def _marks(source: Source, survey: Survey) -> list[str]:
     if isinstance(source, Rows):
         return fingerprint((source.x, source.context))
     return [f"{survey.rows} rows in {source.steps} batches"]
-
-
-def _in_bits(flow: Flow | Dequantized, nats: float) -> str:
-    return f"{bits_per_dim(torch.tensor(-nats), flow.event_shape):.4f} bits/dim"
 
 
 @torch.no_grad()

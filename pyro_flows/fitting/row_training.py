@@ -7,6 +7,7 @@ Precision Training (Micikevicius et al. 2017, arXiv:1710.03740).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -168,14 +169,11 @@ def networks_in_bfloat16(caller: str, flow: nn.Module) -> Iterator[None]:
                 stack.enter_context(part.uncompiled())  # a compiled graph would keep the networks as they were
             elif isinstance(part, Conditioner):
                 stack.callback(restore, part, vars(part).get("forward"))
-                part.forward = _in_bfloat16(part.forward)  # type: ignore[assignment, method-assign]
+                part.forward = functools.partial(_in_bfloat16, part.forward)  # type: ignore[assignment, method-assign]
         yield
 
 
-def _in_bfloat16(forward: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            params = forward(x, *args, **kwargs)
-        return None if params is None else params.to(x.dtype)
-
-    return call
+def _in_bfloat16(forward: Callable[..., Tensor | None], x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        params = forward(x, *args, **kwargs)
+    return None if params is None else params.to(x.dtype)
