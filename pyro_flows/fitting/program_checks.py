@@ -51,8 +51,6 @@ from ..training.randomness import unchanged
 from ..user_code import warn_user
 from ..vjp import LogDensity, score_of
 
-WAY_OUT = "Keep latents in torch. For a model without scores use pf.anneal(model, ...), which is right without them"
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -150,7 +148,8 @@ def check_score(task: Task) -> None:
             raise NoScore(
                 f"fit_svi: the score of {where} must be the gradient of its log-density, got {score:.3g} along latent "
                 f"{name!r} where the log-density changes at a rate of {rate:.3g}. The model leaves torch there, as by "
-                f".detach(), .numpy() or .item(), or rounds. {WAY_OUT}."
+                ".detach(), .numpy() or .item(), or rounds. Keep latents in torch. For a model without scores use "
+                "pf.anneal(model, ...), which is right without them."
             )
 
 

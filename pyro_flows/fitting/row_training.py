@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from ..training.loop import Descent, HeldOut, Settings
 from ..transforms import FixedAffine, QuantileMap
 
 
+@dataclass(eq=False)
 class RowTraining:
     """Training of a flow or guide on rows, as the user of a public function wants it.
 
     Args:
         caller: The public function, for errors.
-        training: The user's options, or None.
-        max_epochs: The largest number of passes through the rows.
+        options: The user's options, or None.
+        epochs: The largest number of passes through the rows.
         batch_size: The number of rows per step, or None.
         lr: The largest step size.
         checkpoint: A file for the state of the run, or None.
@@ -45,35 +47,35 @@ class RowTraining:
     Attributes:
         training: The options, by default the usual ones.
         objective: The objective of the user, or the default one.
+        in_nats: True if the objective is a mean of -log p.
+        file: The path of the checkpoint, or None.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(
-        self,
-        caller: str,
-        training: Training | None,
-        max_epochs: int,
-        batch_size: int | None,
-        lr: float,
-        checkpoint: Any,
-        progress: bool,
-        *,
-        ends: str = "",
-    ) -> None:
-        check_integers(caller, max_epochs=max_epochs)
-        check_integers(caller, optional=True, batch_size=batch_size)
-        check_numbers(caller, above=0, lr=lr)
-        check_flags(caller, progress=progress)
-        self.training = Training() if training is None else training
+    caller: str
+    options: Training | None
+    epochs: int
+    batch_size: int | None
+    lr: float
+    checkpoint: Any
+    progress: bool
+    ends: str = ""
+
+    def __post_init__(self) -> None:
+        caller = self.caller
+        check_integers(caller, max_epochs=self.epochs)
+        check_integers(caller, optional=True, batch_size=self.batch_size)
+        check_numbers(caller, above=0, lr=self.lr)
+        check_flags(caller, progress=self.progress)
+        self.training = Training() if self.options is None else self.options
         check_kind(caller, Training, "training.Training(...)", training=self.training)
         if caller != "fit_density":
             self.training.check_for(caller)
         self.objective = Likelihood() if self.training.objective is None else self.training.objective
         self.in_nats = bool(getattr(self.objective, "in_nats", False))
-        self.file = check_path(caller, "checkpoint", checkpoint, ends)
-        self.caller, self.epochs, self.lr, self.progress = caller, max_epochs, lr, progress
+        self.file = check_path(caller, "checkpoint", self.checkpoint, self.ends)
 
     def fit(
         self,
