@@ -155,7 +155,7 @@ def broadcast(make: Callable[[], T], source: int = 0) -> T:
 
 @torch.no_grad()
 def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: list[bool]) -> tuple[float, list[bool]]:
-    """Replace gradients by their weighted sum over all processes.
+    """Replace gradients by their weighted sum over all processes, or None if no process has one.
 
     One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
     gradients themselves.  The vector also holds the loss and the flags, so that all processes skip, save and stop at
@@ -178,14 +178,15 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: l
     gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
     parts = [gradient.reshape(-1).to(dtype) for gradient in gradients]
     own = torch.cat([*parts, loss.reshape(1).to(parts[0].device, dtype)]).mul_(1 / size() if share is None else share)
-    flat = torch.cat((own, torch.tensor(flags).to(own)))
+    raised = torch.tensor([*flags, *(parameter.grad is not None for parameter in parameters)])
+    flat = torch.cat((own, raised.to(own)))
     with reaching():
         dist.all_reduce(flat)
-    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(flags)])
-    for parameter, part in zip(parameters, sums, strict=True):
-        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype)
+    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(raised)])
     total, *counts = rest.tolist()
-    return total, [count > 0 for count in counts]
+    for parameter, part, count in zip(parameters, sums, counts[len(flags) :], strict=True):
+        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype) if count else None
+    return total, [count > 0 for count in counts[: len(flags)]]
 
 
 def share(number: int) -> tuple[slice, float]:
