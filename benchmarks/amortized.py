@@ -151,7 +151,7 @@ def in_rounds(task: tasks.Task, simulations: Any, seed: int) -> Trained:
 
     def answer(x: Tensor) -> tuple[Tensor, dict[str, float]]:
         guide = pf.AutoFlow(task.model, encoder=task.encoder())
-        settings: dict[str, Any] = {"num_simulations": len(simulations), "datasets": Observed({"x": x}, 5)}
+        settings: dict[str, Any] = {"simulations": len(simulations), "datasets": Observed({"x": x}, 5)}
         _, took = timed(lambda: pf.fit_amortized(task.model, guide, progress=False, **settings))
         return guide.sample(DRAWS, x)["theta"], took
 
@@ -328,7 +328,7 @@ def two_levels(results: Results, options: argparse.Namespace, seed: int) -> None
         return
     pyro.set_rng_seed(seed)
     guide, epochs, number = two.guide(), 1 if options.quick else 24, 4 * options.simulations
-    settings: dict[str, Any] = {"num_simulations": number, "datasets": (4, 128), "max_epochs": epochs}
+    settings: dict[str, Any] = {"simulations": number, "datasets": (4, 128), "max_epochs": epochs}
     _, took = timed(lambda: pf.fit_amortized(two.two_levels, guide, groups=128, progress=False, **settings))
     results.add("two levels", "training", "AutoPlateFlow", seed, **took)
     for groups in GROUPS:

@@ -116,7 +116,7 @@ def noise(x: Tensor | None = None) -> Tensor:
 def test_simulations_that_find_no_room_are_used_all_the_same(tmp_path: Path) -> None:
     guide = AutoFlow(noise, lambda n, c: flows.realnvp(n, c, num_transforms=1), encoder=MLPEncoder(2, context_dim=4))
     file = tmp_path / "run"
-    settings = {"num_simulations": 2000, "max_epochs": 1, "checkpoint": file, "progress": False}
+    settings = {"simulations": 2000, "max_epochs": 1, "checkpoint": file, "progress": False}
     fit, said = warned(lambda: fit_amortized(noise, guide, **settings))
     assert fit.stopped == "steps"
     assert f"checkpoint='{file}.simulations' could not be written (No space left on device)" in said[0]
