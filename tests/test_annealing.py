@@ -23,10 +23,9 @@ from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on
 from pyro_flows.sampling.annealed_population import anneal as anneal_population
 from pyro_flows.sampling.chains import HMC
-from pyro_flows.sampling.climbs import ascend, climb, components
 from pyro_flows.sampling.coordinates import White
 from pyro_flows.sampling.gaussian import match_top
-from pyro_flows.sampling.mode_mixture import Mixture, ModeMixture
+from pyro_flows.sampling.modes import Mixture, ModeMixture, ascend, climb, components
 
 Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])

@@ -25,7 +25,7 @@ from pyro_flows import AutoFlow, arviz_versions, check, flows, psis, resample, t
 from pyro_flows.diagnostics.importance import reweighted, smooth
 from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Draws
-from pyro_flows.sampling.resampling import systematic
+from pyro_flows.sampling.annealed_population import systematic
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

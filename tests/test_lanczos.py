@@ -13,7 +13,7 @@ from pyro_flows.diagnostics.guide_space import guide_coordinates, guide_density
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.coordinates import Mapped, Stretched, White
-from pyro_flows.sampling.low_rank_gaussian import lanczos
+from pyro_flows.sampling.gaussian import lanczos
 
 DIM = 200
 

@@ -13,8 +13,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows.fitting.guide_start import start_from_gaussian
 from pyro_flows.programs.model_and_guide import Task
-from pyro_flows.sampling.gaussian import fit_gaussian
-from pyro_flows.sampling.low_rank_gaussian import fit_low_rank
+from pyro_flows.sampling.gaussian import fit_gaussian, fit_low_rank
 
 DIM = 300
 

@@ -33,9 +33,8 @@ from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.sites import Values
 from ..sampling import Samples
-from ..sampling.annealed_population import ISLANDS, Population, bridge
+from ..sampling.annealed_population import ISLANDS, Population, bridge, systematic
 from ..sampling.converged_chains import Goal
-from ..sampling.resampling import systematic
 from ..time_limit import TimeUp, seconds_left, taken_over, within
 from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit

@@ -16,7 +16,7 @@ from ..programs.engines import in_batches
 from ..programs.model_and_guide import Task
 from ..programs.program import runs_programs
 from ..programs.sites import Site, Values, row_log_prob
-from ..sampling.samples import Samples
+from ..sampling import Samples
 from ..user_code import warn_user
 from .importance import WEIGHING, reweighted, weigh
 

@@ -29,7 +29,7 @@ from ..programs.engines import View
 from ..programs.model_and_guide import Draws, Task
 from ..programs.program import Function, runs_programs
 from ..programs.sites import Values
-from ..sampling.resampling import systematic
+from ..sampling.annealed_population import systematic
 from ..user_code import warn_user
 from .unreached import check_reach
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..programs.density import Density
 from ..sampling.coordinates import Coordinates, Stretched
-from ..sampling.low_rank_gaussian import lanczos
+from ..sampling.gaussian import lanczos
 from ..vjp import score_of
 from .drift import weighted_drift, weighted_shape
 from .guide_space import guide_coordinates, guide_density

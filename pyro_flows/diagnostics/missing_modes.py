@@ -39,9 +39,9 @@ from torch.distributions import Chi2
 
 from ..programs.density import Density, Drawn
 from ..sampling.annealed_population import Reference, anneal
-from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
+from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
 from ..vjp import LogDensity, value_and_score
 from .drift import Drift
 from .guide_space import prior_of

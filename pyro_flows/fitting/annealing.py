@@ -39,8 +39,7 @@ from ..programs.model_and_guide import Task
 from ..programs.program import runs_programs
 from ..sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on
 from ..sampling.annealed_population import anneal as anneal_population
-from ..sampling.climbs import CLIMBS, ways_up
-from ..sampling.mode_mixture import ModeMixture
+from ..sampling.modes import CLIMBS, ModeMixture, ways_up
 from ..training import Training, distributed
 from ..training.loop import Fit
 from .density import fit_density

@@ -28,8 +28,7 @@ from ..programs.runner import TOTAL
 from ..programs.sites import is_masked
 from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks
-from ..sampling.gaussian import Gaussian, Watch, fit_gaussian
-from ..sampling.low_rank_gaussian import LowRankGaussian, fit_low_rank
+from ..sampling.gaussian import Gaussian, LowRankGaussian, Watch, fit_gaussian, fit_low_rank
 from ..training.interrupts import watching
 from ..user_code import warn_user
 from ..vjp import LogDensity

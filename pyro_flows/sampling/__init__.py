@@ -1,3 +1,3 @@
 """Sampling of posteriors: Markov chains, their convergence, and annealed populations."""
 
-from .samples import Samples as Samples
+from .converged_chains import Samples as Samples

@@ -45,7 +45,6 @@ from ..vjp import LogDensity
 from .chains import HMC, Chains, Target
 from .coordinates import White
 from .gaussian import fit_gaussian
-from .resampling import systematic
 
 ISLANDS = 16
 HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
@@ -356,3 +355,17 @@ def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, f
     relative = (above - mean_above).exp()
     _, noise = population.share((below - mean_below).exp())
     return log_r, math.hypot(float(relative.std()) / math.sqrt(len(of_q)), noise)
+
+
+def systematic(weights: Tensor, number: int) -> Tensor:
+    """Resample systematically by weights ``(*batch, S)``; return indices in increasing order, ``(*batch, number)``.
+
+    They are those of N points u, u + 1/N, u + 2/N, … on the cumulated weights (Douc, Cappé, Moulines 2005).
+    """
+    edges = weights.double().cumsum(-1)
+    end = edges[..., -1:]
+    offset, steps = torch.rand_like(end), torch.arange(number, device=end.device)
+    # A point that is rounded up to the very end would lie beyond the last draw of positive weight.
+    points = ((steps + offset) / number * end).minimum(end.nextafter(torch.zeros_like(end)))
+    # Without any weight the edges are NaN, and no index is right.
+    return torch.searchsorted(edges, points, right=True).clamp_max(weights.shape[-1] - 1)

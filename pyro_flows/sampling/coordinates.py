@@ -53,9 +53,10 @@ class White:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z, ``(N, D)``, and the log-determinant of dz/dx, ``(N,)``, given x, ``(N, D)``."""
-        if self.scale.dim() == 1:
-            return self.loc + x * self.scale, self.scale.log().sum().expand(len(x))
-        return self.loc + x @ self.scale.T, self.scale.diagonal().log().sum().expand(len(x))
+        is_dense = self.scale.dim() == 2
+        deviations = self.scale.diagonal() if is_dense else self.scale
+        z = self.loc + (x @ self.scale.T if is_dense else x * self.scale)
+        return z, deviations.log().sum().expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return x."""
