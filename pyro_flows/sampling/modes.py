@@ -163,21 +163,16 @@ def components(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
         z: The places, ``(N, D)``, preferably the ends of climbs.  In many dimensions the density may be higher between
             two draws than at both, whatever their modes.
     """
-    number, x = len(z), coordinates.inverse(z)
-    if number == 1:
-        return torch.zeros(1, dtype=torch.long, device=z.device)
-    heights = density(z)
-    one, near = _neighbours(x)
-    joined = _joined(density, z, heights, one, near)
+    x, heights = coordinates.inverse(z), density(z)
+    one, near, joined = _pairs(density, z, x, heights)
     rises = heights[near] - heights[one]
     is_top = ~(joined & (rises > CLIMBS.dip)).any(-1)
     up = joined & (rises > 0)
     kept = (joined & is_top[one] & is_top[near]) | (up & (up.cumsum(-1) == 1))  # neighbours are sorted by distance
-    labels = _connected(one[kept], near[kept], number)
+    labels = _connected(one[kept], near[kept], len(z))
     # Ends of climbs at one top may fall into several groups of nearest neighbours, which are joined by their tops.
     tops = highest_of_each(labels, heights)
-    one, near = _neighbours(x[tops])
-    same = _joined(density, z, heights, tops[one], tops[near])
+    one, near, same = _pairs(density, z[tops], x[tops], heights[tops])
     found = _connected(one[same], near[same], len(tops))[labels]
     order = found.bincount().argsort(descending=True)
     return order.argsort()[found]
@@ -188,20 +183,16 @@ def highest_of_each(labels: Tensor, heights: Tensor) -> Tensor:
     return torch.stack([heights.where(labels == k, -math.inf).argmax() for k in range(int(labels.max()) + 1)])
 
 
-def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of all places and of the nearest neighbours of each, both ``(N, k)``."""
+def _pairs(density: LogDensity, z: Tensor, x: Tensor, heights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each place and its nearest neighbours in x, and True if the density does not fall between: ``(N, k)``."""
     rows, parts = torch.arange(len(x), device=x.device), []
     for part in rows.split(CLIMBS.batch):
         distances = torch.cdist(x[part], x)
         distances[rows[: len(part)], part] = math.inf
         parts.append(distances.topk(min(CLIMBS.neighbours, len(x) - 1), largest=False).indices)
     near = torch.cat(parts)
-    return rows.unsqueeze(-1).expand_as(near), near
-
-
-def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return True, for each pair of indices of places, if the density does not fall between the two."""
-    first, second = one.flatten(), other.flatten()
+    one = rows.unsqueeze(-1).expand_as(near)
+    first, second = one.flatten(), near.flatten()
     least = torch.minimum(heights[first], heights[second]) - CLIMBS.dip
     joined = torch.arange(len(first), device=z.device)
     for place in range(CLIMBS.between):
@@ -211,9 +202,7 @@ def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other:
             between = z[first[part]] + share * (z[second[part]] - z[first[part]])
             kept.append(part[density(between) > least[part]])
         joined = torch.cat(kept)
-    found = torch.zeros(len(first), dtype=torch.bool, device=z.device)
-    found[joined] = True
-    return found.view(one.shape)
+    return one, near, torch.zeros_like(first, dtype=torch.bool).index_fill(0, joined, True).view(one.shape)
 
 
 def _connected(one: Tensor, other: Tensor, number: int) -> Tensor:
