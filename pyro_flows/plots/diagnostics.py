@@ -1,7 +1,8 @@
-"""Diagnostics of a guide: its errors by a check, its importance weights, and its calibration."""
+"""Diagnostics of a guide and its model: checks, weights, calibration, and tests of one observation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from .panels import Picture, head, panels, shortened
 
-MOST = 30  # quantities of a check: those with the largest errors
+MOST = 30  # quantities or entries with names: those with the largest errors
+BINS = np.linspace(-4, 4, 33)  # of standardised latents
 FAR = 8.0  # nats beyond which log-weights are shown at the edge
 KOLMOGOROV = 1.358  # the 95 % quantile of Kolmogorov's distribution
 
@@ -38,15 +40,12 @@ def check(found: Any) -> Picture:
         ['x']
     """
     chains, weighted = found.chains, found.weighted
-    size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
-    shown = size.argsort(descending=True)[:MOST].sort().values
-    rows, names = np.arange(len(shown)), [shortened(found.names[i], 40) for i in shown.tolist()]
+    shown = _largest(torch.maximum(chains.error.abs(), (chains.ratio - 1).abs()))
+    rows, names = np.arange(len(shown)), [found.names[i] for i in shown.tolist()]
     picture, (left, middle, right) = panels(11, 2.6 + 0.2 * len(shown), 3, 3)
-    errors = {
-        "error of the mean (posterior sd)": (left, 0.0, -3.0, "error"),
-        "sd, guide / posterior": (middle, 1.0, 0.0, "ratio"),
-    }
-    for label, (axis, truth, least, value) in errors.items():
+    labels = ("error of the mean (posterior sd)", "sd, guide / posterior")
+    errors = zip(labels, (left, middle), (0.0, 1.0), (-3.0, 0.0), ("error", "ratio"), strict=True)
+    for label, axis, truth, least, value in errors:
         reach = 0.4
         axis.axvspan(truth - 0.1, truth + 0.1, color="C2", alpha=0.15, lw=0)
         for drift, name, color, shift in (chains, "chains", "C0", -0.15), (weighted, "weights", "C1", 0.15):
@@ -56,8 +55,8 @@ def check(found: Any) -> Picture:
             axis.errorbar(places, rows + shift, xerr=2 * se, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
         axis.axvline(truth, color="0.4", lw=0.8)
         ends = max(truth - reach, least - 0.15), truth + reach  # error bars may end far away
-        axis.set(xlim=ends, xlabel=label, ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(rows, names if axis is left else [""] * len(rows), fontsize=8)
+        axis.set(xlim=ends, xlabel=label)
+        _name_rows(axis, names if axis is left else [""] * len(rows), 40)
     left.legend(frameon=False, fontsize=8)
     _histogram(right, found.psis)
     if len(found.names) > len(rows):
@@ -134,11 +133,9 @@ def calibration(found: Any) -> Picture:
     left.set(xlabel="rank of the truth, as a share of the draws", ylabel="share of datasets below, minus expected")
     left.set_title(f"Ranks: p = {found.sbc_p:.2g}", fontsize=10)
     left.legend(frameon=False, fontsize=8)
-    tests = (
-        (middle, "Regions of highest density", found.coverage, found.coverage_p),
-        (right, "TARP: balls around random points", found.tarp, found.tarp_p),
-    )
-    for axis, title, levels, p in tests:
+    regions = middle, "Regions of highest density", found.coverage, found.coverage_p
+    balls = right, "TARP: balls around random points", found.tarp, found.tarp_p
+    for axis, title, levels, p in (regions, balls):
         axis.fill_between(level, level - band, level + band, color="C2", alpha=0.15, lw=0)
         axis.plot(level, level, color="0.4", lw=0.8)
         axis.plot(level, _share_below(levels, level), color="C0", lw=1.6)
@@ -146,6 +143,95 @@ def calibration(found: Any) -> Picture:
         axis.set_title(f"{title}: p = {p:.2g}", fontsize=10)
     head(picture, found.reason)
     return picture
+
+
+def local_c2st(found: Any) -> Picture:
+    """Plot true latents near an observation against a guide's draws, and the statistic of their difference.
+
+    Args:
+        found: The result of :func:`~pyro_flows.local_c2st`.
+
+    Returns:
+        A matplotlib figure.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.diagnostics import LocalC2ST
+        >>> z, null = torch.randn(100, 1), torch.rand(99)
+        >>> found = LocalC2ST(["a"], 0.3, null, 0.5, 0.01, "", z[0], z[1], z[0], z[1], z, z, torch.rand(100))
+        >>> local_c2st(found).axes[2].get_title()
+        'p = 0.5'
+    """
+    picture, (left, middle, right) = panels(11, 3.9, 3, 3)
+    size = torch.maximum(found.location.abs(), found.spread.abs())
+    worst = int(size.argmax())
+    told = {"density": True, "bins": BINS}
+    left.hist(found.draws[:, worst].cpu().numpy(), color="0.7", label="draws of the guide", **told)
+    left.hist(found.truths[:, worst].cpu().numpy(), histtype="step", color="C0", lw=1.6, label="true latents", **told)
+    left.set(xlabel=f"{shortened(found.names[worst], 40)}, standardised by the guide", ylabel="density")
+    left.set_title(f"{len(found.truths)} datasets near the observation", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    shown = _largest(size)
+    rows = np.arange(len(shown))
+    middle.axvspan(-2, 2, color="C2", alpha=0.15, lw=0)
+    middle.axvline(0, color="0.4", lw=0.8)
+    for value, color, shift, label in (found.location, "C0", -0.12, "location"), (found.spread, "C1", 0.12, "spread"):
+        middle.plot(value[shown].cpu().numpy(), rows + shift, "o", ms=4, color=color, label=label)
+    _name_rows(middle, [found.names[i] for i in shown.tolist()])
+    middle.set(xlabel="true latents minus draws (standard errors)")
+    middle.legend(frameon=False, fontsize=8)
+    _against_null(right, found, "exact guides")
+    head(picture, found.reason)
+    return picture
+
+
+def misspecification(found: Any) -> Picture:
+    """Plot an observation against its posterior predictive replicates, and statistics of their difference.
+
+    Args:
+        found: The result of :func:`~pyro_flows.misspecification`.
+
+    Returns:
+        A matplotlib figure.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.diagnostics import Misspecification
+        >>> p, null = torch.tensor([0.5]), torch.rand(99)
+        >>> found = Misspecification(["spread"], 0.3, null, 0.5, 0.05, "", p, ["x[0]", "x[1]"], torch.randn(2))
+        >>> misspecification(found).axes[2].get_title()
+        'p = 0.5'
+    """
+    picture, (left, middle, right) = panels(11, 3.9, 3, 3)
+    places = np.arange(len(found.entries))
+    left.axhspan(-2, 2, color="C2", alpha=0.15, lw=0)
+    left.axhline(0, color="0.4", lw=0.8)
+    left.plot(places, found.residuals.cpu().numpy(), "o", ms=3.5, color="C0")
+    if len(places) <= MOST:
+        left.set_xticks(places, [shortened(name) for name in found.entries], fontsize=8, rotation=90)
+    left.set(xlabel="entry of the data", ylabel="residual (sd of the replicates)")
+    left.set_title("Data minus replicates", fontsize=10)
+    middle.axvspan(-np.log10(found.level), 4, color="C3", alpha=0.1, lw=0)
+    middle.barh(np.arange(len(found.names)), -np.log10(found.p_values.cpu().numpy()), color="C0", height=0.6)
+    _name_rows(middle, found.names, 30)
+    middle.set(xlabel="−log10 of the p-value", xlim=(0, 4))
+    middle.set_title("Each statistic alone", fontsize=10)
+    _against_null(right, found, "data of the model")
+    head(picture, found.reason)
+    return picture
+
+
+def _largest(size: Tensor) -> Tensor:
+    """Return the places of the largest of some sizes, ``(n,)``, in their order."""
+    return size.argsort(descending=True)[:MOST].sort().values
+
+
+def _name_rows(axis: Any, names: Sequence[str], most: int = 20) -> None:
+    """Name the rows of a panel, from the top."""
+    axis.set_yticks(np.arange(len(names)), [shortened(name, most) for name in names], fontsize=8)
+    axis.set(ylim=(len(names) - 0.5, -0.5))
 
 
 def _share_below(values: Tensor, level: np.ndarray) -> np.ndarray:
@@ -168,3 +254,12 @@ def _histogram(axis: Any, psis: Any) -> None:
     beyond = int((abs(raw) > FAR).sum() + np.isnan(raw).sum())
     told = f"; {beyond} beyond ±{FAR:.0f}" if beyond else ""
     axis.set_title(f"Log-weights of {len(raw)} draws{told}", fontsize=10)
+
+
+def _against_null(axis: Any, found: Any, what: str) -> None:
+    """Draw the null distribution of the largest statistic, and its value."""
+    axis.hist(found.null.cpu().numpy(), bins=40, color="0.7", label=what)
+    axis.axvline(found.statistic, color="C0" if found.passed else "C3", lw=1.8, label="observed")
+    axis.set(xlabel="largest statistic", ylabel="number")
+    axis.set_title(f"p = {found.p_value:.2g}", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)

@@ -20,14 +20,11 @@ PAIRED = 6  # the most quantities in pairs
 POINTS, BINS = 3000, 50  # the most points of a table in a panel, and the most bins
 
 Draws: TypeAlias = Mapping[str, Tensor | np.ndarray] | Tensor | np.ndarray
+Names: TypeAlias = Sequence[str] | None
+Labels: TypeAlias = tuple[str, str]
 
 
-def marginals(
-    draws: Draws,
-    reference: Draws | None = None,
-    *,
-    labels: tuple[str, str] = ("guide", "reference"),
-) -> Picture:
+def marginals(draws: Draws, reference: Draws | None = None, *, labels: Labels = ("guide", "reference")) -> Picture:
     """Plot the marginal density of each quantity, at most the first twelve, by ArviZ's kernel density estimate.
 
     Draws that are not finite are left out.  If nearly all draws are equal, a line replaces the density.
@@ -62,10 +59,8 @@ def marginals(
         ends = [np.quantile(x, [0.003, 0.997]) for x in samples if len(x)] or [(0.0, 1.0)]
         for place, x in enumerate(samples):
             grid, density = density_of(x, np.min(ends), np.max(ends))
-            if place == 0:
-                axis.fill_between(grid, density, color="C0", alpha=0.4, lw=0, label=labels[0])
-            else:
-                axis.plot(grid, density, color="C1", lw=1.6, label=labels[1])
+            style = {"color": "C1", "lw": 1.6} if place else {"color": "C0", "alpha": 0.4, "lw": 0}
+            (axis.plot if place else axis.fill_between)(grid, density, label=labels[place], **style)
             if len(x) and not density.any():
                 axis.axvline(np.median(x), color=f"C{place}", lw=1.6)
         axis.set(ylim=(0, None), yticks=[])
@@ -93,8 +88,8 @@ def pairs(
     draws: Draws,
     reference: Draws | None = None,
     *,
-    names: Sequence[str] | None = None,
-    labels: tuple[str, str] = ("draws", "reference"),
+    names: Names = None,
+    labels: Labels = ("draws", "reference"),
 ) -> Picture:
     """Plot pairs of quantities: the draws below the diagonal, the reference above it, and histograms on it.
 
@@ -197,7 +192,7 @@ def _tick(value: float, _: int) -> str:
     return f"{value:.6g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
 
 
-def _columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def _columns_of(caller: str, argument: str, draws: Draws, names: Names = None) -> dict[str, np.ndarray]:
     """Return named columns ``(N,)`` of draws of sites ``(N, *shape)`` or of a table ``(N, D)``.
 
     Raises:
@@ -228,7 +223,7 @@ def _columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] |
 
 
 def _compared(
-    caller: str, draws: Draws, reference: Draws | None, names: Sequence[str] | None = None
+    caller: str, draws: Draws, reference: Draws | None, names: Names = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the columns of draws and of a reference, the latter empty without a reference.
 
