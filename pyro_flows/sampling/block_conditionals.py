@@ -105,6 +105,10 @@ class Conditional(NamedTuple):
         return recur(self.matrix, applied(self.scale, applied(self.scale.mT, c)))
 
 
+Precisions = Sequence[Precision]  # of all blocks
+Blocks = Sequence[Conditional]
+
+
 class BlockStructure:
     """The blocks of a packed vector, parents first, and what follows from them.
 
@@ -144,7 +148,7 @@ class BlockStructure:
             bends.append(Bends(turn, turn[:, :, :, 0], like.new_zeros(*cross.shape[:2], size - shared, len(self.root))))
         return precision, bends
 
-    def conditionals(self, precision: Sequence[Precision], loc: Tensor, bends: Sequence[Bends]) -> list[Conditional]:
+    def conditionals(self, precision: Precisions, loc: Tensor, bends: Sequence[Bends]) -> list[Conditional]:
         """Return the distribution of each block given its parents, by elimination of the last block first.
 
         The precision of the root is that of its marginal distribution.
@@ -173,21 +177,21 @@ class BlockStructure:
             found.append(block._replace(gains=gains))
         return found[::-1]
 
-    def coefficients(self, blocks: Sequence[Conditional]) -> list[Bends]:
+    def coefficients(self, blocks: Blocks) -> list[Bends]:
         """Return for each block what depends on the root: A, log diag L, and the gains of its other parents."""
         diagonals = (block.scale.diagonal(dim1=-2, dim2=-1).log() for block in blocks)
         parts = zip(blocks, diagonals, self.shared, strict=True)
         return [Bends(block.matrix, diagonal, block.gains[..., shared:]) for block, diagonal, shared in parts]
 
-    def at(self, blocks: Sequence[Conditional], loc: Tensor) -> list[Conditional]:
+    def at(self, blocks: Blocks, loc: Tensor) -> list[Conditional]:
         """Return blocks around another mean, ``(D,)``."""
         return [block._replace(loc=loc[of.places]) for of, block in zip(self.layouts, blocks, strict=True)]
 
-    def root_of(self, blocks: Sequence[Conditional], noise: Tensor) -> Tensor:
+    def root_of(self, blocks: Blocks, noise: Tensor) -> Tensor:
         """Return the deviations of the root from its mean, ``(S, G)``."""
         return noise[:, self.root] @ blocks[0].scale[0, 0, : len(self.root), : len(self.root)].mT
 
-    def placed(self, blocks: Sequence[Conditional], noise: Tensor, root: Tensor | None = None) -> Tensor:
+    def placed(self, blocks: Blocks, noise: Tensor, root: Tensor | None = None) -> Tensor:
         """Return the draws with some noise, ``(S, D)``, and with some deviations of the root from its mean."""
         root = self.root_of(blocks, noise) if root is None else root
         parts, away = list[Tensor](), list[Tensor]()  # draws, and deviations from the means, (S, N, T d)
@@ -202,7 +206,7 @@ class BlockStructure:
             away.append(e.flatten(-2))
         return torch.cat(parts, -1)[:, self.order]
 
-    def size(self, blocks: Sequence[Conditional], change: Tensor) -> float:
+    def size(self, blocks: Blocks, change: Tensor) -> float:
         """Return the root mean square of a step in standard deviations, of the block in which it is largest."""
         largest, back = 0.0, list[Tensor]()  # minus the steps of the blocks
         for place, (layout, block) in enumerate(zip(self.layouts, blocks, strict=True)):
@@ -213,9 +217,7 @@ class BlockStructure:
             largest = max(largest, float(noise.square().mean().sqrt()))
         return largest
 
-    def natural_gradient(
-        self, blocks: Sequence[Conditional], x: Tensor, damping: float, joint: Tensor | None
-    ) -> Tensor:
+    def natural_gradient(self, blocks: Blocks, x: Tensor, damping: float, joint: Tensor | None) -> Tensor:
         """Return the natural gradient from a gradient ``(D,)``; that of the root counts the moves of all blocks.
 
         It is J Jᵀ x, with J the Jacobian of draws in their noise.  The root is damped by its precision, the others

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import BlockStructure, Conditional, Precision
+from .block_conditionals import Blocks, BlockStructure, Precision, Precisions
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,11 @@ class Curvature:
             moves = [places[:, k::apart, j].flatten() for k in range(apart) for j in range(places.shape[2])]
             self._colours.append(torch.stack([torch.zeros(dim).index_fill(0, move, 1.0) for move in moves]))
             near = [one in {place, *above[place]} or place in above[one] for one in range(len(above))]
-            known = [
-                layout.places.flatten() for layout, is_near in zip(structure.layouts, near, strict=True) if is_near
-            ]
+            known = [of.places.flatten() for of, is_near in zip(structure.layouts, near, strict=True) if is_near]
             self._strangers.append(torch.ones(dim).index_fill(0, torch.cat(known), 0.0))
         self.directions = sum(map(len, self._colours))
 
-    def precision(self, z: Tensor, present: Sequence[Precision], first: int = 0) -> list[Precision]:
+    def precision(self, z: Tensor, present: Precisions, first: int = 0) -> list[Precision]:
         """Return minus the mean second derivatives at some draws, for all blocks or from block ``first`` on.
 
         Args:
@@ -84,9 +82,7 @@ class Curvature:
             self.is_coupled |= bool((changes.abs() * strangers.to(z)).max() > faint)
         return [self._derivatives(place, responses, sizes) for place in range(first, len(responses))]
 
-    def of_root(
-        self, blocks: Sequence[Conditional], present: Sequence[Precision], noise: Tensor
-    ) -> tuple[Tensor, Precision]:
+    def of_root(self, blocks: Blocks, present: Precisions, noise: Tensor) -> tuple[Tensor, Precision]:
         """Return the mean score of the root, where the other blocks move with it, and minus its mean derivative."""
 
         def total(root: Tensor) -> Tensor:
@@ -100,14 +96,7 @@ class Curvature:
         own = Precision(((second + second.mT) / 2)[None, None], *present[0][1:])
         return score_of(total, root).nan_to_num(0.0, 0.0, 0.0).mean(0), own
 
-    def joint(
-        self,
-        z: Tensor,
-        score: Tensor,
-        found: Sequence[Precision],
-        present: Sequence[Precision],
-        blocks: Sequence[Conditional],
-    ) -> Tensor:
+    def joint(self, z: Tensor, score: Tensor, found: Precisions, present: Precisions, blocks: Blocks) -> Tensor:
         """Return the moves of all blocks but the root that follow from couplings between the blocks, too.
 
         They are found by conjugate gradients, with the inverse of the precision without these couplings as a
@@ -132,9 +121,8 @@ class Curvature:
         wanted[:, root] = 0.0
 
         def precondition(x: Tensor) -> Tensor:
-            parts = [
-                block.solved(x[:, of.places]).flatten(1) for of, block in zip(structure.layouts, blocks, strict=True)
-            ]
+            pairs = zip(structure.layouts, blocks, strict=True)
+            parts = [block.solved(x[:, of.places]).flatten(1) for of, block in pairs]
             return torch.cat(parts, -1)[:, structure.order].index_fill(1, root, 0.0)
 
         def product(steps: Tensor) -> Tensor:
@@ -156,7 +144,7 @@ class Curvature:
             step = ready + size / last.clamp_min(tiny) * step
         return solution
 
-    def _deviations(self, present: Sequence[Precision]) -> Tensor:
+    def _deviations(self, present: Precisions) -> Tensor:
         """Return the conditional standard deviation of each latent, ``(D,)``."""
         found = [own.diagonal.diagonal(dim1=-2, dim2=-1).rsqrt().flatten() for own in present]
         return torch.cat(found)[self._structure.order]

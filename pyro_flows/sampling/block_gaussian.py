@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..vjp import LogDensity, score_of
-from .block_conditionals import Bends, BlockStructure, Conditional, Layout, NotPositive, Precision
+from .block_conditionals import Bends, Blocks, BlockStructure, Conditional, Layout, NotPositive, Precision
 from .block_curvature import Curvature
 from .gaussian import Watch, is_no_worse, judged
 
@@ -185,7 +184,7 @@ class _Search:
         return False
 
     @torch.no_grad()
-    def _judged(self, blocks: Sequence[Conditional], noise: Tensor) -> float:
+    def _judged(self, blocks: Blocks, noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
         root = self._structure.root_of(blocks, noise)
         log_p = self._density(self._structure.placed(blocks, noise))

@@ -282,11 +282,9 @@ class Mixture(NamedTuple):
             scaled = shares.sqrt().unsqueeze(-1) * (x - loc.unsqueeze(1))  # (K, N, D)
             scale_tril, failed = torch.linalg.cholesky_ex(scaled.mT @ scaled)
             usable = (effective > MIXING.fitted * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
-            found = Mixture(
-                torch.where(usable[:, None], loc, found.loc),
-                torch.where(usable[:, None, None], scale_tril, found.scale_tril),
-                total.clamp_min(1e-6),
-            )
+            loc = torch.where(usable[:, None], loc, found.loc)
+            scale_tril = torch.where(usable[:, None, None], scale_tril, found.scale_tril)
+            found = Mixture(loc, scale_tril, total.clamp_min(1e-6))
         return found
 
 
@@ -390,10 +388,8 @@ class ModeMixture:
             scores = (heights - gaussian.log_prob(x)).double().nan_to_num(-math.inf, -math.inf, -math.inf)
             scores = scores.where(labels == k, -math.inf) - math.log(MIXING.probes)
             parts.append((x, heights, scores, torch.full_like(labels, k)))
-        z, log_p, scores, labels = (
-            torch.cat([part.reshape(islands, -1, *part.shape[1:]) for part in column], 1)
-            for column in zip(*parts, strict=True)
-        )
+        columns = ([x.reshape(islands, -1, *x.shape[1:]) for x in column] for column in zip(*parts, strict=True))
+        z, log_p, scores, labels = (torch.cat(column, 1) for column in columns)
         weights, evidences = scores.flatten().log_softmax(0).to(found.log_weights), scores.logsumexp(-1)
         evidences, self.labels = evidences + math.log(islands), labels.flatten()
         self.population = Population(z.flatten(0, 1), weights, log_p.flatten(), evidences, *found[4:])
