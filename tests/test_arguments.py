@@ -266,7 +266,7 @@ def test_numbers_that_float32_collapses_have_two_ways_out(loader):
     found = r"^fit_density: (x|a batch) holds numbers of up to .*e\+\d+, which overflow in .*torch.float32; .*double"
     with pytest.raises(ValueError, match=found):
         fit(x * 1e200, new())
-    with pytest.raises(ValueError, match=r"x holds NaN or inf in column 1 \(1 of 90 rows\)"):
+    with pytest.raises(ValueError, match=r"hold NaN or inf in column 1 \(1 of"):
         fit(torch.where(torch.arange(180).reshape(90, 2) == 7, torch.inf, x), new())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows import AutoFlow, AutoPlateFlow, Flow, flows
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.flows import Dequantized
-from pyro_flows.flows.chunks import chunk_for, in_chunks
+from pyro_flows.flows.distribution import chunk_for, in_chunks
 from pyro_flows.transforms import Elementwise
 
 recipes = pytest.mark.parametrize("recipe", [flows.nsf, flows.maf, flows.iaf, flows.planar_flow])

@@ -15,9 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_flows import Spike, dequantize, find_spikes
-from pyro_flows.data.columns import tied_columns
-from pyro_flows.data.table import as_table
-from pyro_flows.flows.columns import Columns
+from pyro_flows.data.columns import as_table, tied_columns
+from pyro_flows.flows.distribution import Columns
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

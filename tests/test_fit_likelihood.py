@@ -89,7 +89,7 @@ def test_values_outside_of_the_support_have_no_density_and_finite_gradients():
     log_prob[0].backward()
     assert context.grad.isfinite().all()
     assert model.support.check(value).tolist() == log_prob.isfinite().tolist()
-    with pyro.validation_enabled(True), pytest.raises(ValueError, match="to be within the support"):
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match="must lie in the support"):
         model(context).log_prob(value)
 
 
@@ -220,7 +220,7 @@ def test_entries_may_be_discrete_and_positive():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ([1.0, 2.0], r"holds data outside of the support of MixedDistribution \(1 of 9, such as \[1, 2\]\)\. Recode"),
+        ([1.0, 2.0], r"holds data outside of the support of ModelDistribution \(1 of 9, such as \[1, 2\]\)\. Recode"),
         ([-1.0, 1.0], r"holds data outside of the support .* such as \[-1, 1\]\)"),
         ([math.nan, 1.0], r"holds 1 NaN; argument 'x' holds 1 NaN\. Leave those rows out"),
         ([1.0, math.nan], r"holds 1 NaN"),
@@ -374,7 +374,7 @@ def test_data_of_another_width_have_one_clear_error():
             pyro.sample("x", likelihood(theta.expand(1, 1)), obs=x)
 
     with pytest.raises(
-        ValueError, match=r"Mixed: value must have the event shape \(2,\) on the right, got shape \(9, 1\)"
+        ValueError, match=r"log_prob: value must have the event shape \(2,\) on the right, got shape \(9, 1\)"
     ):
         AutoFlow(model).setup(torch.ones(9, 1))
 

@@ -373,7 +373,7 @@ def masses(model: Dequantized, levels: int) -> Tensor:
     points = torch.cat([(below[1:] + below[:-1]) / 2, centres, (above[1:] + above[:-1]) / 2])
     widths = torch.cat([below.diff(), torch.full_like(centres, 1 / fine), above.diff()])
     grid = torch.cartesian_prod(points, points)
-    density = model().density.log_prob(grid[:, :, None, None]).exp()
+    density = model.flow().followed_by(model.pixels).log_prob(grid[:, :, None, None]).exp()
     weights = torch.cartesian_prod(widths, widths).prod(-1)
     cells = torch.bucketize(grid, edges[1:-1], right=True)
     found = torch.zeros(levels * levels, dtype=torch.float64)
@@ -411,7 +411,7 @@ def test_variational_noise_starts_as_uniform() -> None:
     flow = flows.realnvp_image((1, 4, 4), num_steps=1, hidden_dim=4)
     noise = flows.realnvp_image((1, 4, 4), (1, 4, 4), num_steps=1, hidden_dim=4)
     model, images = Dequantized(flow, noise=noise).double(), torch.randint(0, 256, (300, 1, 4, 4))
-    u, log_q = model()._draw(images.double())
+    u, log_q = model._noise(images.double(), model.num_samples)
     assert torch.as_tensor(log_q).abs().max() < 1e-9
     assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * u.numel())
     assert abs(u.var() - 1 / 12) < 0.005
@@ -432,9 +432,9 @@ def image_of(value: object) -> Tensor:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (image_of(1.0), "must hold integers, got torch.float32"),
+        (image_of(1.0), "must hold integers from 0 to 255, got torch.float32"),
         (image_of(float("nan")), "with NaN or inf"),
-        (image_of(256), "between 0 and 255, got some from 256 to 256"),
+        (image_of(256), "from 0 to 255, got some from 256 to 256"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), "must have the event shape"),
     ],
 )

@@ -193,7 +193,7 @@ def test_processes_that_do_not_fit_the_same_are_refused(pair):
 FAILURES = {
     "unreadable": (0, "Broken: row 7 of data.csv"),
     "unsendable": (0, "pickle"),
-    "gap": (1, "ValueError: fit_density: x holds NaN or inf in column 1"),
+    "gap": (1, "ValueError: fit_density: the data hold NaN or inf in column 1"),
     "ugly": (0, "ArithmeticError: the picture is ugly"),
 }
 
@@ -218,7 +218,7 @@ def test_a_process_that_ends_ends_the_job_and_is_named(pair):
     assert "fit_density: process 1 of 2: ValueError: x holds NaN or inf in column 1 (1 of 150 rows)." in said
     summary = said[said.index("Root Cause") :]
     assert "rank      : 1 " in summary
-    assert "ValueError: fit_density: x holds NaN or inf in column 1" in summary
+    assert "ValueError: fit_density: the data hold NaN or inf in column 1" in summary
 
 
 def test_a_process_alone_makes_no_group():

@@ -19,8 +19,7 @@ from torch.distributions import MultivariateNormal
 
 from .. import flows, plots
 from ..data import dequantize, find_spikes
-from ..data.columns import tied_columns
-from ..data.table import listed, listed_names
+from ..data.columns import listed, listed_names, tied_columns
 from ..distributions import StudentTBase
 from ..fitting import fit_density
 from ..flows import Flow

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..data.table import listed_names
+from ..data.columns import listed_names
 from . import Refused
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.table import listed, listed_names
+from ..data.columns import listed, listed_names
 from . import Refused
 from .inputs import read_file, read_numpy, repeated
 

@@ -176,10 +176,14 @@ def split(loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
     Raises:
         ValueError: If the loader has a custom sampler or no dataset with indices.
     """
-    if reason := _indivisible(loader):
-        words = f"fit_density: x is {reason}, and no rows of it can be held out"
-        raise ValueError(f"{words}; give others to judge by: validation=x, (x, context) or a loader.")
-    number = len(loader.dataset)
+    is_plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    number, sampler = len(loader.dataset) if is_plain else 0, getattr(loader, "sampler", None)
+    shuffled = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == number
+    in_order = is_plain and (shuffled or type(sampler) is SequentialSampler)
+    if not in_order or type(loader.batch_sampler) is not BatchSampler:
+        what = f"x is a {type(loader).__name__} whose rows have no indices or a custom sampler"
+        way = "give others to judge by: validation=x, (x, context) or a loader"
+        raise ValueError(f"fit_density: {what}, and no rows of it can be held out; {way}.")
     held = min(math.ceil(share * number), number - 1)
     kept, out = random_split(loader.dataset, [number - held, held], generator=torch.Generator().manual_seed(0))
     names = (
@@ -189,16 +193,3 @@ def split(loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
     like = {name: getattr(loader, name) for name in names}
     train = DataLoader(kept, shuffle=True, drop_last=loader.drop_last and len(kept) >= loader.batch_size, **like)
     return train, DataLoader(out, **like)
-
-
-def _indivisible(loader: Any) -> str:
-    """Return the reason why a loader cannot be split, or an empty string."""
-    if not isinstance(loader, DataLoader):
-        return f"a {type(loader).__name__} of batches"
-    if isinstance(loader.dataset, IterableDataset):
-        return "a loader of an iterable dataset"
-    sampler, number = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
-    in_order = type(sampler) is SequentialSampler
-    shuffled = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == number
-    divisible = (in_order or shuffled) and type(loader.batch_sampler) is BatchSampler
-    return "" if divisible else "a loader with a custom sampler"

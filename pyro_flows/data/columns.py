@@ -1,4 +1,6 @@
-"""Columns without a density: discrete values, and values that many rows share.
+"""Columns of tables: their reading, and those without a density, of discrete values or values that many rows share.
+
+Tensors, arrays and data frames become tensors of numbers; errors name the column.
 
 A density can grow without bound at a value that many rows share, and the likelihood grows with it.  Training then only
 makes a spike narrower.  Uniform noise turns integers into real numbers with a density,
@@ -10,7 +12,8 @@ A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2015,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_kind, check_numbers
-from .table import Names, as_table, is_table, label, places_of
+from ..arguments import check_kind, check_numbers, is_integer
+from ..flows.arguments import check_dense
+from ..user_code import warn_user
 
+Names = list[str] | None  # of the columns, if the table has names
 FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps in standard deviations below which flows hardly see a step
 SHARED = 0.1  # the share of rows with a repeated value from which a lattice matters
 LEAST = 5  # occurrences of a value that count as repeated; continuous values occur once
@@ -158,6 +163,13 @@ def tied_columns(x: Tensor) -> list[int]:
     return (weights > 0.05 * weights.max()).nonzero().flatten().tolist()
 
 
+def warn_of_ties(caller: str, x: Tensor, labels: Sequence[str]) -> None:
+    """Warn of collinear columns of ``(N, D)``."""
+    if tied := tied_columns(x) if x.shape[1] > 1 else []:
+        words = f"{listed([labels[place] for place in tied])} determine one another"
+        warn_user(f"{caller}: {words} (by a linear relation): densities grow without bound. Leave one of them out.")
+
+
 def dequantize(
     x: Any, columns: Sequence[int | str] | None = None, *, step: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -239,3 +251,77 @@ def _read(caller: str, x: Any) -> tuple[Tensor, Names]:
     if table.is_floating_point() and (bad := int((~table.isfinite()).sum())):
         raise ValueError(f"{caller}: x holds NaN or inf ({bad} of {table.numel()} numbers); leave those rows out.")
     return table.reshape(len(table), -1), names
+
+
+def is_table(value: Any) -> bool:
+    """True if a value holds all rows at once: a tensor, an array or a data frame."""
+    return isinstance(value, Tensor) or hasattr(value, "to_numpy") or hasattr(value, "__array__")
+
+
+def as_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
+    """Return a table as a tensor, in its own dtype if torch computes with it, and the names of its columns.
+
+    Raises:
+        ValueError: If the table does not hold real numbers, or is in 16 bits; the error names argument and column.
+    """
+    names: Names = None
+    if isinstance(value, Tensor):
+        check_dense(caller, argument, value)
+        if value.is_meta:
+            raise ValueError(f"{caller}: {argument} must hold numbers, but lies on the meta device.")
+        found = value.detach()
+    else:
+        columns = getattr(value, "columns", None)
+        names = None if columns is None else [str(name) for name in columns]
+        if isinstance(value, np.ma.MaskedArray):
+            value = np.ma.filled(value.astype(float), np.nan)
+        array = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
+        if array.dtype.kind not in "biufc":  # a data frame of several dtypes is an array of objects
+            for place, cell in np.ndenumerate(array):
+                if not isinstance(cell, numbers.Real | np.bool_):
+                    holds = f"{label(names, place[1] if len(place) > 1 else 0)} holds {cell!r:.50}"
+                    must = f"{argument} must hold real numbers, but {holds} ({type(cell).__name__})"
+                    raise ValueError(f"{caller}: {must}. Leave it out, or encode it as numbers.")
+        # torch has few operations for uint64, no float longer than 64 bits, and only the machine's byte order.
+        if array.dtype.kind not in "biufc" or array.dtype == np.uint64 or array.dtype.itemsize > 8:
+            array = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+        found = torch.tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
+    if found.dtype in (torch.float16, torch.bfloat16) or found.is_complex():
+        way = "" if found.is_complex() else f" Use {argument}.float(), or {argument}.astype('float32')."
+        must = f"{argument} must hold real numbers of float32, float64 or an integer dtype"
+        raise ValueError(f"{caller}: {must}, got {found.dtype}.{way}")
+    wider = {torch.bool: torch.uint8} | dict.fromkeys((torch.uint16, torch.uint32, torch.uint64), torch.int64)
+    return found.to(wider.get(found.dtype, found.dtype)), names  # torch has few operations for the others
+
+
+def label(names: Names, place: int) -> str:
+    """Return the label of a column for error messages: its name, or its index."""
+    return f"column {names[place]!r}" if names else f"column {place}"
+
+
+def listed(words: Sequence[str], most: int = 5) -> str:
+    """Return the first few of many words, separated by commas, and the number of the others."""
+    return ", ".join([*words[:most], *([f"and {len(words) - most} more"] if len(words) > most else [])])
+
+
+def listed_names(names: Iterable[str], most: int = 5) -> str:
+    """Return the first few of many names, each in quotation marks."""
+    return listed([repr(name) for name in names], most)
+
+
+def places_of(caller: str, argument: str, columns: Sequence[int | str], names: Names, width: int) -> list[int]:
+    """Return the indices of columns that are given by index or name.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    found = []
+    for column in columns if isinstance(columns, Iterable) and not isinstance(columns, str) else [columns]:
+        if isinstance(column, str) and names and column in names:
+            found.append(names.index(column))
+        elif is_integer(column) and 0 <= column < width:  # type: ignore[operator]
+            found.append(int(column))
+        else:
+            known = f"the names {listed_names(names)} or " if names else ""
+            raise ValueError(f"{caller}: {argument} must hold {known}places from 0 to {width - 1}, got {column!r}.")
+    return found

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from ..arguments import suggests_keywords
 from ..data.batches import Batch, Rows, Source
-from ..data.reading import Reader, sources
-from ..data.row_statistics import CellNoise, Survey, check_rows
+from ..data.reading import CellNoise, Reader, Survey, check_rows, sources
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.flow_reports import warn_of_round_off
 from ..distributions import CircularBase, StandardNormal, StudentTBase
@@ -32,7 +31,7 @@ from ..encoders import ClassEmbedding, Standardize
 from ..encoders.base import at_rest, learning
 from ..encoders.training_record import recorded
 from ..flows import Dequantized, Flow
-from ..flows.columns import Columns
+from ..flows.distribution import Columns
 from ..guides.guide_flow import permutes
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
@@ -129,7 +128,7 @@ def fit_density(
         raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")
     train, judge = sources(reader, x, context, training, batch_size)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
-    places = check_rows(reader, seen, judged, discrete, apart=training.share is None)
+    places = check_rows(reader, seen, judged, discrete)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
     some, is_image = _start(reader, seen, spread, run), len(shape) == 3

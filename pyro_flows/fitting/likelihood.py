@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ..arguments import is_integer, quoted, suggests_keywords
 from ..data.batches import divided
-from ..data.columns import spikes_of, tied_columns
-from ..data.row_statistics import warn_of_ties
-from ..data.table import as_table, listed
+from ..data.columns import as_table, listed, spikes_of, tied_columns, warn_of_ties
 from ..encoders import Standardize
-from ..flows import Flow
-from ..flows.mixed import Mixed
+from ..flows import Flow, Mixed
 from ..guides.guide_flow import built, likelihood_flow
 from ..programs.simulator import check_draws
 from ..training import Training, distributed

@@ -16,13 +16,13 @@ from .coupling import gaussianization as gaussianization
 from .coupling import nice as nice
 from .coupling import nsf as nsf
 from .coupling import realnvp as realnvp
-from .dequantized import Dequantized as Dequantized
+from .discrete import Dequantized as Dequantized
+from .discrete import Mixed as Mixed
 from .flow import Flow as Flow
 from .image import flowpp_image as flowpp_image
 from .image import glow as glow
 from .image import realnvp_image as realnvp_image
 from .image import tarflow as tarflow
-from .mixed import Mixed as Mixed
 from .residual import planar_flow as planar_flow
 from .residual import radial_flow as radial_flow
 from .residual import residual_flow as residual_flow

@@ -1,25 +1,80 @@
 """A flow at a context: a distribution for one use.
 
 It scores its own last draw without a second pass of the networks, unless a number has changed since the draw.
+
+:func:`in_chunks` evaluates many events, f(x_1 … x_N) = f(x_1 … x_n), f(x_{n+1} … x_{2n}), …, which bounds the memory of
+the networks in between.  With gradients only the inputs of a chunk are kept, and the chunk is computed again in the
+backward pass: Training Deep Nets with Sublinear Memory Cost (Chen, Xu, Zhang, Guestrin 2016, arXiv:1604.06174).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..arguments import check_integers
 from ..distributions.normal import log_prob_of
+from ..encoders.training_record import judges
 from ..transforms import FixedAffine, FlowTransform, View
 from ..transforms.base import can_be_kept, chained, unchanged_from_now
 from ..transforms.carried import can_be_carried, carry_draws
+from ..transforms.wrapped import recomputed
+from ..user_code import warn_user
 from .arguments import as_size, check_value, parameter_of
-from .columns import Columns
+
+T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the table that a flow was trained on, for its draws and the rows that it scores.
+
+    Integers were trained with noise, k + u with u ~ U[0, 1), so a draw in the cell [k, k + 1) stands for the integer k.
+    ``sample`` returns it.  ``rsample`` keeps the noise, and so do ``pyro.sample`` and ``Predictive``, which call it.
+
+    Args:
+        names: The names, or None if the table had none.
+        integers: For each column of integers its index, the smallest integer and the largest.
+    """
+
+    names: tuple[str, ...] | None = None
+    integers: tuple[tuple[int, float, float], ...] = ()
+
+    def check(self, event_shape: torch.Size) -> None:
+        """Raise ValueError unless these are the columns of vectors of a shape."""
+        places = {place for place, _, _ in self.integers}
+        fits = len(event_shape) == 1 and places <= {*range(event_shape[0])}
+        if not fits or (self.names is not None and len(self.names) != event_shape[0]):
+            raise ValueError(f"Flow: columns must be those of events of shape {tuple(event_shape)}, got {self!r:.80}.")
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Return draws ``(*batch, D)`` with the integers in whose cells they lie, from the smallest to the largest."""
+        if not self.integers:
+            return rows
+        columns = list(rows.unbind(-1))
+        for place, low, high in self.integers:
+            columns[place] = columns[place].floor().clamp(low, high)
+        return torch.stack(columns, -1)
+
+    def warn_of_integers(self, rows: Tensor) -> None:
+        """Warn if more than a few of the rows ``(*batch, D)`` hold integers without noise."""
+        if not (self.integers and rows.numel() and judges()) or rows.is_meta:
+            return
+        share = (rows == rows.floor()).reshape(-1, rows.shape[-1]).float().mean(0)
+        whole = (share > 0.01).tolist()  # by chance uniform noise is 0 in one of 16 million numbers
+        if found := [place for place, _, _ in self.integers if whole[place]]:
+            labels = ", ".join(repr(self.names[place] if self.names else place) for place in found)
+            must = f"value must hold integers with noise in columns {labels}, as the flow was trained"
+            warn_user(f"log_prob: {must}, got integers. Use pyro_flows.dequantize(value, {found}).")
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -52,7 +107,7 @@ class FlowDistribution(dist.TransformedDistribution):
         columns: Columns | None = None,
     ) -> None:
         self.base, self.layers, self.runs, self.context, self.columns = base, layers, runs, context, columns
-        self._last: _Draw | None = None
+        self._last: tuple[Tensor, Callable[[], Tensor], Callable[[], bool]] | None = None  # a draw, its score, a watch
         batch = base().batch_shape
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
@@ -140,8 +195,7 @@ class FlowDistribution(dist.TransformedDistribution):
         value, score = self._drawn(sample_shape)
         if can_be_kept():
             others = [value] if self.context is None else [value, self.context]
-            unchanged = unchanged_from_now([*self.layers, self.base], others, by_counts=self.one_step)
-            self._last = _Draw(value, score, unchanged)
+            self._last = value, score, unchanged_from_now([*self.layers, self.base], others, by_counts=self.one_step)
         return value
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -185,8 +239,8 @@ class FlowDistribution(dist.TransformedDistribution):
         own = self._last
         if not self.path_gradient:
             self._last = None
-        if own is not None and own.answers(value):
-            return own.score()
+        if own is not None and own[0] is value and not (value.is_leaf and value.requires_grad) and own[2]():
+            return own[1]()
         if self._validate_args:
             self._validate_sample(value)
             if self.columns is not None:
@@ -206,14 +260,59 @@ class FlowDistribution(dist.TransformedDistribution):
         return {**self.__dict__, "_last": None}
 
 
-class _Draw(NamedTuple):
-    """A draw, the function that scores it, and a watch over all that both depend on."""
+def in_chunks(
+    function: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None, event_dim: int
+) -> T:
+    """Apply a function to values and contexts, at most ``chunk_size`` of them at a time.
 
-    value: Tensor
-    score: Callable[[], Tensor]
-    unchanged: Callable[[], bool]
+    The sizes of chunks differ by at most one.
 
-    def answers(self, value: Tensor) -> bool:
-        """True for the same tensor, if nothing has changed since the draw and it is no leaf that requires grad."""
-        leaf = value.is_leaf and value.requires_grad
-        return self.value is value and not leaf and self.unchanged()
+    Args:
+        function: ``(value, context) -> result``, a tensor ``(*batch, ...)`` with one row per event, or a tuple of such.
+        chunk_size: The number of events in a chunk; None calls the function once.
+        value: ``(*batch, *event_shape)``.
+        context: ``(*batch, context_dim)``, or None; it broadcasts with the values.
+        event_dim: The number of dimensions of an event.
+
+    Raises:
+        ValueError: If ``chunk_size`` is not a positive integer.
+    """
+    if chunk_size is None:
+        return function(value, context)
+    check_integers("Flow", chunk_size=chunk_size)
+    batch = value.shape[: value.dim() - event_dim]
+    if context is not None:
+        batch = torch.broadcast_shapes(batch, context.shape[:-1])
+    pieces = math.ceil(batch.numel() / chunk_size)
+    if pieces < 2:
+        return function(value, context)
+    contexts = repeat(None, pieces) if context is None else _split(context, 1, batch, pieces)
+    chunks = zip(_split(value, event_dim, batch, pieces), contexts, strict=True)
+    found = [recomputed(function, *chunk) for chunk in chunks]
+
+    def whole(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat(tuple(parts)).unflatten(0, batch)
+
+    if isinstance(found[0], Tensor):
+        return whole(found)
+    return tuple(map(whole, zip(*found, strict=True)))  # type: ignore[return-value]
+
+
+def chunk_for(numbers: int) -> int:
+    """Return a chunk size for events of so many numbers: the activations of networks of usual widths fit the cache."""
+    return max(1, min(5000, 1_000_000 // max(1, numbers)))
+
+
+def _split(tensor: Tensor, trailing: int, batch: torch.Size, pieces: int) -> Iterable[Tensor]:
+    """Split a tensor that broadcasts with a batch into the parts of consecutive chunks of its rows.
+
+    A tensor of one row broadcasts with each chunk; other rows are repeated for one chunk at a time.
+    """
+    own = tensor.shape[: tensor.dim() - trailing]
+    flat = tensor.reshape(-1, *tensor.shape[tensor.dim() - trailing :])
+    if own.numel() == batch.numel():
+        return flat.tensor_split(pieces)
+    if own.numel() == 1:
+        return repeat(flat[0], pieces)
+    place = torch.arange(own.numel(), device=tensor.device).reshape(own).expand(batch).reshape(-1)
+    return (flat.index_select(0, chosen) for chosen in place.tensor_split(pieces))

@@ -24,9 +24,7 @@ from ..transforms.base import chained
 from ..transforms.compiled import CompiledRuns
 from ..transforms.wrapped import checked_chain
 from .arguments import as_size, check_context, check_like, check_precision, check_tensor, check_value, parameter_of
-from .chunks import T, in_chunks
-from .columns import Columns
-from .distribution import FlowDistribution
+from .distribution import Columns, FlowDistribution, T, in_chunks
 
 
 class Flow(nn.Module):
@@ -181,12 +179,6 @@ class Flow(nn.Module):
             return f"contexts that {type(self.encoder).__name__} encodes"
         return f"contexts of width {self.context_dim}"
 
-    def _base(self, context: Tensor | None) -> Distribution:
-        base = self.base()
-        if context is not None:
-            base = base.expand(torch.broadcast_shapes(base.batch_shape, context.shape[:-1]))
-        return base
-
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """Return the distribution at a context.
 
@@ -221,7 +213,7 @@ class Flow(nn.Module):
         With ``chunk_size`` so many pass through the transforms at a time; the draws are the same.
         """
         context = self.encode(context)
-        value = self._base(context).sample(as_size(sample_shape))
+        value = self.at(context).base_dist.sample(as_size(sample_shape))
         rows = self._in_chunks(lambda v, c: chained(self.runs, v, c)[0], chunk_size, value, context)
         return rows if self.columns is None else self.columns.whole(rows)
 
@@ -236,7 +228,7 @@ class Flow(nn.Module):
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
         context = self.encode(context)
-        value = self._base(context).rsample(as_size(sample_shape))
+        value = self.at(context).base_dist.rsample(as_size(sample_shape))
 
         def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
             y, log_det = chained(self.runs, x, context)

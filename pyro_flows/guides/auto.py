@@ -21,8 +21,7 @@ from ..arguments import check_numbers, quoted, suggests_recipes
 from ..encoders import Joined
 from ..encoders.base import at_rest
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
-from ..flows.chunks import chunk_for
-from ..flows.distribution import FlowDistribution
+from ..flows.distribution import FlowDistribution, chunk_for
 from ..flows.mixture import FlowMixture
 from ..transforms import Compose, View
 from ..vjp import keeps

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.chunks import chunk_for, in_chunks
-from ..flows.distribution import FlowDistribution
+from ..flows.distribution import FlowDistribution, chunk_for, in_chunks
 from ..transforms import Conditioned, Permute, View
 from ..transforms.base import TwoWay, chained
 from ..transforms.recurrence import Process

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import bijectors, conditioners, distributions, encoders, flows, guides, transforms
 from ..bijectors import Bijector
-from ..flows.columns import Columns
+from ..flows.distribution import Columns
 from ..flows.mixture import FlowMixture
 from ..guides.base import SavedSite
 from ..guides.guide_flow import GuideFlow
