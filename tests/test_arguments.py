@@ -157,9 +157,9 @@ FLOW, CONDITIONAL = (flows.realnvp(3, context, num_transforms=2, hidden_dims=(8,
 VALUES = {
     "float64": (
         torch.Tensor.double,
-        r"flow's dtype, torch.float32, got torch.float64; use {}\.float\(\), or flow\.double",
+        r"flow's dtype, torch.float32, got torch.float64; use {}\.to\(torch.float32\), or flow\.double",
     ),
-    "float16": (torch.Tensor.half, r"flow's dtype, torch.float32, got torch.float16; use {}\.float\(\)\."),
+    "float16": (torch.Tensor.half, r"flow's dtype, torch.float32, got torch.float16; use {}\.to\(torch.float32\)"),
     "complex": (lambda x: x.to(torch.complex64), r"hold real numbers, got torch.complex64; use torch.view_as_real\({}"),
     "sparse": (torch.Tensor.to_sparse, r"be a dense tensor, got a sparse one, torch.sparse_coo; use {}\.to_dense"),
     "quantised": (

@@ -95,19 +95,17 @@ def check_like(caller: str, argument: str, value: Tensor, like: Tensor | None) -
     """
     if not value.is_floating_point():
         raise ValueError(f"{caller}: {argument} must be of a floating dtype, got {value.dtype}; use .float().")
-    if like is None or (value.dtype == like.dtype and value.device == like.device):
+    if like is None:
         return
     if value.device != like.device and (value.dim() or value.is_meta or like.is_meta):
-        way = f"use {argument}.to({str(like.device)!r}), or move the flow"
-        if like.is_meta:
-            way = 'the parameters of the flow hold no numbers: use flow.to_empty(device="cpu") and load their state'
-        must = f"{argument} must lie on the flow's device, {like.device}, got one on {value.device}"
-        raise ValueError(f"{caller}: {must}; {way}.")
-    if value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
-        ways = {torch.float32: "float()", torch.float64: "double()"}
-        of_flow = f", or flow.{ways[value.dtype]}" if value.dtype in ways else ""
-        must = f"{argument} must have the flow's dtype, {like.dtype}, got {value.dtype}"
-        raise ValueError(f"{caller}: {must}; use {argument}.{ways.get(like.dtype, f'to({like.dtype})')}{of_flow}.")
+        must = f"lie on the flow's device, {like.device}, got one on {value.device}"
+        way = f"use {argument}.to({str(like.device)!r}), or move the flow; use flow.to_empty(...) if it is on 'meta'"
+    elif value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+        must = f"have the flow's dtype, {like.dtype}, got {value.dtype}"
+        way = f"use {argument}.to({like.dtype}){', or flow.double()' * (value.dtype == torch.float64)}"
+    else:
+        return
+    raise ValueError(f"{caller}: {argument} must {must}; {way}.")
 
 
 def check_value(
