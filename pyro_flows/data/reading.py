@@ -310,7 +310,7 @@ def check_rows(reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[
 
 
 def _check_columns(reader: Reader, seen: Survey, judged: Survey, places: list[int], labels: list[str]) -> None:
-    """Raise ValueError if columns cannot have a density; warn if it grows without bound, or their numbers lose digits."""
+    """Raise ValueError if columns cannot have a density; warn if it would be unbounded or their numbers lose digits."""
     dtype = reader.like.dtype
     if found := [labels[place] for place in places if not (seen.whole & judged.whole)[place]]:
         words = f"fit_density: discrete columns must hold integers only, unlike {listed(found)}"
