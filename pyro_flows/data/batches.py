@@ -4,8 +4,6 @@ A source has the number of batches of an epoch, the next batch, one pass over al
 All processes of a distributed fit see the batches of process 0, and each takes its share of every batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice

@@ -10,8 +10,6 @@ makes a spike narrower.  Uniform noise turns integers into real numbers with a d
 A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2015, arXiv:1511.01844).
 """
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Uniform noise on discrete columns has known moments.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

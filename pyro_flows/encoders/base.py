@@ -1,7 +1,5 @@
 """The base class of encoders, networks c = f(x) from data to a context vector, and the standardisation of data."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Encoders made of other networks: of some of the model's arguments, of several networks, of single numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Encoders of rows of one shape: vectors, images and class labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

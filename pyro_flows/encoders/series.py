@@ -1,7 +1,5 @@
 """Encoders of time series: steps as features of networks, with missing entries, times and gaps."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from typing import Any

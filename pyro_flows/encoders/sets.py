@@ -1,7 +1,5 @@
 """Encoders of sets, which do not depend on the order of the elements; masks and pooling of elements."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

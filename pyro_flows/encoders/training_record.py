@@ -4,8 +4,6 @@ Fits record it.  Outside of fits layers judge their data by the record, except i
 measure what a warning could only guess.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar

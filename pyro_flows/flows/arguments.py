@@ -1,7 +1,5 @@
 """Checks of the sizes of recipes, and of the values and dtypes of flows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@
 The maps of ``naf``, ``sospf``, ``bpf`` and ``bnaf`` have no closed inverse: a search finds it, feature by feature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Recipes of continuous flows: points follow a vector field from the base to the data."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn

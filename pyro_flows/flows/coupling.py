@@ -1,7 +1,5 @@
 """Recipes of coupling flows, whose densities and samples cost the same, and of Gaussianization."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

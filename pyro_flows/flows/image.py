@@ -6,8 +6,6 @@ convolutions do not see where in an image they are.  Images are ``(C, H, W)`` wi
 :class:`~pyro_flows.flows.Dequantized` turns each flow into a distribution over images of integers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

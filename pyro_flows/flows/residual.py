@@ -5,8 +5,6 @@ multiple of it, plus a matrix of low rank: one for the first two, a few for the 
 networks, whose bounded slopes keep it invertible.  All of them score any value, not only their own draws.
 """
 
-from __future__ import annotations
-
 from ..arguments import Widths, suggests_keywords
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
