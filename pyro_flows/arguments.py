@@ -14,6 +14,7 @@ import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
@@ -137,7 +138,8 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
     """Raise TypeError with ``words`` unless each value is an instance of ``kind``."""
     for argument, value in values.items():
         if not isinstance(value, kind):
-            given = f"the class {value.__name__}, uncalled" if isinstance(value, type) else quoted(value)
+            name = getattr(value, "__name__", "") if isinstance(value, type | FunctionType) else ""
+            given = f"{'the class ' * isinstance(value, type)}{name}, uncalled" if name else quoted(value)
             raise TypeError(f"{caller}: {argument} must be {words}, got {given}.")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..arguments import check_kind
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
@@ -43,18 +44,15 @@ class Reader:
     """
 
     def __init__(self, model: Any) -> None:
-        if not isinstance(model, Flow | Dequantized):
-            got = f"the recipe {model.__name__}, uncalled" if hasattr(model, "__name__") else type(model).__name__
-            raise TypeError(f"fit_density: flow must be a Flow, such as flows.nsf(x.shape[1]), got {got}.")
-        shape = model.event_shape
-        if len(shape) not in (1, 3):
-            raise ValueError(
-                f"fit_density: flow must be over vectors or images (C, H, W), got events of {tuple(shape)}."
-            )
+        check_kind("fit_density", (Flow, Dequantized), "a Flow, such as flows.nsf(x.shape[1])", flow=model)
+        self.model, self.event_shape, self.width = model, model.event_shape, model.event_shape[0]
+        if len(self.event_shape) not in (1, 3):
+            got = tuple(self.event_shape)
+            raise ValueError(f"fit_density: flow must be over vectors or images (C, H, W), got events of {got}.")
         likes = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         if not any(parameter.requires_grad for parameter in likes):
             raise ValueError("fit_density: the flow has no parameters to train.")
-        self.model, self.event_shape, self.width, self.like = model, shape, shape[0], likes[0]
+        self.like = likes[0]
         check_precision("fit_density", self.like)
         if self.like.is_meta:
             raise ValueError("fit_density: the flow must hold numbers, but lies on the meta device; build it on 'cpu'.")
@@ -75,10 +73,10 @@ class Reader:
             ValueError: If they do not fit the flow or each other.
         """
         found, names = as_table("fit_density", argument, x)
-        if names and self.names and names != self.names:
-            words = f"{argument} has the columns {names}, but x has {self.names}"
-            raise ValueError(f"fit_density: {words}; give them in one order.")
         self.names = self.names or names
+        if names and names != self.names:
+            must = f"{argument} must have the columns of x in their order, {self.names}"
+            raise ValueError(f"fit_density: {must}, got {names}.")
         found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
         self._check(found, argument)
         encoded = None if context is None else self._context(context, len(found))
@@ -86,9 +84,8 @@ class Reader:
             with torch.no_grad(), at_rest(self.flow):
                 q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # raises the flow's errors
             if encoded is not None and q.batch_shape != (1,):
-                got = f"a row of shape {tuple(encoded.shape[1:])} makes a batch of {tuple(q.batch_shape)}"
-                must = f"context must hold one context per row of x, but {got}"
-                raise ValueError(f"fit_density: {must}; labels of classes have the shape (N,).")
+                got = f"rows of shape {tuple(encoded.shape[1:])}; labels of classes have the shape (N,)"
+                raise ValueError(f"fit_density: context must hold one context per row of x, got {got}.")
             self._is_new = False
         return found if self.levels else self._rounded(found, argument), encoded
 
@@ -120,14 +117,14 @@ class Reader:
     def _context(self, context: Any, number: int) -> Tensor:
         """Return the contexts of ``number`` rows as a tensor."""
         found, _ = as_table("fit_density", "context", context)
+        shape, encoder = tuple(found.shape), self.flow.encoder
         if not self.flow.context_dim:
-            words = f"context of shape {tuple(found.shape)} is unexpected: this flow takes none"
-            raise ValueError(f"fit_density: {words}. Build it with context_dim > 0, or num_classes for labels.")
-        plain = self.flow.encoder is None or isinstance(self.flow.encoder, Standardize)
+            way = "Build it with context_dim > 0, or num_classes for labels"
+            raise ValueError(f"fit_density: context of shape {shape} is unexpected: this flow takes none. {way}.")
+        plain = encoder is None or isinstance(encoder, Standardize)
         found = found.unsqueeze(-1) if plain and found.dim() == 1 else found
         if not found.dim() or len(found) != number:
-            got = tuple(found.shape)
-            raise ValueError(f"fit_density: context must have as many rows as x, {number}, got shape {got}.")
+            raise ValueError(f"fit_density: context must have as many rows as x, {number}, got shape {shape}.")
         return self._rounded(found, "context") if plain or found.is_floating_point() else found
 
     def batch(self, item: Any) -> Batch:
@@ -146,7 +143,15 @@ def sources(reader: Reader, x: Any, context: Any, training: Training, batch_size
         TypeError: If x or validation is neither a table nor batches.
         ValueError: If they do not fit the flow, or no rows can be held out.
     """
-    judge = _validation(reader, training.validation) if training.share is None else None
+    judge: Source | None = None
+    if training.share is None:
+        given = (training.validation, None) if is_table(training.validation) else training.validation
+        if not isinstance(given, tuple):
+            judge = Stream(_repeatable("validation", given), reader.batch)
+        elif len(given) != 2:
+            raise ValueError(f"fit_density: validation must be x, (x, context) or a loader, got {len(given)}.")
+        else:
+            judge = Rows(*reader.rows(given[0], given[1], "validation"))
     if is_table(x):
         batch = reader.rows(x, context)
         if len(batch[0]) < FEWEST:
@@ -162,26 +167,16 @@ def sources(reader: Reader, x: Any, context: Any, training: Training, batch_size
     return Stream(loader, reader.batch), judge
 
 
-def _validation(reader: Reader, validation: Any) -> Source:
-    """Return the source of the rows that the user gave for validation."""
-    given = (validation, None) if is_table(validation) else validation
-    if not isinstance(given, tuple):
-        return Stream(_repeatable("validation", given), reader.batch)
-    if len(given) != 2:
-        raise ValueError(f"fit_density: validation must be x, (x, context) or a loader, got {len(given)}.")
-    return Rows(*reader.rows(given[0], given[1], "validation"))
-
-
 def _repeatable(argument: str, value: Any) -> Iterable[Any]:
     """Return batches, or raise TypeError unless they can be iterated again and again."""
-    must = f"fit_density: {argument} must be a tensor, an array, a data frame or a DataLoader"
+    got = type(value).__name__
     if isinstance(value, Dataset):
-        raise TypeError(f"{must}, got a dataset; give DataLoader(data, batch_size=256, shuffle=True).")
-    if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{must}, got {type(value).__name__}.")
-    if iter(value) is value:
-        raise TypeError(f"{must}, or batches that can be gone through again, got a {type(value).__name__}.")
-    return value
+        got = "a dataset; give DataLoader(data, batch_size=256, shuffle=True)"
+    elif not isinstance(value, str | dict) and hasattr(value, "__iter__"):
+        if iter(value) is not value:
+            return value
+        got = f"a {got}, which cannot be gone through again"
+    raise TypeError(f"fit_density: {argument} must be a tensor, an array, a data frame or a DataLoader, got {got}.")
 
 
 class Survey:

@@ -17,19 +17,8 @@ from ..bijectors import Affine, Bijector, LogisticMixture
 from ..conditioners import CausalTransformer, ConvNet
 from ..distributions import NormalBase
 from ..encoders import ClassEmbedding, Flatten
-from ..transforms import (
-    ActNorm,
-    Autoregressive,
-    Compose,
-    Coupling,
-    FlowTransform,
-    LULinear,
-    Patched,
-    PerPixel,
-    Recomputed,
-    Split,
-    Squeezed,
-)
+from ..transforms import ActNorm, Autoregressive, Coupling, FlowTransform, LULinear
+from ..transforms.wrapped import Compose, Patched, PerPixel, Recomputed, Split, Squeezed
 from .flow import Flow
 
 CLASS_DIM = 32  # the width of the embedding of a class
