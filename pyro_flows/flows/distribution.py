@@ -277,7 +277,7 @@ def in_chunks(
     Raises:
         ValueError: If ``chunk_size`` is not a positive integer.
     """
-    if chunk_size is None:
+    if chunk_size is None or torch._C._get_tracing_state():  # a trace would repeat the number of chunks
         return function(value, context)
     check_integers("Flow", chunk_size=chunk_size)
     batch = value.shape[: value.dim() - event_dim]

@@ -265,9 +265,7 @@ class Flow(nn.Module):
         return self._in_chunks(run, chunk_size, value, self.encode(context, like))
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
-        if chunk_size is None or torch._C._get_tracing_state():  # a trace would repeat the number of chunks
-            return run(value, context)
-        if batch := self.base().batch_shape:
+        if chunk_size is not None and (batch := self.base().batch_shape):
             raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(batch)}.")
         return in_chunks(run, chunk_size, value, context, len(self.event_shape))
 
