@@ -1,7 +1,5 @@
 """Errors of invalid arguments name the function, the argument, its requirement and its value, in one line."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """Draws and densities in chunks: values and gradients equal those without chunks, from small batches."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

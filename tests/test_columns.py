@@ -3,8 +3,6 @@
 Dequantised integers have a density, whose mean bounds their log-mass.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

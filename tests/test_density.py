@@ -5,8 +5,6 @@ do no harm, integers have a mass, and runs stop and resume.  Columns without a d
 training.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

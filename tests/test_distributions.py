@@ -4,8 +4,6 @@ A base is a module that builds a Pyro distribution in its own dtype.  Its densit
 it.  Gradients of draws are those of the integrals.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

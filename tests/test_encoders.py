@@ -1,7 +1,5 @@
 """Encoders map each row of data to a context, for all batches and dtypes, and for any order of a set."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

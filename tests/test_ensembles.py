@@ -1,7 +1,5 @@
 """An ensemble is the equal mixture of its members, in all that a guide does, and it is less overconfident than they."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

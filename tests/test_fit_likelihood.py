@@ -4,8 +4,6 @@ A ``Mixed`` distribution is normalised, and its draws have its density.  ``fit_l
 and a posterior with a learned likelihood is that with the exact one.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

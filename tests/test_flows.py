@@ -5,8 +5,6 @@ integrates to one, and its batch shape is that of its context.  Each network run
 distributions do.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -4,8 +4,6 @@ They are exact at every scale, with and without context.  Models of integers giv
 at most one.  Training shows progress, stops, resumes and saves.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The log-likelihood of each row is exact for an exact guide, and otherwise a bound that rises with the draws."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """A DataLoader among the arguments of fit_svi: each step gets the next batch, and runs resume within an epoch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
