@@ -12,9 +12,9 @@ from ..arguments import Activation, Widths, suggests_keywords
 from ..bijectors import Affine, Bernstein, Bijector, Integral, RationalQuadraticSpline, Sigmoidal, SumOfSquares
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
-from ..transforms import Autoregressive, BlockAutoregressive, FlowTransform, Permute
+from ..transforms import Autoregressive, BlockAutoregressive, Elementwise, FlowTransform, Permute
 from .arguments import Sizes, checked_sizes
-from .coupling import context_network, marginal
+from .coupling import context_network
 from .flow import Flow
 
 Graph = Sequence[Sequence[bool]] | Tensor
@@ -174,7 +174,8 @@ def nsf_ar(
     sizes = checked_sizes("nsf_ar", input_dim, context_dim, num_transforms, hidden_dims)
     bijector = RationalQuadraticSpline(bins, bound)
     layers = masked_layers(bijector, sizes, adjacency, activation, fixed_point)
-    return Flow([*layers, *(layer.inv for layer in marginal(bijector, input_dim))])
+    last = [Elementwise(bijector, input_dim).inv] if input_dim > 1 else []
+    return Flow([*layers, *last])
 
 
 @suggests_keywords

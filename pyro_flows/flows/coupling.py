@@ -147,7 +147,8 @@ def nsf(
     check_flags("nsf", linear=linear)
     if linear:
         layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
-    return Flow([*layers, *marginal(bijector, input_dim)])
+    last = [Elementwise(bijector, input_dim)] if input_dim > 1 else []  # other layers map a single feature alone
+    return Flow([*layers, *last])
 
 
 @suggests_keywords
@@ -304,11 +305,6 @@ def gaussianization(
         mixture = elementwise(bijector, input_dim, sizes).inv
         layers += [Orthogonal(input_dim), mixture] if layer and input_dim > 1 else [mixture]
     return Flow(layers)
-
-
-def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
-    """Return a map of each feature alone, or nothing for a single feature, which other layers map alone already."""
-    return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
 
 
 def elementwise(
