@@ -215,7 +215,7 @@ def test_a_process_that_ends_ends_the_job_and_is_named(pair):
     status, said, seconds = pair[2]
     assert status
     assert seconds < 20
-    assert "fit_density: process 1 of 2: ValueError: x holds NaN or inf in column 1 (1 of 150 rows)." in said
+    assert "fit_density: process 1 of 2: ValueError: the data hold NaN or inf in column 1 (1 of 150 rows)." in said
     summary = said[said.index("Root Cause") :]
     assert "rank      : 1 " in summary
     assert "ValueError: fit_density: the data hold NaN or inf in column 1" in summary
