@@ -29,7 +29,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..arguments import check_integers, check_program, check_tensors
+from ..arguments import check_integers, check_kind, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.checks import count_nan, explained, warn_untrained
@@ -499,6 +499,7 @@ class FlowGuide(Plan, AutoGuide):
     def _claim_name(self, name: str | None) -> None:
         """Take a name in the parameter store, by default the first of the class that was never used."""
         kind = type(self).__name__
+        check_kind(kind, (str, type(None)), "a word or None", name=name)
         if name is None:
             names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
             name = next(n for n in names if n not in _used)
