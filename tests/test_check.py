@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 
 import pyro
@@ -219,9 +220,7 @@ def test_spreads_of_fast_and_of_slow_chains():
     assert found.slowness[:2] == pytest.approx([1.0, 1.0], abs=0.5)
     assert found.slowness[2] > 10  # the means of 5 sweeps of a walk
     assert abs(found.error[1] - 0.1) < 4 * found.noise[1]
-    none = SpreadMeter([], reference[:, :0], start[:, :0])
-    none.record(place[:, :0])
-    assert len(none.spreads().error) == 0
+    assert len(SpreadMeter([], reference[:, :0], start[:, :0]).spreads().error) == 0
 
 
 @pytest.mark.slow
@@ -481,6 +480,18 @@ def test_a_sampler_that_belies_its_density_is_found_out():
     share = (law.log_prob(factor) + transform.log_abs_det_jacobian(z, factor) - log_q).softmax(0)
     scored, drawn = (share * factor[:, 2, 2]).sum(), law.sample((20_000,))[:, 2, 2].mean()
     assert check(model, model).trusted == bool((scored - drawn).abs() < 0.01)
+
+
+@pytest.mark.parametrize("angle", [False, True])
+def test_a_check_of_a_right_guide_warns_of_nothing(angle):
+    """An angle leaves no directions, of which there is no variance."""
+
+    def model() -> None:
+        pyro.sample("x", dist.VonMises(0.0, 2.0) if angle else dist.Normal(0.0, 1.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check(model, model, num_samples=500, num_chains=32).names == (["cos x", "sin x"] if angle else ["x"])
 
 
 def test_what_does_not_vary_or_is_not_finite_is_not_judged():

@@ -205,12 +205,15 @@ class DriftMeter(Meter):
     """Accumulator of the moments of N chains, standardised by the guide's draws."""
 
     def __init__(self, reference: Tensor, start: Tensor) -> None:
-        loc, scale = reference.double().mean(0), reference.double().std(0)
+        loc = reference.double().mean(0)
+        scale = reference.double().std(0) if len(loc) else loc  # because torch warns of the variance of no columns
         scale = scale.where(scale > 0, 1.0)
         super().__init__(lambda quantities: (quantities.double() - loc) / scale, reference, start, powers=4)
 
     def drift(self) -> Drift:
         """Return the errors that the chains show so far."""
+        if not self.start.shape[1]:
+            return Drift(*self.start[:1].expand(4, 0))
         first, second, third, fourth = self.powers  # (N, K) each
         twin, square, *_ = self.twins
         m, mean_se = arrival(self.reference, self.start, first, second, twin)
@@ -228,6 +231,8 @@ class DriftMeter(Meter):
 
     def so_far(self) -> Drift:
         """Return the errors without extrapolation, which are smaller if the chains have not arrived."""
+        if not self.start.shape[1]:
+            return self.drift()
         first, second, *_ = self.powers
         m = first.mean(0)
         squares, of_guide = second - 2 * m * first + m**2, (self.reference - m).square()
@@ -355,6 +360,8 @@ class SpreadMeter(Meter):
 
     def spreads(self) -> Spreads:
         """Return the errors that the chains show so far, after two sweeps at least."""
+        if not self._names:
+            return Spreads([], *self.start[:1].expand(3, 0))
         (first, second), (twin, _) = self.powers, self.twins
         mean, noise = arrival(self.reference, self.start, first, second, twin)
         centre = self.reference.mean(0)
