@@ -220,6 +220,8 @@ def test_tables_of_every_kind_are_the_same_table() -> None:
     assert torch.equal(losses_of(k, discrete=[0, 1]), losses_of(k.long(), discrete=[0, 1]))
     frame = pd.DataFrame(k.numpy(), columns=["a", "b"])
     assert torch.equal(losses_of(frame, discrete=["b", "a"]), losses_of(k, discrete=[1, 0]))
+    for columns in (np.array([1, 0]), pd.Index(["b", "a"])):
+        assert torch.equal(losses_of(frame, discrete=columns), losses_of(k, discrete=[1, 0]))
 
 
 def test_contexts_of_every_kind_are_the_same_context() -> None:

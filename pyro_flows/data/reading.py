@@ -279,7 +279,7 @@ def check_rows(reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[
     Returns:
         The indices of the discrete columns.
     """
-    if discrete and not reader.is_table:
+    if not reader.is_table and discrete:
         words = f"discrete is for tables, got {list(discrete)}"
         raise ValueError(f"fit_density: {words}; use flows.Dequantized(flow).")
     places = places_of("fit_density", "discrete", () if discrete is None else discrete, reader.names, reader.width)
