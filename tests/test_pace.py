@@ -187,6 +187,26 @@ def test_fit_svi_trains_without_the_paces_and_leaves_them(kind):
     assert units(guide) == own
 
 
+def test_a_part_of_an_encoder_stays_in_evaluation_mode_if_the_encoder_keeps_it_there():
+    class Frozen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+            self.train()
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, y):
+            return self.linear(self.norm(y))
+
+    encoder = Frozen()
+    pf.fit_svi(rows, pf.AutoPlateFlow(rows, "group", encoder=encoder), torch.randn(60, 4), steps=3, progress=False)
+    assert not encoder.norm.running_mean.any()  # statistics of batches
+
+
 def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
     found = []
     for wrapped in (False, True):

@@ -217,10 +217,14 @@ def fresh_mean(loss: Callable[[], Tensor]) -> float:
     return sum(every) / len(every) if every else math.nan
 
 
+def guides_of(guide: Any, parameters: list[Tensor]) -> list[Any]:
+    """Return a guide that is a module; guides that a function calls are found by their parameters."""
+    return [guide] if isinstance(guide, nn.Module) else holders(parameters)
+
+
 def parts_of(guide: Any, parameters: list[Tensor]) -> list[nn.Module]:
-    """Return all modules of a guide; guides that a function calls are found by their parameters."""
-    guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
-    return [part for one in guides for part in one.modules()]
+    """Return all modules of a guide."""
+    return [part for one in guides_of(guide, parameters) for part in one.modules()]
 
 
 @contextlib.contextmanager
@@ -242,9 +246,10 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any, *, rows_ne
 
     with contextlib.ExitStack() as stack:
         stack.callback(forget_compiled)
+        for one in guides_of(guide, parameters):  # a module may keep a part of it in evaluation mode
+            stack.callback(one.eval)
+            one.train()
         for part in parts_of(guide, parameters):
-            stack.callback(part.eval)
-            part.train()
             if isinstance(part, Paced):
                 stack.callback(part.set_unit, part.unit)
                 part.set_unit(OF_ROWS if isinstance(part, RowContexts) and not rows_near else 1.0)
