@@ -641,8 +641,11 @@ def test_images_steer_images() -> None:
     ],
 )
 def test_images_that_cannot_be_learned_are_refused(model: Any, x: Tensor, options: dict[str, Any], words: str) -> None:
+    before = repr(model)
     with pytest.raises(ValueError, match=words):
         quick(model, x, **options)
+    assert repr(model) == before
+    assert model.training
 
 
 @pytest.mark.slow

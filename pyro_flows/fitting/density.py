@@ -36,7 +36,7 @@ from ..guides.guide_flow import permutes
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
 from ..transforms import FixedAffine, PerPixel
-from .row_training import RowTraining
+from .row_training import RowTraining, check_single
 
 CALLER = "fit_density"
 NUMBER = 64  # images in a picture
@@ -126,6 +126,8 @@ def fit_density(
         raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
     if grid and not (len(shape) == 3 and reader.width in (1, 3)):
         raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")
+    if training.mixed_precision:
+        check_single(CALLER, flow)  # before the flow is standardised
     train, judge = sources(reader, x, context, training, batch_size)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     places = check_rows(reader, seen, judged, discrete)

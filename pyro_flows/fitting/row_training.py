@@ -102,6 +102,8 @@ class RowTraining:
             end_epoch: Called after each epoch with its number.
         """
         training, (source, held_out) = self.training, rows
+        if training.mixed_precision:
+            check_single(self.caller, trained)
 
         @torch.no_grad()
         def judged(epoch: int) -> float:
@@ -132,7 +134,7 @@ class RowTraining:
         judge = HeldOut(judged, source.steps, training.patience, training.ema_decay, show)
         trained.train()
         try:
-            with networks_in_bfloat16(self.caller, trained) if training.mixed_precision else contextlib.nullcontext():
+            with networks_in_bfloat16(trained) if training.mixed_precision else contextlib.nullcontext():
                 with uninterrupted():  # the first optimiser imports the compiler
                     adam = torch.optim.Adam(moved, lr=self.lr, foreach=True)
                 run = parameters, [adam], settings, trained, diagnose, [source], judge
@@ -149,16 +151,16 @@ def _trained(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return parameters, [parameter for parameter in parameters if parameter not in fixed]
 
 
-@contextlib.contextmanager
-def networks_in_bfloat16(caller: str, flow: nn.Module) -> Iterator[None]:
-    """Let the conditioners of a flow compute in bfloat16; their weights and outputs keep their dtype.
-
-    Raises:
-        ValueError: If parameters are not in float32.
-    """
-    dtypes = {parameter.dtype for parameter in flow.parameters() if parameter.is_floating_point()}
+def check_single(caller: str, module: nn.Module) -> None:
+    """Raise ValueError unless all parameters of a module are in float32, as mixed precision needs."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     if wrong := [*(dtypes - {torch.float32})]:
         raise ValueError(f"{caller}: mixed_precision is for flows in float32, got one in {wrong[0]}. Use flow.float().")
+
+
+@contextlib.contextmanager
+def networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
+    """Let the conditioners of a flow compute in bfloat16; their weights and outputs keep their dtype."""
 
     def restore(part: nn.Module, forward: Any) -> None:
         del part.forward
