@@ -339,6 +339,19 @@ def test_masks_of_other_shapes_are_taken_or_named() -> None:
         AutoFlow(wider).setup(Y)
 
 
+@pytest.mark.parametrize("later", [~SEEN, torch.ones_like(SEEN)], ids=["others", "none"])
+def test_a_flat_prior_may_stand_beside_data_under_any_mask(later: Tensor) -> None:
+    def model(y: Tensor, seen: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0).mask(False))
+        with pyro.plate("row", len(y)), poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    for first, then in (SEEN, later), (later, SEEN):
+        guide = AutoFlow(model, small).setup(Y, first)
+        assert set(guide(Y + 1, then)) == {"mean"}
+        assert guide.log_prob(guide.sample(2, Y, then), Y + 2, then).isfinite().all()
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_missing_counts_are_named(name: str) -> None:
     def model(x: Tensor, seen: Tensor) -> None:
@@ -703,6 +716,13 @@ def test_masks_that_hide_nothing_are_welcome() -> None:
     guide = AutoFlow(masked, small).setup(Y, torch.ones(ROWS, dtype=torch.bool))
     guide(Y, torch.ones(ROWS, dtype=torch.bool))
     guide(Y, True)
+
+    def wide(y: Tensor, seen: Tensor) -> None:
+        with poutine.mask(mask=seen):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    assert AutoFlow(wide).setup(Y, torch.ones(ROWS, dtype=torch.bool)).latent_dim == 1
 
 
 # ------------------------------------------------------------ refusals that need traces

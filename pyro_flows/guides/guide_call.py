@@ -253,7 +253,6 @@ def masks_of(found: Found) -> dict[Key, RowMasks]:
     Raises:
         ValueError: Naming the site, if a mask divides an event, or does not broadcast to a latent outside of rows.
     """
-    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
     blocks: dict[Key, dict[str, Site]] = {}
     for name, site in found.latents.items():
         blocks.setdefault(tuple(frame.name for frame in frames_of(site, found.plates)), {})[name] = site
@@ -261,8 +260,7 @@ def masks_of(found: Found) -> dict[Key, RowMasks]:
     for key, inside in blocks.items() if any(map(is_masked, found.latents.values())) else ():
         masks = {name: _mask_over_batch(found.owner, name, site, key) for name, site in inside.items()}
         hidden = {name: mask for name, mask in masks.items() if not mask.all()}
-        # If a single number hides each latent, and no data are hidden, the masks leave flat priors.
-        if not hidden or not (hides_data or any(not mask_of(inside[name]).is_scalar for name in hidden)):
+        if not hidden or (key and _are_flat(found, hidden)):
             continue
         result[key] = RowMasks(hidden=hidden)
         if key:
@@ -270,6 +268,12 @@ def masks_of(found: Found) -> dict[Key, RowMasks]:
             parts = {n: mask for n, mask in masks.items() if not torch.equal(*torch.broadcast_tensors(mask, rows))}
             result[key] = RowMasks(bool(rows.all()) or rows, parts, hidden)
     return result
+
+
+def _are_flat(found: Found, hidden: Mapping[str, Tensor]) -> bool:
+    """True if masks only leave flat priors: a single number hides each latent, and no data are hidden."""
+    hides_data = any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
+    return not hides_data and all(mask_of(found.latents[name]).is_scalar for name in hidden)
 
 
 def _mask_over_batch(owner: str, name: str, site: Site, key: Key) -> Tensor:
@@ -282,7 +286,7 @@ def _mask_over_batch(owner: str, name: str, site: Site, key: Key) -> Tensor:
     while every.dim() > len(batch) and every.shape[0] == 1:
         every = every[0]
     shape = torch.broadcast_shapes(every.shape, batch)
-    if not key and shape != batch:
+    if not (key or shape == batch or every.all()):
         shapes = f"by shape {tuple(shape)}, but its batch shape is {tuple(batch)}"
         way = "Give a mask that broadcasts to the latent, or mask the observed sites only"
         raise ValueError(f"{owner}: latent site {name!r} is masked {shapes}. {way}.")
@@ -420,7 +424,7 @@ class Calls:
         """
         found = call.look()
         self._observed, self._hidden = frozenset(found.observed), masks_of(found).get((), RowMasks()).hidden
-        self.present = _absent_of(call, self._hidden, found, {})
+        self.present = {} if _are_flat(found, self._hidden) else _absent_of(call, self._hidden, found, {})
         outside = [name for name, site in found.latents.items() if not frames_of(site, call.plates)]
         if self.present and all(name in self.present and not self.present[name].any() for name in outside):
             where = f" outside of plate {named(call.plates)}" if call.plates else ""
