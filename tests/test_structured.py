@@ -354,6 +354,23 @@ def test_the_index_of_rows_is_found() -> None:
     torch.testing.assert_close(nesting.rows, school.index_fill(0, torch.tensor(3), 0))
 
 
+def test_rows_may_be_nested_in_more_rows_than_they_are() -> None:
+    own, school = torch.randperm(150, generator=torch.Generator().manual_seed(0)), index(40, 70)
+
+    def model(y):
+        with pyro.plate("schools", 150):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("buildings", 150):
+            state = pyro.sample("state", dist.Normal(level[..., own], 1.0))
+        with pyro.plate("pupils", 70):
+            pupil = pyro.sample("pupil", dist.Normal(state[..., school], 1.0))
+            pyro.sample("y", dist.Normal(pupil, 1.0), obs=y)
+
+    found = AutoStructuredFlow(model).setup(normal(70)).structure
+    assert {(nesting.plate, nesting.outer) for nesting in found.nestings} >= {("pupils", "buildings")}
+    assert len(found.nestings) == 2
+
+
 def test_a_row_that_belongs_to_two_chains_is_nested_in_one() -> None:
     """Patients of a doctor may belong to another hospital than the doctor: then hospitals are crossed with them."""
     home, doctor, other = index(70, 150), index(150, 400), index(69, 400)

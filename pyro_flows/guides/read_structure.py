@@ -393,11 +393,15 @@ def _chains(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Te
     Otherwise an outer row would be coupled to several rows of another one through the rows inside.
 
     Args:
-        found: For each plate, those with fewest rows first, the rows of others that its rows are coupled to, or -1.
+        found: For each plate the rows of others that its rows are coupled to, or -1.  Of plates that map one to one,
+            earlier ones are around later ones.
     """
-    chosen: dict[str, dict[str, Tensor]] = {}
-    for plate, around in found.items():
-        chains: list[dict[str, Tensor]] = [{}]
+    reached, chosen = {plate: {plate, *around} for plate, around in found.items()}, dict[str, dict[str, Tensor]]()
+    for middle in found:
+        for plates in reached.values():
+            plates.update(reached[middle] if middle in plates else ())
+    for plate in sorted(found, key=lambda plate: len(reached[plate])):  # outer plates first
+        around, chains = found[plate], [dict[str, Tensor]()]
         for outer in (outer for outer in around if outer in chosen):
             rows = around[outer].clamp_min(0)
             chain = {outer: rows}
