@@ -535,6 +535,11 @@ def test_numpy_files_hold_a_matrix_or_vectors(folder):
     assert read("t.npy")[1] == x.tolist()
     np.save("t.npy", np.array([(1, 2.5), (2, 3.5)], dtype=[("p", int), ("q", float)]))
     assert read("t.npy")[0] == ["p", "q"]
+    days, waves = np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), np.array([1j, 2])
+    np.savez("t.npz", a=x[:, 0], days=days, waits=days - days[0], waves=waves)
+    columns, _, (remark,) = read("t.npz")
+    assert columns == ["a"]
+    assert "columns that are not numbers: 'days' ('2020-01-01" in remark
 
 
 # Invalid input.

@@ -114,7 +114,7 @@ def _numbers(cells: pd.Series, words: dict[str, str]) -> pd.Series:
     Raises:
         Refused: If the words are numbers with commas, or rows that a quotation mark joins to one cell.
     """
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # of words, dates and complex numbers
         if cells.dtype.kind in "biuf" or not cells.str.contains("_").any():  # only Python reads 1_000 as a number
             return cells.astype(np.float64)
     numbers = cells.map(_number)
