@@ -632,6 +632,8 @@ def test_bad_files_are_refused(folder, capsys):
     assert "several columns named 'a'" in refused(capsys, "twice.npz")
     np.savez("inf.npz", x=np.array([[1.0, np.inf], [2.0, 1.0]]))
     assert "the table holds inf in 'column 2' (1 row)" in refused(capsys, "inf.npz")
+    np.save("wide.npy", np.zeros((1, 20_001)))
+    assert "must have at most 20000 columns, and its first row has 20001" in refused(capsys, "wide.npy")
 
 
 @pytest.mark.usefixtures("no_training")

@@ -40,6 +40,7 @@ def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.Dat
         Refused: If the file cannot be read, a chosen column cannot be used, or nothing is left.
     """
     table, remarks = read_file("table", path, READERS)
+    _check_width(path, table.shape[1])
     table.columns = [f"column {name + 1}" if isinstance(name, int) else name for name in table.columns]
     if table.empty:
         raise Refused(f"the table {str(path)!r} holds no values")
@@ -138,6 +139,12 @@ def _number(cell: object) -> float | str:
         return float("nan") if text.lower() in MISSING else text
 
 
+def _check_width(path: Path, width: int) -> None:
+    if width > WIDEST:
+        must = f"the table {str(path)!r} must have at most {WIDEST} columns, and its first row has {width}"
+        raise Refused(f"{must}; leave some out, or transpose the table if its lines are columns")
+
+
 def read_delimited(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Return a text file's columns, and remarks on how it was read.
 
@@ -158,9 +165,7 @@ def read_delimited(path: Path) -> tuple[pd.DataFrame, list[str]]:
     found = [part for part in ("\t", ";", ",", " ") if all(part in line for line in lines if line)]
     delimiter = found[0].replace(" ", r"\s+") if found and lines else ","
     first_line = text.lstrip().partition("\n")[0]
-    if (width := len(first_line.split(None if delimiter == r"\s+" else delimiter))) > WIDEST:
-        must = f"the table {str(path)!r} must have at most {WIDEST} columns, and its first row has {width}"
-        raise Refused(f"{must}; leave some out, or transpose the table if its lines are columns")
+    _check_width(path, len(first_line.split(None if delimiter == r"\s+" else delimiter)))
     settings = {"header": None, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     try:
         table = pd.read_csv(io.StringIO(text), sep=delimiter, **settings)
