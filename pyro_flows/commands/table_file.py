@@ -170,7 +170,8 @@ def read_delimited(path: Path) -> tuple[pd.DataFrame, list[str]]:
     try:
         table = pd.read_csv(io.StringIO(text), sep=delimiter, **settings)
     except ValueError as error:
-        words = f"cannot be read: {' '.join(str(error).split())}" if text.strip() else "is empty"
+        fault = " ".join(str(error).removeprefix("Error tokenizing data. C error: ").split())
+        words = f"cannot be read: {fault}" if text.strip() else "is empty"
         raise Refused(f"the table {str(path)!r} {words}") from error
     header, remarks = [cell.strip() for cell in table.iloc[0]], []
     kinds = [_number(cell) for cell in header]
