@@ -200,6 +200,16 @@ def test_columns_that_float32_rounds_are_calculated_in_float64(folder, capsys, f
     assert "rows x of float64" in out
 
 
+def test_warnings_of_others_are_shown_as_ever(folder, monkeypatch):
+    def warning(*arguments, **options):
+        warnings.warn("of another kind", stacklevel=1)
+        return fit_density(*arguments, **options)
+
+    monkeypatch.setattr(density, "fit_density", warning)
+    with pytest.warns(UserWarning, match="of another kind"):
+        run("table.csv", "--quiet", epochs=1)
+
+
 def test_quiet_prints_one_line(folder, capsys):
     write("table.csv", ["a", "b", "c"], [[a, round(b, 1), "word"] for a, b in X])
     assert run("table.csv", "--quiet") in (0, 3)

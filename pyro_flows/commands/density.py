@@ -170,14 +170,18 @@ def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: N
     """Train a flow; return the record and the warnings, in the words of the command."""
     settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
     with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
         warnings.filterwarnings("ignore", message=GROWS)
         try:
             fit = fit_density(flow, parts[0], training=Training(validation=parts[1]), **settings)
         except (ValueError, FloatingPointError) as error:
             raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
-    said = [str(one.message).removeprefix(CALLER).replace("flow.double()", "--double") for one in found]
-    return fit, [f"Warning: {words}" for words in said]
+    said = []
+    for one in found:
+        if (words := str(one.message)).startswith(CALLER):
+            said.append(f"Warning: {words.removeprefix(CALLER).replace('flow.double()', '--double')}")
+        else:
+            warnings.showwarning(one.message, one.category, one.filename, one.lineno)
+    return fit, said
 
 
 @torch.no_grad()
