@@ -591,6 +591,22 @@ def markov(y, people=None):
             pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[i, t])
 
 
+def test_each_sequence_starts_where_its_row_does() -> None:
+    first = torch.linspace(-30.0, 30.0, 9)
+
+    def model(y):
+        with pyro.plate("people", 9):
+            x = first
+            for t in pyro.markov(range(12)):
+                x = pyro.sample(f"x{t}", dist.Normal(x, 1.0))
+                pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+
+    y = first + normal(12, 9)
+    guide = AutoStructuredFlow(model).setup(y)
+    assert len(guide.structure.sequences) == 1
+    torch.testing.assert_close(guide.sample(10, y)["x11"].mean(0), first, atol=1.0, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("model", "y", "sizes"), [(crossed, (9, 7), (4, 3)), (scaled, (9, 7), (4, 3)), (markov, (9, 8), (4,))]
 )

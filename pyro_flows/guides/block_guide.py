@@ -171,7 +171,8 @@ class BlockGuide(FlowGuide):
         if framed:
             shared = blocks[0].packing.size if 0 in parents and not blocks[0].packing.plates else 0
             number = contexts.number if learned and contexts is not None else 1
-            frame = Frame(start.mean(0)[order].expand(number, -1, -1), scale, num_given, shared)
+            first = start if steps > 1 and len(start) == number else start.mean(0, keepdim=True)
+            frame = Frame(first[:, order].expand(number, -1, -1), scale, num_given, shared)
         unit = start.new_full((size,), SCALES.wide * scale)
         return Block(name, packing, flow, contexts, parents, frame, order, unit)
 
