@@ -277,7 +277,10 @@ def _forwards(diagonal: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
         NotPositive: If the precision is not positive definite.
     """
     own, coupled = diagonal.cpu().numpy().copy(), lower.cpu().numpy()  # numpy has less overhead per step
-    for step in range(own.shape[1] - 1, 0, -1):
-        own[:, step - 1] -= coupled[:, step].transpose(0, 2, 1) @ np.linalg.solve(own[:, step], coupled[:, step])
+    with np.errstate(all="ignore"):
+        for step in range(own.shape[1] - 1, 0, -1):
+            parts = own[:, step], coupled[:, step]
+            solved = np.linalg.solve(*parts) if own.shape[-1] > 1 else parts[1] / parts[0]
+            own[:, step - 1] -= parts[1].transpose(0, 2, 1) @ solved
     covariance = torch.cholesky_inverse(torch.linalg.cholesky(torch.as_tensor(own).to(diagonal)))
     return -covariance @ lower, torch.linalg.cholesky(covariance)
