@@ -540,7 +540,7 @@ def test_a_fault_of_a_model_without_arguments_is_told_in_its_own_words(folder, c
         ("data.csv", "y\n1", "the data file 'data.csv' must end with .json or .npz"),
         ("data.json", "{'y': 1}", "is not JSON"),
         ("data.json", '{"y": [1.0, NaN]}', "argument 'y' holds NaN or inf (1 of 2 numbers)"),
-        ("data.json", '{"y": [1.0], "z": 1}', "unexpected keyword argument 'z'"),
+        ("data.json", '{"y": [1.0], "z": 1}', "unexpected keyword argument 'z'; the model takes (y, scale=1.0)"),
         ("data.json", "{}", "missing 1 required positional argument: 'y'"),
     ],
 )

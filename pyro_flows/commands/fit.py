@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import textwrap
 import warnings
@@ -81,8 +82,11 @@ def _first_that_runs(model: Callable[..., Any], data: dict[str, list[Any]], file
             faults.setdefault((len(tracer.trace), not blames_types(error)), error)
         finally:
             pyro.clear_param_store()
-    fault = faults[max(faults)]  # there is at least one reading
-    raise Refused(in_one_line(fault, file)) from fault
+    fault, takes = faults[max(faults)], ""  # there is at least one reading
+    if isinstance(fault, TypeError) and not line_of(fault, file):  # as if an argument has another name
+        with contextlib.suppress(TypeError, ValueError):
+            takes = f"; the model takes {inspect.signature(getattr(model, 'forward', model))!s:.200}"
+    raise Refused(in_one_line(fault, file) + takes) from fault
 
 
 def answer(
