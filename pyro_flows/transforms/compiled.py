@@ -143,7 +143,7 @@ class CompiledRuns:
     def __init__(self, settings: dict[str, Any]) -> None:
         known = COMPILE_SETTINGS - {"model", "dynamic"}  # batches of any size are set already
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"compile: torch.compile knows no {unknown[0]}. Use {', '.join(sorted(known))}.")
+            raise ValueError(f"compile: {unknown[0]} cannot be set. Use {', '.join(sorted(known))}.")
         self.settings = settings
         self._known: list[FlowTransform] = []
         self._runs: list[FlowTransform] = []
