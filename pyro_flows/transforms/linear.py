@@ -295,7 +295,7 @@ class FixedAffine(TwoWay, VectorTransform):
         super().__init__(input_dim)
         check_flags("FixedAffine", dense=dense)
         check_integers("FixedAffine", 0, rank=rank)
-        require(not (dense and rank), "FixedAffine", "rank", "be 0 for a dense matrix", rank)
+        require(not (dense and rank), "FixedAffine", "rank", "be 0 unless dense=False", rank)
         self.dense, self.rank = dense, rank
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.scale = nn.Parameter(torch.eye(input_dim) if dense else torch.ones(input_dim))
