@@ -99,7 +99,7 @@ class Finding:
 
     @property
     def moment(self) -> str:
-        """The quantity and its error, in words, with as many decimals as the noise needs: two to four."""
+        """The quantity and its error in words, with two to four decimals as the noise needs."""
         of, digits = self.of or self.kind, 2
         if 0 < self.noise < 0.01:
             digits = min(4, math.ceil(-math.log10(self.noise)))

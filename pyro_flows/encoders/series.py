@@ -59,7 +59,7 @@ class SeriesEncoder(Encoder):
 
     @abstractmethod
     def pooled(self, features: Tensor, times: Tensor, there: Tensor) -> Tensor:
-        """Return pooled states, ``(*batch, number * hidden_dim)``, of the first three results of :meth:`steps`."""
+        """Return pooled states, ``(*batch, number * hidden_dim)``, of the first three results of ``steps``."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """Encode series.
