@@ -17,6 +17,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs import Program
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.discrete import Parallel
 from pyro_flows.programs.model_and_guide import Task
 
@@ -307,6 +308,10 @@ def test_a_model_that_branches_on_discrete_values_is_summed_one_value_after_the_
     drawn = task.complete(draws.latents)["cloudy"]
     assert abs((drawn - prior.softmax(0)[0]).mean()) < 0.05
     pf.fit_svi(branching, guide, y, steps=5, progress=False)
+    space = Density(task)
+    before = space.constrain(space.prior(space.vectors(400, 400)))["heat"]  # in searches for other modes
+    assert abs(before.mean() - 69.0) < 3.0
+    assert abs(before.std() - 13.6) < 2.0
 
 
 def growing(y):

@@ -22,6 +22,7 @@ from torch.distributions import Transform, biject_to
 
 from ..vjp import LogDensity
 from . import sites
+from .discrete import Sequential
 from .engines import View, in_batches
 from .log_density import in_parts, is_breakdown, or_nan
 from .model_and_guide import Task
@@ -397,11 +398,14 @@ class Density:
 
         Draws are NaN where the model breaks down, and all of them if the vectors of latents are unknown for this guide.
         """
+        model = self.task.model
+        if model.enumerated and model.engine == "plate" and isinstance(model.enumeration, Sequential):
+            model = model.by("vmap")  # it broadcasts only if all draws have the same discrete values
 
         def drawn(z: Tensor) -> Tensor:
             latents = self.constrain(z)
             held = {name: latents[name] for name in self.flat}
-            found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
+            found = model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
             located = self.located(found)
             return z * math.nan if located is None else self.noised(located)
 
