@@ -439,3 +439,9 @@ def test_an_error_of_a_recipe_or_of_a_start_is_not_called_the_model_s(kind):
         with pytest.raises(kind, match=rf"{words}.* fails.*my own words") as caught:
             guide.setup(torch.tensor(1.0))
         assert "the model fails" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [3, lambda: 0.0], ids=["number", "no argument"])
+def test_a_start_that_takes_no_site_is_named(start):
+    with pytest.raises(TypeError, match="AutoFlow: init_loc_fn fails at site 'x': "):
+        AutoFlow(lambda: pyro.sample("x", dist.Normal(0, 1)), init_loc_fn=start).setup()

@@ -32,7 +32,7 @@ from torch.distributions import constraints
 from ..arguments import check_integers, check_kind, check_program, check_tensors
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
-from ..programs.checks import count_nan, explained, warn_untrained
+from ..programs.checks import BUILT_IN, count_nan, explained, warn_untrained
 from ..programs.log_density import is_breakdown
 from ..programs.program import arguments_of, outline, outline_of, signature_of
 from ..programs.sites import is_discrete, named, plate_like
@@ -168,8 +168,13 @@ class FlowGuide(Plan, AutoGuide):
         check_program(model=model)
 
         def start(site: dict[str, Any]) -> Any:
-            with explained("init_loc_fn", {"site": site["name"]}):
+            try:
                 return (init_loc_fn or init_to_center)(site)
+            except BUILT_IN as error:
+                if init_loc_fn is None or type(error) not in BUILT_IN:
+                    raise
+                fault = f"init_loc_fn fails at site {site['name']!r}"
+                raise type(error)(f"{type(self).__name__}: {fault}: {str(error).rstrip('.')}.") from error
 
         AutoGuide.__init__(self, InitMessenger(start)(HideDiscrete()(MarkCircles()(model))))
         self._chooses_start = init_loc_fn is None
