@@ -217,9 +217,14 @@ class QuantileMap(TwoWay, VectorTransform):
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         table = self.table.detach()
-        inside = value.clamp(table[int(inverse), 0], table[int(inverse), -1])
-        image, log_slope = rational_quadratic(inside, table, int(inverse))
-        return torch.addcmul(image, value - inside, log_slope.exp()), log_slope.sum(-1)
+        knots, images, slopes = table[int(inverse)], table[int(not inverse)], 1 / table[2] if inverse else table[2]
+        inside = value.clamp(knots[0], knots[-1])
+        image, log_det = rational_quadratic(inside, table, int(inverse))
+        above = value > knots[-1]
+        slope = torch.where(above, slopes[-1], slopes[0])
+        line = torch.addcmul(torch.where(above, images[-1], images[0]), slope, value - inside)
+        outside = value != inside
+        return torch.where(outside, line, image), torch.where(outside, slope.log(), log_det).sum(-1)
 
 
 def _identity(bins: int) -> Tensor:
