@@ -650,6 +650,9 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     (folder / "a.png").mkdir()
     assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, "table.csv", "--out", "a.pt")
 
+    long = "n" * 245  # too long for the suffix ".interrupted"
+    assert "nn.interrupted.pt': File name too long" in refused(capsys, "table.csv", "--out", f"{long}.pt")
+
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 

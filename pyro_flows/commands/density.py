@@ -112,7 +112,8 @@ def run(wish: Namespace) -> bool:
 
 
 def _use(flow: Flow, file: str, integers: list[int], dtype: torch.dtype) -> Iterator[str]:
-    """Yield how to use the flow, in words and in Python."""
+    """Yield what the numbers mean, and how to use the flow, in words and in Python."""
+    yield "Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors."
     if isinstance(flow.base, StudentTBase):
         yield "Some values lie far out: the base has a Student's t's tails."
     yield f"In Python, for rows x of {str(dtype).removeprefix('torch.')} with the columns in the order above:"

@@ -44,7 +44,7 @@ class Outputs:
         where = file.parent
         try:
             (self._start / where).mkdir(parents=True, exist_ok=True)
-            for where in (self.file, self.picture):
+            for where in (self.file, self.picture, *self._free()):
                 try_path(self._start / where)
         except OSError as error:
             raise Refused(f"argument --out: cannot write {str(where)!r}: {error.strerror or error}") from error
@@ -54,13 +54,15 @@ class Outputs:
 
     def keep_old(self) -> None:
         """Choose free names, after Ctrl-C in the training."""
-        name, self._is_cut = self.file, True
+        (self.file, self.picture), self._is_cut = self._free(), True
+
+    def _free(self) -> tuple[Path, Path]:
         for number in itertools.count(1):
             mark = f".interrupted-{number}" if number > 1 else ".interrupted"
-            self.file = name.with_name(f"{name.stem}{mark}{name.suffix}")
-            self.picture = self.file.with_suffix(".png")
-            if not any(os.path.lexists(self._start / path) for path in (self.file, self.picture)):
+            file, picture = (p.with_name(f"{p.stem}{mark}{p.suffix}") for p in (self.file, self.picture))
+            if not any(os.path.lexists(self._start / path) for path in (file, picture)):
                 break
+        return file, picture
 
     @contextlib.contextmanager
     def hold_ctrl_c(self) -> Iterator[None]:
