@@ -149,7 +149,7 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
     """Return the state in a file, None if there is no file; raise ValueError if it has other settings."""
     if path is None or not path.exists():
         return None
-    fault, way = "", "Use the same settings, name another file, or remove this one."
+    fault, way, cause = "", "Use the same settings, name another file, or remove this one.", None
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         kept = state["settings"]
@@ -162,9 +162,9 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
             other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
             fault = f"is of another run ({', '.join(other)})"
     except Exception as error:
-        fault = f"is not a checkpoint ({error!s:.100})"
+        fault, cause = f"is not a checkpoint ({error!s:.100})", error
     if fault:
-        raise ValueError(f"{caller}: checkpoint={str(path)!r} {fault}. {way}")
+        raise ValueError(f"{caller}: checkpoint={str(path)!r} {fault}. {way}") from cause
     return state
 
 
