@@ -414,7 +414,7 @@ def test_an_answer_that_cannot_be_drawn_is_an_earlier_one(monkeypatch):
         assert pf.posterior(normal, Y, num_draws=10, **SMALL).draws["x"].shape == (10, 3)
 
 
-def test_draws_keep_to_the_time_and_to_a_first_interruption(monkeypatch):
+def test_draws_keep_to_the_time_and_to_a_first_interruption(monkeypatch, ctrl_c):
     def pause(y: Tensor) -> None:
         time.sleep(0.005)
         normal(y)

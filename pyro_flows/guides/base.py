@@ -166,6 +166,7 @@ class FlowGuide(Plan, AutoGuide):
     ) -> None:
         check_encoder(type(self).__name__, encoder)
         check_program(model=model)
+        owner = type(self).__name__  # not the guide itself, which would then refer to itself
 
         def start(site: dict[str, Any]) -> Any:
             try:
@@ -174,7 +175,7 @@ class FlowGuide(Plan, AutoGuide):
                 if init_loc_fn is None or type(error) not in BUILT_IN:
                     raise
                 fault = f"init_loc_fn fails at site {site['name']!r}"
-                raise type(error)(f"{type(self).__name__}: {fault}: {str(error).rstrip('.')}.") from error
+                raise type(error)(f"{owner}: {fault}: {str(error).rstrip('.')}.") from error
 
         AutoGuide.__init__(self, InitMessenger(start)(HideDiscrete()(MarkCircles()(model))))
         self._chooses_start = init_loc_fn is None
