@@ -108,7 +108,7 @@ def _draft_for(target: Path, mode: int) -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove drafts of which no writer is left after a day."""
+    """Remove drafts that are a day old, since their writers were killed."""
     with contextlib.suppress(OSError):
         for draft in folder.iterdir():
             if DRAFT.match(draft.name) and time.time() - draft.stat().st_mtime > ABANDONED:

@@ -191,7 +191,7 @@ def _trace(program: Program) -> Trace:
 
 
 def _check_no_parameters(model: Any, trace: Trace) -> None:
-    """Raise ValueError if a model has parameters, of which a posterior is a function."""
+    """Raise ValueError if a model has parameters, since its posterior would depend on them."""
     names = [name for name, site in trace.nodes.items() if site["type"] == "param"]
     if isinstance(model, nn.Module):
         names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]

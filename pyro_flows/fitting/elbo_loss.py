@@ -117,8 +117,8 @@ def _sizes(args: tuple[Any, ...]) -> list[int]:
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 COMPILED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 OF_ROWS = 32.0  # the unit of the parameters of rows, unless the rows start near the posterior
-# New losses of which the mean is taken: the fewest, which tell how noisy they are; the most, about a tenth of the time
-# of a short fit; and the standard error, in nats, below which no more are taken: the digits that a fit prints.
+# The number of new losses in a mean: the fewest, which tell how noisy they are, and the most, about a tenth of the time
+# of a short fit.  Fewer are taken once the standard error is below the last one, in nats: the digits of a fit.
 LEAST, MOST, SHARP = 10, 50, 0.01
 
 

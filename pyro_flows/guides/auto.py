@@ -485,7 +485,7 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
     Raises:
         TypeError: If the model requires arguments and none are given.
         ValueError: If an :class:`~pyro_flows.AutoFlow` refuses the model, for example for a discrete latent
-            or because there are none.
+            or because it has no latents.
 
     Example::
 

@@ -520,7 +520,7 @@ class FlowGuide(Plan, AutoGuide):
         """Copy what the parameter store holds under the guide's names, for example after its ``load``.
 
         The store then drops its own tensors, so that it and the guide share one set.  Returns the parameters by their
-        names in the store.  There are none if torch has put other tensors in their place, as by
+        names in the store.  The result is empty if torch has put other tensors in their place, as by
         ``torch.func.functional_call`` or ``torch.export``, which the store must not keep.
         """
         store, own = pyro.get_param_store(), dict[str, nn.Parameter]()

@@ -93,7 +93,7 @@ class BlockGuide(FlowGuide):
     minibatches: Any
     structure: Structure
     size_of_rows: int
-    most_factors = -1  # the parents' latents of which each row has coefficients, and needs no network
+    most_factors = -1  # latents of parents for which rows have coefficients in place of a network
     _semi_amortized: tuple[str, ...] = ()  # the plates whose rows have an encoder and learned vectors
 
     def __init__(

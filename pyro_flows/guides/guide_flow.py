@@ -57,7 +57,7 @@ class Limits:
         stretched: Numbers in all these directions together, which bound their memory.
         directions: The fewest directions, and the most.
         correlated: Features of a learned likelihood whose correlations depend on its parameters.
-        factors: The parents' latents of which each row has coefficients, and needs no network.
+        factors: The most latents of parents for which rows have coefficients in place of a network.
         place_pace: The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it
             learns less in the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the
             rows far away.
