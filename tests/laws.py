@@ -7,13 +7,15 @@ a value and a theta.  A new bijector, transform or recipe adds one line to a reg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_flows import AutoFlow, flows
+from pyro_flows import AutoFlow, distributions, flows
 from pyro_flows.bijectors import (
     Affine,
     Bernstein,
@@ -41,15 +43,6 @@ from pyro_flows.conditioners import (
     StepNet,
 )
 from pyro_flows.conditioners.base import networks_of, set_pace
-from pyro_flows.distributions import (
-    CircularBase,
-    ContaminatedNormalBase,
-    MixtureBase,
-    ModesBase,
-    NormalBase,
-    StandardNormal,
-    StudentTBase,
-)
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
@@ -184,16 +177,16 @@ def _graph(dim: int, context_dim: int) -> FlowTransform:
 
 
 def _elementwise(bijector: Bijector) -> Builder:
-    def build(dim: int, context_dim: int) -> FlowTransform:
-        net = MLP(context_dim, dim, bijector.num_params, WIDTHS) if context_dim else None
-        return Elementwise(bijector, dim, net)
-
-    return build
+    return lambda dim, context_dim: Elementwise(bijector, dim, _of_context(context_dim, dim, bijector.num_params))
 
 
 def _skip(dim: int, context_dim: int) -> FlowTransform:
     net = MLP(context_dim, dim, Affine().num_params, WIDTHS, skip=True) if context_dim else None
     return Elementwise(Affine(), dim, net)
+
+
+def _of_context(context_dim: int, output_dim: int, num_params: int) -> MLP | None:
+    return MLP(context_dim, output_dim, num_params, WIDTHS) if context_dim else None
 
 
 def _conditioned(dim: int, context_dim: int) -> FlowTransform:
@@ -209,27 +202,10 @@ def _compose(dim: int, context_dim: int) -> FlowTransform:
     )
 
 
-def _block(dim: int, context_dim: int) -> FlowTransform:
-    return BlockAutoregressive(dim, (4, 3), MLP(context_dim, dim, 9, WIDTHS) if context_dim else None)
-
-
-def _planar(dim: int, context_dim: int) -> FlowTransform:
-    return Planar(dim, MLP(context_dim, 1, 2 * dim + 1, WIDTHS) if context_dim else None)
-
-
-def _radial(dim: int, context_dim: int) -> FlowTransform:
-    return Radial(dim, MLP(context_dim, 1, dim + 2, WIDTHS) if context_dim else None)
-
-
-def _triangular(dim: int, context_dim: int) -> FlowTransform:
-    number = TriangularAffine.count_params(dim)
-    return TriangularAffine(dim, MLP(context_dim, 1, number, WIDTHS) if context_dim else None)
-
-
 def _sylvester(sizes: Callable[[int], tuple[int | None, int | None]]) -> Builder:
     def build(dim: int, context_dim: int) -> FlowTransform:
         count = Sylvester.count_params(dim, *sizes(dim))
-        return Sylvester(dim, *sizes(dim), MLP(context_dim, 1, count, WIDTHS) if context_dim else None)
+        return Sylvester(dim, *sizes(dim), _of_context(context_dim, 1, count))
 
     return build
 
@@ -324,13 +300,15 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
     "quantile_map": Kind(lambda dim, _: QuantileMap(dim), learns=False),
-    "block": Kind(_block, True),
-    "planar": Kind(_planar, True),
-    "radial": Kind(_radial, True),
+    "block": Kind(lambda dim, of: BlockAutoregressive(dim, (4, 3), _of_context(of, dim, 9)), True),
+    "planar": Kind(lambda dim, of: Planar(dim, _of_context(of, 1, 2 * dim + 1)), True),
+    "radial": Kind(lambda dim, of: Radial(dim, _of_context(of, 1, dim + 2)), True),
     "sylvester": Kind(_sylvester(lambda dim: (None, None)), True),
     "sylvester_householder": Kind(_sylvester(lambda dim: (dim, 3)), True),
     "sylvester_triangular": Kind(_sylvester(lambda dim: (dim, 0)), True),
-    "triangular_affine": Kind(_triangular, True),
+    "triangular_affine": Kind(
+        lambda dim, of: TriangularAffine(dim, _of_context(of, 1, TriangularAffine.count_params(dim))), True
+    ),
     "recurrence": Kind(_recurrence(1), True),
     "recurrence_wide": Kind(_recurrence(2), True, size=2),
     "coupling_of_steps": Kind(_coupling_of_steps, True, least_dim=2),
@@ -344,10 +322,7 @@ TRANSFORMS: dict[str, Kind] = {
     "compose": Kind(_compose, True, start="permutation"),
     "pixel_lu_linear": Kind(_of_images(lambda channels, _: PerPixel(LULinear(channels), (2, 2))), size=PIXELS),
     "pixel_coupling": Kind(
-        _of_images(lambda channels, context_dim: PerPixel(_coupling(Affine())(channels, context_dim), (2, 2))),
-        True,
-        size=PIXELS,
-        least_dim=2,
+        _of_images(lambda *of: PerPixel(_coupling(Affine())(*of), (2, 2))), True, size=PIXELS, least_dim=2
     ),
     "conv_affine": Kind(_of_images(_conv(Affine(), 0)), True, size=PIXELS, least_dim=2),
     "conv_mixture": Kind(_of_images(_conv(BIJECTORS["mixture"], 1)), True, size=PIXELS, least_dim=2),
@@ -407,7 +382,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
 # ------------------------------------------------------------ bases
 
 
-def with_modes(base: ModesBase) -> ModesBase:
+def with_modes(base: distributions.ModesBase) -> distributions.ModesBase:
     """Move the components apart."""
     number, dim = base.num_components, base.input_dim
     places = torch.arange(1.0, number * dim + 1).reshape(number, dim).sin()
@@ -417,13 +392,13 @@ def with_modes(base: ModesBase) -> ModesBase:
 
 
 BASES: dict[str, Callable[[int], nn.Module]] = {
-    "standard_normal": lambda dim: StandardNormal((dim,)),
-    "normal": lambda dim: NormalBase((dim,)),
-    "contaminated_normal": lambda dim: ContaminatedNormalBase(dim, share=0.2, scale=2.0),
-    "student_t": lambda dim: StudentTBase((dim,), df=3.0),
-    "mixture": lambda dim: MixtureBase(dim, 4),
-    "modes": lambda dim: with_modes(ModesBase(dim, 3)),
-    "circular": lambda dim: CircularBase([place % 2 == 0 for place in range(dim)], bound=2.0),
+    "standard_normal": lambda dim: distributions.StandardNormal((dim,)),
+    "normal": lambda dim: distributions.NormalBase((dim,)),
+    "contaminated_normal": lambda dim: distributions.ContaminatedNormalBase(dim, share=0.2, scale=2.0),
+    "student_t": lambda dim: distributions.StudentTBase((dim,), df=3.0),
+    "mixture": lambda dim: distributions.MixtureBase(dim, 4),
+    "modes": lambda dim: with_modes(distributions.ModesBase(dim, 3)),
+    "circular": lambda dim: distributions.CircularBase([place % 2 == 0 for place in range(dim)], bound=2.0),
 }
 
 # ------------------------------------------------------------ helpers
@@ -436,6 +411,11 @@ def generator(seed: int = 0) -> torch.Generator:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
     """Return standard normal draws times ``scale``, the same in every dtype."""
     return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Tensor:
+    """Return random parameters of a bijector, large unless ``scale`` is small."""
+    return normal(*shape, bijector.num_params, seed=1, dtype=dtype, scale=scale)
 
 
 def orthonormal(dim: int) -> Tensor:
@@ -520,6 +500,62 @@ def square_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(y, copies, wanted)[0].movedim(0, 1)
 
 
+def descend(
+    parameters: Iterable[Tensor], loss: Callable[[], Tensor], steps: int = 3, lr: float = 1e-2, cosine: int = 0
+) -> list[float]:
+    """Take steps of Adam, and return the loss before each; its rates may follow a cosine, given the steps to zero."""
+    optimiser, losses = torch.optim.Adam(parameters, lr), []
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, cosine) if cosine else None
+    for _ in range(steps):
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+        if schedule:
+            schedule.step()
+    return losses
+
+
+@contextlib.contextmanager
+def bytes_kept() -> Iterator[dict[int, int]]:
+    """Collect the storages that graphs keep for their gradients, with their bytes."""
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield held
+
+
+class Call(nn.Module):
+    """Module whose call is a function of another module, as ``functional_call`` requires."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self.module, *args)
+
+
+def passes(
+    check: Callable[..., bool], function: Callable[..., Any], module: nn.Module, *inputs: Tensor, **options: Any
+):
+    """Return whether autograd's check passes for a function of a module, in the inputs and all parameters."""
+    holder = Call(function, module)
+    names = [name for name, _ in holder.named_parameters()]
+
+    def call(*values: Tensor) -> Any:
+        parameters = dict(zip(names, values[len(inputs) :], strict=True))
+        return torch.func.functional_call(holder, parameters, values[: len(inputs)])
+
+    leaves = [value.detach().clone().requires_grad_() for value in (*inputs, *module.parameters())]
+    return check(call, leaves, **options)
+
+
 def bits_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -534,6 +570,17 @@ def gap(got: Tensor, wanted: Tensor, event_dim: int) -> Tensor:
 
 def event_dim_of(f: Bijector | FlowTransform) -> int:
     return len(f.event_shape) if isinstance(f, FlowTransform) else 0
+
+
+def refusals(*cases: tuple[Any, ...]) -> Callable[..., None]:
+    """Return a test of calls, each with words of its error, and with the type of the error if it is no ValueError."""
+
+    @pytest.mark.parametrize(("call", "words", "error"), [(*case, ValueError)[:3] for case in cases])
+    def refuses(call: Callable[[], Any], words: str, error: type[Exception]) -> None:
+        with pytest.raises(error, match=words):
+            call()
+
+    return refuses
 
 
 # ------------------------------------------------------------ laws
@@ -662,8 +709,7 @@ def compiles(f: Map, x: Tensor, theta: Tensor | None, inverse: str = "aot_eager"
         torch._dynamo.reset()
         plain = _value_and_grad(verb, x, theta)
         compiled = _value_and_grad(torch.compile(verb, fullgraph=True, backend=backend), x, theta)
-        for ours, theirs in zip(compiled, plain, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(compiled, plain, atol=1e-9, rtol=1e-9)
 
 
 def _value_and_grad(verb: Callable, x: Tensor, theta: Tensor | None) -> list[Tensor]:
@@ -676,8 +722,7 @@ def _value_and_grad(verb: Callable, x: Tensor, theta: Tensor | None) -> list[Ten
 def maps(f: Map, x: Tensor, theta: Tensor | None, in_dims: tuple[int, int | None]) -> None:
     """``torch.func.vmap`` over a leading dimension gives the result of one call on the whole batch."""
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
-        for ours, theirs in zip(torch.func.vmap(verb, in_dims)(x, theta), verb(x, theta), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(torch.func.vmap(verb, in_dims)(x, theta), verb(x, theta), atol=1e-9, rtol=1e-9)
 
 
 def learned(guide: AutoFlow) -> list[nn.Parameter]:

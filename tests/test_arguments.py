@@ -106,9 +106,8 @@ def test_what_makes_no_sense_is_refused_by_name(name, use, value):
 
 def test_values_that_make_sense_are_taken_in_all_their_forms():
     """Without this test, a function that refuses all values would pass the law above."""
-    assert flows.nsf(
-        np.int64(3), num_transforms=np.int32(1), hidden_dims=[np.int64(8)], bound=np.float32(5)
-    ).event_shape
+    forms = {"num_transforms": np.int32(1), "hidden_dims": [np.int64(8)], "bound": np.float32(5)}
+    assert flows.nsf(np.int64(3), **forms).event_shape == (3,)
     assert transforms.Permute(np.array([1, 0])).event_shape == (2,)
     assert transforms.Coupling(bijectors.Affine(), conditioners.MLP(2, 1, 2), np.array([1, 1, 0])).event_shape == (3,)
     assert distributions.StandardNormal(3).event_shape == distributions.StandardNormal((3,)).event_shape == (3,)
@@ -117,18 +116,9 @@ def test_values_that_make_sense_are_taken_in_all_their_forms():
 
 def test_none_is_a_default_where_the_signature_says_so():
     x = torch.randn(60, 3)
-    fit = pf.fit_density(
-        flows.nice(3, num_transforms=1),
-        x,
-        max_epochs=1,
-        discrete=None,
-        training=Training(gradients=Gradients(clip_norm=None)),
-        progress=False,
-    )
-    assert fit.steps
-    assert pf.fit_density(
-        flows.nice(3), x, max_epochs=1, batch_size=None, training=Training(heavy_tails=None), progress=False
-    ).steps
+    for training in (Training(gradients=Gradients(clip_norm=None)), Training(heavy_tails=None)):
+        settings = {"discrete": None, "batch_size": None, "training": training, "max_epochs": 1, "progress": False}
+        assert pf.fit_density(flows.nice(3, num_transforms=1), x, **settings).steps
     with pytest.raises(ValueError, match="discrete columns must hold integers only, unlike column 0"):
         pf.fit_density(flows.nice(3), x, discrete=0)  # index 0 is a column, not a missing argument
 
@@ -138,14 +128,12 @@ def test_programs_and_their_arguments_are_refused_by_name(fit):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
 
-    guide = pf.AutoFlow(model).setup(torch.tensor(1.0))
     y = torch.tensor(1.0)
+    guide = pf.AutoFlow(model).setup(y)
     with pytest.raises(TypeError, match=r"^.*model must be a Pyro program, which can be called, got None\."):
         fit(None, model, y)
     for name in ("vectorize", "max_plate_nesting"):
-        with pytest.raises(
-            TypeError, match=rf"{name} must be given with the model, .* Give pf.Program\(model, {name}="
-        ):
+        with pytest.raises(TypeError, match=rf"{name} must be given with the model, .*pf.Program\(model, {name}="):
             fit(model, guide, y, **{name: "vmap"})
     with pytest.raises(TypeError, match=r"Give pf.Program\(model, kwargs=\.\.\.\) in place of the model"):
         fit(model, guide, y, model_kwargs={"x": 1.0})
@@ -153,21 +141,15 @@ def test_programs_and_their_arguments_are_refused_by_name(fit):
 
 FLOW, CONDITIONAL = (flows.realnvp(3, context, num_transforms=2, hidden_dims=(8,)) for context in (0, 2))
 VALUES = {
-    "float64": (
-        torch.Tensor.double,
-        r"flow's dtype, torch.float32, got torch.float64; use {}\.to\(torch.float32\), or flow\.double",
-    ),
+    "float64": (torch.Tensor.double, r"dtype, torch.float32, got torch.float64; use {}\.to\(.*, or flow\.double"),
     "float16": (torch.Tensor.half, r"flow's dtype, torch.float32, got torch.float16; use {}\.to\(torch.float32\)"),
     "complex": (lambda x: x.to(torch.complex64), r"hold real numbers, got torch.complex64; use torch.view_as_real\({}"),
     "sparse": (torch.Tensor.to_sparse, r"be a dense tensor, got a sparse one, torch.sparse_coo; use {}\.to_dense"),
     "quantised": (
         lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
-        r"be a dense tensor, got a quantised one, torch.qint8; use {}\.dequantize",
+        r"a quantised one, .*{}\.dequantize",
     ),
-    "nested": (
-        lambda x: torch.nested.nested_tensor([x, x]),
-        r"be a dense tensor, got a nested one; give its parts one by one, {}\.unbind",
-    ),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x]), r"got a nested one; .* one by one, {}\.unbind"),
     "meta": (lambda x: x.to("meta"), r"lie on the flow's device, cpu, got one on meta; use {}\.to\('cpu'\)"),
 }
 
@@ -186,7 +168,7 @@ def test_values_and_contexts_that_a_flow_cannot_score_are_refused_in_its_own_wor
         with pytest.raises(ValueError, match=f"^Flow: {of_context}"):
             use(change(context))
     if kind not in ("float64", "float16", "meta"):
-        with pytest.raises(ValueError, match=f"^fit_density: x must {message.format('x')}"):
+        with pytest.raises(ValueError, match=f"^fit_density: x must .*{message.format('x')}"):
             pf.fit_density(FLOW, change(torch.randn(60, 3)))
 
 
@@ -206,29 +188,23 @@ def test_a_flow_without_numbers_says_so():
 def test_flows_in_half_precision_are_refused_with_the_way_out(dtype):
     flow = flows.realnvp(3, num_transforms=1, hidden_dims=(8,)).to(dtype)
     message = rf"the flow must be float32 or float64, got {dtype}, .*Use flow\.float\(\); .*mixed_precision=True"
-    uses = {
-        "Flow": [
-            lambda: flow.log_prob(torch.zeros(5, 3, dtype=dtype)),
-            flow,
-            lambda: flow.sample((2,)),
-            lambda: flow.rsample_and_log_prob((2,)),
-        ],
-        "fit_density": [lambda: pf.fit_density(flow, torch.randn(60, 3))],
-    }
-    for caller, calls in uses.items():
-        for call in calls:
-            with pytest.raises(ValueError, match=f"^{caller}: {message}"):
-                call()
 
     def model():
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
     guide = pf.AutoFlow(model).setup().to(dtype)
-    with pytest.raises(ValueError, match=f"^Flow: {message}"):
-        pf.fit_svi(model, guide, steps=2, progress=False)
-    assert pf.fit_density(
-        FLOW, torch.randn(60, 3), max_epochs=1, training=Training(mixed_precision=True), progress=False
-    ).steps
+    for caller, call in (
+        ("Flow", lambda: flow.log_prob(torch.zeros(5, 3, dtype=dtype))),
+        ("Flow", flow),
+        ("Flow", lambda: flow.sample((2,))),
+        ("Flow", lambda: flow.rsample_and_log_prob((2,))),
+        ("Flow", lambda: pf.fit_svi(model, guide, steps=2, progress=False)),
+        ("fit_density", lambda: pf.fit_density(flow, torch.randn(60, 3))),
+    ):
+        with pytest.raises(ValueError, match=f"^{caller}: {message}"):
+            call()
+    training = Training(mixed_precision=True)  # the way out
+    assert pf.fit_density(FLOW, torch.randn(60, 3), max_epochs=1, training=training, progress=False).steps
 
 
 @pytest.mark.slow
