@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import refused
 from numpy.lib import format as npy
 
-from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused
 from pyro_flows.commands.model import read_data
 from pyro_flows.commands.table_file import read_arrays, read_table_file
@@ -36,8 +36,7 @@ def raw(text: bytes) -> bytes:
 
 CLAIMS = {
     "10^14 numbers": header((10**7, 10**7)),
-    "10^14 numbers, version 2": header((10**14,), version=(2, 0)),
-    "10^14 numbers, version 3": header((10**14,), version=(3, 0)),
+    **{f"10^14 numbers, version {number}": header((10**14,), version=(number, 0)) for number in (2, 3)},
     "one long word": header((1,), "<U500000000"),
     "a long field": header((1,), [("a", "<f8", (10**8,))]),
     "words without letters": header((10**14,), "<U0"),
@@ -157,14 +156,6 @@ def test_the_commands_say_so_in_one_line(
     Path("m.py").write_text(MODEL)
     Path("d.json").write_text(JSON["a name twice"][0])
     Path("t.npy").write_bytes(CLAIMS["10^14 numbers"])
-    for words, said in (
-        (["density", "t.npy"], "the table 't.npy' is not a NumPy file of plain arrays"),
-        (["fit", "m.py:model", "--data", "d.json"], "the data file 'd.json' gives 'y' more than once"),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            main(words)
-        assert exit_.value.code == 2
-        captured = capsys.readouterr()
-        assert said in captured.err
-        assert captured.err.count("\n") == 1
-        assert captured.out == ""
+    assert "the table 't.npy' is not a NumPy file of plain arrays" in refused("density", capsys, "t.npy")
+    said = refused("fit", capsys, "m.py:model", "--data", "d.json")
+    assert "the data file 'd.json' gives 'y' more than once" in said
