@@ -24,8 +24,6 @@ Needs the extra ``bench`` (sbi and scikit-learn).  Writes ``amortized.csv``, ``a
 calibration into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math

@@ -1,7 +1,5 @@
 """Results of ``amortized.py``: the CSV file, and the page that is made from it."""
 
-from __future__ import annotations
-
 import csv
 import math
 import platform

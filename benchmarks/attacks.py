@@ -14,8 +14,6 @@ reweighted draws have a wrong mean, sd or marginal.  A right guide fools the che
 Writes ``attacks.csv`` and ``attacks.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

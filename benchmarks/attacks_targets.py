@@ -5,8 +5,6 @@ posteriors have data and symmetries.  They are sampled around one mode, by impor
 group of the symmetries then copies the draws to all modes.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -6,8 +6,6 @@ Quiet and busy runs alternate.  Each run has a fresh process with the number of 
 busy run, one other process per core is active.  Reports medians of wall times.  Writes ``docs/benchmarks/busy.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import multiprocessing

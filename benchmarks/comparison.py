@@ -16,8 +16,6 @@ products, which are equal in every run.
 Libraries that are not installed are skipped.  Writes ``docs/benchmarks/comparison.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import warnings

@@ -23,8 +23,6 @@ Each fit has one thread, and times are seconds of its core.  An interrupted run 
 ``continuous.csv`` and ``continuous.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools

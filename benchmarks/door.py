@@ -19,8 +19,6 @@ processor, which do not depend on what else the machine does.
 An interrupted run resumes.  Writes ``door.csv`` and ``door.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import statistics

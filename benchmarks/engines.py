@@ -15,8 +15,6 @@ Set ``PYRO_FLOWS_PYRO`` to a checkout of Pyro's repository, and set ``PYRO_FLOWS
 ``docs/benchmarks/engines.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

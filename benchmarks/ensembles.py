@@ -4,8 +4,6 @@ The members are trained on the same simulations, and all are compared on the sam
 ``docs/benchmarks/ensembles.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

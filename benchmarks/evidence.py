@@ -25,8 +25,6 @@ its values are a few thousandths too low.
 Writes ``docs/benchmarks/evidence.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import math

@@ -9,8 +9,6 @@ draws.  Runs with ``fixed_point=False`` and ``True`` alternate.  Times are CPU s
 counted for each of the five layers.  Writes ``docs/benchmarks/fixed_point.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

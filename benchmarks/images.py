@@ -25,8 +25,6 @@ An interrupted run resumes after its last complete fit.  Writes ``images.md``, `
 ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools

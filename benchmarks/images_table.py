@@ -1,7 +1,5 @@
 """Results of ``images.py``: the CSV file and the page."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

@@ -6,8 +6,6 @@ Fresh interpreters alternate: one imports Pyro, the next imports Pyro and pyro_f
 installed package.  Reports the medians of CPU times and of the differences.  Writes ``docs/benchmarks/imports.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

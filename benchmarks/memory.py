@@ -24,8 +24,6 @@ into ``--limit``.  Other values are extrapolated.  The page states the largest e
 Writes ``docs/benchmarks/memory.md`` and ``docs/benchmarks/memory.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import gc

@@ -1,7 +1,5 @@
 """Reader of MNIST's four original files."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import sys

@@ -6,8 +6,6 @@ Student's t with three degrees of freedom and scale 10, in unconstrained space. 
 that Z is that of the model.  Angles are periodic parameters of pocoMC.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

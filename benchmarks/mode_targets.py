@@ -10,8 +10,6 @@ Space is divided into regions, one for each mode, and the measure is each region
 compares every log Z and every share with other computations.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import math

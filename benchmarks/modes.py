@@ -20,8 +20,6 @@ be installed in another environment with Pyro: pass its Python as ``--peer-pytho
 ``modes.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -19,8 +19,6 @@ A second figure adds the evaluations of the fit, where a batch of n draws counts
 the worst over all latents.  Writes ``neutra.csv`` (a row per run) and ``neutra.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import time

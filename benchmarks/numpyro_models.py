@@ -5,8 +5,6 @@
 The models take no arguments and need the files of ``targets.py``.  ``sample.py`` runs NumPyro's NUTS on them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -22,8 +22,6 @@ unweighted draws.  The ESS of NUTS is ArviZ's, the smaller one of bulk and tail,
 interrupted benchmark continues where it stopped.  Writes ``nuts.csv``, ``nuts.md`` and ``nuts.png``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import multiprocessing

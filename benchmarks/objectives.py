@@ -13,8 +13,6 @@
 Writes ``docs/benchmarks/objectives.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

@@ -14,8 +14,6 @@ from another program.
 Writes ``docs/benchmarks/observation_checks.md``, in about a quarter of an hour on one free core.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -18,8 +18,6 @@ validation loss.  An interrupted run continues after its last finished fit, and 
 ``plain_density.md`` and ``plain_density.csv`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import tempfile

@@ -15,8 +15,6 @@ and the Wasserstein-1 distance of the marginals.  All are in standard deviations
 fit), ``posteriors.md`` and ``posteriors.png`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools

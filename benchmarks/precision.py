@@ -14,8 +14,6 @@ between ``log_prob`` and the log-density from the pass that drew the value.  Wri
 ``docs/benchmarks``.  For the data see ``tables.py``.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses

@@ -13,8 +13,6 @@ affects all.  A rate is the batch divided by the median time between steps, and 
 Writes ``docs/benchmarks/processes.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

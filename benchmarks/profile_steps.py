@@ -10,8 +10,6 @@ kernels that it calls.  *Python and dispatch* is the rest of the wall time of a 
 ``docs/benchmarks/profile.md`` and ``profile.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import statistics

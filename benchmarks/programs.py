@@ -8,8 +8,6 @@ Every build is deterministic, restores the random state, and makes new modules. 
 program for each run.
 """
 
-from __future__ import annotations
-
 import ast
 import dis
 import functools

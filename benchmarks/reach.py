@@ -24,8 +24,6 @@ program, and an interrupted benchmark continues.  Remove ``reach.csv`` after a c
 ``PYRO_FLOWS_PYRO``, a checkout of Pyro's repository.  Writes ``docs/benchmarks/reach.md`` and ``reach.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import concurrent.futures

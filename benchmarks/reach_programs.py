@@ -5,8 +5,6 @@ repository that ``PYRO_FLOWS_PYRO`` names.  A builder adds what the file downloa
 line.  Sizes are small, because a program shows only that it runs, not how well it fits.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import sys

@@ -12,8 +12,6 @@ default the near-Gaussian regression takes half of it.  A fit is saved when it e
 Writes ``recipe.csv`` and ``recipe.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -21,8 +21,6 @@ An interrupted benchmark continues where it stopped.  Writes ``sample.csv`` (a r
 ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -10,8 +10,6 @@ that does not depend on the data.
 Writes ``docs/benchmarks/sbc.md``, in about half an hour on one free core.  ``--datasets`` sets the number of datasets.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

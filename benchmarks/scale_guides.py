@@ -22,8 +22,6 @@ Errors are in posterior standard deviations.
 Writes ``docs/benchmarks/scale_guides.csv`` and ``.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -24,8 +24,6 @@ Each cell is appended to ``docs/benchmarks/speed.csv`` when it ends, and an inte
 the file to measure everything again.  ``speed.md``, ``speed.png`` and ``speed_scaling.png`` are made from it.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

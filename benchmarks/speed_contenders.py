@@ -4,8 +4,6 @@ Every contender has ``LAYERS`` layers, with networks of the same widths, and sco
 initial ones of each library; their values do not change the work.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import NamedTuple

@@ -5,8 +5,6 @@ permutes them, while the masks of all others alternate.  Our ``nsf`` and ``nsf_a
 peer has it, and it is part of our times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

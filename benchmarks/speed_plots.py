@@ -1,7 +1,5 @@
 """Plots of ``speed.py``: a panel per flow and task, and the growth of the slow direction with D."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

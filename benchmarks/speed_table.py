@@ -1,7 +1,5 @@
 """Results of ``speed.py``: a CSV file with a row per measurement, and the page ``speed.md``."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

@@ -21,8 +21,6 @@ the result.  Times are processor times, because other work on the machine interr
 ``targets.py``.  Writes ``docs/benchmarks/svi.md`` and ``svi.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools

@@ -18,8 +18,6 @@ On magic all figures are means of three fits.  An interrupted run continues afte
 ``tables.md`` and ``tables.csv`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import math

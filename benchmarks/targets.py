@@ -5,8 +5,6 @@ Sheldon and Domke (2020, arXiv:2006.10343).  They are not copied: the files are 
 ``PYRO_FLOWS_DATA`` names.  ``posteriors.py`` fits them and ``evidence.py`` integrates them.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -29,8 +29,6 @@ continues.  Remove ``training.csv`` after a change of a guide.  Writes ``docs/be
 ``training.csv``, a row per run.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools

@@ -5,8 +5,6 @@ torch's weights and a full matrix for the learned affine map.  Changes to the fi
 to the second show which of the suspected causes made it explode.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Page ``training.md``, made from the rows of ``training.csv``."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import platform

@@ -3,8 +3,6 @@
 The benchmark trains one guide for datasets of 5 to 100 groups.  It also replaces the density of a row by a learned one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

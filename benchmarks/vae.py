@@ -19,8 +19,6 @@ Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114).  The pr
 Flows for Variational Inference (van den Berg et al. 2018), with smaller networks.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import tempfile

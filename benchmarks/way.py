@@ -15,8 +15,6 @@ to the right in the layers of ``tests/test_architecture.py``, or that the object
 files count once.  Writes ``way.md`` into ``docs/benchmarks``.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys

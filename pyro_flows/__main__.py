@@ -1,7 +1,5 @@
 """The command line: ``python -m pyro_flows`` runs the main job, ``fit`` fits your own model, ``density`` your table."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -4,8 +4,6 @@ They cover numbers, sizes, shapes and classes from users.  Every part of the lib
 no part.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

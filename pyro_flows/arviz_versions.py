@@ -1,7 +1,5 @@
 """The only module that depends on the version of ArviZ, 0.2x or 1.x; it recognises them by their features."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from types import ModuleType

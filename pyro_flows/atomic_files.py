@@ -4,8 +4,6 @@ A file is written as a draft in the folder of its target, forced to the disk, an
 removed after a day, by the next writer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

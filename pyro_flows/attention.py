@@ -1,7 +1,5 @@
 """The layer of a transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Detection of code that is compiled, recorded or mapped rather than run, and the settings of torch's compiler."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch

@@ -6,8 +6,6 @@ reproduced.  Public functions begin with one thread.  Their large parts use more
 log-densities of many draws of a model of many rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -4,8 +4,6 @@ Work that takes long calls :func:`check_time` where it can be given up.  A loop 
 limit over by :func:`taken_over`, and ends by itself.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The user's own lines of code: where an error arose, and where a warning belongs."""
 
-from __future__ import annotations
-
 import linecache
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """Scores and vector–Jacobian products by autograd, and checks that hand-written ones may replace them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 

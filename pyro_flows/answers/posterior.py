@@ -6,8 +6,6 @@ the check has found mass that chains may not reach, or they do not converge, a p
 is checked in turn.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

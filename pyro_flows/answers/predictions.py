@@ -1,7 +1,5 @@
 """Predictions: a model run forward at draws of its posterior, for the same or for other arguments."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

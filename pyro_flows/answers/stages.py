@@ -5,8 +5,6 @@ found.  :mod:`.posterior` orders the stages.  The draws of the answer are those 
 reliable weights correct.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """Table of a posterior: mean, standard deviation and quantiles of each number."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, log10
 

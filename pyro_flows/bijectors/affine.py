@@ -1,7 +1,5 @@
 """Affine maps: a shift, and a scale with a shift under two parametrisations of the scale."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The base class of bijectors: increasing maps y = f(x; θ) of one number, whose parameters θ come from a transform."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 

@@ -5,8 +5,6 @@ the bent part.  The root of f(x) = y has a bracket in closed form: between -B an
 tangent otherwise.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Maps through a table of knots: splines on the line and on the circle, and the integral of a positive network."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import dataclass

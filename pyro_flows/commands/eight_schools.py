@@ -3,8 +3,6 @@
 Data: Rubin (1981), "Estimation in parallel randomized experiments", Journal of Educational Statistics 6(4).
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command ``fit``: the posterior of the user's own model, with a verdict on its draws."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Files that a user hands over, read by the suffix of their names; the headers of NumPy files are not trusted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -8,8 +8,6 @@ Two kinds of values have a second reading, for models that do not run with the f
 index, and becomes integers.  A single number may be an observation, and becomes a tensor.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import json

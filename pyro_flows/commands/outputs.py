@@ -1,7 +1,5 @@
 """The two files of a run, and their names after Ctrl-C."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

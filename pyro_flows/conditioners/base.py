@@ -9,8 +9,6 @@ a *unit*, and a step moves the weights in use by the unit times as much: the max
 2020, arXiv:2011.14522; Yang et al. 2022, arXiv:2203.03466).
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Convolutional networks: over images, for couplings of channels, and along sequences, for Markov processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -12,8 +12,6 @@ work of one pass, in memory of O(width) per sample, and stores nothing on the ne
 run chains without autograd: inside an autograd function, or under ``torch.no_grad``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise

@@ -1,7 +1,5 @@
 """Multilayer perceptrons, the conditioners of coupling layers, also of angles; and parameters that are given."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

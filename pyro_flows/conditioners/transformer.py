@@ -4,8 +4,6 @@ While tokens become known one after the other, the keys and values of the earlie
 together cost about one pass.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

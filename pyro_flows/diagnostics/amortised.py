@@ -4,8 +4,6 @@ A test of one observation has several statistics.  The largest of them, brought 
 objects, has a rank that is a p-value.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

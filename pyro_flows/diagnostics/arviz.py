@@ -1,7 +1,5 @@
 """Draws as ArviZ data, from a guide (one chain, with both log-densities) or from Markov chains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

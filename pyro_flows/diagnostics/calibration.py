@@ -1,7 +1,5 @@
 """Calibration of amortised posteriors: tests over datasets that the model simulates, whose true latents are known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Importance weights and short chains follow all quantities, and a search looks fo
 draws show whether a few lie where the posterior has no density.  A slow model gets few draws, and no search.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ of kinds, its words to ``WORDS``, a remedy to ``NEXT``, and a rule to ``FAULTS``
 remains open.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (B
 2020, arXiv:2006.09347).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import os

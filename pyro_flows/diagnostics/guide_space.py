@@ -4,8 +4,6 @@ The coordinates in which chains move come from the guide, whose base is nearly n
 hierarchy, whose scales depend on other latents.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -10,8 +10,6 @@ If k-hat is low, resampled draws are draws of the posterior.  Systematic resampl
 rounded up or down, with less noise than independent picks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

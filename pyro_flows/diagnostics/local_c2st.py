@@ -16,8 +16,6 @@ squared deviation of its probabilities from 1/2 is proportional to Gᵀ V⁻¹ G
 statistic.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

@@ -23,8 +23,6 @@ Predictions only say what to look at.  Chains then measure it.
 Measuring Sample Quality with Stein's Method (Gorham, Mackey 2015, arXiv:1506.03039).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ There are two looks.  With up to 1,000 latents (:mod:`.few_latents`) all quantit
 for mass that the guide misses.  With more (:mod:`.many_latents`) the most suspect quantities are followed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress

@@ -27,8 +27,6 @@ limits it, and V is about 34 nats in double precision, 14 in single.  So N draws
 that show the mode.  No method that evaluates h at N draws finds a mode where this number is far below 1.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

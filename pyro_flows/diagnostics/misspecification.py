@@ -4,8 +4,6 @@ Comparing compare datasets with their own posterior predictive replicates.  Each
 each to N numbers, in the same way for all, so that the numbers of datasets from one distribution are exchangeable.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ In the base coordinates of a good guide the posterior is close to the base, for 
 Hamiltonian Monte Carlo mixes fast for any shape of the posterior.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

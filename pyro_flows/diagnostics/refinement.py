@@ -1,7 +1,5 @@
 """Refinement: short Markov chains that move a guide's draws towards the posterior, many chains at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -9,8 +9,6 @@ of a row tells whether the guide's distribution of this row is right, as in :mod
 the errors of the row's means.  All rows are looked at, in time and memory proportional to their number.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ supports may be expressed in different ways.  A narrower support is a fault only
 a model may well have no density there.  So a population is annealed in coordinates of the model's support.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from dataclasses import dataclass

@@ -16,8 +16,6 @@ function to about 0.05, and hardly any mass is missing.  Each error is a finding
 the worst that follows from any finding.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Mixtures of Gaussians: one that is trained, with diagonal covariances, and one that is set, with full covariances."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@ are training data like all others.  Truncated proposals for scalable and hassle-
 (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -11,8 +11,6 @@ Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); Annealed Flow T
 Doucet 2021, arXiv:2102.07501).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

@@ -10,8 +10,6 @@ network is arbitrary far from its training data.  A standard normal base then co
 log z.  Marginal Tail-Adaptive Normalizing Flows (Laszkiewicz, Lederer, Fischer 2022, arXiv:2206.10311).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Exact draws of a posterior by chains that start from a guide's draws and run until they have converged."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

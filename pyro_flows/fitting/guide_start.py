@@ -6,8 +6,6 @@ near the posterior is kept immediately, else the one with the better ELBO, so th
 discarded.  Beyond 512 latents natural gradients take fewer draws.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass

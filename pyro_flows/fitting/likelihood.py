@@ -4,8 +4,6 @@ Maximises E log q(x | θ) over parameters θ of a proposal and their simulations
 (Papamakarios, Sterratt, Murray 2018, arXiv:1805.07226), in one round.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast

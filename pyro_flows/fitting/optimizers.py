@@ -5,8 +5,6 @@ SOAP .11.  Up to 32 latents 300 steps of SOAP end where 1,000 of Adam do.  Adam:
 (Kingma, Ba 2014, arXiv:1412.6980).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -21,8 +21,6 @@ are followed over many magnitudes.  A density that falls no faster than the inve
 The first test is for a fit; ``anneal`` makes both.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ In mixed precision networks compute in bfloat16, while transforms and log-determ
 Precision Training (Micikevicius et al. 2017, arXiv:1710.03740).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -4,8 +4,6 @@ Stochastic Variational Inference (Hoffman, Blei, Wang, Paisley 2013, arXiv:1206.
 in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma, Welling 2013, arXiv:1312.6114).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ would go on to losses that stay NaN.  A gradient that is not finite shows in the
 draw is kept, to find out where the model broke.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

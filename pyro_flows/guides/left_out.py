@@ -4,8 +4,6 @@ Discrete latents have finite support.  The model derives sites that ``poutine.re
 from ``x_decentered``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ refuse its parameters there, as an ``OrderedLogistic`` refuses equal cut points.
 are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The base of objectives over many draws, which need the log-densities of model and guide for each draw."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 

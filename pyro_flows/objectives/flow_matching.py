@@ -5,8 +5,6 @@ field with the least mean squared error is the mean velocity of all lines throug
 the data, blurred by σ.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

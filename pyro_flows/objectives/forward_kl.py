@@ -6,8 +6,6 @@ which remain valid when the guide changes.  Weights are truncated at √n times 
 (Ionides 2008, Truncated Importance Sampling).
 """
 
-from __future__ import annotations
-
 import math
 from types import MethodType
 from typing import Any

@@ -1,7 +1,5 @@
 """Maximum likelihood of a flow, -E log p(x | context), with penalties that keep continuous flows easy to solve."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Limit on the cost of building a flow, given the size of its file: a few bytes can ask for a layer of terabytes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

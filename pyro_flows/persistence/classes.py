@@ -3,8 +3,6 @@
 A class is found in this table or not at all; a name that was read is never imported.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from typing import Any

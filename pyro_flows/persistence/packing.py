@@ -9,8 +9,6 @@ A module may stand in two places, for example in a layer and in its inverse.  It
 other refers to that by ``{"same": "transforms[0]"}``, so that it is shared again after loading.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping

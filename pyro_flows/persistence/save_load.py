@@ -4,8 +4,6 @@ The file is one of safetensors, which holds tensors by name.  Its metadata hold 
 and a checksum.  Reading it runs only code of pyro_flows, and its cost depends on the file's size alone.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The deformation of the plane by a flow of two features, layer by layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Diagnostics of a guide and its model: checks, weights, calibration, and tests of one observation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

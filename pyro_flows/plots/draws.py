@@ -1,7 +1,5 @@
 """Draws against a reference: marginal densities, and pairs of quantities."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence

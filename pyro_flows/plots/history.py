@@ -1,7 +1,5 @@
 """The losses of a fit, step by step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Grids of images."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

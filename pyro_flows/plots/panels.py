@@ -1,7 +1,5 @@
 """Figures of several panels; matplotlib is imported when the first figure is made."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import TYPE_CHECKING, Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """A matplotlib figure that notebooks display, outside of pyplot's global state."""
 
-from __future__ import annotations
-
 from io import BytesIO
 
 import matplotlib.figure

@@ -3,8 +3,6 @@
 Draws can be weighed only if model and guide have the same latents, under the same masks.
 """
 
-from __future__ import annotations
-
 import math
 import traceback
 from collections.abc import Iterator, Sequence

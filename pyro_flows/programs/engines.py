@@ -10,8 +10,6 @@ vmap refuses some of what single runs can do: distributions of torch and Pyro wr
 parameters, fill empty tensors at random, or read ``tensor.data``.  :class:`VmapRules` are rules for these.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Log-densities over vectors: where a model breaks down, many draws part by part, and as many runs as a time allows."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

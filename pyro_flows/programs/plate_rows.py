@@ -4,8 +4,6 @@ A subsample stands for all rows by its scale, which is an estimate.  Shares that
 one, give the exact density.  Of several plates each share of one meets each share of the others.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping

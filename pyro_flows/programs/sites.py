@@ -1,7 +1,5 @@
 """Sites of a trace: which of their elements count, the kinds of their distributions, and the plates they lie in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -29,8 +29,6 @@ Carlo Algorithms (Whiteley, Lee, Heine 2016, arXiv:1309.2918); Simulating Ratios
 Identity (Meng, Wong 1996); A Tutorial on Bridge Sampling (Gronau et al. 2017, arXiv:1703.05984).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

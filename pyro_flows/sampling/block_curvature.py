@@ -4,8 +4,6 @@ In one difference move all latents that share no neighbour, so a few differences
 structure (Curtis, Powell, Reid 1974, *On the Estimation of Sparse Jacobian Matrices*).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

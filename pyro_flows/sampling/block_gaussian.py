@@ -10,8 +10,6 @@ P has the structure of the guide (:mod:`.block_conditionals`), so few difference
 Laplace approximation nested in another (Rue, Martino, Chopin 2009, JRSS B 71).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ draws have an R-hat of 1.  So it is cheapest to run many chains and keep few dra
 while they still drifted are dropped.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

@@ -11,8 +11,6 @@ Rank-Normalization, Folding, and Localization: An Improved R-hat for Assessing C
 Simpson, Carpenter, Bürkner 2021, arXiv:1903.08008).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple

@@ -20,8 +20,6 @@ Time and memory are proportional to the number of coordinates.  *Batch, match, a
 arXiv:2410.22292) fits the same family by scores alone.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 A checkpoint is the state of a run in one file, from which it resumes to the same end as without the break.
 """
 
-from __future__ import annotations
-
 import inspect
 import time
 import zlib

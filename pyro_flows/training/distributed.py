@@ -8,8 +8,6 @@ raises the flag when it leaves the call, so the others fail in their next exchan
 that is killed, or that leaves the call without an error, is for ``torchrun`` to notice.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

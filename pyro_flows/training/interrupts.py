@@ -1,7 +1,5 @@
 """Ctrl-C in a loop: the current step is completed first, so that the trained state can be kept."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

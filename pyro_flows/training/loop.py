@@ -6,8 +6,6 @@ left in that state however the run ends, also after an error or Ctrl-C.  A run w
 to the same end.  Several processes take each step together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """Options of fits that few users change, in two groups: the gradients of any fit, and the training on rows."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any

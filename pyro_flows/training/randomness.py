@@ -1,7 +1,5 @@
 """The state of all random numbers of a process."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -9,8 +9,6 @@ of the latest losses estimates the gap at no extra cost.  A trend adds to it: a 
 noise has not converged.  If rounding hides the noise, the run takes all steps.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -8,8 +8,6 @@ Products of matrices take half the time in single precision.  As long as the lay
 rounding of a gradient is far below the noise of its draws.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ uncompiled, since its graph would grow with the number of features.  A verb that
 since its graph would change with the data.  In an autoregressive layer, the map of each feature is compiled.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby

@@ -10,8 +10,6 @@ Equations I (Hairer, Nørsett, Wanner 1993), section II.4.  In the adjoint equat
 integral whose error need not be judged: "Hey, that's not an ODE" (Kidger, Chen, Lyons 2020, arXiv:2009.09457).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

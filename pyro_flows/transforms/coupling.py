@@ -1,7 +1,5 @@
 """Coupling: the map of one part of the features depends on the other part, which stays the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Maps of each number on its own: a bijector with learned or conditional parameters, and fixed maps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

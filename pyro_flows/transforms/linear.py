@@ -4,8 +4,6 @@ Dense maps cost O(D²) per vector.  Their trained diagonals are exp(b tanh(a / b
 singular.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from abc import abstractmethod

@@ -4,8 +4,6 @@ The even steps are put into the equations of the odd ones, which leaves a recurr
 reduction (Hockney 1965, Journal of the ACM 12), as a parallel scan (Blelloch 1990, CMU-CS-90-190).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

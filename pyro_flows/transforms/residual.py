@@ -12,8 +12,6 @@ steps reach the last bits.  If J is never built, the first kind of step is repea
 derivatives are those of the implicit function.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

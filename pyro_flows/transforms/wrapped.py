@@ -3,8 +3,6 @@
 Where only places change, the log-determinant is that of the inner transform.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
