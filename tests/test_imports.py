@@ -18,7 +18,7 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
 FIT = """
 import pyro.distributions as dist, pyro_flows as pf
 def model():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Uniform(0.0, 2.0))
     pyro.sample("y", dist.Normal(x, 1.0))
 guide = pf.AutoFlow(model)
 pf.fit_svi(model, guide, steps=5, progress=False)

@@ -68,8 +68,10 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
             raise
         return centres[0]
     like = next(iter(_tensors(fn)), torch.zeros(()))
-    origin = bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
-    return next((value for value in centres if bijection.inv(value).isfinite().all()), origin)
+    for value in centres:
+        if bijection.inv(value).isfinite().all():
+            return value
+    return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))  # last, since it may import sympy
 
 
 def _centres(fn: Any) -> list[Tensor]:
