@@ -6,6 +6,7 @@ import io
 import itertools
 import signal
 import zlib
+from collections.abc import Iterator
 
 import pyro
 import pytest
@@ -38,6 +39,14 @@ def clean_start() -> None:
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     pyro.enable_validation(True)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Let new tensors have double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

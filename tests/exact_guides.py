@@ -1,7 +1,5 @@
 """Amortised guides with given means and standard deviations, such as those of exact posteriors."""
 
-from __future__ import annotations
-
 import math
 
 import pyro
@@ -40,6 +38,16 @@ def conjugate(x=None, noise=0.5):
     """theta ~ N(0, I) in two dimensions, x ~ N(theta, noise² I): the posterior is N(0.8 x, 0.2 I) for noise 0.5."""
     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     return pyro.sample("x", dist.Normal(theta, noise).to_event(1), obs=x)
+
+
+def simulator(data, prior=None):
+    """Return a model with two standard normal latents, or other ones, and the distribution of its data given these."""
+
+    def model(x=None):
+        theta = pyro.sample("theta", prior or dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", data(theta), obs=x)
+
+    return model
 
 
 def posterior(width: float = 1.0, shift: float = 0.0, near: Tensor | None = None, reach: float = 0.37) -> AutoFlow:

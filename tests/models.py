@@ -1,8 +1,9 @@
-"""Models that several test files share."""
+"""Models and guides that several test files share."""
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
+import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -31,6 +32,55 @@ def nested(y=None, *, noise=1.0):
 
 
 Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
+
+
+def sampling(**sites):
+    """Return a program that draws independent sites, whatever its arguments."""
+
+    def program(*_, **__):
+        for name, law in sites.items():
+            pyro.sample(name, law)
+
+    return program
+
+
+def normals(dim, scale=1.0, loc=0.0):
+    """Return a vector of independent normals."""
+    return dist.Normal(torch.full((dim,), loc), scale).to_event(1)
+
+
+def with_posterior(law, prior):
+    """Return a model of one site x with this posterior: its likelihood is the ratio of the two distributions."""
+
+    def model():
+        x = pyro.sample("x", prior)
+        pyro.factor("data", law.log_prob(x) - prior.log_prob(x))
+
+    return model
+
+
+def beyond(edge, loc=0.0):
+    """Return a model of a normal latent x whose likelihood is zero up to an edge."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(loc, 1.0))
+        pyro.factor("wall", torch.where(x > edge, 0.0, -math.inf))
+
+    return model
+
+
+def called(guide, *args):
+    """Return a guide after its first call, which makes the parameters of Pyro's guides."""
+    guide(*args)
+    return guide
+
+
+@contextlib.contextmanager
+def silent(category=Warning):
+    """Turn warnings into errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category)
+        yield
 
 
 def with_verdict(found: Check, verdict: str) -> Check:

@@ -4,8 +4,6 @@ All values are in the right groups, with ArviZ 0.2x and 1.x.  Resampled draws an
 distributions.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math
@@ -13,13 +11,14 @@ import sys
 import types
 import warnings
 
+import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from models import Y, nested
+from models import Y, beyond, nested, sampling, silent
 
 from pyro_flows import AutoFlow, arviz_versions, check, flows, psis, resample, to_arviz
 from pyro_flows.diagnostics.importance import reweighted, smooth
@@ -27,11 +26,8 @@ from pyro_flows.programs import Program
 from pyro_flows.programs.model_and_guide import Draws
 from pyro_flows.sampling.annealed_population import systematic
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz as az
-
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+SHAPES = {"top": (), "middle": (2, 1), "leaf": (2, 3), "pair": (2, 3, 2), "double": (2, 3), "square": ()}
 
 
 def groups_of(data) -> set[str]:
@@ -50,15 +46,11 @@ def _find_psislw():
 arviz_psislw = _find_psislw()  # found before a test replaces ArviZ
 
 
-def target(*_, **__):
-    pyro.sample("x", dist.Normal(0.0, 1.0))
+target = sampling(x=dist.Normal(0.0, 1.0))
 
 
 def gaussian(scale: float):
-    def guide(*_, **__):
-        pyro.sample("x", dist.Normal(0.0, scale))
-
-    return guide
+    return sampling(x=dist.Normal(0.0, scale))
 
 
 @pytest.fixture
@@ -72,18 +64,12 @@ def data(guide):
 
 
 def test_groups_and_dims(data):
-    assert set(groups_of(data)) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
-    dims = {name: tuple(map(str, value.dims)) for name, value in data.posterior.items()}
-    sizes = {name: value.shape for name, value in data.posterior.items()}
-    assert set(dims) == {"top", "middle", "leaf", "pair", "double", "square"}
-    assert dims["top"] == dims["square"] == ("chain", "draw")
-    assert dims["leaf"] == dims["double"] == ("chain", "draw", "outer", "inner")
-    assert dims["middle"][:3] == ("chain", "draw", "outer")
-    assert dims["pair"][:4] == ("chain", "draw", "outer", "inner")
-    assert sizes["top"] == (1, 40)
-    assert sizes["middle"] == (1, 40, 2, 1)
-    assert sizes["leaf"] == (1, 40, 2, 3)
-    assert sizes["pair"] == (1, 40, 2, 3, 2)
+    assert groups_of(data) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    assert set(data.posterior.data_vars) == set(SHAPES)
+    for name, shape in SHAPES.items():
+        assert data.posterior[name].shape == (1, 40, *shape)
+        named = 3 if name == "middle" else min(2 + len(shape), 4)
+        assert data.posterior[name].dims[:named] == ("chain", "draw", "outer", "inner")[:named]
 
 
 def test_deterministic_sites_belong_to_their_draws(data):
@@ -105,12 +91,12 @@ def test_log_likelihood_of_each_observation(data):
 
 def test_log_likelihood_can_be_left_out(guide):
     data = to_arviz(nested, guide, Y, num_samples=30, log_likelihood=False)
-    assert set(groups_of(data)) == {"posterior", "sample_stats", "observed_data"}
+    assert groups_of(data) == {"posterior", "sample_stats", "observed_data"}
 
 
 def test_model_without_data():
     data = to_arviz(target, gaussian(0.9), num_samples=30)
-    assert set(groups_of(data)) == {"posterior", "sample_stats"}
+    assert groups_of(data) == {"posterior", "sample_stats"}
 
 
 def test_without_vectorize_the_layout_is_the_same(guide, data):
@@ -118,14 +104,12 @@ def test_without_vectorize_the_layout_is_the_same(guide, data):
     assert set(groups_of(single)) == set(groups_of(data))
     for group in groups_of(single):
         for name, value in single[group].items():
-            assert value.dims == data[group][name].dims
-            assert value.sizes.get("draw", 25) == 25
+            assert (value.dims, value.sizes.get("draw", 25)) == (data[group][name].dims, 25)
 
 
 def test_attrs_hold_khat():
     """It is found from 10,000 draws whatever their number, as in psis and check, of which the latter draws others."""
     guide = gaussian(0.5)  # k-hat is 1 - 0.5², so that it warns
-    pyro.set_rng_seed(0)
     khat = psis(target, guide).khat
     pyro.set_rng_seed(0)
     with pytest.warns(UserWarning, match=rf"k-hat is {khat:.2f}, above 0\.70: .* Judge the guide by pf\.check"):
@@ -137,8 +121,7 @@ def test_attrs_hold_khat():
     assert len(checked.log_weights) == 10_000
     # The shape of the 300 largest weights has a standard error of (1 + k) / sqrt(300).
     assert abs(checked.khat - khat) < 4 * 2**0.5 * (1 + khat) / 300**0.5
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         assert to_arviz(target, gaussian(1.1), num_samples=30, num_weighed=100).posterior.attrs["num_weighed"] == 100
 
 
@@ -221,8 +204,7 @@ def test_arviz_1_gets_a_tree(monkeypatch):
     variables = {"x": (("chain", "draw", "row"), np.zeros((1, 30, 2))), "row": (("row",), np.array([3, 7]))}
     tree = arviz_versions.container({"posterior": variables}, {"khat": 0.1})
     assert isinstance(tree, xarray.DataTree)
-    assert tree["posterior"].attrs == {"khat": 0.1}
-    assert dict(tree["posterior"].sizes) == {"chain": 1, "draw": 30, "row": 2}
+    assert (tree["posterior"].attrs, tree["posterior"].sizes) == ({"khat": 0.1}, {"chain": 1, "draw": 30, "row": 2})
     np.testing.assert_array_equal(tree["posterior"]["row"].values, [3, 7])
     np.testing.assert_array_equal(tree["posterior"]["draw"].values, np.arange(30))
 
@@ -230,15 +212,11 @@ def test_arviz_1_gets_a_tree(monkeypatch):
 # Leave-one-out cross-validation by ArviZ.
 
 
-def elpd(found) -> float:
-    return float(found["elpd_loo"] if hasattr(az, "psislw") else found.elpd)
-
-
 def loo(data, **options) -> float:
     """Return the expected log predictive density by ArviZ, and fail on warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return elpd(az.loo(data, **options))
+    with silent(UserWarning):
+        found = az.loo(data, **options)
+    return float(found["elpd_loo"] if hasattr(az, "psislw") else found.elpd)
 
 
 def rows_model(y: torch.Tensor, w: torch.Tensor | None = None, seen: torch.Tensor | None = None) -> None:
@@ -252,7 +230,7 @@ def rows_model(y: torch.Tensor, w: torch.Tensor | None = None, seen: torch.Tenso
 
 def exact(precision: float, mean: float):
     """Return a Gaussian guide of the site x."""
-    return lambda *_, **__: pyro.sample("x", dist.Normal(mean, precision**-0.5))
+    return sampling(x=dist.Normal(mean, precision**-0.5))
 
 
 ROWS, PAIRS = torch.tensor([0.3, -1.0, 2.0, 1.1]), torch.tensor([[1.0, 2.0], [0.0, -1.5], [0.5, 0.4]])
@@ -263,17 +241,12 @@ def test_loo_of_each_observed_site_is_exact():
     precision = 0.01 + 4 + 6 / 4
     total = float(ROWS.sum() + PAIRS.sum() / 4)
     data = to_arviz(rows_model, exact(precision, total / precision), ROWS, PAIRS, num_samples=4000)
-    assert data.log_likelihood["y"].shape == (1, 4000, 4)
-    assert data.log_likelihood["w"].shape == (1, 4000, 3)
-    expected = {"y": 0.0, "w": 0.0}
-    for y in ROWS:
-        rest = precision - 1
-        expected["y"] += float(dist.Normal((total - y) / rest, (1 / rest + 1) ** 0.5).log_prob(y))
-    for pair in PAIRS:
-        rest = precision - 0.5
-        loc = (total - float(pair.sum()) / 4) / rest * torch.ones(2)
-        expected["w"] += float(dist.MultivariateNormal(loc, 4 * torch.eye(2) + 1 / rest).log_prob(pair))
-    for name, value in expected.items():
+    assert (data.log_likelihood["y"].shape, data.log_likelihood["w"].shape) == ((1, 4000, 4), (1, 4000, 3))
+    of_row, of_pair = precision - 1, precision - 0.5  # the precision without one of them
+    rows = dist.Normal((total - ROWS) / of_row, (1 / of_row + 1) ** 0.5)
+    locs = (total - PAIRS.sum(1, keepdim=True) / 4) / of_pair * torch.ones(2)
+    pairs = dist.MultivariateNormal(locs, 4 * torch.eye(2) + 1 / of_pair)
+    for name, value in (("y", float(rows.log_prob(ROWS).sum())), ("w", float(pairs.log_prob(PAIRS).sum()))):
         # The unsmoothed estimate is -log mean(1 / p) for each row, and smoothing does not add noise.
         ratios = np.exp(-data.log_likelihood[name].values[0].astype(float))
         noise = (ratios.std(0) / ratios.mean(0)).sum() / math.sqrt(4000)
@@ -315,19 +288,12 @@ def growth(y: torch.Tensor, z: torch.Tensor) -> None:
 @pytest.mark.parametrize(("number", "vectorize"), [(4000, "plate"), (4000, "vmap"), (400, "loop")])
 def test_predictions_follow_the_model(number, vectorize):
     """With the guide x ~ N(4.5, 1/4), predictions are y = x + e and z = 2 y + e / 2, for all data."""
-    data = to_arviz(
-        Program(growth, vectorize=vectorize),
-        exact(4.0, 4.5),
-        torch.tensor([5.0, 6.0, 7.0]),
-        torch.full((3, 2), -20.0),
-        num_samples=number,
-        posterior_predictive=True,
-    )
+    program, y, z = Program(growth, vectorize=vectorize), torch.tensor([5.0, 6.0, 7.0]), torch.full((3, 2), -20.0)
+    data = to_arviz(program, exact(4.0, 4.5), y, z, num_samples=number, posterior_predictive=True)
     predicted = data.posterior_predictive
     assert set(predicted.data_vars) == {"y", "z"}
-    assert predicted["y"].dims == ("chain", "draw", "rows")
-    assert predicted["z"].dims == ("chain", "draw", "rows", "z_dim_1")
-    assert data.observed_data["z"].dims == ("rows", "z_dim_1")
+    for name, dims in (("y", ("rows",)), ("z", ("rows", "z_dim_1"))):
+        assert predicted[name].dims == ("chain", "draw", *data.observed_data[name].dims) == ("chain", "draw", *dims)
     np.testing.assert_array_equal(data.observed_data["y"].values, [5.0, 6.0, 7.0])
     columns = data.posterior["x"], predicted["y"], predicted["z"]
     joint = np.concatenate([column.values[0].reshape(number, -1) for column in columns], 1)
@@ -386,18 +352,16 @@ def test_resampled_draws_are_the_posterior():
     assert abs(draws.std() - sd) < 4 * noise / 2**0.5
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_resampled_sites_keep_together(guide):
     """All sites keep their shapes and come from the same draw, and equal seeds give equal draws."""
     found = []
     for _ in range(2):
         pyro.set_rng_seed(3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            found.append(resample(nested, guide, Y, num_samples=20, num_weighed=30))
+        found.append(resample(nested, guide, Y, num_samples=20, num_weighed=30))
     draws, again = found
-    shapes = {name: tuple(value.shape) for name, value in draws.items()}
-    sites = {"top": (), "middle": (2, 1), "leaf": (2, 3), "pair": (2, 3, 2), "double": (2, 3), "square": ()}
-    assert shapes == {name: (20, *shape) for name, shape in sites.items()}
+    assert {name: value.shape[1:] for name, value in draws.items()} == SHAPES
+    assert {len(value) for value in draws.values()} == {20}
     assert all(torch.equal(value, again[name]) for name, value in draws.items())
     torch.testing.assert_close(draws["double"], 2 * draws["leaf"])
     torch.testing.assert_close(draws["square"], draws["top"] ** 2)
@@ -408,10 +372,11 @@ def test_as_many_are_weighed_as_are_kept():
     assert resample(Program(target, vectorize="loop"), gaussian(1.1), num_samples=1, num_weighed=100)["x"].shape == (1,)
 
 
-def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        data = to_arviz(nested, guide, Y, num_samples=50, importance=True, num_weighed=200, log_likelihood=False)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("importance", [False, True])
+def test_sample_stats_are_those_of_the_draws_that_are_kept(guide, importance):
+    settings = {"importance": importance, "num_weighed": 200, "log_likelihood": False}
+    data = to_arviz(nested, guide, Y, num_samples=50, **settings)
     stats = {name: torch.as_tensor(data.sample_stats[name].values[0]) for name in ("log_p", "log_q", "log_weight")}
     latents = {name: torch.as_tensor(data.posterior[name].values[0]) for name in ("top", "middle", "leaf", "pair")}
     torch.testing.assert_close(stats["log_q"], guide.log_prob(latents).detach(), rtol=1e-4, atol=1e-3)
@@ -419,7 +384,7 @@ def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):
     held = [pyro.poutine.condition(nested, {name: value[row] for name, value in latents.items()}) for row in range(50)]
     log_p = torch.stack([pyro.poutine.trace(model).get_trace(Y).log_prob_sum() for model in held])
     torch.testing.assert_close(stats["log_p"], log_p.detach(), rtol=1e-4, atol=1e-3)
-    assert len(latents["top"].unique()) < 50  # some draws occur several times
+    assert (len(latents["top"].unique()) < 50) == importance  # some draws occur several times
 
 
 def test_resampled_data_say_so():
@@ -451,17 +416,9 @@ def test_what_cannot_be_resampled_is_refused():
         with pytest.raises(ValueError, match="num_weighed must be an integer of at least 25, got 24"):
             function(target, gaussian(1.0), num_weighed=24)
 
-    def nowhere() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("wall", torch.where(x > 100, 0.0, -math.inf))
-
     with pytest.raises(ValueError, match="all log-weights are -inf"):
-        resample(nowhere, gaussian(1.0))
+        resample(beyond(100.0), gaussian(1.0))
 
 
 def test_draws_outside_the_support_are_never_kept():
-    def half() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("wall", torch.where(x > 0, 0.0, -math.inf))
-
-    assert (resample(half, gaussian(1.0), num_samples=2000)["x"] > 0).all()
+    assert (resample(beyond(0.0), gaussian(1.0), num_samples=2000)["x"] > 0).all()

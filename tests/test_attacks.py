@@ -3,15 +3,13 @@
 Posteriors are given distributions: the model is a normal prior times the ratio of the distribution to the prior.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import normals, sampling, with_posterior
 from torch import Tensor
 from vector_laws import Edged, Mixture, Ring
 
@@ -19,42 +17,13 @@ import pyro_flows as pf
 from pyro_flows import check
 from pyro_flows.diagnostics.missing_modes import SEARCH, narrowest_shown
 
-Program = Callable[[], None]
-
-
-def normal(loc: float, scale: float, dim: int) -> dist.TorchDistribution:
-    return dist.Normal(loc * torch.ones(dim), scale).to_event(1)
-
-
-def posterior(law: dist.TorchDistribution, scale: float) -> Program:
-    """Return a model whose posterior is a given distribution; its prior is normal with this sd."""
-    prior = normal(0.0, scale, law.event_shape[0])
-
-    def model() -> None:
-        x = pyro.sample("x", prior)
-        pyro.factor("data", law.log_prob(x) - prior.log_prob(x))
-
-    return model
-
-
-def sampling(law: dist.TorchDistribution) -> Program:
-    def guide() -> None:
-        pyro.sample("x", law)
-
-    return guide
-
-
-FAR = Mixture(0.96, normal(0.0, 1.0, 2), normal(20.0, 1.0, 2))
-SPIKE = Mixture(0.3, normal(0.0, 0.2, 5), normal(3.0, 1.0, 5))
+FAR = Mixture(0.96, normals(2), normals(2, 1.0, 20.0))
+SPIKE = Mixture(0.3, normals(5, 0.2), normals(5, 1.0, 3.0))
 BOXES = Mixture(0.5, Edged(-2.0, 0.0, 2), Edged(3.0, 6.0, 2))
-LABELS = Mixture(
-    0.5,
-    dist.Normal(torch.tensor([-4.0, 4.0]), 0.3).to_event(1),
-    dist.Normal(torch.tensor([4.0, -4.0]), 0.3).to_event(1),
-)
+LABELS = Mixture(0.5, *(dist.Normal(torch.tensor([at, -at]), 0.3).to_event(1) for at in (-4.0, 4.0)))
 ARMS = [dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, r], [r, 1.0]])) for r in (0.99, -0.99)]
 CROSS = Mixture(0.5, *ARMS)
-LAWS = {
+LAWS = {  # posteriors, and the standard deviations of normal priors
     "labels": (LABELS, 10.0),
     "spike": (SPIKE, 3.0),
     "far": (FAR, 20.0),
@@ -69,15 +38,20 @@ WRONG: dict[str, tuple[str, dist.TorchDistribution, set[str]]] = {
     "a slab without its spike": ("spike", SPIKE.second, {"mode", "collapsed"}),
     "a little mass far away": ("far", FAR.first, {"far", "mode", "collapsed"}),
     "one box of two": ("boxes", BOXES.first, {"mode", "collapsed"}),
-    "a disc for a ring": ("ring", normal(0.0, RADIUS, 2), {"shape"}),
+    "a disc for a ring": ("ring", normals(2, RADIUS), {"shape"}),
 }
+
+
+def checked(law: dist.TorchDistribution, scale: float, of_guide: dist.TorchDistribution) -> pf.Check:
+    """Check draws of a distribution against a posterior, whose prior is normal with a given scale."""
+    return check(with_posterior(law, normals(law.event_shape[0], scale)), sampling(x=of_guide))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_attacks_are_found_out(name: str) -> None:
     target, law, kinds = WRONG[name]
-    found = check(posterior(*LAWS[target]), sampling(law))
+    found = checked(*LAWS[target], law)
     assert kinds & {finding.kind for finding in found.findings}, found.findings
     if kinds != {"shape"}:
         assert found.verdict == "do not trust"
@@ -92,38 +66,35 @@ def test_attacks_are_found_out(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_right_guides_of_each_geometry_are_believed(name: str) -> None:
-    law, scale = LAWS[name]
-    found = check(posterior(law, scale), sampling(law))
-    assert found.verdict == "trust"
-    assert found.findings == ()
+    found = checked(*LAWS[name], LAWS[name][0])
+    assert (found.verdict, found.findings) == ("trust", ())
 
 
 @pytest.mark.slow
 def test_weights_that_count_unequally_ask_for_resampling() -> None:
     """The guide has the posterior's marginals, but a second arm that the posterior does not have."""
     law = CROSS.first
-    found = check(posterior(law, 3.0), sampling(CROSS))
+    model, guide = with_posterior(law, normals(2, 3.0)), sampling(x=CROSS)
+    found = check(model, guide)
     assert found.verdict == "reweight", found.findings
     kinds = {finding.kind: finding for finding in found.findings}
     assert kinds["weights"].verdict == "reweight"
     assert 0.4 < kinds["weights"].size < 0.5  # half of the draws lie on the other arm
     assert "resample" in found.reason
-    draws = pf.resample(posterior(law, 3.0), sampling(CROSS), num_samples=10_000)["x"]
+    draws = pf.resample(model, guide, num_samples=10_000)["x"]
     torch.testing.assert_close(torch.cov(draws.T), law.covariance_matrix, atol=0.08, rtol=0)
 
 
 @pytest.mark.slow
 def test_weights_that_hardly_vary_are_believed_whatever_their_tail() -> None:
     """If weights are equal up to rounding, k-hat has no meaning."""
+    law = dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1)
 
     def model() -> None:
-        x = pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
+        x = pyro.sample("x", law)
         pyro.factor("hardly", 1e-3 * (1 + x.square().sum(-1)).log())
 
-    def guide() -> None:
-        pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
-
-    found = check(model, guide)
+    found = check(model, sampling(x=law))
     assert found.verdict == "trust"
     assert not any(finding.kind == "tails" for finding in found.findings)
 
@@ -139,12 +110,8 @@ def angles() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("modes", [[1.0], [-1.0, 1.0]])
 def test_a_mode_of_an_angle_is_found_where_it_is_lost(modes: list[float]) -> None:
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-        parts = dist.VonMises(torch.tensor(modes), 32.0)
-        pyro.sample("angle", dist.MixtureSameFamily(dist.Categorical(torch.ones(len(modes))), parts))
-
-    found = check(angles, guide)
+    parts = dist.Categorical(torch.ones(len(modes))), dist.VonMises(torch.tensor(modes), 32.0)
+    found = check(angles, sampling(x=dist.Normal(0.0, 1.0), angle=dist.MixtureSameFamily(*parts)))
     assert found.trusted == (len(modes) == 2)
     assert found.missing.share == pytest.approx(1 - len(modes) / 2, abs=0.05)
 
@@ -153,18 +120,9 @@ def test_a_mode_of_an_angle_is_found_where_it_is_lost(modes: list[float]) -> Non
 def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
     """Draws of the prior are rarely that small."""
     parts = dist.Gamma(torch.tensor([9.0, 9.0]), torch.tensor([9e3, 0.9]))  # near .001 and 10
-
-    def model() -> None:
-        prior = dist.Gamma(1.0, 0.1)
-        x = pyro.sample("x", prior)
-        log_factor = parts.log_prob(x.unsqueeze(-1)).logsumexp(-1) - math.log(2)
-        pyro.factor("data", log_factor - prior.log_prob(x))
-
-    def larger() -> None:
-        pyro.sample("x", dist.Gamma(9.0, 0.9))
-
+    both = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
     for _ in range(3):
-        found = check(model, larger)
+        found = check(with_posterior(both, dist.Gamma(1.0, 0.1)), sampling(x=dist.Gamma(9.0, 0.9)))
         assert found.misses_a_mode
         assert found.missing.share == pytest.approx(0.5, abs=0.05)
 
@@ -172,15 +130,8 @@ def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
 @pytest.mark.slow
 def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
     """The guide draws only the broad mode."""
-
-    def model() -> None:
-        prior = dist.Normal(torch.zeros(5), 3.0).to_event(1)
-        x = pyro.sample("x", prior)
-        parts = [dist.Normal(loc, sd).log_prob(x).sum(-1) for loc, sd in ((0.0, 0.01), (3.0, 1.0))]
-        log_factor = torch.stack(parts, -1).add(torch.tensor([0.3, 0.7]).log()).logsumexp(-1)
-        pyro.factor("data", log_factor - prior.log_prob(x))
-
-    found = check(model, lambda: pyro.sample("x", normal(3.0, 1.0, 5)))
+    law = Mixture(0.3, normals(5, 0.01), normals(5, 1.0, 3.0))
+    found = checked(law, 3.0, law.second)
     assert found.misses_a_mode
     assert found.missing.share == pytest.approx(0.3, abs=0.05)
 
@@ -190,9 +141,8 @@ def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
 )
 def test_a_needle_that_no_ascent_meets_is_found(dim: int, scale: float, place: float) -> None:
     """The needle lies within the broad mode that the guide keeps, and the last one beside it."""
-    law = Mixture(0.67, normal(0.0, 1.0, dim), normal(place, scale, dim))
-    pyro.set_rng_seed(0)
-    found = check(posterior(law, 3.0), sampling(law.first))
+    law = Mixture(0.67, normals(dim), normals(dim, scale, place))
+    found = checked(law, 3.0, law.first)
     assert found.verdict == "do not trust"
     assert found.missing.share == pytest.approx(0.33, abs=0.05)
     assert 0 < found.missing.narrowest < 1
@@ -221,8 +171,5 @@ def test_rounding_errors_of_cancelling_densities_are_no_modes() -> None:
         x = pyro.sample("x", prior)
         pyro.factor("data", log_prob(x) - prior.log_prob(x))
 
-    def guide() -> None:
-        pyro.sample("x", dist.TransformedDistribution(logs, [dist.transforms.ExpTransform()]))
-
-    pyro.set_rng_seed(0)
+    guide = sampling(x=dist.TransformedDistribution(logs, [dist.transforms.ExpTransform()]))
     assert check(model, guide).missing.share < 0.05

@@ -1,7 +1,5 @@
 """The start of structured guides: exact for Gaussians of the structure, and near funnels that a Gaussian misses."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

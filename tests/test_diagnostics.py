@@ -3,8 +3,6 @@
 ``psis`` finds known values of k-hat and of the evidence, and raises errors for models and guides without weights.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -12,10 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import Y, nested
+from models import Y, beyond, nested, sampling
 from pyro.infer.autoguide import AutoDelta
 
-from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
+from pyro_flows import AutoFlow, flows, psis, to_arviz
 from pyro_flows.diagnostics import importance
 from pyro_flows.diagnostics.importance import weigh
 from pyro_flows.programs import Program
@@ -23,15 +21,11 @@ from pyro_flows.programs import Program
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
 
-def target(*_, **__):
-    pyro.sample("x", dist.Normal(0.0, 1.0))
+target = sampling(x=dist.Normal(0.0, 1.0))
 
 
 def gaussian(scale: float):
-    def guide(*_, **__):
-        pyro.sample("x", dist.Normal(0.0, scale))
-
-    return guide
+    return sampling(x=dist.Normal(0.0, scale))
 
 
 # Pareto-smoothed importance sampling.
@@ -41,10 +35,8 @@ def gaussian(scale: float):
 def test_khat_of_gaussians(scale, low, high):
     """For a Gaussian guide of scale s < 1 and a standard normal, the weights' tail has the shape 1 - s²."""
     checked = psis(target, gaussian(scale), num_samples=10_000)
-    assert isinstance(checked, Psis)
     assert low < checked.khat < high
-    assert checked.threshold == pytest.approx(0.7)
-    assert checked.reliable == (checked.khat < 0.7)
+    assert (checked.threshold, checked.reliable) == (pytest.approx(0.7), checked.khat < 0.7)
     assert 1 <= checked.ess < 10_000
 
 
@@ -65,11 +57,9 @@ def test_effective_sample_size():
 
 def test_equal_densities():
     checked = psis(target, gaussian(1.0), num_samples=400)
-    assert checked.khat == -math.inf
+    assert (checked.khat, checked.reliable) == (-math.inf, True)
     assert checked.ess == pytest.approx(400)
-    assert checked.log_evidence == pytest.approx(0, abs=1e-6)
-    assert checked.log_evidence_se == pytest.approx(0, abs=1e-6)
-    assert checked.reliable
+    assert (checked.log_evidence, checked.log_evidence_se) == pytest.approx((0, 0), abs=1e-6)
 
 
 def test_even_weights_are_reliable_whatever_the_shape_of_their_tail():
@@ -77,10 +67,8 @@ def test_even_weights_are_reliable_whatever_the_shape_of_their_tail():
     log_weights = 1e-3 * dist.Pareto(1.0, 1.0).sample((10_000,)).clamp_max(500)
     found = weigh(log_weights)
     assert found.khat > found.threshold
-    assert found.even
-    assert found.reliable
-    uneven = weigh(log_weights + 2 * (torch.arange(10_000) == 0))
-    assert not uneven.even
+    assert (found.even, found.reliable) == (True, True)
+    assert not weigh(log_weights + 2 * (torch.arange(10_000) == 0)).even
 
 
 def test_few_draws_lower_the_threshold():
@@ -89,50 +77,22 @@ def test_few_draws_lower_the_threshold():
 
 def test_log_weights_are_raw():
     """Log-weights are log p(x, y) - log q(x) of each draw, neither normalised nor smoothed."""
-    seen = []
+    seen, prior, law = [], dist.Normal(0.0, 1.0), dist.Normal(15.0, 0.5)
 
     def model():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", prior)
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(30.0))
 
-    def guide():
-        seen.append(pyro.sample("x", dist.Normal(15.0, 0.5)))
-
-    checked = psis(model, guide, num_samples=50)
+    checked = psis(model, lambda: seen.append(pyro.sample("x", law)), num_samples=50)
     x = seen[-1]
-    expected = dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.tensor(30.0))
-    torch.testing.assert_close(checked.log_weights, expected - dist.Normal(15.0, 0.5).log_prob(x))
+    expected = prior.log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.tensor(30.0)) - law.log_prob(x)
+    torch.testing.assert_close(checked.log_weights, expected)
     assert checked.log_weights.max() < -200
 
 
 @pytest.fixture
 def guide():
     return AutoFlow(nested, small, init_scale=0.5).setup(Y)
-
-
-def test_vectorized_draws_have_the_law_of_single_ones(guide):
-    """Log-weights of both kinds have the same mean, within four standard errors, and the same sd."""
-    many = psis(nested, guide, Y, num_samples=2000).log_weights.double()
-    few = psis(Program(nested, vectorize="loop"), guide, Y, num_samples=300).log_weights.double()
-    assert few.shape == (300,)
-    assert abs(many.mean() - few.mean()) < 4 * (many.var() / 2000 + few.var() / 300).sqrt()
-    assert 0.7 < few.std() / many.std() < 1.4
-
-
-def test_log_weights_of_nested_plates_are_those_of_the_trace(guide):
-    """The reference is computed from the densities at the same draws."""
-    data = to_arviz(nested, guide, Y, num_samples=30)
-    posterior = {name: torch.as_tensor(data.posterior[name].values[0]) for name in ("top", "middle", "leaf", "pair")}
-    top, middle, leaf, pair = posterior.values()
-    log_p = dist.Normal(0.0, 1.0).log_prob(top) - 0.1 * top**2
-    log_p = log_p + dist.Normal(top[:, None, None], 1.0).log_prob(middle).sum((-2, -1))
-    log_p = log_p + dist.Normal(middle, 1.0).log_prob(leaf).sum((-2, -1))
-    log_p = log_p + dist.Normal(leaf[..., None], 1.0).log_prob(pair).sum((-3, -2, -1))
-    log_p = log_p + dist.Normal(pair.sum(-1), 1.0).log_prob(Y).sum((-2, -1))
-    stats = {name: torch.as_tensor(data.sample_stats[name].values[0]) for name in ("log_p", "log_q", "log_weight")}
-    torch.testing.assert_close(stats["log_p"], log_p.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stats["log_q"], guide.log_prob(posterior).detach(), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(stats["log_weight"], stats["log_p"] - stats["log_q"])
 
 
 def test_draws_that_run_in_parts_have_the_same_shapes(guide, monkeypatch):
@@ -171,24 +131,17 @@ def test_too_few_draws_are_refused(function):
 def test_weights_that_are_not_finite_are_refused():
     good = torch.randn(50)
     for value in (math.nan, math.inf):
-        bad = good.clone()
-        bad[3] = value
         with pytest.raises(ValueError, match="1 of 50 log-weights are NaN or"):
-            weigh(bad)
+            weigh(torch.cat((good[1:], torch.tensor([value]))))
     with pytest.raises(ValueError, match="all log-weights are -inf"):
         weigh(torch.full((50,), -math.inf))
-    some = good.clone()
-    some[:5] = -math.inf  # draws outside the model's support have weight zero
+    some = good.where(torch.arange(50) > 4, -math.inf)  # draws outside the model's support have weight zero
     assert math.isfinite(weigh(some).log_evidence)
 
 
 def test_guide_outside_the_support_is_refused():
-    def model():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("wall", torch.where(x > 100, 0.0, -math.inf))
-
     with pytest.raises(ValueError, match="all log-weights are -inf"):
-        psis(model, gaussian(1.0), num_samples=50)
+        psis(beyond(100.0), gaussian(1.0), num_samples=50)
 
 
 def test_a_subsampled_plate_is_refused_by_name():
@@ -197,11 +150,8 @@ def test_a_subsampled_plate_is_refused_by_name():
         with pyro.plate("rows", 10, subsample_size=4):
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(4))
 
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
     with pytest.raises(ValueError, match=r"plate 'rows', which is subsampled \(4 of 10 rows\)"):
-        psis(model, guide, num_samples=100)
+        psis(model, target, num_samples=100)
 
 
 def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():

@@ -1,7 +1,5 @@
 """Round-off of float32 is reported, grows with the condition number of the map, and makes fits warn if it matters."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 
@@ -88,6 +86,5 @@ def test_a_sound_fit_does_not_warn_of_round_off(build: object) -> None:
 def test_contexts_and_encoders_are_widened_too() -> None:
     flow = laws.randomise(flows.nsf(3, context_dim=2), scale=0.1)
     error = pf.round_off(flow, torch.randn(5, 3), torch.randn(5, 2))
-    assert error.shape == (5,)
-    assert error.dtype == torch.float64
+    assert (error.shape, error.dtype) == ((5,), torch.float64)
     assert float(error.max()) < 1e-3

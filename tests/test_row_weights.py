@@ -1,7 +1,5 @@
 """Weights of single rows find a wrong row among thousands, and find none where there is none."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +7,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDiagonalNormal
+from models import called
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import check
@@ -95,10 +94,13 @@ def test_a_check_tells_it() -> None:
     assert any(finding.quantity == "level[70, 3]" for finding in found.findings)
 
 
+def of(kind: Any, model: Any, scale: float) -> Any:
+    """Return a guide of Pyro at its start, with this standard deviation."""
+    return called(kind(model, init_scale=scale))
+
+
 def test_guides_of_all_rows_together_and_crossed_rows_have_no_weights() -> None:
-    guide = AutoDiagonalNormal(pairs)
-    guide()
-    assert judged(pairs, guide) == ()
+    assert judged(pairs, of(AutoDiagonalNormal, pairs, 0.1)) == ()
 
     def crossed() -> None:
         users, items = pyro.plate("users", 100, dim=-2), pyro.plate("items", 120, dim=-1)
@@ -109,13 +111,7 @@ def test_guides_of_all_rows_together_and_crossed_rows_have_no_weights() -> None:
         with users, items:
             pyro.sample("y", dist.Normal(kind + good, 1.0), obs=torch.zeros(100, 120))
 
-    def apart() -> None:
-        with pyro.plate("users", 100, dim=-2):
-            pyro.sample("kind", dist.Normal(0.0, 0.1))
-        with pyro.plate("items", 120, dim=-1):
-            pyro.sample("good", dist.Normal(0.0, 0.1))
-
-    assert judged(crossed, apart) == ()
+    assert judged(crossed, of(AutoNormal, crossed, 0.1)) == ()
 
 
 def test_data_outside_of_the_rows_are_no_fault() -> None:
@@ -132,10 +128,6 @@ def test_data_outside_of_the_rows_are_no_fault() -> None:
             w = pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.factor("steps", -((w - w.roll(1, -1)) ** 2))
 
-    def of_features() -> None:
-        with pyro.plate("features", 150):
-            pyro.sample("w", dist.Normal(0.0, 0.5))
-
     def grouped() -> None:
         with pyro.plate("groups", 200, dim=-2):
             level = pyro.sample("level", dist.Normal(0.0, 1.0))
@@ -143,12 +135,5 @@ def test_data_outside_of_the_rows_are_no_fault() -> None:
                 own = pyro.sample("own", dist.Normal(level, 1.0))
                 pyro.sample("y", dist.Normal(own, 1.0), obs=Y[:400].reshape(200, 2))
 
-    def of_groups() -> None:
-        with pyro.plate("groups", 200, dim=-2):
-            level = pyro.sample("level", dist.Normal(0.0, 0.7))
-            with pyro.plate("members", 2, dim=-1):
-                pyro.sample("own", dist.Normal(level, 0.7))
-
-    assert judged(regression, of_features) == ()
-    assert judged(walk, of_features) == ()
-    assert [found.plates for found in judged(grouped, of_groups)] == ["groups"]
+    assert judged(regression, of(AutoNormal, regression, 0.5)) == judged(walk, of(AutoNormal, walk, 0.5)) == ()
+    assert [found.plates for found in judged(grouped, of(AutoNormal, grouped, 0.7))] == ["groups"]

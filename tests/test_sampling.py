@@ -1,16 +1,15 @@
 """Exact draws: measures of convergence, a kernel that preserves the posterior, and known posteriors."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
-import warnings
 
+import arviz as az
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import called, normals, sampling
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flows as pf
@@ -22,11 +21,6 @@ from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.converged_chains import Goal, Record
 from pyro_flows.sampling.convergence import convergence
 from pyro_flows.sampling.coordinates import White
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz as az
-
 
 # Convergence.
 
@@ -55,10 +49,7 @@ def test_the_sd_has_an_effective_sample_size_of_its_own(df, share):
 )
 def test_an_unknown_sd_lengthens_a_run_and_fails_none(law, chains):
     """The variance of a Student's t with 3 df has a large error, and the sds of 4 chains show little."""
-
-    def model():
-        pyro.sample("x", law.expand((20,)).to_event(1))
-
+    model = sampling(x=law.expand((20,)).to_event(1))
     found = pf.sample(model, model, num_draws=2000, num_chains=chains, progress=False)
     assert found.converged
     assert found.sweeps < 700
@@ -67,15 +58,9 @@ def test_an_unknown_sd_lengthens_a_run_and_fails_none(law, chains):
 @pytest.mark.parametrize(
     ("slope", "chains", "length"),
     [
-        (0.0, 4, 1000),
-        (0.5, 4, 1000),
-        (0.95, 4, 1000),
-        (-0.4, 4, 999),
-        (0.9, 8, 301),
-        (0.3, 256, 16),
-        (0.9, 4, 16),
-        (0.9, 4, 24),
-        (0.99, 64, 400),
+        *((slope, 4, 1000) for slope in (0.0, 0.5, 0.95)),
+        *((0.9, 4, length) for length in (16, 24)),
+        *((-0.4, 4, 999), (0.9, 8, 301), (0.3, 256, 16), (0.99, 64, 400)),
     ],
 )
 def test_convergence_is_that_of_arviz(slope, chains, length):
@@ -84,11 +69,8 @@ def test_convergence_is_that_of_arviz(slope, chains, length):
     found = convergence(draws)
     data = {f"x{k}": draws[..., k].numpy() for k in range(3)}
     data = az.from_dict(data) if hasattr(az, "psislw") else az.from_dict({"posterior": data})
-    for name, ours, tolerance in (
-        ("rhat", found.rhat, 1e-3),
-        ("bulk", found.ess_bulk, 0.02),
-        ("tail", found.ess_tail, 0.02),
-    ):
+    sizes = ("bulk", found.ess_bulk, 0.02), ("tail", found.ess_tail, 0.02)
+    for name, ours, tolerance in (("rhat", found.rhat, 1e-3), *sizes):
         theirs = az.rhat(data) if name == "rhat" else az.ess(data, method=name)
         theirs = torch.tensor([float(theirs[f"x{k}"]) for k in range(3)])
         torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=0)
@@ -105,11 +87,8 @@ def test_constants_have_converged_and_nan_has_not():
     draws = torch.randn(4, 100, 4)
     draws[..., 1], draws[0, 0, 2], draws[0, 0, 3] = 5.0, math.nan, math.inf
     found = convergence(draws)
-    assert found.rhat[1] == 1
-    assert found.ess[1] == 400
-    assert found.drift[1] == 0
-    assert found.rhat[2] == math.inf
-    assert found.ess[2] == 0
+    assert (found.rhat[1], found.ess[1], found.drift[1]) == (1, 400, 0)
+    assert (found.rhat[2], found.ess[2]) == (math.inf, 0)
     assert found.rhat[3] < 1.1
 
 
@@ -117,10 +96,7 @@ def test_chains_that_move_on_drift():
     draws = torch.randn(64, 40, 3)
     draws[:, :20, 1] += 0.2
     draws[:, :20, 2] *= 0.7
-    drift = convergence(draws).drift
-    assert drift[0] < 4
-    assert drift[1] > 4
-    assert drift[2] > 4
+    assert (convergence(draws).drift > 4).tolist() == [False, True, True]
 
 
 # The kernel: Getting It Right (Geweke 2004).  Start from values of the prior, and data given these values.  If a kernel
@@ -177,19 +153,10 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     moved = (chains.z - z).abs().gt(1e-6).any(-1).double().mean()
     assert moved > 0.3
     v, x = chains.z.double().unbind(-1)
-    scaled = x * (-v / 2).exp()  # standard normal, like v
-    for value, mean in (
-        (v, 0),
-        (scaled, 0),
-        (v.square(), 1),
-        (scaled.square(), 1),
-        (v * scaled.square(), 0),
-        (v**3, 0),
-        ((y - x).square() / 0.25, 1),
-        ((y - x) * scaled, 0),
-        ((y - x) * v, 0),
-    ):
-        assert abs(float(value.mean()) - mean) < 4.5 * float(value.std()) / math.sqrt(number)
+    scaled, noise = x * (-v / 2).exp(), 2 * (y - x)  # standard normal, like v, and independent
+    squares = [part.square() - 1 for part in (v, scaled, noise)]
+    for value in (v, scaled, *squares, v * scaled.square(), v**3, noise * scaled, noise * v):
+        assert abs(float(value.mean())) < 4.5 * float(value.std()) / math.sqrt(number)
 
 
 # Known posteriors.
@@ -210,9 +177,8 @@ def conjugate(y=None):
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0) if y is None else y)
 
 
-def wrong(y=None):
-    """Sample from a guide that is off by two standard deviations, and half as wide."""
-    pyro.sample("x", dist.Normal(1.0 + 2 * 0.5**0.5, 0.5 * 0.5**0.5))
+# A guide that is off by two standard deviations, and half as wide.
+wrong = sampling(x=dist.Normal(1.0 + 2 * 0.5**0.5, 0.5 * 0.5**0.5))
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -222,9 +188,7 @@ def test_a_guide_that_is_off_does_no_harm(local):
     agree(found, "x", 1.0, 0.5**0.5)
     assert found.draws["x"].shape[0] == 256
     assert found.flat["x"].numel() == found.draws["x"].numel() >= 4000
-    assert found.names == ["x"]
-    assert found.guide is wrong
-    assert found.divergences == 0
+    assert (found.names, found.guide, found.divergences) == (["x"], wrong, 0)
     assert all(word in repr(found) for word in ("converged", "R-hat", "ESS", "divergences", " s"))
 
 
@@ -271,8 +235,7 @@ def test_chains_enter_the_neck_of_a_hierarchy():
 def test_a_bad_guide_ends_within_max_sweeps():
     with pytest.warns(UserWarning, match="not converged after 20 sweeps"):
         found = pf.sample(neck, flat, progress=False, num_chains=64, max_sweeps=20)
-    assert found.sweeps == 20
-    assert found.draws["v"].shape[:2] == (64, 8)
+    assert (found.sweeps, found.draws["v"].shape[:2]) == (20, (64, 8))
 
 
 def test_discrete_latents_are_drawn_back():
@@ -282,18 +245,13 @@ def test_discrete_latents_are_drawn_back():
         mean = pyro.deterministic("mean", x + 2 * kind)
         pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(1.5))
 
-    def guide():
-        pyro.sample("x", dist.Normal(0.5, 0.8))
-
-    found = pf.sample(mixture, guide, progress=False)
-    odds = [0.3 * math.exp(-(0.5**2) / 4), 0.7 * math.exp(-(1.5**2) / 4)]
-    share = odds[0] / sum(odds)
-    means = torch.tensor([-0.25, 0.75])
-    mean = share * means[0] + (1 - share) * means[1]
-    sd = (0.5 + share * means[0] ** 2 + (1 - share) * means[1] ** 2 - mean**2).sqrt()
-    agree(found, "x", mean, sd)
+    found = pf.sample(mixture, sampling(x=dist.Normal(0.5, 0.8)), progress=False)
+    odds = torch.tensor([0.3, 0.7]) * torch.tensor([-(0.5**2) / 4, -(1.5**2) / 4]).exp()
+    shares, means = odds / odds.sum(), torch.tensor([-0.25, 0.75])
+    mean = shares @ means
+    agree(found, "x", mean, (0.5 + shares @ means**2 - mean**2).sqrt())
     flat = found.flat
-    assert abs(float(flat["kind"].mean()) - share) < 5 * 0.5 / math.sqrt(4000)
+    assert abs(float(flat["kind"].mean() - shares[0])) < 5 * 0.5 / math.sqrt(4000)
     torch.testing.assert_close(flat["mean"], flat["x"] + 2 * flat["kind"])
 
 
@@ -303,15 +261,9 @@ def test_angles():
         pyro.sample("y", dist.Normal(angle.cos(), 0.5), obs=torch.tensor(0.2))
 
     grid = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)
-    weight = (2 * (grid - 0.5).cos() - (0.2 - grid.cos()).square() / 0.5).exp()
-    weight = weight / weight.sum()
-
-    def guide():
-        pyro.sample("angle", dist.VonMises(1.0, 1.5))
-
-    found = pf.sample(circle, guide, progress=False)
-    assert found.converged
-    assert found.names == ["cos angle", "sin angle"]
+    weight = (2 * (grid - 0.5).cos() - (0.2 - grid.cos()).square() / 0.5).softmax(0)
+    found = pf.sample(circle, sampling(angle=dist.VonMises(1.0, 1.5)), progress=False)
+    assert (found.converged, found.names) == (True, ["cos angle", "sin angle"])
     for function in (torch.cos, torch.sin):
         values, mean = function(found.flat["angle"]).double(), float((weight * function(grid)).sum())
         assert abs(float(values.mean()) - mean) < 5 * float(values.std()) / math.sqrt(4000)
@@ -322,12 +274,8 @@ def test_deterministic_sites_must_converge_too():
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.deterministic("square", x.square().sum())
 
-    def guide():
-        pyro.sample("x", dist.Normal(torch.ones(2), 1.0).to_event(1))
-
-    found = pf.sample(model, guide, progress=False, num_draws=2000)
-    assert found.names == ["x[0]", "x[1]", "square"]
-    assert found.draws["x"].shape[2:] == (2,)
+    found = pf.sample(model, sampling(x=normals(2, 1.0, 1.0)), progress=False, num_draws=2000)
+    assert (found.names, found.draws["x"].shape[2:]) == (["x[0]", "x[1]", "square"], (2,))
     torch.testing.assert_close(found.draws["square"], found.draws["x"].square().sum(-1))
     assert abs(float(found.flat["square"].mean()) - 2) < 5 * 2 / math.sqrt(2000)
 
@@ -335,16 +283,12 @@ def test_deterministic_sites_must_converge_too():
 @pytest.mark.slow
 def test_models_that_run_one_draw_at_a_time():
     found = pf.sample(pf.Program(conjugate, vectorize="loop"), wrong, progress=False, num_draws=100)
-    assert found.draws["x"].shape[0] == 16
-    assert found.converged
+    assert (len(found.draws["x"]), found.converged) == (16, True)
     assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(100)
 
 
 def test_more_draws_come_from_the_guide():
-    def guide():
-        pyro.sample("x", dist.Normal(1.0, 0.75))
-
-    found = pf.sample(conjugate, guide, progress=False, num_draws=40_000)
+    found = pf.sample(conjugate, sampling(x=dist.Normal(1.0, 0.75)), progress=False, num_draws=40_000)
     assert found.converged
     assert found.ess_tail.min() >= 40_000
     assert found.chance > 0.5
@@ -368,29 +312,18 @@ def test_the_record_is_bounded():
 
 @pytest.mark.slow
 def test_chains_that_have_not_converged_say_so():
-    def apart():
-        with pyro.poutine.mask(mask=False):
-            x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        halves = torch.stack([dist.Normal(place, 1.0).log_prob(x) for place in (-5.0, 5.0)])
-        pyro.factor("halves", halves.logsumexp(0))
+    def two(share: float, sd: float) -> dist.MixtureSameFamily:
+        places = dist.Normal(torch.tensor([-5.0, 5.0]), sd)
+        return dist.MixtureSameFamily(dist.Categorical(torch.tensor([share, 1 - share])), places)
 
-    def guide():
-        pyro.sample("x", dist.Normal(0.0, 5.0))
-
-    def two():
-        pyro.sample(
-            "x",
-            dist.MixtureSameFamily(
-                dist.Categorical(torch.tensor([0.2, 0.8])), dist.Normal(torch.tensor([-5.0, 5.0]), 0.5)
-            ),
-        )
-
+    apart = sampling(x=two(0.5, 1.0))
     with pytest.warns(UserWarning, match=r"not converged after 70 sweeps\. R-hat <= \d\.\d+ \(x\)"):
-        found = pf.sample(apart, two, progress=False, max_sweeps=70)
+        found = pf.sample(apart, sampling(x=two(0.2, 0.5)), progress=False, max_sweeps=70)
     assert not found.converged
     assert "NOT converged" in repr(found)
     assert found.rhat > 1.01
-    assert pf.sample(apart, guide, progress=False, num_draws=400).converged  # its draws connect the two
+    wide = sampling(x=dist.Normal(0.0, 5.0))  # its draws connect the two
+    assert pf.sample(apart, wide, progress=False, num_draws=400).converged
 
 
 def test_ctrl_c_returns_what_there_is(ctrl_c):
@@ -419,8 +352,7 @@ def test_bad_arguments_are_refused(name, value):
 def test_guides_that_cannot_be_sampled_are_refused():
     with pytest.raises(ValueError, match="never trained"):
         pf.sample(conjugate, AutoFlow(conjugate))
-    point = AutoDelta(conjugate)
-    point()
+    point = called(AutoDelta(conjugate))
     with pytest.raises(ValueError):
         pf.sample(conjugate, point)
 
@@ -430,17 +362,15 @@ def test_arviz_keeps_the_chains():
     found = pf.sample(conjugate, wrong, progress=False, num_chains=16, num_draws=400)
     data = pf.to_arviz(conjugate, found, posterior_predictive=True)
     posterior = data["posterior"]
-    assert dict(posterior.sizes) == {"chain": 16, "draw": found.draws["x"].shape[1]}
-    torch.testing.assert_close(torch.as_tensor(posterior["x"].values), found.draws["x"])
-    log_p = dist.Normal(0.0, 1.0).log_prob(found.draws["x"]) + dist.Normal(found.draws["x"], 1.0).log_prob(
-        torch.tensor(2.0)
-    )
-    torch.testing.assert_close(torch.as_tensor(data["sample_stats"]["log_p"].values), log_p)
-    likelihood = dist.Normal(found.draws["x"], 1.0).log_prob(torch.tensor(2.0))
-    torch.testing.assert_close(torch.as_tensor(data["log_likelihood"]["y"].values), likelihood)
-    assert data["posterior_predictive"]["y"].shape == found.draws["x"].shape
-    assert posterior.attrs["converged"] == 1
-    assert posterior.attrs["inference_method"] == "mcmc"
+    x = found.draws["x"]
+    assert dict(posterior.sizes) == {"chain": 16, "draw": x.shape[1]}
+    likelihood = dist.Normal(x, 1.0).log_prob(torch.tensor(2.0))
+    log_p = dist.Normal(0.0, 1.0).log_prob(x) + likelihood
+    stored = posterior["x"], data["sample_stats"]["log_p"], data["log_likelihood"]["y"]
+    for given, wanted in zip(stored, (x, log_p, likelihood), strict=True):
+        torch.testing.assert_close(torch.as_tensor(given.values), wanted)
+    assert data["posterior_predictive"]["y"].shape == x.shape
+    assert (posterior.attrs["converged"], posterior.attrs["inference_method"]) == (1, "mcmc")
     assert abs(float(az.rhat(data)["x"]) - float(found.rhat[0])) < 1e-3
     with pytest.raises(ValueError, match="importance"):
         pf.to_arviz(conjugate, found, importance=True)
@@ -449,14 +379,7 @@ def test_arviz_keeps_the_chains():
 @pytest.mark.parametrize("scale", [0.5, 0.7])
 def test_a_narrow_guide_does_where_chains_come_and_go(scale):
     """Its weights have no bound, but Hamiltonian moves reach the tails."""
-
-    def model() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    def narrow() -> None:
-        pyro.sample("x", dist.Normal(0.3, scale))
-
-    pyro.set_rng_seed(0)
+    model, narrow = sampling(x=dist.Normal(0.0, 1.0)), sampling(x=dist.Normal(0.3, scale))
     found = pf.sample(model, narrow, num_draws=1000, progress=False)
     assert found.converged
     assert found.flat["x"].std() == pytest.approx(1, abs=5 / math.sqrt(1000))
