@@ -1,7 +1,5 @@
 """Failures of one of two processes, for ``processes_job.py``."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,9 +61,8 @@ def ugly(folder: Path) -> Fit:
     images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     flow = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
     with mock.patch("pyro_flows.fitting.density._draw", refuse):
-        return fit_density(
-            flow, images, max_epochs=1, progress=False, training=Training(samples=folder / "samples.png")
-        )
+        training = Training(samples=folder / "samples.png")
+        return fit_density(flow, images, max_epochs=1, progress=False, training=training)
 
 
 def far_off() -> float:

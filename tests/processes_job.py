@@ -1,8 +1,7 @@
 """Job of two processes for ``test_processes.py``: ``torchrun --nproc-per-node 2 processes_job.py FOLDER``."""
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -17,38 +16,29 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from exact_guides import simulator
 from grouped_options import grouped
 from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_flows import (
-    AutoFlow,
-    AutoPlateFlow,
-    AutoStructuredFlow,
-    Fit,
-    Simulations,
-    fit_amortized,
-    fit_density,
-    fit_svi,
-    flows,
-)
+import pyro_flows as pf
+from pyro_flows import fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting import Observed
 from pyro_flows.objectives import ForwardKL, Likelihood
 from pyro_flows.training import distributed
 
 RANK = int(os.environ.get("RANK", 0))
+LAST = int(os.environ.get("WORLD_SIZE", 1)) - 1
 Found = dict[str, Any]
 
 
-def told(fit: Fit) -> Found:
+def told(fit: pf.Fit) -> Found:
     """Return the parts of a fit that are compared."""
-    numbers = (
-        [p.detach().flatten().double() for p in fit.guide.parameters()] if isinstance(fit.guide, nn.Module) else []
-    )
-    found = {"losses": fit.losses, "state": torch.cat(numbers), "best": fit.best_step, "stopped": fit.stopped}
+    state = torch.cat([parameter.detach().flatten().double() for parameter in fit.guide.parameters()])
+    found = {"losses": fit.losses, "state": state, "best": fit.best_step, "stopped": fit.stopped}
     held = fit.held_out if fit.held_out is not None else torch.zeros(0)
     return {**found, "held_out": held, "skipped": fit.skipped, "random": torch.get_rng_state()}
 
@@ -77,7 +67,7 @@ def small() -> flows.Flow:
 class At(Likelihood):
     """Likelihood that calls a function at one step of one process."""
 
-    def __init__(self, step: int, rank: int, act: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(self, step: int, rank: int, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.at, self.process, self.act, self.step = step, rank, act, 0
 
@@ -86,8 +76,7 @@ class At(Likelihood):
         if torch.is_grad_enabled():
             self.step += 1
             if self.step == self.at and self.process == RANK:
-                acted = self.act(loss)
-                return loss if acted is None else acted
+                return self.act(loss)
         return loss
 
     def extra_repr(self) -> str:
@@ -108,18 +97,16 @@ def loader(**settings: Any) -> Found:
 
 
 def amortized() -> Found:
-    def model(x: Any = None) -> Any:
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(2).double(), 1).to_event(1))
-        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
-
+    prior = dist.Normal(torch.zeros(2).double(), 1).to_event(1)
+    model = simulator(lambda theta: dist.Normal(theta, 0.5).to_event(1), prior)
     pyro.set_rng_seed(RANK)
     theta = rows(RANK)  # the fit ignores those of process 1
-    guide = AutoFlow(
-        model, lambda *dims: flows.maf(*dims, num_transforms=1, hidden_dims=(8,)).double(),
-        encoder=MLPEncoder(2, 4, hidden_dims=(8,)).double(), name=f"amortised_{time.monotonic_ns()}",
-    )  # fmt: skip
+    encoder, name = MLPEncoder(2, 4, hidden_dims=(8,)).double(), f"amortised_{time.monotonic_ns()}"
+    recipe = functools.partial(flows.maf, num_transforms=1, hidden_dims=(8,))
+    guide = pf.AutoFlow(model, lambda *dims: recipe(*dims).double(), encoder=encoder, name=name)
+    known = pf.Simulations({"theta": theta}, {"x": theta + 0.1})
     settings = {"max_epochs": 3, "batch_size": 33, "progress": False}
-    found = told(fit_amortized(model, guide, simulations=Simulations({"theta": theta}, {"x": theta + 0.1}), **settings))
+    found = told(fit_amortized(model, guide, simulations=known, **settings))
     drawn = fit_amortized(model, guide, simulations=101, datasets=Observed({"x": theta[0]}), **settings)
     return {**found, "rounds": told(drawn)}
 
@@ -160,7 +147,7 @@ def minibatches() -> Found:
             z = pyro.sample("z", dist.Normal(mu, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
 
-    guide = AutoPlateFlow(model, "rows", name=f"plates_{time.monotonic_ns()}")
+    guide = pf.AutoPlateFlow(model, "rows", name=f"plates_{time.monotonic_ns()}")
     fit = fit_svi(model, guide, y, steps=3, progress=False)
     return {**told(fit), "seen": torch.stack([index.sort().values for index in seen[-3:]])}
 
@@ -197,7 +184,7 @@ def many_rows(checkpoint: Path) -> Found:
 
     pyro.set_rng_seed(RANK)
     batches = DataLoader(TensorDataset(torch.arange(number), torch.randn(number)), batch_size=50_000)
-    guide = AutoStructuredFlow(model, name=f"rows_{time.monotonic_ns()}")
+    guide = pf.AutoStructuredFlow(model, name=f"rows_{time.monotonic_ns()}")
     return told(fit_svi(model, guide, batches, steps=2, checkpoint=checkpoint, progress=False))
 
 
@@ -230,8 +217,9 @@ def replayed(folder: Path) -> Found:
     return {"whole": whole, "broken": broken, "resumed": run(folder / "replayed", 0)}
 
 
-def interrupt(_: Tensor) -> None:
+def interrupt(loss: Tensor) -> Tensor:
     os.kill(os.getpid(), signal.SIGINT)
+    return loss
 
 
 def resumed(folder: Path) -> Found:
@@ -263,44 +251,47 @@ def spoil(loss: Tensor) -> Tensor:
     return loss * torch.nan
 
 
-def give_up(_: Tensor) -> None:
+def give_up(_: Tensor) -> Tensor:
     raise FloatingPointError("an equation of process 1")
 
 
-def fail(_: Tensor) -> None:
+def fail(_: Tensor) -> Tensor:
     raise KeyError("the step of process 1")
 
 
 def missing() -> Found:
     """Add up gradients: one that one process lacks, one that both lack, and the request of one process."""
-    a, b, c = (
-        torch.ones((), dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64, torch.float64)
-    )
+    a, b, c = (torch.ones((), requires_grad=True, dtype=kind) for kind in (torch.float, torch.double, torch.double))
     loss, share = 3 * a if RANK else 5 * b, (0.25, 0.75)[RANK]
     loss.backward()
     total, wishes = distributed.add_up([a, b, c], loss.detach(), share, [RANK == 1, False])
     return {"grads": [a.grad, b.grad, c.grad], "loss": total, "wishes": wishes}
 
 
+RUNS: dict[str, Callable[[], Found]] = {  # their results do not depend on the number of processes
+    "density": density,
+    "loader": loader,
+    "amortized": amortized,
+    "plain": lambda: without_noise(Trace_ELBO()),
+    "default": lambda: without_noise(None),
+    "grads": lambda: without_noise(RenyiELBO(0.5, num_particles=2)),
+    "streamed": streamed,
+    "skipped": lambda: density(objective=At(4, LAST, spoil)),
+    "unsolved": lambda: density(objective=At(4, LAST, give_up)),
+}
+
+
 def both(folder: Path) -> Found:
     return {
-        "density": density(),
-        "loader": loader(),
-        "amortized": amortized(),
-        "plain": without_noise(Trace_ELBO()),
-        "default": without_noise(None),
-        "grads": without_noise(RenyiELBO(0.5, num_particles=2)),
+        **{name: run() for name, run in RUNS.items()},
         "noise": noise(),
         "minibatches": minibatches(),
-        "streamed": streamed(),
         "many_rows": many_rows(folder / "many_rows"),
         "resumed_stream": resumed_stream(folder),
         "replayed": replayed(folder),
         "resumed": resumed(folder),
         "missing": missing(),
         "full_disk": full_disk(folder),
-        "skipped": density(objective=At(4, 1, spoil)),
-        "unsolved": density(objective=At(4, 1, give_up)),
         "raised": failed(lambda: density(objective=At(4, 1, give_up), on_nonfinite="raise")),
         "failed": failed(lambda: density(objective=At(4, 1, fail))),
         "refused": failed(lambda: density(x=rows(RANK))),

@@ -4,10 +4,9 @@ It reaches known evidences, trains all parameters, and survives steps that are n
 parameters have their best state.
 """
 
-from __future__ import annotations
-
 import functools
 import math
+import re
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from grouped_options import grouped
+from models import beyond, sampling
 from pyro.infer import JitTrace_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
@@ -26,12 +26,13 @@ from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
 from pyro_flows.objectives import TemperedELBO
 from pyro_flows.programs import Program
 from pyro_flows.training import Gradients, loop
-from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.interrupts import hold_interrupts, uninterrupted
 from pyro_flows.training.loop import Best, Descent, Settings
 from pyro_flows.transforms import Elementwise
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+GUIDES = [functools.partial(AutoFlow, flow=small), AutoNormal]
+both_guides = pytest.mark.parametrize("build", GUIDES, ids=["AutoFlow", "AutoNormal"])
 
 Y = torch.tensor([2.0, 3.0, 2.5])
 
@@ -60,23 +61,19 @@ def quick(*args: Any, **settings: Any) -> Fit:
 def test_record():
     guide = AutoFlow(conjugate, small)
     fit = quick(conjugate, guide, Y, steps=60, num_particles=4)
-    assert isinstance(fit, Fit)
     assert fit.guide is guide
-    assert fit.losses.shape == (60,)
-    assert fit.losses.dtype == torch.float64
+    assert (fit.losses.shape, fit.losses.dtype) == ((60,), torch.float64)
     assert fit.losses.isfinite().all()
     assert (fit.steps, fit.skipped, fit.stopped) == (60, 0, "steps")
     assert fit.best_step in (50, 60)
     assert 0 < fit.seconds < 60
-    assert repr(fit).startswith("Fit(best_loss=")
-    assert "steps=60, skipped=0" in repr(fit)
+    assert re.match(r"Fit\(best_loss=.*steps=60, skipped=0", repr(fit))
 
 
 @pytest.mark.parametrize("objective", [None, Trace_ELBO()])
-@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal])
+@both_guides
 def test_the_best_loss_of_a_short_fit_is_that_of_the_state_that_it_kept(build, objective):
     """The mean of the running losses is nats above it, since the first steps are among them."""
-    pyro.set_rng_seed(0)
     guide = build(conjugate)
     fit = fit_svi(conjugate, guide, Y + 5, steps=40, lr=0.1, warm_start=False, progress=False, objective=objective)
     losses = torch.tensor([Trace_ELBO().loss(conjugate, guide, Y + 5) for _ in range(1000)], dtype=torch.float64)
@@ -86,7 +83,7 @@ def test_the_best_loss_of_a_short_fit_is_that_of_the_state_that_it_kept(build, o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("build", [*GUIDES, AutoMultivariateNormal])
 def test_conjugate_model_reaches_its_evidence(build):
     """Each of these guides can represent the Gaussian posterior, so the ELBO equals the evidence."""
     guide = build(conjugate)
@@ -103,9 +100,7 @@ def test_conjugate_model_reaches_its_evidence(build):
 
 def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
     quick(conjugate, AutoFlow(conjugate, small), Y, steps=50, progress=True)
-    captured = capsys.readouterr()
-    assert "50/50" in captured.err
-    assert "loss" in captured.err
+    assert re.search("50/50.*loss", capsys.readouterr().err)
     quick(conjugate, AutoFlow(conjugate, small), Y)
     captured = capsys.readouterr()
     assert "/5" not in captured.err
@@ -168,14 +163,11 @@ def test_keyword_arguments_reach_the_model():
 
     def model(y, scale=None, steps=None):
         seen.append((scale, steps))
-        mu = pyro.sample("mu", dist.Normal(0.0, scale))
-        with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        conjugate(y)
 
     program = Program(model, kwargs={"steps": "the model's own"})
     fit = quick(program, AutoFlow(program, small), Y, scale=2.0)
-    assert fit.steps == 5
-    assert set(seen) == {(2.0, "the model's own")}
+    assert (fit.steps, set(seen)) == (5, {(2.0, "the model's own")})
 
 
 def test_a_breakdown_at_the_very_first_loss_ends_no_fit():
@@ -191,11 +183,10 @@ def test_a_breakdown_at_the_very_first_loss_ends_no_fit():
 
     elbo.differentiable_loss = loss
     fit = quick(conjugate, guide, Y, objective=elbo)
-    assert broken
-    assert fit.skipped == 0
+    assert (broken, fit.skipped) == ([True], 0)
 
 
-@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"])
+@both_guides
 def test_module_local_params_make_no_difference(build):
     losses = []
     for local in (True, False):
@@ -221,20 +212,11 @@ class Bowl:
     """The loss (x - 1)² until step ``turn``, and ``after`` from then on."""
 
     def __init__(self, after, turn: int) -> None:
-        self.x, self.after, self.turn, self.calls = torch.zeros((), requires_grad=True), after, turn, 0
-        self.seen: list[float] = []
+        self.x, self.after, self.turn, self.seen = torch.zeros((), requires_grad=True), after, turn, []
 
     def __call__(self) -> Tensor:
-        self.calls += 1
         self.seen.append(self.x.item())
-        return self.after(self.x) if self.calls >= self.turn else (self.x - 1) ** 2
-
-
-def test_descend_finds_the_minimum():
-    bowl = Bowl(None, 10**6)
-    fit = run(bowl, [bowl.x], steps=200)
-    assert bowl.x.item() == pytest.approx(1, abs=0.01)
-    assert fit.best_step == 200
+        return self.after(self.x) if len(self.seen) >= self.turn else (self.x - 1) ** 2
 
 
 def test_a_loss_that_blows_up_is_undone():
@@ -280,19 +262,17 @@ def test_nonfinite_steps_are_skipped_and_counted():
         return (x - 1) ** 2 * (math.nan if len(calls) % 4 == 0 else 1.0)
 
     fit = run(loss, [x], steps=200)
-    assert fit.skipped == 50
-    assert fit.steps == 200
+    assert (fit.steps, fit.skipped) == (200, 50)
     assert torch.equal(fit.losses.isnan(), torch.arange(1, 201) % 4 == 0)
     assert calls[3] == calls[4]  # the fourth step changed nothing
-    assert x.item() == pytest.approx(1, abs=0.05)
+    assert x.item() == pytest.approx(1, abs=0.01)
     assert math.isfinite(fit.best_loss)
 
 
 def test_nonfinite_gradient_of_a_finite_loss_is_skipped():
     x = torch.zeros((), requires_grad=True)
     fit = run(lambda: x.sqrt() + 1, [x], steps=5)  # the gradient at zero is infinite
-    assert fit.skipped == 5
-    assert x.item() == 0
+    assert (fit.skipped, x.item()) == (5, 0)
 
 
 def poisoned(after: int):
@@ -307,11 +287,6 @@ def poisoned(after: int):
         pyro.factor("wall", mu * (math.nan if len(calls) > after else 0.0))
 
     return model, calls
-
-
-both_guides = pytest.mark.parametrize(
-    "build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"]
-)
 
 
 @pytest.mark.slow
@@ -332,27 +307,15 @@ def test_on_nonfinite_raise_stops_at_the_first(build):
 
 
 def test_many_skipped_steps_are_told():
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        pyro.factor("wall", torch.where(mu > 2, -math.inf, 0.0))
-
+    model = beyond(-2.0)
     with pytest.warns(UserWarning, match=r"\d+ of 60 steps were skipped.*'wall' has a log-density of -inf"):
-        fit_svi(model, AutoNormal(model, init_scale=1.0), torch.tensor(0.0), steps=60, lr=1e-4, progress=False)
+        fit_svi(model, AutoNormal(model, init_scale=1.0), steps=60, lr=1e-4, progress=False)
 
 
 def test_a_fit_that_ends_without_a_finite_loss_says_so():
-    runs = 0
-
-    def model(y):
-        nonlocal runs
-        runs += 1
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        pyro.factor("late", mu * (math.nan if runs > 100 else 0.0))
-
-    with pytest.warns(UserWarning, match=r"\d+ of 120 steps .*; the last \d+ among them: the model's site 'late'"):
-        fit_svi(model, AutoNormal(model), torch.tensor(0.0), steps=120, num_particles=1, progress=False)
+    model, _ = poisoned(after=100)
+    with pytest.warns(UserWarning, match=r"\d+ of 120 steps .*; the last \d+ among them: the model's site 'wall'"):
+        fit_svi(model, AutoNormal(model), Y, steps=120, num_particles=1, progress=False)
 
 
 def test_a_hard_edge_in_the_likelihood_points_to_the_door():
@@ -376,8 +339,7 @@ def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
             pyro.sample("y", dist.Normal(mu, scale), obs=y)
 
     fit = fit_svi(model, AutoNormal(conjugate), Y, steps=40, progress=False)
-    assert fit.skipped == 8
-    assert fit.losses.isfinite().sum() == 32
+    assert (fit.skipped, fit.losses.isfinite().sum()) == (8, 32)
 
 
 # Errors and interrupts that end a run.
@@ -403,17 +365,15 @@ def ending(error: BaseException, after: int, watch=lambda: None):
     return model, seen
 
 
-@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"])
+@both_guides
 def test_interrupt_keeps_the_best_state(build, capsys):
     guide = build(conjugate)
     guide(Y)
     state = functools.partial(in_use, guide)
     model, seen = ending(KeyboardInterrupt(), 66, state)
     fit = quick(model, guide, Y, steps=500, lr=0.03)
-    assert fit.stopped == "interrupted"
-    assert 50 < fit.steps < 60
-    assert fit.losses.shape == (fit.steps,)
-    assert fit.best_step == 50
+    assert (fit.stopped, fit.best_step) == ("interrupted", 50)
+    assert 50 < fit.steps == len(fit.losses) < 60
     assert f"Interrupted after {fit.steps} steps; kept the best state, of step 50" in capsys.readouterr().err
     # The last call belongs to step fit.steps + 1; the call of step 51 saw the state after step 50.
     best = seen[51 - (fit.steps + 1) - 1]
@@ -435,9 +395,8 @@ def test_interrupt_at_once_keeps_the_start(capsys):
     start = [parameter.detach().clone() for parameter in guide.parameters()]
     model, _ = ending(KeyboardInterrupt(), 16)
     fit = quick(model, guide, Y, steps=500)
-    assert fit.stopped == "interrupted"
-    assert fit.best_step == 0
-    assert all(torch.equal(old, new) for old, new in zip(start, guide.parameters(), strict=True))
+    assert (fit.stopped, fit.best_step) == ("interrupted", 0)
+    assert all(map(torch.equal, start, guide.parameters()))
     assert "kept the state at the start" in capsys.readouterr().err
 
 
@@ -468,23 +427,19 @@ def test_a_second_ctrl_c_does_not_wait(capsys):
 
     calls = []
     fit = quick(model, AutoFlow(conjugate, small), Y, steps=100)
-    assert fit.stopped == "interrupted"
-    assert len(calls) == 30
+    assert (fit.stopped, len(calls)) == ("interrupted", 30)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_that_somebody_else_listens_to_is_left_to_them():
     def model(y):
         signal.raise_signal(signal.SIGINT)
         conjugate(y)
 
     heard = []
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append(0))
-    try:
-        fit = quick(model, AutoNormal(conjugate), Y)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert fit.stopped == "steps"
+    signal.signal(signal.SIGINT, lambda *_: heard.append(0))
+    assert quick(model, AutoNormal(conjugate), Y).stopped == "steps"
     assert heard
 
 
@@ -502,22 +457,6 @@ def test_ctrl_c_waits_for_the_end_of_an_import():
     with hold_interrupts() as asked, uninterrupted():
         signal.raise_signal(signal.SIGINT)
     assert asked()
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "run"
-    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
-    before = file.read_bytes()
-
-    def full_disk(_, draft):
-        draft.write(before[:100])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.warns(UserWarning, match="No space left on device"):
-        Checkpoint("fit_svi", file, {}).save({})
-    assert file.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
@@ -579,56 +518,45 @@ def tuned(y):
     pyro.sample("y", dist.Normal(theta + z, 1.0), obs=y[0])
 
 
-@pytest.mark.parametrize(("model", "steps"), [(near, 80), (curved, 400), (tuned, 1000)])
-def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture
+def begun(monkeypatch) -> list[Descent]:
+    """Return the list of runs, each of which ends with a checkpoint before its first step."""
+    runs = []
 
     def stop(descent):
-        asked.append(descent.settings.steps)
+        runs.append(descent)
         descent.checkpoint.save(descent.state_dict())
         return SimpleNamespace(steps=descent.settings.steps, stopped="interrupted")
 
     monkeypatch.setattr(loop.Descent, "fit", stop)
+    return runs
+
+
+@pytest.mark.parametrize(("model", "steps"), [(near, 80), (curved, 400), (tuned, 1000)])
+def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tmp_path, begun):
     for _ in range(2):
         fit_svi(model, AutoFlow(model, small), Y, progress=False, checkpoint=tmp_path / "run")
-    assert asked == [steps, steps]
+    assert [run.settings.steps for run in begun] == [steps, steps]
 
 
-def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monkeypatch):
+def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, begun):
     """An explicit number of steps does not imply a Gaussian posterior, even if it equals the default for one."""
-    asked = []
-
-    def stop(descent):
-        asked.append(descent.companions[0].num_particles)
-        descent.checkpoint.save(descent.state_dict())
-        return SimpleNamespace(steps=descent.settings.steps, stopped="interrupted")
-
-    monkeypatch.setattr(loop.Descent, "fit", stop)
     for _ in range(2):
         fit_svi(curved, AutoFlow(curved, small), Y, steps=100, progress=False, checkpoint=tmp_path / "run")
-    assert asked == [256, 256]
+    assert [run.companions[0].num_particles for run in begun] == [256, 256]
 
 
 # Arguments.
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("steps", 0),
-        ("steps", 1.5),
-        ("steps", True),
-        ("num_particles", 0),
-        ("lr", -1.0),
-        ("lr", math.inf),
-        ("clip_norm", math.nan),
-        ("clip_norm", 0.0),
-        ("on_nonfinite", "x"),
-    ],
-)
-def test_bad_arguments_are_named(argument, value):
-    with pytest.raises(ValueError, match=f": {argument} must .*got {value!r}"):
-        quick(conjugate, AutoFlow(conjugate, small), Y, **{argument: value})
+WRONG = {"steps": [0, 1.5, True], "num_particles": [0], "lr": [-1.0, math.inf], "clip_norm": [math.nan, 0.0]}
+
+
+@pytest.mark.parametrize(("argument", "values"), {**WRONG, "on_nonfinite": ["x"]}.items())
+def test_bad_arguments_are_named(argument, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f": {argument} must .*got {value!r}"):
+            quick(conjugate, AutoFlow(conjugate, small), Y, **{argument: value})
 
 
 def test_an_annealed_objective_sets_the_number_of_steps():
@@ -648,11 +576,8 @@ def test_a_single_step_is_kept():
 
 
 def test_nothing_to_train_is_refused():
-    def guide(y):
-        pyro.sample("mu", dist.Normal(2.0, 0.5))
-
     with pytest.raises(ValueError, match="neither the guide nor the model has parameters to train"):
-        quick(conjugate, guide, Y)
+        quick(conjugate, sampling(mu=dist.Normal(2.0, 0.5)), Y)
 
 
 def test_a_diverged_state_is_not_kept_for_its_own_noise():
@@ -663,8 +588,7 @@ def test_a_diverged_state_is_not_kept_for_its_own_noise():
     parameter.fill_(1e9)
     best.offer([1.0] * 49 + [1e8], 100)
     best.restore()
-    assert parameter == 0
-    assert best.step == 50
+    assert (parameter, best.step) == (0, 50)
 
 
 def test_a_point_guide_can_be_fitted():

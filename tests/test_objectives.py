@@ -8,27 +8,21 @@ from __future__ import annotations
 import functools
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, Flow, fit_svi, flows
-from pyro_flows.objectives import (
-    ForwardKL,
-    ImportanceWeightedELBO,
-    PathELBO,
-    PathEnumELBO,
-    RenyiELBO,
-    TemperedELBO,
-)
+from pyro_flows.objectives import ForwardKL, ImportanceWeightedELBO, PathELBO, PathEnumELBO, RenyiELBO, TemperedELBO
 from pyro_flows.programs.runner import TOTAL
 
 Y = torch.tensor([1.0, 2.5, 4.0])
@@ -111,11 +105,17 @@ def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
     assert z.square().mean() < 2
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def gradients_agree(losses: list[Any], model: Any, guide: Any, parameters: list[Tensor], count: int) -> None:
+    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), count) for e in losses))
+
+
+def losses_agree(losses: list[Any], model: Any, guide: Any) -> None:
+    """Assert that objectives have the same loss of the same draws."""
+    values = []
+    for objective in losses:
+        pyro.set_rng_seed(0)
+        values.append(objective.loss(model, guide))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 # ------------------------------------------------------------ all objectives
@@ -218,11 +218,7 @@ def test_memory_stays_where_it_is(build):
 def test_path_elbo_has_the_value_of_pyros(model, vectorize):
     guide = AutoFlow(model, small)
     randomly(guide)
-    values = []
-    for kind in (PathELBO, Trace_ELBO):
-        pyro.set_rng_seed(0)
-        values.append(kind(4, vectorize_particles=vectorize).loss(model, guide))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    losses_agree([kind(4, vectorize_particles=vectorize) for kind in (PathELBO, Trace_ELBO)], model, guide)
 
 
 @pytest.mark.slow
@@ -233,19 +229,18 @@ def test_path_gradients_have_the_mean_of_pyros(model, make):
     parameters = randomly(guide, 0.2)
     if model is learned:
         parameters.append(pyro.param("offset").unconstrained())
-    losses = [PathELBO(64, vectorize_particles=True), Trace_ELBO(64, vectorize_particles=True)]
-    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), 60) for e in losses))
+    losses = [kind(64, vectorize_particles=True) for kind in (PathELBO, Trace_ELBO)]
+    gradients_agree(losses, model, guide, parameters, 60)
 
 
 @pytest.mark.slow
 def test_path_gradients_are_those_of_a_loop():
     guide = AutoFlow(plain, small)
     parameters = randomly(guide, 0.2)
-    losses = [PathELBO(4, vectorize_particles=True), PathELBO(4)]
-    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(plain, guide), parameters), 40) for e in losses))
+    gradients_agree([PathELBO(4, vectorize_particles=True), PathELBO(4)], plain, guide, parameters, 40)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     "objective",
     [
@@ -304,12 +299,8 @@ def test_path_gradients_with_discrete_latents_summed_out():
     guide = AutoFlow(poutine.block(model, hide=["which"]), small)
     parameters = randomly(guide, 0.2)
     losses = [kind(2, max_plate_nesting=1) for kind in (PathEnumELBO, TraceEnum_ELBO)]
-    values = []
-    for loss in losses:
-        pyro.set_rng_seed(0)
-        values.append(loss.loss(model, guide))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), 40) for e in losses))
+    losses_agree(losses, model, guide)
+    gradients_agree(losses, model, guide, parameters, 40)
 
 
 # ------------------------------------------------------------ Rényi's bound
@@ -395,8 +386,8 @@ def test_its_gradient_has_the_mean_of_the_textbooks(make, alpha):
 @outside
 def test_side_by_side_and_one_by_one_have_the_same_gradient():
     parameters = parameters_of(chain)
-    losses = [ImportanceWeightedELBO(3), ImportanceWeightedELBO(3, vectorize_particles=False)]
-    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(learned, chain), parameters), 100) for e in losses))
+    losses = [ImportanceWeightedELBO(3, vectorize_particles=vectorize) for vectorize in (True, False)]
+    gradients_agree(losses, learned, chain, parameters, 100)
 
 
 @pytest.mark.slow
@@ -423,11 +414,7 @@ def test_a_point_takes_the_weights_of_a_parameter():
 def test_one_draw_is_the_elbo():
     guide = AutoFlow(plain, small)
     randomly(guide)
-    values = []
-    for objective in (ImportanceWeightedELBO(1, max_plate_nesting=2), PathELBO()):
-        pyro.set_rng_seed(0)
-        values.append(objective.loss(plain, guide))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    losses_agree([ImportanceWeightedELBO(1, max_plate_nesting=2), PathELBO()], plain, guide)
 
 
 def test_the_bound_rises_with_the_number_of_draws():
@@ -442,13 +429,7 @@ def test_the_bound_rises_with_the_number_of_draws():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
 def test_the_bound_of_a_gaussian_is_known(alpha):
     """For q = N(0, 1) and p = N(1, 1) the bound is -α/2."""
-
-    def model():
-        pyro.sample("x", dist.Normal(1.0, 1.0))
-
-    def guide():
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
+    model, guide = (sampling(x=dist.Normal(loc, 1.0)) for loc in (1.0, 0.0))
     assert RenyiELBO(alpha, 200_000).loss(model, guide) == pytest.approx(alpha / 2, abs=0.03)
 
 
@@ -473,9 +454,7 @@ def test_its_loss_is_the_log_evidence_at_the_posterior():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
-    def guide():
-        pyro.sample("x", dist.Normal(0.5, math.sqrt(0.5)))
-
+    guide = sampling(x=dist.Normal(0.5, math.sqrt(0.5)))
     evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor(1.0)).item()
     assert ForwardKL(64).loss(model, guide) == pytest.approx(evidence, abs=1e-4)
 

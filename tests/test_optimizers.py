@@ -1,7 +1,5 @@
 """SOAP trains small flows, Muon the networks of large ones, and Adam all else; checkpoints keep their states."""
 
-from __future__ import annotations
-
 import functools
 
 import pyro
@@ -45,7 +43,6 @@ def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon, to compare with: torch 2.9")
 def test_muon_side_by_side_does_what_torch_does_one_by_one():
     """Wide, square and tall matrices, several of one shape, and one without a gradient; torch computes in bfloat16."""
-    torch.manual_seed(0)
     shapes = [(3, 20), (20, 20), (3, 20), (30, 4), (30, 4), (5, 5)]
     mine, theirs = ([torch.ones(shape, dtype=torch.float64).requires_grad_() for shape in shapes] for _ in range(2))
     both = Muon(mine, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
@@ -59,8 +56,7 @@ def test_muon_side_by_side_does_what_torch_does_one_by_one():
         for place, parameter in zip(before[:-1], mine[:-1], strict=True):
             rows, columns = place.shape
             sizes = torch.linalg.svdvals(parameter.detach() - place) / (0.1 * max(1, rows / columns) ** 0.5)
-            assert sizes.min() > 0.6
-            assert sizes.max() < 1.3
+            assert 0.6 < sizes.min() <= sizes.max() < 1.3
     assert torch.equal(mine[-1], torch.ones(5, 5, dtype=torch.float64))
     for left, right in zip(mine, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0.02)
@@ -154,7 +150,6 @@ def test_adam_has_all_of_other_guides():
 
 @pytest.mark.slow
 def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
-    pyro.set_rng_seed(0)
     dim = LIMITS.few + 8
     guide = guide_over(dim)
     fit = fit_svi(guide.model, guide, steps=600, num_particles=64, warm_start=False, progress=False)

@@ -1,7 +1,5 @@
 """Two processes find the result of one process, and they stop, skip, save and fail together."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -56,47 +54,17 @@ def assert_same(one, two, **close):
     assert [one[k] for k in ("best", "stopped", "skipped")] == [two[k] for k in ("best", "stopped", "skipped")]
 
 
-RUNS = (
-    "density",
-    "loader",
-    "amortized",
-    "plain",
-    "default",
-    "grads",
-    "noise",
-    "minibatches",
-    "streamed",
-    "full_disk",
-    "skipped",
-    "unsolved",
-)
-
-
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*job.RUNS, "full_disk", "noise", "minibatches"])
 def test_both_processes_end_in_one_state(name, pair):
     zero, one = (found[name] for found in pair[1])
     assert_same(zero, one, rtol=0, atol=0)
     assert torch.equal(zero["random"], one["random"])  # so that they also continue with the same numbers
 
 
-ALONE = {
-    "density": job.density,
-    "full_disk": job.density,
-    "loader": job.loader,
-    "amortized": job.amortized,
-    "plain": lambda: job.without_noise(job.Trace_ELBO()),
-    "default": lambda: job.without_noise(None),
-    "grads": lambda: job.without_noise(job.RenyiELBO(0.5, num_particles=2)),
-    "streamed": job.streamed,
-    "skipped": lambda: job.density(objective=job.At(4, 0, job.spoil)),
-    "unsolved": lambda: job.density(objective=job.At(4, 0, job.give_up)),
-}
-
-
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [*job.RUNS, "full_disk"])
 def test_two_processes_find_what_one_finds(name, pair):
     found = pair[1][0][name]
-    assert_same(ALONE[name](), found, **CLOSE)
+    assert_same(job.RUNS.get(name, job.density)(), found, **CLOSE)
     assert found["skipped"] == (name in ("skipped", "unsolved"))
 
 
@@ -222,12 +190,10 @@ def test_a_process_that_ends_ends_the_job_and_is_named(pair):
 
 
 def test_a_process_alone_makes_no_group():
-    assert (distributed.size(), distributed.rank()) == (1, 0)
-    assert distributed.share(7) == (slice(0, 7), 1.0)
+    assert (distributed.size(), distributed.rank(), distributed.share(7)) == (1, 0, (slice(0, 7), 1.0))
     state = torch.get_rng_state()
     distributed.sync()
     distributed.seed()
-    assert distributed.all_gather(lambda: 1) == [1]
-    assert distributed.broadcast(lambda: 2) == 2
+    assert (distributed.all_gather(lambda: 1), distributed.broadcast(lambda: 2)) == ([1], 2)
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.distributed.is_initialized()

@@ -1,7 +1,5 @@
 """Runs that were killed or interrupted go on to the same end: of every fit, source of rows, optimiser and objective."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os
@@ -16,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from exact_guides import simulator
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
@@ -100,10 +99,7 @@ def loader(**options: Any) -> tuple:
 
 
 def amortised(**settings: Any) -> Fit:
-    def model(x: Tensor | None = None) -> None:
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
-
+    model = simulator(lambda theta: dist.Normal(theta, 0.5).to_event(1))
     guide = AutoFlow(model, small, encoder=MLPEncoder(2, 4, (8,)))
     return fit_amortized(model, guide, simulations=200, max_epochs=8, batch_size=64, **settings)
 

@@ -1,7 +1,5 @@
 """Models whose score is not the gradient of their log-density are refused before training, and no others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +75,6 @@ def test_the_one_latent_that_is_detached_is_named(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_anneal_needs_no_scores(fit: bool) -> None:
     """Each latent has mean 0.5 and variance 0.5; the evidence is that of a draw of Normal(0, √2) at 1, times 2π."""
-    pyro.set_rng_seed(0)
     found = pf.anneal(detached, num_particles=1024, fit=fit, progress=False)
     weights = found.log_weights.double().exp()[:, None]
     mean = (weights * found.draws["a"]).sum(0)
@@ -188,21 +185,6 @@ def test_a_draw_where_the_density_is_flat_hides_no_fault(seed: int) -> None:
             check_score(Task(model, guide, (), {}))
 
 
-def test_a_sound_model_takes_seven_runs() -> None:
-    runs = 0
-
-    def model() -> None:
-        nonlocal runs
-        runs += 1
-        a = pyro.sample("a", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-        pyro.sample("y", dist.StudentT(3.0, a.exp().sum(-1), 1.0), obs=torch.tensor(3.0))
-
-    task = Task(model, AutoNormal(model), (), {})
-    runs = 0
-    check_score(task)
-    assert runs == 7
-
-
 def test_objectives_and_guides_that_take_no_scores_are_left_alone() -> None:
     def drawn() -> None:
         """Draw without reparametrisation."""
@@ -214,7 +196,6 @@ def test_objectives_and_guides_that_take_no_scores_are_left_alone() -> None:
 
 
 def test_rng_is_left_alone_by_the_check() -> None:
-    pyro.set_rng_seed(0)
     task = Task(noise, AutoNormal(noise), (torch.zeros(3),), {})
     state = torch.get_rng_state()
     check_score(task)

@@ -1,7 +1,5 @@
 """A step of Pyro's SVI with a draw that is not finite ends with one line: the site, the cause, the way out."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math
@@ -36,6 +34,9 @@ def breaking(after: int = 8, log_density=lambda mu: (0 * mu).sqrt()):
         pyro.factor("wall", log_density(mu) if len(runs) > after else 0 * mu)
 
     return model
+
+
+sound = breaking(after=math.inf)
 
 
 def auto(model):
@@ -73,26 +74,22 @@ def reaches(guide, place: float, scale: float = 0.1) -> None:
 
 
 both_guides = pytest.mark.parametrize("build", [auto, plate], ids=["AutoFlow", "AutoPlateFlow"])
-elbos = pytest.mark.parametrize(
-    "elbo",
-    [
-        Trace_ELBO,
-        TraceMeanField_ELBO,
-        functools.partial(RenyiELBO, num_particles=2),
-        functools.partial(Trace_ELBO, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
-    ],
-    ids=["Trace", "MeanField", "Renyi", "vectorised"],
-)
+ELBOS = {
+    "Trace": Trace_ELBO(),
+    "MeanField": TraceMeanField_ELBO(),
+    "Renyi": RenyiELBO(num_particles=2),
+    "vectorised": Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+}
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["store", "module_local_params"])
 @pytest.mark.parametrize("validate", [True, False], ids=["validation", "no validation"])
 @both_guides
-@elbos
+@pytest.mark.parametrize("elbo", ELBOS)
 def test_a_broken_gradient_names_the_latent_and_the_site_of_the_model(elbo, build, validate, local):
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(validate):
         model = breaking()
-        message = message_of(train, model, build(model), Y, elbo=elbo())
+        message = message_of(train, model, build(model), Y, elbo=ELBOS[elbo])
     owner, more = {auto: ("AutoFlow", 2), plate: ("AutoPlateFlow", 1)}[build]
     assert message.startswith(f"{owner}: the draw of latent site 'mu' and of {more} more must be finite, got nan: ")
     assert "parameters are lost, since the gradient of the last step was not: " in message
@@ -136,21 +133,19 @@ def test_rows_of_a_minibatch_are_those_of_the_broken_step():
 
 
 def test_a_model_that_is_sound_at_the_last_draw_is_not_blamed():
-    model = breaking(after=10**9)
-    guide = auto(model)
-    train(model, guide, Y, steps=3)
+    guide = auto(sound)
+    train(sound, guide, Y, steps=3)
     spoil(guide)
-    message = message_of(train, model, guide, Y)
+    message = message_of(train, sound, guide, Y)
     assert "since the gradient of the last step was not. Build the guide anew" in message
     assert "model" not in message
 
 
 @both_guides
 def test_a_guide_that_was_lost_before_says_so(build):
-    model = breaking(after=10**9)
-    guide = copy.deepcopy(build(model).setup(Y))
+    guide = copy.deepcopy(build(sound).setup(Y))
     spoil(guide)
-    message = message_of(train, model, guide, Y)
+    message = message_of(train, sound, guide, Y)
     assert "since the gradient of an earlier step was not. " in message
 
 
@@ -158,11 +153,10 @@ def test_a_guide_that_was_lost_before_says_so(build):
 @pytest.mark.parametrize("recipe", [flows.cnf, flows.nsf, functools.partial(flows.iaf)], ids=["cnf", "nsf", "iaf"])
 def test_other_recipes_end_in_the_same_words(recipe, validate):
     """With lost parameters, a solver would fail first, or the base distribution with validation."""
-    model = breaking(after=10**9)
     with pyro.validation_enabled(validate):
-        guide = AutoFlow(model, recipe, base=distributions.StudentTBase).setup(Y)
+        guide = AutoFlow(sound, recipe, base=distributions.StudentTBase).setup(Y)
         spoil(guide)
-        message = message_of(train, model, guide, Y)
+        message = message_of(train, sound, guide, Y)
     assert message.startswith("AutoFlow: the draw of latent site 'mu' and of 2 more must be finite, got nan: ")
     assert "parameters are lost" in message
 
@@ -172,11 +166,10 @@ def test_other_recipes_end_in_the_same_words(recipe, validate):
 
 @pytest.mark.parametrize("validate", [True, False])
 def test_an_infinite_draw_of_finite_parameters_is_an_overflow(validate):
-    model = breaking(after=10**9)
-    guide = auto(model).setup(Y)
+    guide = auto(sound).setup(Y)
     reaches(guide, 3.4e38, 3.4e38)
     with pyro.validation_enabled(validate):
-        message = message_of(train, model, guide, Y)
+        message = message_of(train, sound, guide, Y)
     assert re.match(r"AutoFlow: the draw of latent site '\w+'( and of \d more)? must be finite, got -?inf: ", message)
     assert "the guide's parameters are finite, but so large that the draw overflows float32. " in message
 
@@ -184,11 +177,10 @@ def test_an_infinite_draw_of_finite_parameters_is_an_overflow(validate):
 @pytest.mark.parametrize("vectorised", [False, True])
 @pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 95.0), (torch.float64, 800.0)])
 def test_a_value_that_overflows_is_named_where_the_draw_is_finite(dtype, place, vectorised):
-    model = breaking(after=10**9)
-    guide = auto(model).setup(Y.to(dtype))
+    guide = auto(sound).setup(Y.to(dtype))
     reaches(guide, place)
     elbo = Trace_ELBO(num_particles=1 + vectorised, vectorize_particles=vectorised, max_plate_nesting=1)
-    message = message_of(train, model, guide, Y.to(dtype), elbo=elbo)
+    message = message_of(train, sound, guide, Y.to(dtype), elbo=elbo)
     assert message.startswith("AutoFlow: the draw of latent site 'tau' must be finite, got inf: an unconstrained draw ")
     assert f" overflows {str(dtype).removeprefix('torch.')} where it is constrained. " in message
 
@@ -234,27 +226,25 @@ def test_data_that_are_not_finite_reach_the_draw_through_the_encoder():
 
 def test_no_error_comes_from_draws_without_gradients():
     """Such draws get weights; a guide with lost parameters fails only under validation."""
-    model = breaking(after=10**9)
-    guide = auto(model).setup(Y)
+    guide = auto(sound).setup(Y)
     spoil(guide)
     with torch.no_grad(), pyro.validation_enabled(False):
         assert guide(Y)["mu"].isnan()
     assert guide.sample(3, Y)["mu"].isnan().all()
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="NaN"):
-        psis(model, guide, Y, num_samples=50)
+        psis(sound, guide, Y, num_samples=50)
     with pytest.raises(FloatingPointError, match=r"AutoFlow: the draw of latent site 'mu' .* parameters are lost"):
-        psis(model, guide, Y, num_samples=50)
+        psis(sound, guide, Y, num_samples=50)
     with torch.no_grad(), pyro.validation_enabled(True):
-        message = message_of(Predictive(model, guide=guide, num_samples=2), Y)
+        message = message_of(Predictive(sound, guide=guide, num_samples=2), Y)
     assert message.startswith("AutoFlow: the draw of latent site 'mu'")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_traced_guide_is_left_alone(recwarn):
     """A recorded program cannot raise, so losses are NaN from then on."""
-    model = breaking(after=10**9)
-    guide = auto(model)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), JitTrace_ELBO(max_plate_nesting=1))
+    guide = auto(sound)
+    svi = SVI(sound, guide, pyro.optim.Adam({"lr": 1e-3}), JitTrace_ELBO(max_plate_nesting=1))
     assert math.isfinite(svi.step(Y))
     spoil(guide)
     assert math.isnan(svi.step(Y))
@@ -265,23 +255,13 @@ def test_a_traced_guide_is_left_alone(recwarn):
 @pytest.mark.parametrize("objective", [None, Trace_ELBO()], ids=["path", "Trace_ELBO"])
 def test_fit_svi_skips_such_draws_as_losses_that_are_not_finite(objective):
     """It counts them with its usual patience for losses that are not finite, and raises its usual error."""
-    model = breaking(after=10**9)
-    guide = auto(model).setup(Y)
+    guide = auto(sound).setup(Y)
     reaches(guide, 95.0)
     settings = {"objective": objective, "warm_start": False, "progress": False}
     with pytest.warns(UserWarning, match="50 of 50 steps were skipped"):
-        fit = fit_svi(model, guide, Y, steps=50, **settings)
+        fit = fit_svi(sound, guide, Y, steps=50, **settings)
     assert fit.skipped == fit.steps == 50
     assert fit.losses.isnan().all()
     with pytest.raises(FloatingPointError, match="not finite at step 100 and at the 99 before") as caught:
-        fit_svi(model, guide, Y, steps=150, **settings)
-    assert type(caught.value) is FloatingPointError
+        fit_svi(sound, guide, Y, steps=150, **settings)
     assert "AutoFlow: the draw" not in str(caught.value)
-
-
-def test_copies_leave_the_last_draw_behind():
-    model = breaking(after=10**9)
-    guide = auto(model)
-    train(model, guide, Y, steps=1)
-    assert guide._watch._last
-    assert not copy.deepcopy(guide)._watch._last

@@ -2,8 +2,6 @@
 
 It is never worse than no warm start."""
 
-from __future__ import annotations
-
 import functools
 import math
 import signal
@@ -13,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -43,10 +42,6 @@ def elbo(density, loc: Tensor, scale_tril: Tensor, draws: int = 20_000) -> tuple
     with torch.no_grad():
         weights = (density(z) - q.log_prob(z)).double()
     return weights.mean().item(), weights.std().item() / math.sqrt(draws)
-
-
-def at_the_start(density, dim: int, scale: float = 0.1) -> tuple[float, float]:
-    return elbo(density, torch.zeros(dim), scale * torch.eye(dim))
 
 
 # Gaussian posteriors.
@@ -134,36 +129,15 @@ def test_a_target_a_thousand_deviations_away_is_reached(heavy):
 # The density.
 
 
-def test_log_p_counts_every_change_of_variables():
-    """The distributions have a known density in the unconstrained space too."""
-
-    def model():
-        pyro.sample("a", dist.LogNormal(0.5, 2.0))  # log a is normal
-        pyro.sample("b", dist.Uniform(-2.0, 5.0))  # the logit of b is logistic
-        with pyro.plate("rows", 3):
-            c = pyro.sample("c", dist.Normal(torch.arange(3.0), 1.0))
-            pyro.sample("d", dist.Exponential(1.0))  # log d has a mirrored Gumbel distribution
-            pyro.sample("y", dist.Normal(c, 0.5), obs=torch.zeros(3))
-            with poutine.scale(scale=2.5):
-                pyro.sample("again", dist.Normal(c, 0.5), obs=torch.ones(3))
-
-    z = 2 * torch.randn(7, 8)
-    a, b, c, d = z[:, 0], z[:, 1], z[:, 2:5], z[:, 5:]
-    wanted = dist.Normal(0.5, 2.0).log_prob(a) + b - 2 * torch.nn.functional.softplus(b)
-    wanted += (dist.Normal(torch.arange(3.0), 1.0).log_prob(c) + d - d.exp()).sum(-1)
-    wanted += (dist.Normal(c, 0.5).log_prob(torch.zeros(3)) + 2.5 * dist.Normal(c, 0.5).log_prob(torch.ones(3))).sum(-1)
-    guide = AutoFlow(model, small).setup()
-    torch.testing.assert_close(Density(Task(model, guide, (), {})).log_prob(z), wanted, rtol=1e-4, atol=1e-4)
-
-
 def nested(y):
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     corr = pyro.sample("corr", dist.LKJCholesky(3, 1.0))
     with pyro.plate("outer", 2, dim=-2):
         middle = pyro.sample("middle", dist.Normal(top, 1.0))
-        with pyro.plate("inner", 3, dim=-1):
+        with pyro.plate("inner", 3, dim=-1), poutine.scale(scale=2.5):
             leaf = pyro.sample("leaf", dist.LogNormal(middle, 0.5))
             mix = pyro.sample("mix", dist.Dirichlet(torch.ones(4)))
+            pyro.sample("bounded", dist.Uniform(-2.0, 5.0))
             pyro.sample("y", dist.Normal(leaf + mix[..., 0] + corr[..., 1, 0], 1.0), obs=y)
 
 
@@ -187,10 +161,7 @@ def test_log_p_is_the_models_density_of_one_draw_at_a_time():
 
 
 def gaussian_model(dim: int):
-    def model():
-        pyro.sample("x", dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1))
-
-    return model
+    return sampling(x=dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 65, 513])
@@ -251,10 +222,7 @@ def test_models_that_run_one_draw_at_a_time_keep_their_start_of_many_latents():
 
 def test_beyond_64_latents_the_marginals_are_found():
     variance = torch.logspace(-4, 4, 100, dtype=torch.float64)
-
-    def wide():
-        pyro.sample("x", dist.Normal(torch.arange(100.0, dtype=torch.float64), variance.sqrt()).to_event(1))
-
+    wide = sampling(x=dist.Normal(torch.arange(100.0, dtype=torch.float64), variance.sqrt()).to_event(1))
     guide = start(wide, init_scale=1.0)
     losses = torch.stack([_loss(wide, guide) for _ in range(10)])
     assert losses.abs().max() < 1e-3
@@ -299,7 +267,8 @@ def test_it_is_never_worse_than_the_start(density, seed):
     found = fit_gaussian(density, torch.zeros(dim), 0.1)
     assert found.loc.isfinite().all()
     assert (found.scale_tril.diagonal() > 0).all()
-    before, after = at_the_start(density, dim), elbo(density, found.loc, found.scale_tril)
+    before = elbo(density, torch.zeros(dim), 0.1 * torch.eye(dim))
+    after = elbo(density, found.loc, found.scale_tril)
     assert after[0] > before[0] - 4 * (before[1] + after[1])
 
 
@@ -368,15 +337,16 @@ def test_an_error_of_the_model_is_not_swallowed():
 # Conditions for a warm start.
 
 
-def watched(guide: AutoFlow) -> list[int]:
+@pytest.fixture
+def guide() -> AutoFlow:
+    return AutoFlow(model, small).setup()
+
+
+@pytest.fixture
+def calls(guide, monkeypatch) -> list[int]:
     """Return a list that grows when the guide is moved."""
     calls, place = [], guide.start_at
-
-    def start_at(loc, scale_tril):
-        calls.append(1)
-        place(loc, scale_tril)
-
-    guide.start_at = start_at
+    monkeypatch.setattr(guide, "start_at", lambda *gaussian: [calls.append(1), place(*gaussian)])
     return calls
 
 
@@ -388,9 +358,7 @@ def model(y=3.0):
 fit = functools.partial(fit_svi, model, steps=2, num_particles=4, progress=False)
 
 
-def test_a_new_guide_is_started_and_a_trained_one_is_not():
-    guide = AutoFlow(model, small).setup()
-    calls = watched(guide)
+def test_a_new_guide_is_started_and_a_trained_one_is_not(guide, calls):
     assert guide.is_fresh
     fit(guide)
     assert calls == [1]
@@ -401,32 +369,23 @@ def test_a_new_guide_is_started_and_a_trained_one_is_not():
     assert calls == [1, 1]
 
 
-def test_a_guide_trained_by_svi_is_not_fresh():
-    guide = AutoFlow(model, small).setup()
+def test_a_guide_trained_by_svi_is_not_fresh(guide, calls):
     pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
     assert not guide.is_fresh
-    calls = watched(guide)
     fit(guide)
     assert not calls
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"warm_start": False}, {"num_particles": 1}, {"objective": Trace_ELBO(num_particles=4)}],
-    ids=["warm_start=False", "one particle", "an objective"],
+    ("settings", "starts"),
+    [({"warm_start": False}, 0), ({"num_particles": 1}, 0), ({}, 0), ({"warm_start": True}, 1)],
+    ids=["warm_start=False", "one particle", "an objective", "warm_start=True"],
 )
-def test_it_is_left_out(settings):
-    guide = AutoFlow(model, small).setup()
-    calls = watched(guide)
-    fit(guide, **settings)
-    assert not calls
-
-
-def test_it_can_be_asked_for_with_an_objective():
-    guide = AutoFlow(model, small).setup()
-    calls = watched(guide)
-    fit(guide, objective=Trace_ELBO(num_particles=4), warm_start=True)
-    assert calls == [1]
+def test_it_is_left_out_unless_it_is_asked_for(settings, starts, guide, calls):
+    """An objective, too, has no warm start by itself."""
+    objective = None if "num_particles" in settings else Trace_ELBO(num_particles=4)
+    fit(guide, objective=objective, **settings)
+    assert len(calls) == starts
 
 
 def test_other_guides_have_none():
