@@ -1,7 +1,5 @@
 """Rules of the architecture: imports go one way, siblings do not import each other, networks and maps avoid Pyro."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,15 +57,13 @@ def parts_imported_by(path: Path) -> set[str]:
 
 
 @every_file
-def test_every_file_has_its_place(path: Path) -> None:
-    assert part_of(path) in RANK
-
-
-@every_file
-def test_imports_point_left_only_and_siblings_never_meet(path: Path) -> None:
+def test_every_file_has_its_place_and_imports_point_left_only(path: Path) -> None:
+    """Siblings do not import each other, and no file is a bag of tools."""
     own = part_of(path)
+    rank = RANK[own]
     for other in parts_imported_by(path) - {own}:
-        assert RANK[other] < RANK[own], f"{path} imports {other}"
+        assert RANK[other] < rank, f"{path} imports {other}"
+    assert "utils" not in path.relative_to(ROOT).with_suffix("").parts
 
 
 @pytest.mark.parametrize(
@@ -93,23 +89,15 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert "pyro.distributions" in imports_of(ROOT / "flows" / "distribution.py")
 
 
-@pytest.mark.parametrize("package", ["bijectors", "conditioners", "encoders"])
-def test_maps_and_networks_know_neither_pyro_nor_each_other(package: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "known"),
+    [("bijectors", set()), ("conditioners", set()), ("encoders", set()), ("sampling", {"transforms", "threads"})],
+)
+def test_maps_networks_and_samplers_know_neither_pyro_nor_each_other(package: str, known: set[str]) -> None:
+    """Samplers take functions of vectors, so that any density can be sampled."""
     for path in (ROOT / package).rglob("*.py"):
         assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
-        assert parts_imported_by(path) <= {package, *LAYERS[0]} - {"threads"}, path
-
-
-def test_samplers_know_neither_pyro_nor_programs() -> None:
-    """They take functions of vectors, so that any density can be sampled."""
-    for path in (ROOT / "sampling").rglob("*.py"):
-        assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
-        assert parts_imported_by(path) <= {"sampling", "transforms", *LAYERS[0]}, path
-
-
-@every_file
-def test_no_file_is_a_bag_of_tools(path: Path) -> None:
-    assert "utils" not in path.relative_to(ROOT).with_suffix("").parts
+        assert parts_imported_by(path) <= {package, *LAYERS[0]} - {"threads"} | known, path
 
 
 LINES, PARAMETERS = 40, 10  # of a function

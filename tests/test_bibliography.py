@@ -1,7 +1,5 @@
 """The bibliography lists all citations of the code, with their places."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

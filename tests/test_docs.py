@@ -1,7 +1,5 @@
 """Documentation: examples run and print the shown output, links exist, and quoted figures equal the benchmarks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -48,11 +46,14 @@ def test_examples_run_and_print_what_is_shown(page, capsys, monkeypatch, tmp_pat
 
 def test_outputs_are_compared():
     assert alike("k-hat 0.31\n", "k-hat 0.32")
-    assert not alike("k-hat 0.31", "k-hat 0.34")
-    assert not alike("k-hat 0.31 or 2", "k-hat 0.31")
-    assert not alike("(10, 3)", "(10, 2)")
-    assert not alike("-0.5", "0.5")
-    assert not alike("trust", "do not trust")
+    for shown, printed in (
+        ("0.31", "0.34"),
+        ("0.31 or 2", "0.31"),
+        ("(10, 3)", "(10, 2)"),
+        ("-0.5", "0.5"),
+        ("a", "b"),
+    ):
+        assert not alike(f"found {shown}", f"found {printed}")
 
 
 @pytest.mark.parametrize("page", LINKED, ids=[str(path.relative_to(ROOT)) for path in LINKED])

@@ -10,65 +10,46 @@ from laws import BIJECTORS, RECIPES
 from test_images import IMAGES
 from test_objectives import OBJECTIVES
 
-import pyro_flows
-from pyro_flows import (
-    answers,
-    bijectors,
-    conditioners,
-    data,
-    diagnostics,
-    distributions,
-    encoders,
-    fitting,
-    flows,
-    guides,
-    objectives,
-    persistence,
-    plots,
-    programs,
-    sampling,
-    training,
-    transforms,
-)
+import pyro_flows as pf
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Program Psis Simulations Spike "
+    pf: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Program Psis Simulations Spike "
     "anneal bits_per_dim calibrate check dequantize encoders ensemble find_spikes fit_amortized fit_density "
     "fit_likelihood fit_svi flows importance_log_likelihood load local_c2st misspecification neutra ode_report "
     "plots posterior posterior_graph psis refine resample round_off sample save save_images simulate to_arviz",
-    answers: "Posterior Step posterior",
-    bijectors: " ".join(
+    pf.answers: "Posterior Step posterior",
+    pf.bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),
-    conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic "
+    pf.conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
-    encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
+    pf.encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
     "SetEncoder Standardize TransformerEncoder",
-    transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
+    pf.transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
     "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Solver Split Squeezed Sylvester "
     "TriangularAffine View",
-    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
+    pf.distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
-    flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),
-    objectives: " ".join(
+    pf.flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),
+    pf.objectives: " ".join(
         sorted(
             {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
         )
     ),
-    guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow ensemble init_to_center posterior_graph",
-    data: "Spike dequantize find_spikes",
-    diagnostics: "Calibration Check Finding LocalC2ST Misspecification Neutra OdeReport Psis Refined bits_per_dim "
+    pf.guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow ensemble init_to_center posterior_graph",
+    pf.data: "Spike dequantize find_spikes",
+    pf.diagnostics: "Calibration Check Finding LocalC2ST Misspecification Neutra OdeReport Psis Refined bits_per_dim "
     "calibrate check importance_log_likelihood local_c2st misspecification neutra ode_report psis refine resample "
     "round_off save_images to_arviz",
-    plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
-    training: "Fit Gradients Training",
-    fitting: "Annealed Mode Observed anneal fit_amortized fit_density fit_likelihood fit_svi sample",
-    sampling: "Samples",
-    persistence: "load save",
-    programs: "Program Simulations simulate",
+    pf.plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
+    pf.training: "Fit Gradients Training",
+    pf.fitting: "Annealed Mode Observed anneal fit_amortized fit_density fit_likelihood fit_svi sample",
+    pf.sampling: "Samples",
+    pf.persistence: "load save",
+    pf.programs: "Program Simulations simulate",
 }
-MODULE = type(pyro_flows)
+MODULE = type(pf)
 
 
 def test_public_names_are_pinned():
@@ -80,9 +61,9 @@ def test_public_names_are_pinned():
 
 def test_completions_and_star_imports_offer_public_names_alone():
     packages = {module.__name__.rpartition(".")[2] for module in NAMES} - {"pyro_flows"}
-    public = {*NAMES[pyro_flows].split(), *packages}
-    assert set(dir(pyro_flows)) == {*public, "__version__"}
-    assert set(pyro_flows.__all__) == public
+    public = {*NAMES[pf].split(), *packages}
+    assert set(dir(pf)) == {*public, "__version__"}
+    assert set(pf.__all__) == public
     for module in NAMES:
         scope = {}
         exec(f"from {module.__name__} import *", scope)
@@ -132,12 +113,12 @@ def test_methods_are_documented(name):
 
 
 def test_the_package_is_typed():
-    assert (Path(pyro_flows.__file__).parent / "py.typed").exists()
+    assert (Path(pf.__file__).parent / "py.typed").exists()
 
 
 def test_the_page_of_all_names_has_each_once():
     page = (Path(__file__).resolve().parents[1] / "docs" / "at_a_glance.md").read_text()
     cells = re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE)
     told = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
-    assert sorted(told) == sorted(NAMES[pyro_flows].split())
-    assert len([name for name in told if not isinstance(getattr(pyro_flows, name), MODULE)]) <= 40
+    assert sorted(told) == sorted(NAMES[pf].split())
+    assert len([name for name in told if not isinstance(getattr(pf, name), MODULE)]) <= 40

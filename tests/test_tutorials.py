@@ -3,8 +3,6 @@
 Run ``pip install -e '.[tutorials]'`` first, as the gate does; otherwise the runs are skipped.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Docstrings begin with the thing or the act, and sentences of the docs are short."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
