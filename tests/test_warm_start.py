@@ -383,7 +383,7 @@ def test_a_guide_trained_by_svi_is_not_fresh(guide, calls):
 )
 def test_it_is_left_out_unless_it_is_asked_for(settings, starts, guide, calls):
     """An objective, too, has no warm start by itself."""
-    objective = None if "num_particles" in settings else Trace_ELBO(num_particles=4)
+    objective = None if "num_particles" in settings else Trace_ELBO(num_particles=4, vectorize_particles=True)
     fit(guide, objective=objective, **settings)
     assert len(calls) == starts
 
