@@ -426,6 +426,9 @@ def orthonormal(dim: int) -> Tensor:
     return torch.cat((torch.zeros(dim - 4, 4), signs / 2))
 
 
+TABLES = Elementwise | Recurrence | Planar | Radial | Sylvester | Orthogonal | Householder | Conditioned
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module:
     """Set large random parameters: ``scale`` times standard normal in every last layer and table."""
@@ -442,10 +445,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
                 draw(part.table, scale)
             if isinstance(part, MLP) and part.skip:
                 draw(part.direct.weight, scale / 10)
-        elif (isinstance(part, Elementwise | Recurrence) and part.conditioner is None) or isinstance(
-            part, Planar | Radial | Sylvester | Orthogonal
-        ):
-            draw(part.params, scale)
+        elif isinstance(part, TABLES):
+            for parameter in part.parameters(recurse=False):
+                draw(parameter, scale)
         elif isinstance(part, BlockAutoregressive):
             for own in (part.cross, part.mixtures, part.steepness, part.gates):
                 for parameter in own.parameters():
@@ -456,10 +458,6 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, MLPField):
             draw(part.output.weight, scale / part.hidden_dims[-1] ** 0.5)  # |slope| bounds the growth of distances
             draw(part.output.bias, scale)
-        elif isinstance(part, Householder):
-            draw(part.vectors, scale)
-        elif isinstance(part, Conditioned):
-            draw(part.context, scale)
         elif isinstance(part, ActNorm):
             draw(part.loc, scale)
             draw(part.log_scale, scale / 3)

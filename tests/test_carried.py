@@ -61,8 +61,7 @@ def linears(flow):
 
 def replace(flow):
     for net in networks(flow):
-        other = nn.Linear(net.hidden[0].in_features, net.hidden[0].out_features)
-        net.hidden[0] = other
+        net.hidden[0] = nn.Linear(net.hidden[0].in_features, net.hidden[0].out_features)
 
 
 CHANGES = {
@@ -78,24 +77,28 @@ CHANGES = {
 }
 
 
-@pytest.fixture(params=CHANGES.values(), ids=CHANGES)
-def flow(request):
-    torch.manual_seed(0)
-    made = affine_couplings(DIM, num_transforms=3, hidden_dims=(4, 4))
-    for parameter in made.parameters():
+def stirred(module):
+    for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
-    request.param(made)
+    return module
+
+
+def changed(name, num_transforms=2):
+    """Return a flow with random parameters after a change."""
+    torch.manual_seed(0)
+    made = stirred(affine_couplings(DIM, num_transforms=num_transforms, hidden_dims=(4, 4)))
+    CHANGES[name](made)
     return made
+
+
+@pytest.fixture(params=CHANGES)
+def flow(request):
+    return changed(request.param, num_transforms=3)
 
 
 def after_changes(ask):
     """Return whether the layers of a flow may use the single pass, after each of the changes."""
-    answers = []
-    for change in CHANGES.values():
-        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
-        change(made)
-        answers.append(ask(made.transforms))
-    return answers
+    return [ask(changed(name).transforms) for name in CHANGES]
 
 
 def gradients(flow):
@@ -115,27 +118,18 @@ def test_draws_densities_and_gradients_are_those_of_autograd(flow, monkeypatch):
     monkeypatch.setattr(Coupling, "forward_and_score", Coupling.__mro__[1].forward_and_score)
     again, log_q_again, wanted = gradients(flow)
     torch.testing.assert_close((z, log_q), (again, log_q_again))
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert gradient is not None, name
-        torch.testing.assert_close(gradient, wanted[name], msg=name)
+    torch.testing.assert_close(found, wanted)
     assert any(bool(gradient.any()) for gradient in found.values())
 
 
 def in_single(flow):
-    layers = [*flow.transforms, Elementwise(SoftplusAffine(), DIM), ScaledLinear(DIM)]
-    for parameter in (layers[-2].params, layers[-1].factors):
-        nn.init.normal_(parameter, std=0.3)
+    layers = [*flow.transforms, stirred(Elementwise(SoftplusAffine(), DIM)), stirred(ScaledLinear(DIM))]
     return layers, Flow([InSingle(layers)])
 
 
 @pytest.mark.parametrize("change", ["none", "layers that are replaced"])
 def test_single_precision_carries_the_same_up_to_its_rounding(change):
-    made = affine_couplings(DIM, num_transforms=3, hidden_dims=(4, 4))
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    CHANGES[change](made)
-    layers, single = in_single(made)
+    layers, single = in_single(changed(change, num_transforms=3))
     double, rounded = gradients(Flow(layers)), gradients(single)
     for one, other in zip(double[:2], rounded[:2], strict=True):
         assert other.dtype == torch.float64
@@ -146,17 +140,14 @@ def test_single_precision_carries_the_same_up_to_its_rounding(change):
 
 
 def test_single_precision_follows_numbers_that_change():
-    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    layers, single = in_single(changed("none"))
     for _ in range(2):
-        for parameter in single.parameters():
-            nn.init.normal_(parameter, std=0.3)
+        stirred(single)
         torch.testing.assert_close(gradients(single)[0], gradients(Flow(layers))[0], rtol=1e-5, atol=1e-5)
 
 
 def test_single_precision_takes_gradients_beyond_its_range():
-    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
-    for parameter in single.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    layers, single = in_single(changed("none"))
     found = []
     for flow in (single, Flow(layers)):
         torch.manual_seed(1)
@@ -166,14 +157,14 @@ def test_single_precision_takes_gradients_beyond_its_range():
 
 
 def test_what_passes_beyond_single_precision_is_carried_in_double():
-    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    layers, single = in_single(changed("none"))
     layers[-1].shift.data.fill_(1e60)
     for one, other in zip(gradients(single)[:2], gradients(Flow(layers))[:2], strict=True):
         assert torch.equal(one, other)
 
 
 def test_single_precision_leaves_the_verbs_exact():
-    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    layers, single = in_single(changed("none"))
     assert [*single.parameters()] == [p for layer in layers for p in layer.parameters()]
     x = torch.randn(DRAWS, DIM)
     assert torch.equal(single.log_prob(x), Flow(layers).log_prob(x))
@@ -221,7 +212,7 @@ def test_only_plain_flows_are_carried():
 
 
 def test_parameters_that_change_before_the_way_back_are_refused():
-    made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
+    made = changed("none")
     _, log_q = made().with_path_gradient().rsample_and_log_prob((DRAWS,))
     with torch.no_grad():
         made.transforms[0].conditioner.output.weight.add_(1.0)
@@ -266,16 +257,15 @@ def test_flows_that_were_changed_are_trained_in_double(change, monkeypatch):
     assert not taken
 
 
-class Counted(AutoFlow):
-    calls = 0
-
-    def get_posterior(self, *args, **kwargs):
-        type(self).calls += 1
-        return super().get_posterior(*args, **kwargs)
-
-
 @pytest.mark.slow
 def test_a_guide_that_says_what_its_posterior_is_is_asked_for_it():
+    class Counted(AutoFlow):
+        calls = 0
+
+        def get_posterior(self, *args, **kwargs):
+            Counted.calls += 1
+            return super().get_posterior(*args, **kwargs)
+
     guide = Counted(curved).setup()
     assert AutoFlow(curved).setup().draws_from_flow
     assert not guide.draws_from_flow

@@ -1,6 +1,7 @@
 """Guides stay stable in Pyro's own SVI: the pace of their networks, their start, and steps of usual size."""
 
 import contextlib
+import functools
 import gc
 import math
 import weakref
@@ -73,9 +74,8 @@ def rows(y):
     with pyro.plate("group", len(y), subsample_size=20) as seen:
         level = pyro.sample("level", dist.Normal(mean, sd))
         width = pyro.sample("width", dist.LogNormal(0.1 * level, 1.0))
-        pyro.sample(
-            "y", dist.Normal(level.unsqueeze(-1) + torch.zeros(4), width.unsqueeze(-1)).to_event(1), obs=y[seen]
-        )
+        noise = dist.Normal(level.unsqueeze(-1) + torch.zeros(4), width.unsqueeze(-1))
+        pyro.sample("y", noise.to_event(1), obs=y[seen])
 
 
 def train(model, guide, *args, lr=0.03, steps=60, seed=0, elbo=None):
@@ -104,7 +104,7 @@ def units(module):
 
 @pytest.mark.parametrize("name", [*NETWORKS, *LAYERS])
 def test_a_pace_keeps_what_a_module_computes_bit_for_bit_and_comes_with_its_state(name):
-    make = NETWORKS.get(name, LAYERS.get(name))
+    make = {**NETWORKS, **LAYERS}[name]
     module, again = randomise(make()), make()
     x, context = torch.randn(7, 4), torch.randn(7, 5) if module.context_dim else None
     run = type(module).forward if name in NETWORKS else type(module).forward_and_log_det
@@ -132,11 +132,14 @@ def test_a_conditioner_has_a_pace_of_its_own():
     assert all(layer.unit != 1.0 for layer in own)
 
 
+def normals(dim):
+    """Sample standard normal latents without data."""
+    pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+
+
 @pytest.mark.parametrize("recipe", [None, "nsf", "bnaf", "cnf", "gaussianization"])
 def test_a_guide_with_paces_comes_back_from_a_file(recipe, tmp_path):
-    def model():
-        pyro.sample("z", dist.Normal(0.0, 1.0).expand([3 if recipe else 1]).to_event(1))
-
+    model = functools.partial(normals, 3 if recipe else 1)
     guide = pf.AutoFlow(model, recipe and getattr(flows, recipe))
     train(model, guide, steps=2)
     pf.save(guide, tmp_path / "guide.pt")
@@ -166,11 +169,10 @@ def test_a_step_of_adam_moves_paced_networks_of_all_widths_alike(name):
     assert moves[512, None] > 20 * moves[512, 1.0]  # a control: networks without a pace fail
 
 
-@pytest.mark.parametrize("kind", ["auto", "plate"])
-def test_fit_svi_trains_without_the_paces_and_leaves_them(kind):
-    y = 2 * torch.randn(60, 1) + torch.randn(60, 4)
-    model, args = (gaussian, ()) if kind == "auto" else (rows, (y,))
-    guide = (pf.AutoFlow(model) if kind == "auto" else pf.AutoPlateFlow(model, "group")).setup(*args)
+@pytest.mark.parametrize(("model", "make"), [(gaussian, pf.AutoFlow), (rows, lambda m: pf.AutoPlateFlow(m, "group"))])
+def test_fit_svi_trains_without_the_paces_and_leaves_them(model, make):
+    args = () if model is gaussian else (2 * torch.randn(60, 1) + torch.randn(60, 4),)
+    guide = make(model).setup(*args)
     own = units(guide)
     assert any(unit < 1 for unit in own)
     for error in (None, KeyboardInterrupt, RuntimeError):
@@ -214,17 +216,8 @@ def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
         torch.manual_seed(0)
         guide = pf.AutoFlow(centred).setup()
         program = (lambda guide=guide: guide()) if wrapped else guide
-        fit = pf.fit_svi(
-            centred,
-            program,
-            steps=5,
-            lr=0.01,
-            gradients=Gradients(clip_norm=1.0),
-            num_particles=8,
-            warm_start=False,
-            progress=False,
-        )
-        found.append(fit.losses)
+        options = {"lr": 0.01, "num_particles": 8, "warm_start": False, "gradients": Gradients(clip_norm=1.0)}
+        found.append(pf.fit_svi(centred, program, steps=5, progress=False, **options).losses)
         assert units(guide.flow.transforms[0])[0] < 1
     assert torch.equal(*found)
 
@@ -271,24 +264,20 @@ def test_a_pace_that_a_recipe_chose_is_kept():
     [(32, None, [1 / 8] * 8), (64, None, [1 / 4] * 16), (65, None, [1 / 16] * 16), (9, flows.maf, [1 / 4] * 5)],
 )
 def test_networks_share_a_step_but_move_by_a_quarter_each_for_33_to_64_latents(dim, recipe, paces):
-    def model():
-        pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-
-    assert output_paces(pf.AutoFlow(model, recipe).setup().flow) == paces
+    assert output_paces(pf.AutoFlow(functools.partial(normals, dim), recipe).setup().flow) == paces
 
 
 def test_a_trained_guide_is_let_go():
     guide = pf.AutoFlow(gaussian)
     train(gaussian, guide, steps=1)
     pyro.clear_param_store()
-    gone, enabled = weakref.ref(guide), gc.isenabled()
+    gone = weakref.ref(guide)
     gc.disable()
     try:
         del guide
         assert gone() is None
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def test_amortised_guides_and_recipes_keep_torchs_weights():
@@ -362,9 +351,8 @@ def test_an_autoencoder_holds_in_plain_svi():
             z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
 
-    losses = train(
-        autoencoder, pf.AutoPlateFlow(autoencoder, "data", encoder=MLPEncoder(100, 50, (200,))), x, steps=100, seed=1
-    )
+    guide = pf.AutoPlateFlow(autoencoder, "data", encoder=MLPEncoder(100, 50, (200,)))
+    losses = train(autoencoder, guide, x, steps=100, seed=1)
     assert max(losses[5:]) < 3 * losses[0]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -382,8 +370,7 @@ def test_rows_of_one_latent_hold_in_plain_svi():
             pyro.sample("x", dist.Normal(z.unsqueeze(-1) * weights, 0.5).to_event(1), obs=x)
 
     for seed in range(3):
-        guide = pf.AutoPlateFlow(factor, "data", encoder=MLPEncoder(8, 4))
-        losses = train(factor, guide, x, steps=100, seed=seed)
+        losses = train(factor, pf.AutoPlateFlow(factor, "data", encoder=MLPEncoder(8, 4)), x, steps=100, seed=seed)
         assert max(losses[5:]) < 1.2 * losses[0]
 
 
