@@ -10,17 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from laws import normal
 from scipy import stats
 from torch import Tensor
 
 from pyro_flows import Spike, dequantize, find_spikes
 from pyro_flows.data.columns import as_table, tied_columns
 from pyro_flows.flows.distribution import Columns
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 # ------------------------------------------------------------------------------------------------------------ findings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import types
 import warnings
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,6 @@ from pyro_flows.commands import Refused, density
 from pyro_flows.commands.density import DENSITIES, gaussian_of, report
 from pyro_flows.commands.table_file import read_table_file, split_names
 from pyro_flows.fitting import fit_density
-from pyro_flows.training import loop
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((120, 2))
@@ -63,25 +64,14 @@ def said(capsys) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def refused(capsys, *words: str) -> str:
-    """Return the one line of an error."""
-    with pytest.raises(SystemExit) as exit_:
-        main(["density", *words])
-    assert exit_.value.code == 2
-    captured = capsys.readouterr()
-    start = "python -m pyro_flows density: error: "
-    assert captured.err.startswith(start)
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    return captured.err.removeprefix(start)
+refused = functools.partial(command_line.refused, "density")
 
 
 def nats(out: str) -> dict[str, list[float]]:
     """Return the rows of the printed table: train, validation, test, and two standard errors of test."""
     rows = [line.replace("±", "").split() for line in out.splitlines()]
-    return {
-        row[0]: [float(word) for word in row[1:]] for row in rows if len(row) == 5 and row[0] in ("Gaussian", "nsf")
-    }
+    rows = [row for row in rows if len(row) == 5 and row[0] in ("Gaussian", "nsf")]
+    return {row[0]: [float(word) for word in row[1:]] for row in rows}
 
 
 # Valid input.
@@ -109,9 +99,9 @@ def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
         "time",
         "for rows x of float32 with the columns in the order above: flow = pyro_flows.load('new/folder/bend.pt');",
         f"Wrote {Path('new/folder/bend.pt')} and {Path('new/folder/bend.png')}.",
+        "epochs",
     ):
         assert words in out
-    assert "epochs" in out
     assert "nats]" in captured.err  # the progress bar
     assert "noise" not in out
 
@@ -256,32 +246,16 @@ def test_the_rows_are_divided_into_80_10_and_10_of_100(folder, untrained):
     assert train | judge < {tuple(row) for row in X.astype(np.float32).tolist()}
 
 
-@pytest.fixture
-def interrupt(monkeypatch, ctrl_c):
-    """Interrupt a run after some steps; an epoch has two."""
-
-    def run(last: int) -> int:
-        class Interrupting(loop.tqdm):
-            def update(self, n=1):
-                if self.n >= last:
-                    signal.raise_signal(signal.SIGINT)
-                self.n += n
-
-        monkeypatch.setattr(loop, "tqdm", Interrupting)
-        return main(["density", "table.csv", "--epochs", "50000"])
-
-    return run
-
-
-def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(folder, capsys, interrupt):
+def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(folder, capsys, monkeypatch, ctrl_c):
     """Files of an earlier interrupted run are not overwritten."""
+    command_line.interrupt_after(9, monkeypatch)  # an epoch has two steps
     write("table.csv", ["a", "b"], 10 * X)
     (folder / "model.pt").write_text("a good model")
     (folder / "model.png").write_text("its picture")
     for name in ("model.interrupted", "model.interrupted-2"):
         assert not (folder / f"{name}.pt").exists()
         with pytest.raises(SystemExit) as exit_:
-            interrupt(9)
+            run("table.csv", epochs=50_000)
         assert exit_.value.code == 130
         captured = capsys.readouterr()
         assert re.search(r"Interrupted after 1\d steps; kept the best state", captured.err)
@@ -306,14 +280,9 @@ def break_an_import(*_, **__):
 
 @pytest.mark.parametrize(
     ("place", "stop"),
-    [
-        ("_log_prob", press_twice),
-        ("plots.pairs", press_twice),
-        ("plots.pairs", break_an_import),
-    ],
+    [("_log_prob", press_twice), ("plots.pairs", press_twice), ("plots.pairs", break_an_import)],
 )
 def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, stop, folder, capsys, monkeypatch, ctrl_c):
-
     monkeypatch.setattr(f"{density.__name__}.{place}", stop)
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
@@ -422,9 +391,15 @@ def test_the_report_tells_errors_of_means_and_of_the_gain():
 
 
 def read(text: str, chosen: list[str] | None = None, name: str = "t.csv") -> tuple[list[str], list, list[str]]:
-    """Return the columns, rows and remarks of a table in a file."""
+    """Return the columns, rows and remarks of a table with some text."""
     Path(name).write_text(text, encoding="utf-8")
+    return contents(name, chosen)
+
+
+def contents(name: str, chosen: list[str] | None = None) -> tuple[list[str], list, list[str]]:
+    """Return the columns, rows and remarks of a table in a file."""
     table, remarks = read_table_file(Path(name), chosen)
+    assert set(table.dtypes) == {np.dtype(np.float64)}
     return list(table.columns), table.to_numpy().tolist(), remarks
 
 
@@ -447,9 +422,7 @@ def test_text_is_read_whatever_parts_it(text, folder):
 
 
 def test_names_may_hold_the_delimiter_and_lines(folder):
-    columns, rows, _ = read('"height, cm";"two\nlines"\n1;2\n3;5\n')
-    assert columns == ["height, cm", "two\nlines"]
-    assert rows == [[1, 2], [3, 5]]
+    assert read('"height, cm";"two\nlines"\n1;2\n3;5\n') == (["height, cm", "two\nlines"], [[1, 2], [3, 5]], [])
     assert read('"a, b",c\n1,2\n3,5\n', split_names('"a, b", c'))[0] == ["a, b", "c"]
 
 
@@ -480,10 +453,9 @@ def test_columns_without_a_name_are_numbered_and_row_numbers_left_out(folder):
 
 @pytest.mark.parametrize("word", ["", "NA", "NaN", "nan", "null", "NULL", "None", "n/a", "#N/A", "?", "-", ".", " NA "])
 def test_rows_with_missing_values_are_left_out_and_counted(word, folder):
-    columns, rows, remarks = read(f"a,b,c\n1,2,x\n{word},3,{word}\n2,{word},x\n5,1,y\n{word},4,y\n6,7,y\n7,7,z\n8,8,z")
-    assert columns == ["a", "b"]
-    assert rows == [[1, 2], [5, 1], [6, 7], [7, 7], [8, 8]]
-    assert remarks == [
+    table = read(f"a,b,c\n1,2,x\n{word},3,{word}\n2,{word},x\n5,1,y\n{word},4,y\n6,7,y\n7,7,z\n8,8,z")
+    assert table[:2] == (["a", "b"], [[1, 2], [5, 1], [6, 7], [7, 7], [8, 8]])
+    assert table[2] == [
         "Left out columns that are not numbers: 'c' ('x' in 7 rows).",
         "Left out 3 of 8 rows, where values are missing: in 'a' (2 rows), 'b' (1 row).",
     ]
@@ -510,9 +482,8 @@ def test_a_short_row_lacks_its_last_values(folder):
 
 
 def test_a_column_that_is_constant_in_the_rows_that_are_left_is_left_out(folder):
-    columns, rows, remarks = read("a,b\n1,5\n2,5\n3,5\n,6\n")
-    assert (columns, rows) == (["a"], [[1], [2], [3]])
-    assert remarks[-1] == "Left out constant columns: 'b' (5)."
+    columns, rows, (*_, last) = read("a,b\n1,5\n2,5\n3,5\n,6\n")
+    assert (columns, rows, last) == (["a"], [[1], [2], [3]], "Left out constant columns: 'b' (5).")
 
 
 def test_chosen_columns_come_in_the_order_asked_for_and_nothing_is_said_of_others(folder):
@@ -523,31 +494,23 @@ def test_chosen_columns_come_in_the_order_asked_for_and_nothing_is_said_of_other
 
 def test_numpy_files_hold_a_matrix_or_vectors(folder):
     x = np.array([[1.5, 2], [3, 5]], dtype=np.float32)
-
-    def read(name: str) -> tuple[list[str], list, list[str]]:
-        table, remarks = read_table_file(Path(name))
-        assert set(table.dtypes) == {np.dtype(np.float64)}
-        return list(table.columns), table.to_numpy().tolist(), remarks
-
     np.savez("t.npz", x=x)
-    assert read("t.npz") == (["column 1", "column 2"], x.tolist(), [])
+    assert contents("t.npz") == (["column 1", "column 2"], x.tolist(), [])
     np.savez("t.npz", x=x, columns=np.array(["a", "b"]), other=x, y=x[0])
-    assert read("t.npz") == (["a", "b"], x.tolist(), ["Used the array 'x' alone, without 'other', 'y'."])
+    assert contents("t.npz") == (["a", "b"], x.tolist(), ["Used the array 'x' alone, without 'other', 'y'."])
     np.savez("t.npz", data=x)
-    assert read("t.npz")[1] == x.tolist()
+    assert contents("t.npz")[1] == x.tolist()
     vectors = {"u": np.array([1, 2, 5]), "v": np.array([np.nan, 1, 2]), "w": np.array(["a", "b", "c"])}
     np.savez("t.npz", **vectors, flag=np.array([True, False, True]))
-    columns, rows, remarks = read("t.npz")
-    assert columns == ["u", "v", "flag"]
-    assert rows == [[2, 1, 0], [5, 2, 1]]
-    assert len(remarks) == 2
+    columns, rows, remarks = contents("t.npz")
+    assert (columns, rows, len(remarks)) == (["u", "v", "flag"], [[2, 1, 0], [5, 2, 1]], 2)
     np.save("t.npy", x.astype(">f8"))
-    assert read("t.npy")[1] == x.tolist()
+    assert contents("t.npy")[1] == x.tolist()
     np.save("t.npy", np.array([(1, 2.5), (2, 3.5)], dtype=[("p", int), ("q", float)]))
-    assert read("t.npy")[0] == ["p", "q"]
+    assert contents("t.npy")[0] == ["p", "q"]
     days, waves = np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), np.array([1j, 2])
     np.savez("t.npz", a=x[:, 0], days=days, waits=days - days[0], waves=waves)
-    columns, _, (remark,) = read("t.npz")
+    columns, _, (remark,) = contents("t.npz")
     assert columns == ["a"]
     assert "columns that are not numbers: 'days' ('2020-01-01" in remark
 
@@ -568,10 +531,7 @@ def test_numpy_files_hold_a_matrix_or_vectors(folder):
         ('a,b\n1,2\n3,"4\n5,6"\n7,8\n', r"row 2 holds '4\n5,6'; is a quotation mark missing"),
         ("a,b,a\n1,2,3\n", "several columns named 'a'; rename them"),
         ("column 2,\n1,2\n", "several columns named 'column 2'"),
-        (
-            "a;b\n1,5;2,5\n3,5;1,0\n",
-            "column 'a' holds numbers with commas, such as '1,5'; write them with a decimal point",
-        ),
+        ("a;b\n1,5;2,5\n3,5;1,0\n", "column 'a' holds numbers with commas, such as '1,5'; write them with a decimal"),
         ("a;b\n1;2,5\n3;1,0\n", "column 'b' holds numbers with commas, such as '2,5'"),
         ('a,b\n1,"1,200"\n3,"1,300"\n', "column 'b' holds numbers with commas, such as '1,200'"),
         ("a\n1 2\n3 4\n", "Left out columns that are not numbers: 'a' ('1 2')."),
@@ -614,33 +574,37 @@ def test_bad_columns_are_refused(columns, words, folder, capsys):
     assert words in refused(capsys, "t.csv", "--columns", columns)
 
 
+def arrays(**named):
+    return lambda file: np.savez(file, **named)
+
+
+MUST = "must hold a matrix 'x' with as many names in 'columns', or vectors of one length: "
+BAD_FILES = {
+    "absent.csv": (lambda file: None, "cannot read the table 'absent.csv': No such file"),
+    "table.xlsx": (lambda file: None, "must end with .csv or .tsv or .txt or .npz or .npy"),
+    "latin.csv": (lambda file: file.write_bytes("größe,b\n1,2\n".encode("latin-1")), "is not UTF-8 text; save it as"),
+    "text.npz": (lambda file: file.write_text("a,b\n1,2\n"), "is not a NumPy file of plain arrays"),
+    "cut.npz": (lambda file: file.write_bytes(b"PK\x03\x04" + bytes(100)), "is not a NumPy file of plain arrays"),
+    "objects.npz": (arrays(x=np.array([{}, {}], dtype=object)), "is not a NumPy file of plain arrays"),
+    "many.npz": (arrays(u=np.zeros((2, 2)), v=np.zeros((2, 2))), MUST),
+    "unequal.npz": (arrays(u=np.zeros(2), v=np.zeros(3)), MUST),
+    "cube.npz": (arrays(u=np.zeros((2, 2, 2))), MUST),
+    "names.npz": (arrays(x=X, columns=np.array(["a"])), MUST),
+    "twice.npz": (arrays(x=X, columns=np.array(["a", "a"])), "several columns named 'a'"),
+    "inf.npz": (arrays(x=np.array([[1.0, np.inf], [2.0, 1.0]])), "the table holds inf in 'column 2' (1 row)"),
+    "wide.npy": (
+        lambda file: np.save(file, np.zeros((1, 20_001))),
+        "at most 20000 columns, and its first row has 20001",
+    ),
+}
+
+
 @pytest.mark.usefixtures("no_training")
-def test_bad_files_are_refused(folder, capsys):
-    assert "cannot read the table 'absent.csv': No such file" in refused(capsys, "absent.csv")
-    assert "must end with .csv or .tsv or .txt or .npz or .npy" in refused(capsys, "table.xlsx")
-    (folder / "latin.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
-    assert "'latin.csv' is not UTF-8 text; save it as CSV in UTF-8" in refused(capsys, "latin.csv")
-    (folder / "text.npz").write_text("a,b\n1,2\n")
-    assert "the table 'text.npz' is not a NumPy file of plain arrays" in refused(capsys, "text.npz")
-    np.savez("objects.npz", x=np.array([{}, {}], dtype=object))
-    assert "is not a NumPy file of plain arrays" in refused(capsys, "objects.npz")
-    (folder / "cut.npz").write_bytes((folder / "objects.npz").read_bytes()[:100])
-    assert "is not a NumPy file of plain arrays" in refused(capsys, "cut.npz")
-    np.savez("many.npz", u=np.zeros((2, 2)), v=np.zeros((2, 2)))
-    must = "must hold a matrix 'x' with as many names in 'columns', or vectors of one length: "
-    assert must in refused(capsys, "many.npz")
-    np.savez("unequal.npz", u=np.zeros(2), v=np.zeros(3))
-    assert must in refused(capsys, "unequal.npz")
-    np.savez("cube.npz", u=np.zeros((2, 2, 2)))
-    assert must in refused(capsys, "cube.npz")
-    np.savez("names.npz", x=X, columns=np.array(["a"]))
-    assert must in refused(capsys, "names.npz")
-    np.savez("twice.npz", x=X, columns=np.array(["a", "a"]))
-    assert "several columns named 'a'" in refused(capsys, "twice.npz")
-    np.savez("inf.npz", x=np.array([[1.0, np.inf], [2.0, 1.0]]))
-    assert "the table holds inf in 'column 2' (1 row)" in refused(capsys, "inf.npz")
-    np.save("wide.npy", np.zeros((1, 20_001)))
-    assert "must have at most 20000 columns, and its first row has 20001" in refused(capsys, "wide.npy")
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused(name, folder, capsys):
+    write_file, words = BAD_FILES[name]
+    write_file(folder / name)
+    assert words in refused(capsys, name)
 
 
 @pytest.mark.usefixtures("no_training")

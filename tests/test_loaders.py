@@ -21,12 +21,12 @@ def rows(size: int = 20, **settings: Any) -> DataLoader:
     return DataLoader(TensorDataset(torch.arange(N), Y), batch_size=size, shuffle=True, **settings)
 
 
-def hierarchy(i, y):
-    """Sample levels of the rows in a batch."""
+def hierarchy(i, y, spread=lambda level: level[..., None]):
+    """Sample levels of the rows in a batch, and spread each over its data."""
     mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
     with pyro.plate("rows", N, subsample=i):
         level = pyro.sample("level", dist.Normal(mean, WIDE))
-        pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y)
+        pyro.sample("y", dist.Normal(spread(level), 1.0).to_event(1), obs=y)
 
 
 def exact() -> tuple[torch.Tensor, float]:
@@ -50,10 +50,7 @@ def test_learned_rows_of_a_loader_find_the_posterior() -> None:
 @pytest.mark.slow
 def test_an_encoder_serves_rows_that_no_batch_had() -> None:
     def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
-        with pyro.plate("rows", N, subsample=y):
-            level = pyro.sample("level", dist.Normal(mean, WIDE))
-            pyro.sample("y", dist.Normal(level[..., None], 1.0).to_event(1), obs=y)
+        hierarchy(y, y)
 
     guide = AutoPlateFlow(model, "rows", encoder=MLPEncoder(5, context_dim=4))
     fit_svi(model, guide, DataLoader(Y, batch_size=16, shuffle=True), steps=400, progress=False)
@@ -113,11 +110,7 @@ def test_mistakes_are_named() -> None:
 
 def test_batches_of_other_sizes_are_refused_where_the_model_cannot_take_them() -> None:
     def model(i, y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
-        with pyro.plate("rows", N, subsample=i):
-            level = pyro.sample("level", dist.Normal(mean, WIDE))
-            assert level.dim() == 1  # it runs under vmap alone
-            pyro.sample("y", dist.Normal(level[:, None], 1.0).to_event(1), obs=y)
+        hierarchy(i, y, lambda level: level.reshape(len(y), 1))  # it runs under vmap alone
 
     with pytest.raises(ValueError, match=r"have \[\d+, \d+\] numbers of rows after .* drop_last=True"):
         fit_svi(model, AutoStructuredFlow(model), rows(32), steps=5, num_particles=2, progress=False)
@@ -139,11 +132,7 @@ def test_sums_over_discrete_latents_need_batches_of_one_size() -> None:
 @pytest.mark.filterwarnings("error:Found plate statements")
 def test_an_engine_that_runs_a_model_of_given_rows_warns_of_no_plate() -> None:
     def single(i, y):
-        """Sample the levels as ``hierarchy`` does, but refuse many draws at once."""
-        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
-        with pyro.plate("rows", N, subsample=i):
-            level = pyro.sample("level", dist.Normal(mean, WIDE))
-            pyro.sample("y", dist.Normal(level.reshape(len(y), 1), 1.0).to_event(1), obs=y)
+        hierarchy(i, y, lambda level: level.reshape(len(y), 1))  # many draws at once are refused
 
     fit = fit_svi(single, AutoStructuredFlow(single), rows(), steps=2, num_particles=3, progress=False)
     assert fit.losses.isfinite().all()

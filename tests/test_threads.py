@@ -21,18 +21,14 @@ def two():
     torch.set_num_threads(before)
 
 
-def small(seen: list[int]):
+@pytest.mark.slow
+def test_fits_and_checks_of_small_models_use_one_thread_and_restore_it():
+    seen: list[int] = []
+
     def model():
         seen.append(torch.get_num_threads())
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    return model
-
-
-@pytest.mark.slow
-def test_fits_and_checks_of_small_models_use_one_thread_and_restore_it():
-    seen: list[int] = []
-    model = small(seen)
     guide = AutoFlow(model).setup()
     seen.clear()
     fit_svi(model, guide, steps=30, progress=False)
@@ -98,25 +94,23 @@ def test_the_number_that_a_user_allows_is_the_most():
     torch.set_num_threads(1)
     with using(2):
         assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(
-    ("work", "alone", "together", "later", "wanted"),
-    [
-        (1e6, 0.2, None, None, [1, 1, 1]),
-        (1e9, 0.2, 0.1, 0.1, [2, 2, 2]),
-        (1e9, 0.2, 0.19, None, [2, 1, 1]),
-        (1e9, 0.2, 0.1, 0.4, [2, 2, 1]),
-    ],
-    ids=["small", "faster", "no faster", "busy later"],
-)
-def test_large_steps_try_more_and_keep_them_while_they_are_faster(work, alone, together, later, wanted):
+TIMES = {  # work, seconds of a step at first and later, and the number of threads after each
+    "small": (1e6, (0.2, 0.2, 0.2), [1, 1, 1]),
+    "faster": (1e9, (0.2, 0.1, 0.1), [2, 2, 2]),
+    "no faster": (1e9, (0.2, 0.19, 0.2), [2, 1, 1]),
+    "busy later": (1e9, (0.2, 0.1, 0.4), [2, 2, 1]),
+}
+
+
+@pytest.mark.parametrize(("work", "times", "wanted"), TIMES.values(), ids=TIMES)
+def test_large_steps_try_more_and_keep_them_while_they_are_faster(work, times, wanted):
     threads, found = Threads(work), []
     with using(1):
-        for seconds in (alone, together, later):
+        for seconds in times:
             for _ in range(TRIED):
-                threads.saw(seconds or alone)
+                threads.saw(seconds)
             found.append(threads.number)
     assert found == wanted
     assert torch.get_num_threads() == 2
