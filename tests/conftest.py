@@ -49,6 +49,13 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(params=[False, True], ids=["store", "local"])
+def local_params(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Use Pyro's parameter store, and then parameters stored in modules."""
+    with pyro.settings.context(module_local_params=request.param):
+        yield request.param
+
+
 @pytest.fixture
 def ctrl_c():
     """Restore Python's handler of SIGINT, which a shell withholds from background jobs."""

@@ -5,7 +5,7 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, Flow
 from pyro_flows.bijectors import Affine
@@ -22,6 +22,19 @@ class Formula(Conditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         loc, scale = x.chunk(2, -1)
         return torch.stack((12 * torch.atanh(scale.log() / 3), loc), -1)
+
+
+class Line(Conditioner):
+    """Linear map from context to the parameters of an affine map, which fits the posteriors of conjugate models."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__(input_dim, output_dim, 2, (1,), 0)
+        self.output = nn.Linear(input_dim, 2 * output_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.output(x).unflatten(-1, (2, self.output_dim)).mT
 
 
 def gaussian(model, moments) -> AutoFlow:

@@ -726,3 +726,11 @@ def maps(f: Map, x: Tensor, theta: Tensor | None, in_dims: tuple[int, int | None
 def learned(guide: AutoFlow) -> list[nn.Parameter]:
     """Return the trained parameters of a guide: all but those of the fixed last transform."""
     return [parameter for transform in guide.flow.transforms[:-1] for parameter in transform.parameters()]
+
+
+def stir(guide: AutoFlow, scale: float = 0.1) -> AutoFlow:
+    """Move a guide away from its start, so that its flow is no longer the identity."""
+    with torch.no_grad():
+        for parameter in learned(guide):
+            parameter.add_(scale * torch.randn_like(parameter))
+    return guide

@@ -31,6 +31,24 @@ def nested(y=None, *, noise=1.0):
     pyro.deterministic("square", top**2)
 
 
+def plates(x=None, size=3):
+    """Sample two nested plates, with constrained latents in both and outside."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("outer", 2, dim=-2):
+        middle = pyro.sample("middle", dist.Normal(top, 1.0))
+        with pyro.plate("inner", size, dim=-1):
+            leaf = pyro.sample("leaf", dist.LogNormal(middle, 0.5))
+            pair = pyro.sample("pair", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Normal(leaf.log() + pair[..., 0], 1.0), obs=x)
+
+
+def in_groups(mu, y=None, groups=6, noise=1.0):
+    """Sample groups of three numbers, each around a level of its own, given their mean."""
+    with pyro.plate("group", groups):
+        theta = pyro.sample("theta", dist.Normal(mu, 0.5))
+        return pyro.sample("y", dist.Normal(theta[..., None], noise).expand((*theta.shape, 3)).to_event(1), obs=y)
+
+
 Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 
 
@@ -100,3 +118,27 @@ def prior_answer(model, *args, verdict="trust", said="", **_):
     return Posterior(
         draws, verdict, "For a test.", -31.3, 0.004, steps, 2.0, AutoFlow(model), None, Question(model, args, {}, model)
     )
+
+
+def state(guide):
+    """Return copies of the parameters."""
+    return [parameter.detach().clone() for parameter in guide.parameters()]
+
+
+def draws_of(guide, *args):
+    """Return draws that are equal for equal guides."""
+    pyro.set_rng_seed(3)
+    return list(guide.sample(10, *args).values())
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def stirred(guide, scale=0.05):
+    """Move a guide away from its start, frames included."""
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if not name.endswith("unit"):
+                parameter.add_(scale * torch.randn_like(parameter))
+    return guide

@@ -56,6 +56,7 @@ def test_coefficients_are_linear_in_the_last_inputs() -> None:
     constant, first, second = x[:, :12].unflatten(1, (3, 4)).unbind(1)
     wanted = constant + first * x[:, -2:-1] + second * x[:, -1:]
     torch.testing.assert_close(net(x).mT.flatten(1), wanted)
+    assert torch.equal(Given(7, 2, 3)(x[:, :7]).mT.flatten(1), x[:, :6])
     layer = Elementwise(Affine(), 2, net)
     assert torch.equal(layer.forward_and_log_det(torch.ones(2).double(), torch.zeros(15).double())[0], torch.ones(2))
 
