@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from functools import partial
 
 import pyro
 import pyro.contrib.gp as gp
@@ -26,23 +27,13 @@ from pyro_flows.fitting import guide_start
 from pyro_flows.fitting.guide_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.density import Density
-from pyro_flows.programs.log_density import or_nan
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.vjp import score_of
 
 X = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1], dtype=torch.float64)
 QUICK = {"steps": 3, "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 # Models from Pyro's tutorials, and equivalent models that broadcast to the left of their plates.
@@ -171,11 +162,12 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 @pytest.fixture
 def brief(monkeypatch):
     """Shorten the search for modes and the chains."""
-    fewer = {"SEARCH": {"starts": 16, "probes": 500, "gradients": 40}, "REACH": {"few": 16, "particles": 64}}
-    for name, numbers in fewer.items():
-        monkeypatch.setattr(missing_modes, name, dataclasses.replace(getattr(missing_modes, name), **numbers))
-    run = dataclasses.replace(measurements.SHORT_RUN, sweeps=measurements.SHORT_RUN.block)
-    monkeypatch.setattr(measurements, "SHORT_RUN", run)
+    for module, name, numbers in (
+        (missing_modes, "SEARCH", {"starts": 16, "probes": 500, "gradients": 40}),
+        (missing_modes, "REACH", {"few": 16, "particles": 64}),
+        (measurements, "SHORT_RUN", {"sweeps": measurements.SHORT_RUN.block}),
+    ):
+        monkeypatch.setattr(module, name, dataclasses.replace(getattr(module, name), **numbers))
 
 
 def pair(name):
@@ -191,20 +183,19 @@ def test_refused_models_run_by_vmap_and_have_the_density_of_their_twins(name):
     task = Task(model, guide, (X, Y), {}).settle()
     assert (task.model.engine, task.guide.engine) == ("vmap", "plate")
     draws = task.draw(40)
-    broadcast = Task(pf.Program(twin, vectorize="plate"), guide, (X, Y), {}).settle()
-    torch.testing.assert_close(draws.log_p, broadcast.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
-    one_by_one = Task(pf.Program(model, vectorize="loop"), guide, (X, Y), {}).settle()
-    torch.testing.assert_close(draws.log_p, one_by_one.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
+    for program in (pf.Program(twin, vectorize="plate"), pf.Program(model, vectorize="loop")):
+        wanted = Task(program, guide, (X, Y), {}).settle().model.log_prob(draws.latents, 40)
+        torch.testing.assert_close(draws.log_p, wanted, rtol=1e-9, atol=1e-9)
 
 
 @every_twin
 @pytest.mark.parametrize(
     "objective",
     [
-        lambda nesting: PathELBO(6, max_plate_nesting=nesting, vectorize_particles=True),
-        lambda nesting: pyro.infer.Trace_ELBO(6, max_plate_nesting=nesting, vectorize_particles=True),
-        lambda nesting: ImportanceWeightedELBO(6, max_plate_nesting=nesting),
-        lambda nesting: TemperedELBO(10, num_particles=6, max_plate_nesting=nesting),
+        partial(PathELBO, 6, vectorize_particles=True),
+        partial(Trace_ELBO, 6, vectorize_particles=True),
+        partial(ImportanceWeightedELBO, 6),
+        partial(TemperedELBO, 10, num_particles=6),
     ],
     ids=["path", "trace", "iw", "tempered"],
 )
@@ -215,26 +206,24 @@ def test_elbo_gradients_are_those_of_the_twins(name, objective):
 
     def gradients(program):
         pyro.set_rng_seed(5)
-        loss = objective(task.model.nesting).differentiable_loss(program, guide, X, Y)
+        loss = objective(max_plate_nesting=task.model.nesting).differentiable_loss(program, guide, X, Y)
         return loss, torch.autograd.grad(loss, parameters, allow_unused=True)
 
     with pyro.validation_enabled(True):
         loss, found = gradients(task.broadcasting)
         wanted_loss, wanted = gradients(twin)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-9, atol=1e-9)
-    for one, other in zip(found, wanted, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert [one is None for one in found] == [other is None for other in wanted]
+    pairs = [(one, other) for one, other in zip(found, wanted, strict=True) if one is not None]
+    torch.testing.assert_close(*zip(*pairs, strict=True), rtol=1e-6, atol=1e-6)
 
 
 @every_twin
 def test_scores_are_those_of_the_twins(name):
     model, twin, guide = pair(name)
     spaces = [Density(Task(program, guide, (X, Y), {})) for program in (model, twin)]
-    z = torch.randn(5, spaces[0].dim, requires_grad=True)
-    scores = [torch.autograd.grad(space.log_prob(z).sum(), z)[0] for space in spaces]
-    torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
+    z = torch.randn(5, spaces[0].dim)
+    torch.testing.assert_close(*(score_of(space.log_prob, z) for space in spaces), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.slow
@@ -302,9 +291,7 @@ def summing(y):
 def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_others():
     guide = AutoFlow(summing).setup(Y[0])
     assert Task(summing, guide, (Y[0],), {}).settle().model.engine == "vmap"
-    with pytest.raises(
-        ValueError, match=r"log-density at site 'penalty' \(test_engines.*`\) is .* for one draw.*\. Let"
-    ):
+    with pytest.raises(ValueError, match=r"log-density at site 'penalty' \(test_engines.*`\) is .* for one draw"):
         Task(pf.Program(summing, vectorize="plate"), guide, (Y[0],), {}).settle()
 
 
@@ -313,11 +300,7 @@ def test_the_warning_of_the_loop_quotes_the_line_of_a_density_that_differs():
         summing(y)
         pyro.sample("v", dist.Normal(0.0, 1.0)).reshape(-1).min().item()
 
-    said = (
-        r"^the model runs one draw at a time\. In a plate of draws, the model's log-density at site 'penalty' "
-        r"\(test_engines\.py:\d+, `pyro\.factor\(\"penalty\".*`\) is \S+ for one draw, but \S+ vectorised over draws\. "
-        r"Under torch\.func\.vmap, the model does not run .*\.item\(\)`: RuntimeError: vmap: "
-    )
+    said = r"one draw at a time.*at site 'penalty' .*`pyro\.factor\(\"penalty\".*func\.vmap, .*\.item\(\)`: Runtime"
     with pytest.warns(UserWarning, match=said):
         Task(model, AutoFlow(model).setup(Y[0]), (Y[0],), {}).settle()
 
@@ -337,8 +320,9 @@ def test_deterministic_sites_count_in_the_choice():
 
 
 def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
+    scale = torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
+
     def guide(x, y):
-        scale = torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
         noise = pyro.sample("noise", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer={"is_auxiliary": True})
         pyro.sample("w", dist.Delta(torch.mv(scale, noise), event_dim=1, log_density=-scale.diagonal().log().sum()))
 
@@ -346,7 +330,6 @@ def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
     assert task.guide.engine == "vmap"
     draws = task.draw(1000)
     assert draws.latents["w"].std(0).min() > 0.05  # each draw has its own noise
-    scale = torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
     exact = dist.MultivariateNormal(torch.zeros(3), scale @ scale.T).log_prob(draws.latents["w"])
     torch.testing.assert_close(draws.log_q, exact)
 
@@ -361,15 +344,6 @@ def test_an_engine_can_be_insisted_on(vectorize):
     assert Task(program, guide, (X, Y), {}).settle().model.engine == vectorize
     for verb in (pf.psis, pf.check):
         verb(program, guide, X, Y, num_samples=100)
-
-
-def test_bad_engines_are_refused_by_name():
-    guide = AutoFlow(matmul)
-    pf.fit_svi(matmul, guide, X, Y, **QUICK)
-    with pytest.raises(ValueError, match=r"Program: vectorize must be 'auto' or .*got True\."):
-        pf.Program(matmul, vectorize=True)
-    with pytest.raises(ValueError, match=r"the model does not run vectorised over draws: .*x @ w"):
-        pf.psis(pf.Program(matmul, vectorize="plate"), guide, X, Y)
 
 
 def test_random_structure_is_refused_by_the_site():
@@ -389,23 +363,6 @@ def test_random_structure_is_refused_by_the_site():
 
 
 # Programs with traps for engines, searches or guides.
-
-
-def test_a_batch_with_matrices_that_have_no_factor_loses_those_draws_alone():
-    calls = []
-
-    def density(z):
-        calls.append(len(z))
-        matrix = torch.eye(2) * z[:, None, :1] + 0.1
-        return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).sum((-1, -2))
-
-    z = torch.tensor([[1.0], [-1.0], [2.0], [-3.0], [0.5]])
-    found = or_nan(density)(z)
-    assert calls == [5, 5]
-    assert found.isnan().tolist() == [False, True, False, True, False]
-    torch.testing.assert_close(found[[0, 2, 4]], density(z[[0, 2, 4]]))
-    score = score_of(or_nan(density), z)
-    torch.testing.assert_close(score[[0, 2, 4]], score_of(density, z[[0, 2, 4]]))
 
 
 def test_a_draw_out_of_range_is_weighed_and_no_error():
@@ -446,40 +403,17 @@ def test_a_model_without_gradients_is_refused_before_training():
         pf.fit_svi(model, AutoFlow(model), torch.tensor(1.0), **QUICK)
 
 
-def test_a_guide_starts_where_the_model_has_a_density():
-    """Centre and origin have a density of zero here, because one latent must be larger than the other."""
-
-    def model():
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        pyro.factor("order", torch.where(a > b + 0.5, 0.0, -torch.inf))
-
-    a, b = AutoFlow(model).setup().start[0]
-    assert a > b + 0.5
-
-
 def test_a_law_without_a_support_is_over_the_real_numbers():
     """Example: zuko's flows within ``ZukoToPyro``."""
 
-    class Nameless(dist.TorchDistribution):
-        arg_constraints = {}
-        has_rsample = True
-
-        def __init__(self, shape=()):
-            super().__init__(torch.Size(shape), torch.Size([2]))
-
-        def rsample(self, sample_shape=()):
-            return 3 + torch.randn(torch.Size(sample_shape) + self.batch_shape + self.event_shape)
-
-        def log_prob(self, value):
-            return -((value - 3) ** 2).sum(-1) / 2
-
-        def expand(self, batch_shape, _instance=None):
-            return Nameless(batch_shape)
+    class Nameless(dist.MultivariateNormal):
+        @property
+        def support(self):
+            raise NotImplementedError
 
     def model(y):
         with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", Nameless())
+            z = pyro.sample("z", Nameless(torch.full((2,), 3.0), torch.eye(2)))
             pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
 
     y = torch.zeros(3)
@@ -523,12 +457,11 @@ def shaken(sd):
         pyro.factor("f", sd * torch.randn(()))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
-    return model
+    return Task(model, AutoFlow(model).setup(), (), {})
 
 
 def test_a_noisy_density_is_refused_for_weights_after_its_engine_was_chosen():
-    model = shaken(20.0)
-    task = Task(model, AutoFlow(model).setup(), (), {})
+    task = shaken(20.0)
     with pytest.warns(UserWarning, match="log-density is an estimate"):
         task.settle()
     with pytest.raises(ValueError, match=r"most at site 'f': draws cannot be weighed"):
@@ -537,13 +470,12 @@ def test_a_noisy_density_is_refused_for_weights_after_its_engine_was_chosen():
 
 
 def test_a_noisy_density_is_said_once_for_all_guides_of_a_task():
-    model = shaken(1.0)
-    task = Task(model, AutoFlow(model).setup(), (), {})
+    task = shaken(1.0)
     with pytest.warns(UserWarning, match="log-density is an estimate"):
         task.settle()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        task.of(AutoFlow(model).setup()).check().settle()
+        task.of(AutoFlow(task.model.call).setup()).check().settle()
 
 
 def test_vmap_that_cannot_draw_is_tried_once():
@@ -552,9 +484,8 @@ def test_vmap_that_cannot_draw_is_tried_once():
     def model():
         runs.append(1)
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        if not torch._C._functorch.is_batchedtensor(x):
-            return
-        raise RuntimeError("cannot draw")
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError("cannot draw")
 
     guide = AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))).setup()
     runner, number = Task(model, guide, (), {}).model.by("vmap"), []
@@ -596,23 +527,18 @@ def mixing(y):
         pyro.sample("y", dist.Normal(Vindex(loc)[..., k], 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [matmul, dropping, branching, mixing])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", [matmul_twin, matmul, branching, mixing])
 def test_the_choice_takes_few_runs(model):
-    runs, arguments = [], {matmul: (X, Y), branching: (Y[0],)}.get(model, (Y,))
+    runs, arguments = [], {branching: (Y[0],), mixing: (Y,)}.get(model, (X, Y))
 
     def counted(*args):
         runs.append(1)
         return model(*args)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        DROPOUT.eval()
-        task = Task(counted, AutoFlow(model).setup(*arguments), arguments, {})
-        before = len(runs)
-        try:
-            task.settle()
-        finally:
-            DROPOUT.train()
+    task = Task(counted, AutoFlow(model).setup(*arguments), arguments, {})
+    before = len(runs)
+    task.settle()
     assert len(runs) - before <= (9 if model is mixing else 5)  # a sum is checked at several discrete values
 
 
@@ -655,22 +581,19 @@ def test_a_write_into_a_sampled_value_changes_no_draw_and_no_prior(engine):
     torch.testing.assert_close(draws.log_p, spaces[1].task.model.log_prob(draws.latents, 20))
 
 
-def pinning_in_a_plate(y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 4):
-        level = pyro.sample("level", dist.LogNormal(mean, 1.0))
-        with torch.no_grad():
-            level[..., 0] = 1
-        pyro.sample("y", dist.Normal(level, 0.5), obs=y)
-
-
 @pytest.mark.parametrize("make", [AutoFlow, pf.AutoStructuredFlow, lambda model: pf.AutoPlateFlow(model, "data")])
 def test_guides_hand_out_values_that_may_be_written_to(make):
-    guide = make(pinning_in_a_plate)
-    svi = SVI(pinning_in_a_plate, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(2, vectorize_particles=True))
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            level = pyro.sample("level", dist.LogNormal(mean, 1.0))
+            with torch.no_grad():
+                level[..., 0] = 1
+            pyro.sample("y", dist.Normal(level, 0.5), obs=y)
+
+    svi = SVI(model, make(model), pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(2, vectorize_particles=True))
     assert math.isfinite(svi.step(Y))
-    guide = make(pinning_in_a_plate)
-    assert pf.fit_svi(pinning_in_a_plate, guide, Y, warm_start=False, **QUICK).losses.isfinite().all()
+    assert pf.fit_svi(model, make(model), Y, warm_start=False, **QUICK).losses.isfinite().all()
 
 
 @pytest.mark.parametrize("vectorize", ["auto", "plate", "vmap", "loop"])
@@ -701,9 +624,7 @@ def test_the_search_for_a_start_of_a_slow_model_is_left_out_or_ended_by_its_budg
     assert task.model.engine == "loop"
     assert 0 < task.model.choice.seconds < 1
     task.model, before = task.model.with_(choice=task.model.choice._replace(seconds=1.0)), len(COUNTED)
-    with pytest.warns(
-        UserWarning, match=r"no Gaussian is sought to start from, since .* one draw at a time, and a run"
-    ):
+    with pytest.warns(UserWarning, match=r"no Gaussian is sought to start from, since .* one draw at a time"):
         assert start_from_gaussian(guide, task, seconds=2000.0) is None
     assert len(COUNTED) == before
     monkeypatch.setattr(guide_start, "STARTS", dataclasses.replace(guide_start.STARTS, least_runs=100))
@@ -723,9 +644,7 @@ def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
     COUNTED.clear()
     found = pf.check(one_by_one, exact, Y[0])
     assert found.trusted
-    assert "There was no search for other modes, since the model runs one draw at a time, and a run takes" in repr(
-        found
-    )
-    assert "missing=?" in repr(found)
+    for words in ("no search for other modes, since the model runs one draw at a time, and a run takes", "missing=?"):
+        assert words in repr(found)
     assert len(found.psis.log_weights) == 300
     assert len(COUNTED) < 2500

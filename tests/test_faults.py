@@ -36,6 +36,7 @@ from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.annealed_population import Reference
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+SHORT = {"steps": 1, "num_particles": 4, "warm_start": False, "progress": False}
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
 
 
@@ -44,8 +45,7 @@ def flat(name: str, support=constraints.real, shape=()):
 
 
 def fit(model, *args, recipe=small, **settings):
-    settings = {"steps": 1, "num_particles": 4, "warm_start": False, "progress": False, **settings}
-    return fit_svi(model, AutoFlow(model, recipe), *args, **settings)
+    return fit_svi(model, AutoFlow(model, recipe), *args, **{**SHORT, **settings})
 
 
 # Supports without volume.
@@ -65,17 +65,8 @@ def test_points_follow_from_the_model_and_are_left_out(name):
 
     guide = AutoFlow(model).setup()
     assert guide.latent_dim == 1
-    fit_svi(model, guide, steps=1, num_particles=4, warm_start=False, progress=False)
+    fit_svi(model, guide, **SHORT)
     assert (resample(model, guide, num_samples=5)["fixed"] == 1).all()
-
-
-def test_deterministic_and_factor_are_welcome():
-    def model():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.deterministic("fixed", x**2)
-        pyro.factor("data", -(x**2))
-
-    assert AutoFlow(model).setup().latent_dim == 1
 
 
 @pytest.mark.parametrize("infer", [{}, {"periodic": True}], ids=["interval", "circle"])
@@ -91,12 +82,8 @@ def test_intervals_without_volume_are_refused(low, high, infer):
         AutoFlow(model).setup()
 
 
-GUIDES = {
-    "joint": AutoFlow,
-    "structured": AutoStructuredFlow,
-    "plate": lambda model, **settings: AutoPlateFlow(model, "row", **settings),
-}
-every_guide = pytest.mark.parametrize("build", GUIDES.values(), ids=list(GUIDES))
+by_row = functools.partial(AutoPlateFlow, plate="row")
+every_guide = pytest.mark.parametrize("build", [AutoFlow, AutoStructuredFlow, by_row], ids=["joint", "tree", "plate"])
 
 
 def directions():
@@ -109,9 +96,7 @@ def directions():
 @every_guide
 @pytest.mark.parametrize("start", [{}, {"init_loc_fn": init_to_median}], ids=["default", "median"])
 def test_spheres_are_refused_with_the_way_out(build, start):
-    with pytest.raises(
-        (ValueError, NotImplementedError), match=r"'direction'.*poutine.reparam.*ProjectedNormalReparam"
-    ):
+    with pytest.raises((ValueError, NotImplementedError), match=r"'direction'.*ProjectedNormalReparam"):
         build(directions, **start).setup()
 
 
@@ -123,8 +108,7 @@ def test_the_way_out_of_spheres_works(build):
     normal = guide.sample(1000)["direction_normal"]  # the direction is that of the normal plus the concentration
     found = torch.nn.functional.normalize(normal + torch.tensor([3.0, 4.0]), dim=-1)
     torch.testing.assert_close(found.mean(0), torch.tensor([0.6, 0.8]).expand(3, 2), rtol=0, atol=0.01)
-    losses = fit_svi(model, guide, steps=3, num_particles=4, warm_start=False, progress=False).losses
-    assert losses.isfinite().all()
+    assert fit_svi(model, guide, **{**SHORT, "steps": 3}).losses.isfinite().all()
 
 
 # Posteriors that are improper.
@@ -134,16 +118,14 @@ def nothing():
     flat("loose")
 
 
-def unused():
+def unused(support=constraints.real):
     x = flat("x")
-    flat("loose")
+    flat("loose", support)
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
 
 def unused_positive():
-    x = flat("x")
-    flat("loose", constraints.positive)
-    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+    unused(constraints.positive)
 
 
 def log_uniform():
@@ -172,14 +154,10 @@ def masked_prior():
 
 @pytest.mark.parametrize("settings", [{}, {"warm_start": True}, {"recipe": None}], ids=["cold", "warm", "default"])
 @pytest.mark.parametrize(
-    "model",
-    [nothing, unused, unused_positive, log_uniform, unused_column, unused_row, masked_prior],
-    ids=lambda model: model.__name__,
+    "model", [nothing, unused, unused_positive, log_uniform, unused_column, unused_row, masked_prior]
 )
 def test_what_nothing_bounds_is_refused(model, settings):
-    with pytest.raises(
-        ValueError, match="posterior is improper: nothing in the model bounds latent site 'loose', whose prior is flat"
-    ):
+    with pytest.raises(ValueError, match="nothing in the model bounds latent site 'loose', whose prior is flat"):
         fit(model, **settings)
 
 
@@ -204,7 +182,7 @@ def product():
         pyro.sample("y", dist.Normal(a * b, 1.0), obs=DATA)
 
 
-@pytest.mark.parametrize("model", [total, difference, product], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [total, difference, product])
 def test_directions_that_nothing_bounds_are_refused(model):
     with pytest.raises(ValueError, match="nothing in the model bounds latent sites 'a', 'b', whose prior is flat"):
         fit(model)
@@ -225,12 +203,9 @@ WORDS = r"the priors of latent sites 'loadings', 'free', 'scale', 'factors' are 
 
 @pytest.mark.parametrize("build", [lambda model: AutoFlow(model, small), AutoStructuredFlow, AutoNormal])
 def test_masked_priors_are_named_before_the_first_step(build):
-    guide, free = build(factors), r"nothing in the model bounds latent site 'free'"
-    with (
-        pytest.raises(ValueError, match=free),
-        pytest.warns(UserWarning, match=f"fit_svi: the posterior may be improper: {WORDS}"),
-    ):
-        fit_svi(factors, guide, torch.randn(6, 5), steps=1, progress=False)
+    free = pytest.raises(ValueError, match=r"nothing in the model bounds latent site 'free'")
+    with free, pytest.warns(UserWarning, match=f"fit_svi: the posterior may be improper: {WORDS}"):
+        fit_svi(factors, build(factors), torch.randn(6, 5), steps=1, progress=False)
 
 
 @pytest.mark.parametrize("use", [psis, check, to_arviz])
@@ -353,11 +328,7 @@ def vague():
         pyro.sample("y", dist.Normal(a + b, 0.1), obs=DATA)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [bounded, circle, two_modes, change_point, heavy, far_scale, ordered, vague],
-    ids=lambda model: model.__name__,
-)
+@pytest.mark.parametrize("model", [bounded, circle, two_modes, change_point, heavy, far_scale, ordered, vague])
 def test_proper_posteriors_are_welcome(model):
     recipe = None if model is circle else small
     assert fit(model, recipe=recipe).steps == 1
@@ -384,9 +355,7 @@ def separated():
     pyro.sample("y", dist.Bernoulli(logits=flat("loose")), obs=torch.tensor(1.0))
 
 
-@pytest.mark.parametrize(
-    "model", [growing, growing_scale, level, separated, unused_positive, total], ids=lambda model: model.__name__
-)
+@pytest.mark.parametrize("model", [growing, growing_scale, level, separated, unused_positive, total])
 def test_anneal_refuses_a_density_without_an_end(model):
     with pytest.raises(ValueError, match=r"anneal: the posterior is improper: .* latent sites? '(loose|a', 'b)'"):
         anneal(model, num_particles=64, fit=False)
@@ -416,7 +385,7 @@ def no_counts():
     pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("model", [heavy_tails, many_supports, wide_prior, no_counts], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [heavy_tails, many_supports, wide_prior, no_counts])
 def test_wide_and_heavy_tails_have_an_end(model):
     guide = AutoFlow(model).setup()
     space = Density(Task(model, guide, (), {}))

@@ -3,9 +3,9 @@
 They run under a plate of draws if the user asks for it, and otherwise by any engine that can run them."""
 
 import contextlib
+import functools
 import inspect
 import math
-import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -29,20 +29,7 @@ X = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.9, 1.7])
 QUICK = {"steps": 3, "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-
-
-@pytest.fixture(params=[False, True], ids=["store", "local"])
-def stores(request):
-    """Use Pyro's parameter store, and then parameters stored in modules."""
-    with pyro.settings.context(module_local_params=request.param):
-        yield
-
-
-in_both_stores = pytest.mark.usefixtures("stores")
+in_both_stores = pytest.mark.usefixtures("local_params")
 
 
 def evidence(model, *args, low=-4.0, high=4.0):
@@ -81,11 +68,6 @@ FAULTS = {
 }
 
 
-def words_of(settings):
-    """Return a name of settings that is equal in all processes; the default name of an object has its address."""
-    return " ".join(f"{k}={v if isinstance(v, int) else type(v).__name__}" for k, v in settings.items()) or "default"
-
-
 every_fault = pytest.mark.parametrize("model", FAULTS, ids=lambda model: model.__name__)
 
 
@@ -115,7 +97,7 @@ def test_a_model_that_does_not_run_under_a_plate_is_refused_by_its_own_line(mode
         {"objective": Trace_ELBO(8, vectorize_particles=True)},
         {"num_particles": 1, "warm_start": True},
     ],
-    ids=words_of,
+    ids=["default", "path", "tempered", "trace", "warm"],
 )
 def test_fit_svi_says_before_training_that_a_model_does_not_run_under_a_plate(model, settings):
     guide = AutoFlow(model)
@@ -124,38 +106,12 @@ def test_fit_svi_says_before_training_that_a_model_does_not_run_under_a_plate(mo
     assert guide.is_fresh
 
 
-@pytest.mark.slow
-@every_fault
-def test_without_a_plate_it_is_weighed_as_in_single_runs(model):
-    y, guide = torch.tensor(1.0), AutoFlow(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        assert pf.fit_svi(model, guide, y, **QUICK).losses.isfinite().all()
-        task = Task(model, guide, (y,), {}).settle()
-        found = pf.psis(model, guide, y, num_samples=25)
-    assert task.model.engine == ("loop" if model is converts else "vmap")
-    draws = task.draw(5)
-    for row in range(5):
-        held = poutine.condition(model, data={name: value[row] for name, value in draws.latents.items()})
-        torch.testing.assert_close(draws.log_p[row], poutine.trace(held).get_trace(y).log_prob_sum())
-    assert found.log_weights.isfinite().all()
-    assert pf.psis(pf.Program(model, vectorize="loop"), guide, y, num_samples=25).log_weights.isfinite().all()
-    assert pf.fit_svi(model, guide, y, num_particles=1, **QUICK).losses.isfinite().all()
-
-
-def test_the_loop_is_told_by_the_line_that_needs_it():
-    way_in = r"^the model runs one draw at a time\. In a plate .*test_programs.py:\d+, .*math.* Under .*vmap.*, .*math"
-    with pytest.warns(UserWarning, match=way_in):
-        pf.psis(converts, converts, torch.tensor(1.0), num_samples=25)
-
-
 def test_a_model_that_asserts_shapes_is_simulated():
     def model(x=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         assert not w.dim()
         pyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
-    guide = AutoFlow(model, encoder=lambda x: x[..., None]).setup(torch.tensor(0.0))
     amortized = AutoFlow(model, encoder=lambda x: x[..., None])
     for use in (
         lambda program: pf.simulate(program, num_simulations=20),
@@ -165,7 +121,6 @@ def test_a_model_that_asserts_shapes_is_simulated():
         with pytest.raises(ValueError, match=r"the model does not .*test_programs.py:\d+, `assert not w.dim\(\)`"):
             use(pf.Program(model, vectorize="plate"))
         use(model)
-    assert guide.is_fresh
 
 
 def test_a_guide_that_does_not_run_under_a_plate_is_called_the_guide():
@@ -228,19 +183,16 @@ def several(y):
 
 
 @in_both_stores
-@pytest.mark.parametrize("settings", [{}, {"objective": PathELBO()}, {"warm_start": True}], ids=words_of)
+@pytest.mark.parametrize("settings", [{}, {"objective": PathELBO()}, {"warm_start": True}])
 def test_all_continuous_latents_that_a_guide_lacks_are_named_before_training(settings):
     guide = AutoFlow(poutine.block(several, hide=["z_0", "z_1", "k"]))
-    with pytest.raises(
-        ValueError,
-        match=r"^fit_svi: latent sites 'z_0', 'z_1' of the model are not in the guide\. 'z_0', 'z_1' are continuous: "
-        r".*poutine.condition",
-    ):
+    words = r"^fit_svi: latent sites 'z_0', 'z_1' of the model are not in the guide\. .* continuous: .*condition"
+    with pytest.raises(ValueError, match=words):
         pf.fit_svi(several, guide, X, **QUICK, **settings)
     assert guide.is_fresh
 
 
-@pytest.mark.parametrize("use", [pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz, pf.neutra])
+@pytest.mark.parametrize("use", [pf.fit_svi, pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz, pf.neutra])
 def test_a_blocked_guide_with_the_whole_model_is_refused_by_name(use):
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -250,13 +202,9 @@ def test_a_blocked_guide_with_the_whole_model_is_refused_by_name(use):
     part = poutine.block(model, hide=["w", "n"])
     guide = AutoFlow(part)
     pf.fit_svi(part, guide, **QUICK)
-    match = (
-        r"latent sites 'w', 'n' of the model are not in the guide\. 'n' is discrete with infinite support.*'w' is cont"
-    )
-    with pytest.raises(ValueError, match=match):
-        use(model, guide)
-    with pytest.raises(ValueError, match=f"fit_svi: {match}"):
-        pf.fit_svi(model, guide, **QUICK)
+    words = r"latent sites 'w', 'n' of the model are not in the guide\. 'n' is discrete with infinite.*'w' is cont"
+    with pytest.raises(ValueError, match=words):
+        use(model, guide, **(QUICK if use is pf.fit_svi else {}))
 
 
 def test_several_sites_of_another_models_guide_are_named_at_once():
@@ -278,16 +226,16 @@ def mixture(y):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stores", "objective"),
+    ("local_params", "objective"),
     [
         (False, lambda: PathEnumELBO(max_plate_nesting=1)),
         (True, lambda: PathEnumELBO()),
         (True, lambda: PathEnumELBO(32, max_plate_nesting=1, vectorize_particles=True)),
         (False, lambda: TraceEnum_ELBO(32, max_plate_nesting=1, vectorize_particles=True)),
     ],
-    indirect=["stores"],
+    indirect=["local_params"],
 )
-def test_enumeration_goes_on_with_the_whole_model(stores, objective):
+def test_enumeration_goes_on_with_the_whole_model(local_params, objective):
     guide = AutoFlow(poutine.block(mixture, hide=["k"]))
     fit = pf.fit_svi(mixture, guide, X, objective=objective(), steps=150, lr=0.05, progress=False)
 
@@ -296,8 +244,7 @@ def test_enumeration_goes_on_with_the_whole_model(stores, objective):
         first, second = (dist.Normal(loc + shift, 1.0).log_prob(y) + math.log(p) for shift, p in ((0, 0.7), (3, 0.3)))
         pyro.factor("y", torch.logaddexp(first, second).sum())
 
-    exact = evidence(summed, X)
-    assert abs(float(fit.losses[-50:].mean()) + exact) < 0.1
+    assert abs(float(fit.losses[-50:].mean()) + evidence(summed, X)) < 0.1
 
 
 @pytest.mark.slow
@@ -349,8 +296,7 @@ def test_to_arviz_takes_the_shape_of_a_log_likelihood_from_itself(model, setting
     assert rows.shape == (100, 10)
     assert torch.allclose(rows, dist.Bernoulli(heads[:, None]).log_prob(y))
     drawn = found["posterior_predictive"]["obs"]
-    assert drawn.dims == found["log_likelihood"]["obs"].dims
-    assert drawn.dims[2:] == found["observed_data"]["obs"].dims
+    assert drawn.dims == found["log_likelihood"]["obs"].dims == ("chain", "draw", *found["observed_data"]["obs"].dims)
     assert 0 < drawn.values[0].std(1).mean() < 1  # each row has a separate draw
 
 
@@ -384,6 +330,7 @@ def rows_model(plate):
 
 
 as_data = rows_model(lambda x: (pyro.plate("rows", len(x), subsample=x), lambda given: given))
+all_rows = rows_model(lambda x: (pyro.plate("rows", len(x)), lambda _: x))
 
 
 class Column(nn.Module):
@@ -405,17 +352,11 @@ def losses(model, build, *args, **settings):
 @pytest.mark.parametrize("encoder", [None, Column], ids=["learned", "encoder"])
 @pytest.mark.parametrize("x", [X, torch.stack((X, X), 1), torch.tensor([3, 1, 1, 0])], ids=["x", "xx", "counts"])
 def test_data_given_as_subsample_are_the_rows_in_their_order(encoder, x):
-    def twin(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            fn = dist.Normal(z, 1.0) if x.dim() == 1 else dist.Normal(z[..., None], torch.ones(2)).to_event(1)
-            pyro.sample("x", fn, obs=x)
-
     def build(model):
         return AutoPlateFlow(model, "rows", encoder=encoder and encoder())
 
     found, guide = losses(as_data, build, x)
-    assert torch.equal(found, losses(twin, build, x)[0])
+    assert torch.equal(found, losses(all_rows, build, x)[0])
     assert guide.sample(5, x)["z"].shape == (5, len(x))
     assert pf.psis(as_data, guide, x, num_samples=25).log_weights.isfinite().all()
 
@@ -425,13 +366,8 @@ def test_data_given_as_subsample_are_the_rows_in_their_order(encoder, x):
 def test_autoflow_leaves_a_model_the_data_that_it_gives_as_subsample(num_particles):
     """Indices in the guide's trace would replace the data, so that the guide would fit 0, 1, 2, ..."""
 
-    def twin(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     found, guide = losses(as_data, AutoFlow, X, num_particles=num_particles)
-    assert torch.equal(found, losses(twin, AutoFlow, X, num_particles=num_particles)[0])
+    assert torch.equal(found, losses(all_rows, AutoFlow, X, num_particles=num_particles)[0])
     guide.start_at(X / 2, torch.eye(7) * 0.5**0.5)  # the known posterior
     exact = float(dist.Normal(0.0, 2**0.5).log_prob(X).sum())
     weights = pf.psis(as_data, guide, X, num_samples=200)
@@ -468,29 +404,19 @@ def test_rows_whose_order_cannot_be_told_are_refused():
 
 @in_both_stores
 def test_latents_in_a_plate_without_a_size_are_those_that_pyro_draws():
-    def sized(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def unsized(x):
+    def unsized(x, shape=(7,)):
         with pyro.plate("rows"):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            z = pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    def shared(x):
-        with pyro.plate("rows"):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    shared = functools.partial(unsized, shape=())
 
-    found, guide = losses(unsized, AutoFlow, X)
-    assert torch.equal(found, losses(sized, AutoFlow, X)[0])
-    assert guide.sample(5)["z"].shape == (5, 7)
+    for build in (AutoFlow, lambda model: AutoPlateFlow(model, "rows")):
+        found, guide = losses(unsized, build, X)
+        assert torch.equal(found, losses(all_rows, build, X)[0])
+        assert guide.sample(5, X)["z"].shape == (5, 7)
     assert losses(shared, AutoFlow, X)[1].sample(5)["z"].shape == (5,)
     assert SVI(unsized, AutoFlow(unsized), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(X) < 1e3
-    found, guide = losses(unsized, lambda model: AutoPlateFlow(model, "rows"), X)
-    assert torch.equal(found, losses(sized, lambda model: AutoPlateFlow(model, "rows"), X)[0])
-    assert guide.sample(5, X)["z"].shape == (5, 7)
     with pytest.raises(ValueError, match=r"'z' has no dimension for .* 'rows'.*pyro.plate\('rows', len\(x\)\)"):
         AutoPlateFlow(shared, "rows").setup(X)
     guide = AutoPlateFlow(coin, "data_plate")  # no latent lies in it
@@ -516,11 +442,6 @@ def test_discrete_latents_are_left_out_and_infinite_ones_are_named(build):
     for hidden in (["n", "g"], ["k", "n", "c", "g"]):
         guide = build(poutine.block(model, hide=hidden)).setup()
         assert guide().keys() == {"x", "z"}
-
-
-def test_a_latent_of_infinite_support_alone_is_not_to_be_enumerated():
-    with pytest.raises(ValueError, match=r"'n' is discrete, and cannot be enumerated.*GammaPoisson"):
-        AutoFlow(lambda: pyro.sample("n", dist.Poisson(2.0))).setup()
 
 
 # The number of dimensions of plates.
@@ -552,9 +473,8 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
     guide = AutoFlow(model)
     for validate in (True, False):
         with pyro.validation_enabled(validate):
-            assert (
-                Task(pf.Program(model, vectorize="plate"), guide, (X,), {}).settle().model.nesting == HIDDEN[model]
-            )  # one run reveals them
+            task = Task(pf.Program(model, vectorize="plate"), guide, (X,), {}).settle()
+            assert task.model.nesting == HIDDEN[model]  # one run reveals them
     with pyro.validation_enabled(model is not free):  # Pyro itself needs a plate around rows
         program = pf.Program(model, max_plate_nesting=HIDDEN[model])
         pf.fit_svi(program, guide, X, steps=100, progress=False)
@@ -622,9 +542,8 @@ def test_the_log_likelihood_of_rows_keeps_the_number_of_plates():
         with pyro.plate("rows", len(x)):
             pyro.sample("z", dist.Normal(x / 2, 1.0))
 
-    found = pf.importance_log_likelihood(
-        pf.Program(model, max_plate_nesting=2), guide, X, plate="rows", num_samples=3000
-    )
+    program = pf.Program(model, max_plate_nesting=2)
+    found = pf.importance_log_likelihood(program, guide, X, plate="rows", num_samples=3000)
     exact = dist.Normal(SHIFTS, 2**0.5).log_prob(X).logsumexp(0) - math.log(2)
     assert torch.allclose(found, exact, atol=0.1)
 
@@ -633,10 +552,8 @@ def test_the_log_likelihood_of_rows_keeps_the_number_of_plates():
 def test_an_impossible_number_of_plates_is_refused_by_name(use):
     guide = AutoFlow(by_hand)
     pf.fit_svi(pf.Program(by_hand, max_plate_nesting=2), guide, X, **QUICK)
-    name = use.__name__
-    with pytest.raises(
-        ValueError, match=f"{name}: max_plate_nesting must be at least 1, got 0: plate 'rows' lies at dim=-1"
-    ):
+    words = f"{use.__name__}: max_plate_nesting must be at least 1, got 0: plate 'rows' lies at dim=-1"
+    with pytest.raises(ValueError, match=words):
         use(pf.Program(by_hand, max_plate_nesting=0), guide, X)
 
 
@@ -647,16 +564,6 @@ def test_the_numbers_of_plates_of_argument_and_objective_must_agree():
         pf.fit_svi(pf.Program(by_hand, max_plate_nesting=3), guide, X, objective=objective)
     with pytest.raises(ValueError, match="fit_svi: the objective's max_plate_nesting must be at least 1, got 0"):
         pf.fit_svi(by_hand, guide, X, objective=PathELBO(max_plate_nesting=0), **QUICK)
-
-
-def test_a_number_of_plates_holds_for_one_call_only():
-    def model():
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="max_plate_nesting"):
-        pf.psis(pf.Program(by_hand, max_plate_nesting=0), by_hand, X, num_samples=30)
-    assert pf.psis(pf.Program(model, max_plate_nesting=3), model, num_samples=30).khat == -math.inf
-    assert Task(by_hand, by_hand, (X,), {}).model.nesting == HIDDEN[by_hand]
 
 
 def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
