@@ -515,6 +515,15 @@ def descend(
     return losses
 
 
+def seeded(*functions: Callable[[], Any], seed: int = 1) -> list[Any]:
+    """Return the results of functions that draw random numbers, all from the same seed."""
+    found = []
+    for function in functions:
+        torch.manual_seed(seed)
+        found.append(function())
+    return found
+
+
 @contextlib.contextmanager
 def bytes_kept() -> Iterator[dict[int, int]]:
     """Collect the storages that graphs keep for their gradients, with their bytes."""

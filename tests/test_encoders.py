@@ -1,10 +1,11 @@
 """Encoders map each row of data to a context, for all batches and dtypes, and for any order of a set."""
 
+import contextlib
 import copy
 import inspect
+import itertools
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import laws
@@ -149,9 +150,7 @@ def test_arguments_are_kept_under_their_names(kind: Kind) -> None:
 
 @every_encoder
 def test_data_shape_describes_a_row(kind: Kind) -> None:
-    described = kind.build().data_shape
-    assert len(described) == len(kind.row)
-    assert all(size in (None, given) for size, given in zip(described, kind.row, strict=True))
+    assert all(size in (None, given) for size, given in zip(kind.build().data_shape, kind.row, strict=True))
 
 
 @every_encoder
@@ -191,9 +190,7 @@ def test_data_of_another_shape_are_refused(kind: Kind) -> None:
     wide = torch.zeros(2, *kind.row[:-1], kind.row[-1] + 1)
     for use in (encoder, encoder.initialize):
         for wrong in (wide, torch.zeros(())):
-            with pytest.raises(
-                ValueError, match=rf"^{type(encoder).__name__}: data must have shape \(\*batch, .*, got "
-            ):
+            with pytest.raises(ValueError, match=rf"^{type(encoder).__name__}: data must have shape \(.*, got "):
                 use(wrong)
 
 
@@ -213,12 +210,8 @@ def test_a_constant_feature_keeps_the_scale_1() -> None:
 @pytest.mark.parametrize(
     ("dtype", "loc", "scale"),
     [
-        (torch.float32, 0.0, 1e35),
-        (torch.float32, 1e7, 10.0),
-        (torch.float32, 0.0, 1e-40),
-        (torch.float64, 1e200, 1e199),
-        (torch.float64, 0.0, 1e-200),
-        (torch.float64, 1.7e9, 1e-3),
+        *((torch.float32, loc, scale) for loc, scale in ((0.0, 1e35), (1e7, 10.0), (0.0, 1e-40))),
+        *((torch.float64, loc, scale) for loc, scale in ((1e200, 1e199), (0.0, 1e-200), (1.7e9, 1e-3))),
     ],
 )
 def test_extreme_values_are_standardised(dtype: torch.dtype, loc: float, scale: float) -> None:
@@ -242,10 +235,7 @@ def test_a_size_of_1_shares_its_scale_along_the_dimension() -> None:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (
-            torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]),
-            r"finite in torch\.float32, got 2 NaN or infinite of 4",
-        ),
+        (torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]), r"finite in torch\.float32, got 2 NaN or infinite of 4"),
         (torch.tensor([[1e300, 0.0]], dtype=torch.float64), r"finite in torch\.float32, got 1 NaN or infinite of 2"),
         (torch.zeros(0, 2), r"at least one row, got the shape \(0, 2\)"),
         (torch.zeros(4, 3), r"end with the shape \(2,\), got \(4, 3\)"),
@@ -259,18 +249,11 @@ def test_data_that_cannot_set_a_scale_are_refused(x: Tensor, message: str) -> No
     assert torch.equal(standardize(torch.ones(2)), torch.ones(2))  # unchanged
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5, 1), (5, 3)])
-def test_data_of_another_width_are_not_spread_over_all(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^Standardize: data must end with the shape \(2,\)"):
-        Standardize((2,))(torch.zeros(shape))
-
-
 @pytest.mark.parametrize("shape", [(), (2,), (2, 1)], ids=str)
 def test_a_mask_of_entries_standardises_each_feature_by_its_own_entries(shape: tuple[int, ...]) -> None:
     x = 5.0 + 3.0 * laws.normal(50, 2, 4)
     mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.6
-    x = x if len(shape) == 2 else x.mT
-    mask = mask if len(shape) == 2 else mask.mT
+    x, mask = (x, mask) if len(shape) == 2 else (x.mT, mask.mT)
     standardize = Standardize(shape).double()
     standardize.initialize(torch.where(mask, x, torch.nan), mask)
     place = x.dim() - len(shape)
@@ -339,18 +322,8 @@ def test_what_forward_makes_of_the_data_is_what_is_standardised() -> None:
 
 def test_a_full_mask_is_no_mask() -> None:
     encoder, x = encoded_sets()
-    assert torch.equal(encoder(x, torch.ones(3, 7, dtype=torch.bool)), encoder(x))
-    assert torch.equal(encoder(x, torch.ones(3, 7)), encoder(x))  # as a Bernoulli distribution draws it
-
-
-def test_an_empty_set_has_a_context() -> None:
-    """An empty set is valid in both notations, and has a gradient."""
-    encoder, x = encoded_sets()
-    masked, empty = encoder(x, torch.zeros(3, 7, dtype=torch.bool)), encoder(x[:, :0])
-    torch.testing.assert_close(masked, empty)
-    masked.sum().backward()
-    assert masked.isfinite().all()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    for dtype in (torch.bool, torch.float32):  # as a Bernoulli distribution draws it
+        assert torch.equal(encoder(x, torch.ones(3, 7, dtype=dtype)), encoder(x))
 
 
 def test_the_size_of_a_set_is_known() -> None:
@@ -373,14 +346,10 @@ def test_elements_are_also_seen_relative_to_their_set() -> None:
     assert not none.any()
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [torch.full((3, 7), 0.5), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)],
-    ids=["a half", "short", "no batch"],
-)
-def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
+def test_a_mask_that_does_not_fit_is_refused() -> None:
     encoder, x = encoded_sets()
-    for use in (encoder, encoder.initialize):
+    masks = torch.full((3, 7), 0.5), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)
+    for use, mask in itertools.product((encoder, encoder.initialize), masks):
         with pytest.raises(ValueError, match=r"^SetEncoder: mask must (have shape \(3, 7\), .* got|hold .*, got 0\.5)"):
             use(x, mask)
 
@@ -390,7 +359,6 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
     """It learns mean, sd, maximum and size of ragged sets, also for sets larger than those in training."""
     torch.manual_seed(0)
     encoder = SetEncoder(1, 4, (32, 32))
-    optimiser = torch.optim.Adam(encoder.parameters(), lr=5e-3)
 
     def draw(low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         size = torch.randint(low, high + 1, (128, 1))
@@ -401,15 +369,13 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
         largest = x.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
         return x[..., None], mask, torch.cat((mean, spread, largest, size.log()), -1)
 
-    for _ in range(400):
-        x, mask, wanted = draw(4, 30)
-        optimiser.zero_grad()
-        (encoder(x, mask) - wanted).square().mean().backward()
-        optimiser.step()
-    for low, high in ((4, 30), (31, 40)):
+    def error(low: int, high: int) -> Tensor:
         x, mask, wanted = draw(low, high)
-        error = (encoder(x, mask) - wanted).square().mean(0).sqrt()
-        assert (error < 0.3).all(), error
+        return (encoder(x, mask) - wanted).square().mean(0)
+
+    laws.descend(encoder.parameters(), lambda: error(4, 30).mean(), steps=400, lr=5e-3)
+    for sizes in ((4, 30), (31, 40)):
+        assert (error(*sizes).sqrt() < 0.3).all()
 
 
 # ------------------------------------------------------------ series
@@ -511,12 +477,10 @@ def test_series_of_any_length_have_a_context(build: BuildSeries, length: int) ->
         assert context.shape == (*batch, CONTEXT_DIM)
         assert context.isfinite().all()
     fresh = build(2, CONTEXT_DIM, 8).double()
-    if length:
+    refusal = pytest.raises(ValueError, match=r"^Standardize: data must hold at least one row")
+    with contextlib.nullcontext() if length else refusal:
         fresh.initialize(laws.normal(3, length, 2))
-        assert all(p.isfinite().all() for p in fresh.parameters())
-    else:
-        with pytest.raises(ValueError, match=r"^Standardize: data must hold at least one row"):
-            fresh.initialize(laws.normal(3, 0, 2))
+    assert all(p.isfinite().all() for p in fresh.parameters())
 
 
 @every_series
@@ -559,28 +523,29 @@ def test_encoders_of_series_learn_what_series_say(build: BuildSeries) -> None:
         smooth = 3.0 * torch.rand(128, 1)
         level = torch.randn(128, high).cumsum(-1) * smooth / high**0.5
         x = torch.randn(128, 1).mul(0.5).exp() * (level + torch.randn(128, high))
-        rows = [(row[m], t[m]) for row, t, m in zip(x, times, mask, strict=True)]
-        wanted = [
-            (v.std().log(), (v.diff().square().mean() / v.var()).log(), v[-1], (t[-1] - t[0]).log()) for v, t in rows
-        ]
-        return x[..., None], times, mask, torch.stack([torch.stack(row) for row in wanted])
+        wanted = []
+        for v, t in ((row[m], t[m]) for row, t, m in zip(x, times, mask, strict=True)):
+            roughness = (v.diff().square().mean() / v.var()).log()
+            wanted.append(torch.stack((v.std().log(), roughness, v[-1], (t[-1] - t[0]).log())))
+        return x[..., None], times, mask, torch.stack(wanted)
 
     x, times, mask, wanted = draw(5, 20)
     encoder.initialize(x, mask, times)
     loc, scale = wanted.mean(0), wanted.std(0)
-    optimiser = torch.optim.Adam(encoder.parameters(), lr=5e-3)
-    for _ in range(300):
-        x, times, mask, wanted = draw(5, 20)
-        optimiser.zero_grad()
-        (encoder(x, mask, times) - (wanted - loc) / scale).square().mean().backward()
-        optimiser.step()
-    for low, high in ((5, 20), (21, 25)):
+
+    def error(low: int, high: int) -> Tensor:
         x, times, mask, wanted = draw(low, high)
-        error = (encoder(x, mask, times) - (wanted - loc) / scale).square().mean(0).sqrt()
-        assert (error < 0.5).all(), error
+        return (encoder(x, mask, times) - (wanted - loc) / scale).square().mean(0)
+
+    laws.descend(encoder.parameters(), lambda: error(5, 20).mean(), steps=300, lr=5e-3)
+    for sizes in ((5, 20), (21, 25)):
+        assert (error(*sizes).sqrt() < 0.5).all()
 
 
 # ------------------------------------------------------------ the choice of arguments
+
+
+NO_PAIRS = (), (1,), (5, 1), (5, 3)  # shapes of data that would be spread over all features of a pair
 
 
 class Recorded(nn.Module):
@@ -609,20 +574,18 @@ def test_arguments_are_chosen_by_position_or_name(
         assert found("a", "b", size="n") == wanted
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: Arguments(None, 0), "network must be a network or a function, got None"),
-        (lambda: Arguments(MLPEncoder, 0), "network must be a network or a function, got <class .*"),
-        (lambda: Arguments(Recorded(), -1), "positions must be integers of at least 0 or names .*, got -1"),
-        (lambda: Arguments(Recorded(), True), "positions must be integers of at least 0 or names .*, got True"),
-        (lambda: Arguments(Recorded(), 0, mask=1.5), "mask must be integers of at least 0 or names .*, got 1.5"),
-        (lambda: Arguments(Recorded()), "positions must name an argument of the model, got none. Give 0 for the first"),
-    ],
+test_errors_name_argument_and_value = laws.refusals(
+    (lambda: Arguments(None, 0), "^Arguments: network must be .*, got None", TypeError),
+    (lambda: Arguments(MLPEncoder, 0), "^Arguments: network must be .*, got <class .*", TypeError),
+    (lambda: Arguments(Recorded(), -1), "^Arguments: positions must be integers .*, got -1", TypeError),
+    (lambda: Arguments(Recorded(), True), "^Arguments: positions must be .*, got True", TypeError),
+    (lambda: Arguments(Recorded(), 0, mask=1.5), "^Arguments: mask must be .*, got 1.5", TypeError),
+    (lambda: Arguments(Recorded()), "^Arguments: positions must name an argument of the model, got none. Give 0"),
+    (lambda: TransformerEncoder(1, 2, 6, num_heads=4), "TransformerEncoder: hidden_dim .* num_heads = 4, got 6"),
+    (lambda: ConvEncoder((1, 9, 3), 2), r"ConvEncoder: image_shape must .*at least 4.*got \(1, 9, 3\)"),
+    (lambda: Identity((2, 0)), r"Identity: data_shape must .*, got \(2, 0\)"),
+    *((lambda shape=shape: Standardize((2,))(torch.zeros(shape)), "must end with the shape") for shape in NO_PAIRS),
 )
-def test_a_choice_that_names_no_argument_is_refused(build: Callable[[], Arguments], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"^Arguments: {message}\\.$"):
-        build()
 
 
 def test_what_all_of_training_has_given_cannot_be_left_out() -> None:
@@ -635,13 +598,9 @@ def test_what_all_of_training_has_given_cannot_be_left_out() -> None:
             choice("a")
     for found in (choice, copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
         assert found("a", "b") == (("a", None), {"mask": "b", "times": None})  # training left out the size as well
-        with pytest.raises(
-            ValueError, match=r"^Arguments: mask \(argument 1 of the model\) must be given.* Give ones if"
-        ):
+        with pytest.raises(ValueError, match=r"^Arguments: mask \(argument 1 of the model\) must be given.* Give ones"):
             found("a")
-        with pytest.warns(
-            UserWarning, match=r"^Arguments: times \('times'\) was never given in training\. Leave it out"
-        ):
+        with pytest.warns(UserWarning, match=r"^Arguments: times \('times'\) was never given in training\. Leave it"):
             found("a", "b", times="t")
         with unjudged():
             assert found("a") == (("a", None), {"mask": None, "times": None})
@@ -650,17 +609,13 @@ def test_what_all_of_training_has_given_cannot_be_left_out() -> None:
     assert choice("a") == (("a", None), {"mask": None, "times": None})
 
 
-LENGTHS = {
-    "SetEncoder": lambda: SetEncoder(1, 4, (8,)),
-    "GRUEncoder": lambda: GRUEncoder(1, 4, 8),
-    "TransformerEncoder": lambda: TransformerEncoder(1, 4, 8),
-}
+LENGTHS = {kind.__name__: kind for kind in (SetEncoder, GRUEncoder, TransformerEncoder)}
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths_unlike_those_of_training_are_told(name: str) -> None:
     """By a mask too; a length just outside of the range is taken, and so is any before training and under a trace."""
-    network = LENGTHS[name]()
+    network = LENGTHS[name](1, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network(torch.randn(2, 50, 1))
@@ -679,19 +634,15 @@ def test_lengths_unlike_those_of_training_are_told(name: str) -> None:
     (seen,) = [value for key, value in network.state_dict().items() if key.endswith("lengths.seen")]
     assert seen.tolist() == [10, 20]
     again = copy.deepcopy(network)
-    for x, mask, number in (
-        (torch.randn(2, 50, 1), None, 50),
-        (torch.randn(7, 1), None, 7),
-        (torch.randn(2, 26, 1), None, 26),
-        (torch.randn(2, 12, 1), torch.arange(12).expand(2, 12) < torch.tensor([[12], [3]]), 3),
-    ):
+    short = torch.arange(12).expand(2, 12) < torch.tensor([[12], [3]])
+    for shape, mask, number in (((2, 50), None, 50), ((7,), None, 7), ((2, 26), None, 26), ((2, 12), short, 3)):
         with pytest.warns(UserWarning, match=rf"^{name}: the data have {number} \w+, but training had 10 to 20"):
-            again(x, mask=mask)
+            again(torch.randn(*shape, 1), mask=mask)
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_elements_may_be_numbers(name: str) -> None:
-    network = LENGTHS[name]()
+    network = LENGTHS[name](1, 4)
     x, mask = torch.randn(3, 10), torch.rand(3, 10) < 0.7
     assert torch.equal(Scalars(network)(x, mask=mask), network(x[..., None], mask=mask))
     with pytest.raises(ValueError, match=rf"^{name}: data must .* got \(3, 10\)\. If .* Scalars\({name}\("):
@@ -700,15 +651,3 @@ def test_elements_may_be_numbers(name: str) -> None:
         Scalars(network)(torch.tensor(1.0))
     with pytest.raises(TypeError, match=r"^Scalars: network must be a network or a function, got <class"):
         Scalars(SetEncoder)
-
-
-# ------------------------------------------------------------ errors
-
-
-def test_sizes_that_make_no_network_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"TransformerEncoder: hidden_dim .* num_heads = 4, got 6"):
-        TransformerEncoder(1, 2, 6, num_heads=4)
-    with pytest.raises(ValueError, match=r"ConvEncoder: image_shape must .*at least 4.*got \(1, 9, 3\)"):
-        ConvEncoder((1, 9, 3), 2)
-    with pytest.raises(ValueError, match=r"Identity: data_shape must .*, got \(2, 0\)"):
-        Identity((2, 0))

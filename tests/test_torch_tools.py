@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from laws import Call, seeded
 from pyro.infer import JitTrace_ELBO, Predictive, Trace_ELBO
 from test_images import IMAGES
 from torch import Tensor, nn
@@ -32,17 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 every_recipe = pytest.mark.parametrize("name", laws.RECIPES)
 
 
-class Verb(nn.Module):
-    """A function of a module and tensors, as a module for torch's tools."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module, self.function = module, function
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(self.module, *args)
-
-
 def small(name: str, context_dim: int = 0) -> Flow:
     """Build a flow of a recipe with fixed steps, which a trace may repeat."""
     fixed = {"solver": Solver("rk4", num_steps=2)} if name == "cnf" else {}
@@ -57,14 +47,13 @@ def values_and_gradients(function: Callable[..., Any], module: nn.Module, x: Ten
     return [y, log_det, *torch.autograd.grad((y * weights).sum() + log_det.sum(), wanted, materialize_grads=True)]
 
 
-def traces(flow: Flow, verb: Verb, few: tuple[Tensor, ...], many: tuple[Tensor, ...]) -> None:
+def traces(flow: Flow, verb: Call, few: tuple[Tensor, ...], many: tuple[Tensor, ...]) -> None:
     """A trace at few rows has the values and gradients of the function, also at many rows."""
     traced = torch.jit.trace(verb, few, check_trace=False)
     with torch.jit.optimized_execution(False):  # which takes most of the time, and is torch's own
         for inputs in (few, many):
             found, wanted = (values_and_gradients(one, flow, *inputs) for one in (traced, verb))
-            for ours, theirs in zip(found, wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
 
 
 # ------------------------------------------------------------ torch.jit
@@ -77,7 +66,7 @@ def test_a_traced_flow_has_the_values_and_gradients_of_the_flow(name: str, inver
     flow = small(name, 0 if fresh else 2)
     if not fresh:
         laws.randomise(flow, scale=0.5)
-    verb = Verb(flow, lambda flow, x, *context: chained(flow.runs, x, *(context or [None]), inverse=inverse))
+    verb = Call(lambda flow, x, *context: chained(flow.runs, x, *(context or [None]), inverse=inverse), flow)
     few, many = ((laws.normal(n, 2), *([] if fresh else [laws.normal(n, 2, seed=n)])) for n in (3, 5))
     traces(flow, verb, few, many)
 
@@ -86,14 +75,15 @@ def test_a_traced_flow_has_the_values_and_gradients_of_the_flow(name: str, inver
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 def test_a_traced_flow_of_images_has_the_values_and_gradients_of_the_flow(name: str, inverse: bool) -> None:
     flow = laws.randomise(IMAGES[name]((1, 4, 4)), scale=0.1).double()
-    verb = Verb(flow, lambda flow, x: chained(flow.runs, x, None, inverse=inverse))
+    verb = Call(lambda flow, x: chained(flow.runs, x, None, inverse=inverse), flow)
     traces(flow, verb, *((laws.normal(n, 1, 4, 4),) for n in (3, 5)))
 
 
 def test_a_traced_flow_takes_all_rows_whatever_the_size_of_chunks() -> None:
     flow = laws.randomise(small("nsf")).double()
-    density = Verb(flow, lambda flow, x: flow.log_prob(x, chunk_size=2))
-    traced = torch.jit.trace(density, (laws.normal(4, 2),), check_trace=False)
+    traced = torch.jit.trace(
+        Call(lambda flow, x: flow.log_prob(x, chunk_size=2), flow), (laws.normal(4, 2),), check_trace=False
+    )
     torch.testing.assert_close(traced(laws.normal(7, 2)), flow.log_prob(laws.normal(7, 2)))
 
 
@@ -179,12 +169,9 @@ def served(program: Any) -> Callable[[], tuple[Tensor, ...]]:
 @every_guide
 def test_a_traced_guide_draws_as_the_guide_after_a_file(kind: str) -> None:
     _, guide = guided(kind)
-    call, found = served(guide), []
-    for draw in (call, guide.call):
-        torch.manual_seed(1)
-        found.append(draw())
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    call = served(guide)
+    found = seeded(call, guide.call)
+    torch.testing.assert_close(*found)
     assert not torch.equal(call()[0], found[0][0])
 
 
@@ -197,10 +184,7 @@ def test_a_traced_amortised_guide_reads_its_data() -> None:
     laws.randomise(guide, scale=0.3)
     traced = torch.jit.trace_module(guide, {"call": (torch.zeros(2),)}, check_trace=False)
     for x in (torch.zeros(2), torch.ones(2)):
-        torch.manual_seed(0)
-        found = traced.call(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(found, guide.call(x))
+        torch.testing.assert_close(*seeded(partial(traced.call, x), partial(guide.call, x)))
 
 
 @pytest.mark.parametrize("kind", ["joint", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETUPS)[1:])])
@@ -235,8 +219,8 @@ def at(module: Any, weights: dict[str, Tensor]) -> Any:
     return other
 
 
-def density(module: Any) -> Verb:
-    return Verb(module, lambda module, x: module.log_prob(x))
+def density(module: Any) -> Call:
+    return Call(lambda module, x: module.log_prob(x), module)
 
 
 def of_part(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -244,7 +228,7 @@ def of_part(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_flow_maps_under_vmap() -> None:
-    """So do its gradients, its draws, and an ensemble of flows."""
+    """So do its gradients, its draws, and an ensemble of flows, by functional calls."""
     one, many = flow(), [flow() for _ in range(3)]
     torch.testing.assert_close(vmap(one.log_prob)(X), one.log_prob(X))
     leaf = X.clone().requires_grad_()
@@ -267,13 +251,6 @@ def test_a_guide_maps_under_vmap(kind: str) -> None:
         assert draws.flatten().unique().numel() == draws.numel()
 
 
-def test_a_functional_call_of_a_flow_has_the_given_weights() -> None:
-    one = flow()
-    given = {name: 1.1 * parameter.detach() for name, parameter in one.named_parameters()}
-    found = functional_call(density(one), of_part(given), X)
-    torch.testing.assert_close(found, at(one, given).log_prob(X))
-
-
 @every_guide
 @pytest.mark.parametrize("called", [False, True], ids=["new", "called"])
 def test_a_functional_call_of_a_guide_has_the_given_weights(kind: str, called: bool) -> None:
@@ -283,17 +260,11 @@ def test_a_functional_call_of_a_guide_has_the_given_weights(kind: str, called: b
         guide()
     own = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
     given = {name: (1.1 * tensor).requires_grad_() for name, tensor in own.items()}
-    values, kept, found = guide.sample(5), copy.deepcopy(given), []
-    draws = functional_call(guide, given)
-    assert any(
-        gradient is not None
-        for gradient in torch.autograd.grad(
-            sum(map(torch.sum, draws.values())), list(given.values()), allow_unused=True
-        )
-    )
-    for draw in (lambda: functional_call(guide, given), at(guide, kept), guide, at(guide, own)):
-        torch.manual_seed(0)
-        found.append(draw())
+    values, kept = guide.sample(5), copy.deepcopy(given)
+    total = sum(map(torch.sum, functional_call(guide, given).values()))
+    gradients = torch.autograd.grad(total, list(given.values()), allow_unused=True)
+    assert any(gradient is not None for gradient in gradients)
+    found = seeded(lambda: functional_call(guide, given), at(guide, kept), guide, at(guide, own))
     assert all(torch.equal(given[name], tensor) for name, tensor in kept.items())
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[2], found[3])
@@ -314,11 +285,7 @@ def test_an_exported_flow_has_the_densities_of_the_flow_at_any_size() -> None:
 @pytest.mark.parametrize("kind", ["joint", "structured"])
 def test_an_exported_guide_draws_as_the_guide(kind: str) -> None:
     _, guide = guided(kind)
-    found = []
-    for draw in (torch.export.export(guide, ()).module(), guide):
-        torch.manual_seed(0)
-        found.append(draw())
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*seeded(torch.export.export(guide, ()).module(), guide))
 
 
 @pytest.mark.slow
@@ -347,7 +314,6 @@ def test_a_compiled_guide_is_the_guide(kind: str) -> None:
         gradients = [parameter.grad.clone() for parameter in guide.parameters() if parameter.grad is not None]
         found.append((draws, loss, gradients, same.log_prob(values)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    pyro.enable_validation(True)  # compiling turns torch's default validation off
 
 
 # ------------------------------------------------------------ containers
@@ -364,17 +330,12 @@ CONTAINERS: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
 def test_containers_hold_parameters_states_and_copies(kind: str, container: str) -> None:
     builders: dict[str, Callable[[], nn.Module]] = {"flow": flow, "layer": lambda: flow().transforms[0]}
     first, second = (builders[kind]() if kind in builders else guided(kind)[1] for _ in range(2))
-    held, other = (
-        CONTAINERS[container](*of) for of in ((first, second), (copy.deepcopy(second), copy.deepcopy(first)))
-    )
+    held, other = (CONTAINERS[container](*of) for of in ((first, second), copy.deepcopy((second, first))))
     assert len(list(held.parameters())) == len(list(first.parameters())) + len(list(second.parameters()))
     other.load_state_dict(held.state_dict(), strict=True)
     inside, copies = next(other.children()), next(copy.deepcopy(held).children())
-    found = []
-    for same in (first, inside, copies):
-        torch.manual_seed(0)
-        found.append(same(X) if kind == "layer" else same.sample(()) if kind == "flow" else same())
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+    draw = {"layer": lambda same: same(X), "flow": lambda same: same.sample(())}.get(kind, lambda same: same())
+    found = seeded(*(partial(draw, same) for same in (first, inside, copies)))
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
     if container == "sequential" and kind == "layer":
         torch.testing.assert_close(held(X), second(first(X)))
