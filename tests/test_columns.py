@@ -130,15 +130,6 @@ def test_copies_of_rows_are_found() -> None:
     assert find_spikes(x) == []
 
 
-def test_spikes_say_what_they_are() -> None:
-    frame = pd.DataFrame({"rooms": [1, 2, 2, 3] * 25, "price": np.round(normal(100).numpy(), 1), "x": normal(100)})
-    rooms, price = find_spikes(frame)
-    assert str(rooms) == "column 'rooms' holds integers (2 in 50 % of the rows)"
-    assert str(price).startswith("column 'price' holds multiples of 0.1 (")
-    assert str(Spike(3, "value", 0.123, 0.5)) == "column 3 repeats a value (0.5 in 12 % of the rows)"
-    assert str(Spike(None, "rows", 0.05)) == "5 % of the rows are copies of others"
-
-
 # ------------------------------------------------------------------------------------------------------------ the noise
 
 

@@ -9,18 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import refused
 from numpy.lib import format as npy
 
 from pyro_flows.commands import Refused
 from pyro_flows.commands.model import read_data
 from pyro_flows.commands.table_file import read_arrays, read_table_file
-
-MODEL = """
-import pyro, pyro.distributions as dist
-def model(y):
-    pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
-"""
 
 
 def header(shape: Any, descr: Any = "<f8", version: tuple[int, int] = (1, 0)) -> bytes:
@@ -147,15 +140,3 @@ def test_hostile_json_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=words) as error:
         read_data(tmp_path / "d.json")
     assert "\n" not in str(error.value)
-
-
-def test_the_commands_say_so_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("m.py").write_text(MODEL)
-    Path("d.json").write_text(JSON["a name twice"][0])
-    Path("t.npy").write_bytes(CLAIMS["10^14 numbers"])
-    assert "the table 't.npy' is not a NumPy file of plain arrays" in refused("density", capsys, "t.npy")
-    said = refused("fit", capsys, "m.py:model", "--data", "d.json")
-    assert "the data file 'd.json' gives 'y' more than once" in said
