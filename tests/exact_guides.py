@@ -63,6 +63,12 @@ def simulator(data, prior=None):
     return model
 
 
+def wrong(narrow, wide, shift):
+    """Return the settings of wrong posteriors by the words for their error."""
+    widths = {"too narrow": {"width": narrow}, "too wide": {"width": wide}}
+    return {**widths, "too high": {"shift": shift}, "too low": {"shift": -shift}}
+
+
 def posterior(width: float = 1.0, shift: float = 0.0, near: Tensor | None = None, reach: float = 0.37) -> AutoFlow:
     """Return the posterior of ``conjugate``, with its scale times ``width`` and its mean off by ``shift`` sds.
 

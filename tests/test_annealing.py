@@ -32,10 +32,6 @@ Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
 
 
-def normal(loc: Tensor, scale: float) -> dist.TorchDistribution:
-    return dist.Normal(loc, scale).to_event(1)
-
-
 def found_in(model: Callable[..., Any], *args: Any, number: int = 512, **kwargs: Any) -> Annealed:
     return anneal(model, *args, num_particles=number, fit=False, **kwargs)
 
@@ -444,7 +440,7 @@ def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 2.0))
         x = pyro.sample("x", dist.Normal(torch.zeros(3), (v / 2).exp().unsqueeze(-1)).to_event(1))
-        pyro.sample("y", normal(x, 1.0), obs=torch.zeros(3))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.zeros(3))
 
     found = anneal(model, num_particles=1024, progress=False)
     v = torch.linspace(-20, 20, 4001).double()
@@ -462,7 +458,7 @@ def test_a_prior_of_many_magnitudes_is_left_for_a_wide_gaussian() -> None:
     def model() -> None:
         v = pyro.sample("v", dist.InverseGamma(0.001, 0.001))
         x = pyro.sample("x", dist.Normal(torch.zeros(4), v.sqrt().unsqueeze(-1)).to_event(1))
-        pyro.sample("y", normal(x, 0.5), obs=y)
+        pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
     found = anneal(model, num_particles=512, fit=False)
     log_v = torch.linspace(-10, 30, 4001).double()

@@ -176,17 +176,13 @@ def test_agrees_with_arviz():
     smoothed = np.exp(log_smoothed) / np.exp(log_smoothed).sum()
     assert checked.khat == pytest.approx(float(khat), abs=1e-9)
     assert checked.ess == pytest.approx(1 / (smoothed**2).sum(), rel=1e-9)
-    # The evidence is the mean of the raw weights.
-    assert checked.log_evidence == pytest.approx(
-        checked.log_weights.double().logsumexp(0).item() - math.log(2000), abs=1e-9
-    )
+    mean = checked.log_weights.double().logsumexp(0).item() - math.log(2000)  # of the raw weights
+    assert checked.log_evidence == pytest.approx(mean, abs=1e-9)
 
 
 def test_equal_weights_have_no_tail():
     """Zero weights do not count; for large densities, round-off makes weights equal too."""
-    log_weights = (
-        torch.tensor([2.0, 1.0, 0.0, 1.0], dtype=torch.float64).repeat_interleave(torch.tensor([90, 10, 60, 40])).log()
-    )
+    log_weights = torch.tensor([2.0, 1.0, 0.0, 1.0]).double().repeat_interleave(torch.tensor([90, 10, 60, 40])).log()
     smoothed, khat = smooth(log_weights)
     assert khat == -math.inf
     torch.testing.assert_close(smoothed.exp(), log_weights.exp() / 230, atol=1e-12, rtol=0)

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_guides import conjugate, gaussian, posterior, simulator
+from exact_guides import conjugate, gaussian, posterior, simulator, wrong
 from scipy import stats
 
 from pyro_flows import AutoFlow, calibrate, fit_amortized, flows, local_c2st, misspecification
@@ -48,12 +48,7 @@ def test_p_values_of_an_exact_guide_are_uniform():
     assert (p < 0.01 / 3).sum() <= 4  # of 96 p-values
 
 
-ERRORS = {
-    "too narrow": {"width": 0.8},
-    "too wide": {"width": 1.3},
-    "too high": {"shift": 0.4},
-    "too low": {"shift": -0.4},
-}
+ERRORS = wrong(0.8, 1.3, 0.4)
 
 
 @pytest.mark.parametrize(("how", "settings"), ERRORS.items(), ids=list(ERRORS))
@@ -136,8 +131,8 @@ def test_keyword_arguments_reach_the_model():
 def test_uniformity():
     counts = torch.randint(0, 101, (2000,)) / 100.0
     assert uniformity(counts, 100) > 1e-3
-    for wrong in (counts * 0.9, 0.5 + (counts - 0.5) * 0.85, torch.full((50,), 0.5), torch.zeros(50)):
-        assert uniformity(wrong, 100) < 1e-4
+    for other in (counts * 0.9, 0.5 + (counts - 0.5) * 0.85, torch.full((50,), 0.5), torch.zeros(50)):
+        assert uniformity(other, 100) < 1e-4
     # The shares of two draws take three values: they are uniform, and have little power.
     assert uniformity(torch.randint(0, 3, (2000,)) / 2.0, 2) > 1e-3
 

@@ -79,11 +79,8 @@ def test_what_flows_cost_is_what_was_measured():
     for dim in (8, 32, 128):
         for flow, task, eager, compiled, *_ in rows_of(part_of("benchmarks/speed.md", f"### D = {dim}\n", "\n##"))[2:]:
             times[flow, task, dim] = f"{eager} / {compiled.replace('*', '').split()[0]}"
-    memory = {
-        row[0]: row[6]
-        for row in rows_of(part_of("benchmarks/memory.md", "## MB by rows", "## MB by layers"))
-        if row[1] == "64"
-    }
+    by_rows = rows_of(part_of("benchmarks/memory.md", "## MB by rows", "## MB by layers"))
+    memory = {row[0]: row[6] for row in by_rows if row[1] == "64"}
     quoted = rows_of(part_of("choosing_a_flow.md", "| | score, D = 8", "\n\n"))[2:]
     assert [row[0] for row in quoted] == ["realnvp", "nsf", "maf", "iaf", "nsf_ar"]
     for flow, *cells in quoted:
@@ -103,8 +100,6 @@ def test_how_flows_fit_is_what_was_measured():
             continue
         for cell, table in zip(cells, found.values(), strict=False):
             nats, library = re.fullmatch(r"(.*) \((.*)\)", cell).groups()
-            peers = {
-                row[0]: float(row[1].split()[0]) for row in table.values() if row[0].startswith(("zuko", "nflows"))
-            }
-            assert library == max(peers, key=peers.get)
+            peers = [name for name in table if name.startswith(("zuko", "nflows"))]
+            assert library == max(peers, key=lambda name: float(table[name][1].split()[0]))
             assert nats == table[library][1]

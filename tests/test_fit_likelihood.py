@@ -176,12 +176,6 @@ def quick(simulator: Callable[[Tensor], Tensor], **settings: Any) -> Flow | Mixe
     return fit_likelihood(theta, simulator(theta), **{"max_epochs": 2, "progress": False, "flow": recipe, **settings})
 
 
-def test_it_returns_a_flow_of_the_parameters():
-    likelihood = quick(normal)
-    assert isinstance(likelihood, Flow)
-    assert likelihood(torch.zeros(4, 1)).log_prob(torch.zeros(4, 1)).shape == (4,)
-
-
 def test_a_run_resumes_on_the_same_simulations_alone(tmp_path):
     theta = PRIOR.sample((100,))
     x = normal(theta)[:, 0]
@@ -381,8 +375,10 @@ def test_a_likelihood_that_a_model_holds_is_not_trained(local):
     assert all(torch.equal(value, before[name]) for name, value in model.likelihood.state_dict().items())
 
 
-def test_contexts_without_a_dimension_of_parameters_are_refused():
+def test_contexts_have_a_dimension_of_parameters():
     likelihood = quick(normal)
+    assert isinstance(likelihood, Flow)
+    assert likelihood(torch.zeros(4, 1)).log_prob(torch.zeros(4, 1)).shape == (4,)
     with pytest.raises(ValueError, match=r"context must have shape \(\*batch, 1\), got \(5,\).*context\[..., None\]"):
         likelihood(torch.zeros(5))
 

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_guides import conjugate, gaussian, posterior, simulator
+from exact_guides import conjugate, gaussian, posterior, simulator, wrong
 from models import normals
 from scipy import stats
 
@@ -37,12 +37,7 @@ def test_an_exact_guide_passes():
     assert torch.stack((found.location, found.spread)).abs().max() < 4.5
 
 
-ERRORS = {
-    "too narrow": {"width": 0.75},
-    "too wide": {"width": 1.4},
-    "too high": {"shift": 0.5},
-    "too low": {"shift": -0.5},
-}
+ERRORS = wrong(0.75, 1.4, 0.5)
 
 
 @pytest.mark.parametrize("near", [None, X], ids=["everywhere", "here"])

@@ -242,18 +242,10 @@ def test_path_gradients_are_those_of_a_loop():
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    "objective",
-    [
-        PathELBO(4, vectorize_particles=True),
-        ImportanceWeightedELBO(4),
-        ImportanceWeightedELBO(4, vectorize_particles=False),
-        RenyiELBO(0.5, 4),
-        RenyiELBO(2.0, 4),
-    ],
-    ids=["path", "importance", "importance_looped", "renyi", "renyi_2"],
+    "build", [*map(OBJECTIVES.get, ("path", "importance", "importance_looped", "renyi")), lambda: RenyiELBO(2.0, 4)]
 )
 @pytest.mark.parametrize("make", [lambda m: AutoFlow(m, small), AutoMultivariateNormal], ids=["flow", "normal"])
-def test_no_noise_is_left_where_the_guide_is_the_posterior(objective, make):
+def test_no_noise_is_left_where_the_guide_is_the_posterior(build, make):
     """The guide is the posterior of the latent, so every gradient of every draw is zero up to round-off."""
     guide = make(gaussian)
     parameters = randomly(guide)
@@ -262,7 +254,7 @@ def test_no_noise_is_left_where_the_guide_is_the_posterior(objective, make):
     def model():
         pyro.sample("x", _Frozen(posterior))
 
-    assert gradient(objective.differentiable_loss(model, guide), parameters).abs().max() < 1e-10
+    assert gradient(build().differentiable_loss(model, guide), parameters).abs().max() < 1e-10
 
 
 class _Frozen(dist.TorchDistribution):
@@ -415,15 +407,6 @@ def test_one_draw_is_the_elbo():
     guide = AutoFlow(plain, small)
     randomly(guide)
     losses_agree([ImportanceWeightedELBO(1, max_plate_nesting=2), PathELBO()], plain, guide)
-
-
-def test_the_bound_rises_with_the_number_of_draws():
-    guide = AutoNormal(gaussian, init_scale=0.5)
-    bounds = []
-    for count in (1, 4, 32):
-        objective = ImportanceWeightedELBO(count)
-        bounds.append(-sum(objective.loss(gaussian, guide) for _ in range(100)) / 100)
-    assert bounds[0] < bounds[1] < bounds[2] < 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])

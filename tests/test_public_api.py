@@ -12,15 +12,14 @@ from test_objectives import OBJECTIVES
 
 import pyro_flows as pf
 
+TRIED = {type(build()).__name__ for build in OBJECTIVES.values()}
 NAMES = {
     pf: "AutoFlow AutoPlateFlow AutoStructuredFlow Check Fit Flow Posterior Program Psis Simulations Spike "
     "anneal bits_per_dim calibrate check dequantize encoders ensemble find_spikes fit_amortized fit_density "
     "fit_likelihood fit_svi flows importance_log_likelihood load local_c2st misspecification neutra ode_report "
     "plots posterior posterior_graph psis refine resample round_off sample save save_images simulate to_arviz",
     pf.answers: "Posterior Step posterior",
-    pf.bijectors: " ".join(
-        sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
-    ),
+    pf.bijectors: " ".join(sorted({"Bijector", "Continued", *(type(one).__name__ for one in BIJECTORS.values())})),
     pf.conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic "
     "StepNet Tokens VectorField stream stream_vjp",
     pf.encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
@@ -32,11 +31,7 @@ NAMES = {
     pf.distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
     pf.flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),
-    pf.objectives: " ".join(
-        sorted(
-            {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
-        )
-    ),
+    pf.objectives: " ".join(sorted({"FlowMatching", "Likelihood", "PathEnumELBO", *TRIED})),
     pf.guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow ensemble init_to_center posterior_graph",
     pf.data: "Spike dequantize find_spikes",
     pf.diagnostics: "Calibration Check Finding LocalC2ST Misspecification Neutra OdeReport Psis Refined bits_per_dim "

@@ -30,11 +30,6 @@ def model() -> None:
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
 
-def of(fn):
-    """Return a program that draws one site."""
-    return sampling(x=fn)
-
-
 def mapped(*parts, base=None) -> dist.TransformedDistribution:
     """Return a transformed normal distribution, or another one."""
     return dist.TransformedDistribution(base or dist.Normal(torch.tensor(0.0), 1.0), list(parts))
@@ -42,7 +37,7 @@ def mapped(*parts, base=None) -> dist.TransformedDistribution:
 
 def frozen(kind):
     """Return a guide of Pyro or of ours that was built for another prior."""
-    return called(kind(of(dist.Uniform(0.0, 1.0))))
+    return called(kind(sampling(x=dist.Uniform(0.0, 1.0))))
 
 
 # Distributions over (0, 2) and (0, 1), of which torch says that their support is the real line.
@@ -52,16 +47,16 @@ shifted = mapped(transforms.AffineTransform(1.0, 1.0), base=dist.Uniform(-1.0, 0
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_guide_that_cannot_reach_the_mass_is_refused(verb):
-    for guide in (of(dist.Uniform(0.0, 1.0)), of(dist.HalfNormal(1.0))):
+    for guide in (sampling(x=dist.Uniform(0.0, 1.0)), sampling(x=dist.HalfNormal(1.0))):
         with pytest.raises(ValueError, match=f"^{verb}: {WORDS}"):
             VERBS[verb](model, guide)
 
 
 NARROW = {
-    "interval": (lambda: of(dist.Uniform(0.0, 1.0)), 0.4795),
-    "half line": (lambda: of(dist.LogNormal(0.0, 1.0)), 0.2398),
-    "transformed": (lambda: of(scaled), 0.2398 + 0.0169),
-    "transformed from an interval": (lambda: of(shifted), 0.4795),
+    "interval": (lambda: sampling(x=dist.Uniform(0.0, 1.0)), 0.4795),
+    "half line": (lambda: sampling(x=dist.LogNormal(0.0, 1.0)), 0.2398),
+    "transformed": (lambda: sampling(x=scaled), 0.2398 + 0.0169),
+    "transformed from an interval": (lambda: sampling(x=shifted), 0.4795),
     "Pyro's guide of another prior": (lambda: frozen(AutoNormal), 0.4795),
     "our guide of another prior": (lambda: frozen(AutoFlow), 0.4795),
 }
@@ -76,7 +71,7 @@ def test_the_mass_outside_is_measured(name):
 
 
 def test_a_check_names_the_site_and_the_way_out():
-    found = pf.check(model, of(dist.HalfNormal(1.0)), num_samples=1000, num_chains=32)
+    found = pf.check(model, sampling(x=dist.HalfNormal(1.0)), num_samples=1000, num_chains=32)
     assert found.verdict == "do not trust"
     assert found.reason.startswith("The support of the guide's site 'x' leaves out ")
     assert "Give the site a distribution over the model's support" in repr(found)
@@ -120,7 +115,7 @@ def test_equal_and_wider_supports_are_no_fault(name, monkeypatch):
     """No population is annealed, so the check costs nothing."""
     of_model, of_guide = SAME[name]
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
-    assert unreached(Task(of(of_model), of(of_guide), (), {})).share == 0
+    assert unreached(Task(sampling(x=of_model), sampling(x=of_guide), (), {})).share == 0
 
 
 def test_the_posterior_may_lie_where_no_draw_of_the_prior_does() -> None:
@@ -130,7 +125,7 @@ def test_the_posterior_may_lie_where_no_draw_of_the_prior_does() -> None:
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.full((400,), 4.5))
 
     with pytest.raises(ValueError, match=r"got 100% .* of the guide's site 'x'"):
-        pf.psis(far, of(dist.Uniform(-3.8, 3.8)))
+        pf.psis(far, sampling(x=dist.Uniform(-3.8, 3.8)))
 
 
 @pytest.mark.slow
@@ -139,7 +134,7 @@ def test_a_check_of_many_latents_compares_supports() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(1100), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.zeros(1100))
 
-    found = pf.check(many, of(dist.Uniform(-0.5 * torch.ones(1100), 0.5).to_event(1)))
+    found = pf.check(many, sampling(x=dist.Uniform(-0.5 * torch.ones(1100), 0.5).to_event(1)))
     assert found.verdict == "do not trust"
     assert "The support of the guide's site 'x' leaves out an unknown part" in found.reason
 
@@ -157,16 +152,12 @@ def moving() -> None:
     pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(0.5))
 
 
+KINDS = AutoFlow, AutoStructuredFlow, AutoNormal, lambda program: AutoPlateFlow(program, "row")
+
+
 @pytest.mark.parametrize(
     ("program", "kind"),
-    [
-        (hierarchy, AutoFlow),
-        (hierarchy, AutoStructuredFlow),
-        (hierarchy, lambda program: AutoPlateFlow(program, "row")),
-        (hierarchy, AutoNormal),
-        (moving, AutoFlow),
-        (of(dist.VonMises(0.0, 1.0)), AutoFlow),
-    ],
+    [*((hierarchy, kind) for kind in KINDS), (moving, AutoFlow), (sampling(x=dist.VonMises(0.0, 1.0)), AutoFlow)],
 )
 def test_automatic_guides_of_the_model_reach_all_of_it(program, kind, monkeypatch):
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.anneal", None)
@@ -191,4 +182,4 @@ def test_a_narrower_support_is_no_fault_where_the_model_has_no_mass():
 def test_what_cannot_be_looked_at_is_said(monkeypatch):
     monkeypatch.setattr("pyro_flows.diagnostics.unreached.REACH", dataclasses.replace(REACH, latents=0))
     with pytest.warns(UserWarning, match="psis: the support of the guide's site 'x' is narrower .* Give the site"):
-        pf.psis(model, of(dist.Uniform(0.0, 1.0)), num_samples=100)
+        pf.psis(model, sampling(x=dist.Uniform(0.0, 1.0)), num_samples=100)

@@ -51,9 +51,8 @@ def test_sentences_of_pages_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_sentences_of_notebooks_are_short(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
-    assert not [
-        found for cell in cells if cell["cell_type"] == "markdown" for found in too_long("".join(cell["source"]))
-    ]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert not [found for text in texts for found in too_long(text)]
 
 
 def test_the_reader_of_sentences_counts_their_words() -> None:
