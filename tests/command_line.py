@@ -1,7 +1,5 @@
 """Runs of the commands in tests: the one line of an error, and Ctrl-C during training."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

@@ -1,7 +1,5 @@
 """Setup of every test: one seed, an empty parameter store, validation on, one thread; and tests in turns."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import signal

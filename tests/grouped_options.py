@@ -1,7 +1,5 @@
 """Flat settings of tests, put into the groups that the fits take."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

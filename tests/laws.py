@@ -5,8 +5,6 @@ Bijectors and transforms have the same two verbs, ``forward_and_log_det(value, t
 a value and a theta.  A new bijector, transform or recipe adds one line to a registry and is tested by every law.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Files of ``pf.save`` for tests of ``pf.load``: a small flow, and changes of what a file holds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ They find known posteriors of new data, at all scales and within all bounds.  Th
 resume, and improve in truncated rounds.  Errors name the argument or the site.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Atomic files: a file is written completely or not at all, with other writers and after a crash."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

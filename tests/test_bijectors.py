@@ -4,8 +4,6 @@ A bijector is an increasing map of the real line onto itself, and the identity a
 are inverse to each other, and its log-determinant equals that of autograd.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

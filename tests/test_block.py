@@ -5,8 +5,6 @@ has the derivatives of the implicit function.  The laws of all transforms are in
 recipes in test_flows.py.
 """
 
-from __future__ import annotations
-
 import math
 from unittest import mock
 

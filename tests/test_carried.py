@@ -1,7 +1,5 @@
 """The single pass outside of autograd is used if derivatives are known, and never after a part was changed."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

@@ -1,7 +1,5 @@
 """Latents on circles: results do not depend on the place of the seam."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """The command ``density``: it fits a flow to a user's table, and reports invalid input in one line."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import math

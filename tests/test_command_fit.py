@@ -1,7 +1,5 @@
 """The command ``fit``: it fits and checks a user's model, and reports invalid input in one line."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -1,7 +1,5 @@
 """Compiled flows: equal results, and one graph per direction, for all uses of a flow."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

@@ -4,8 +4,6 @@ A MADE depends only on features of lower rank.  Incremental evaluation costs one
 gradients.  An MLP broadcasts its context and starts at zero.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 

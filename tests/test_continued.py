@@ -4,8 +4,6 @@ The numerical inverse is exact up to round-off, at all parameters, after a bound
 derivatives of the implicit function.  Each map follows its formula, and trains from its first steps.
 """
 
-from __future__ import annotations
-
 import math
 from unittest import mock
 

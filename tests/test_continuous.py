@@ -4,8 +4,6 @@ Exact divergences equal those of the Jacobian, and estimated ones are unbiased. 
 Gradients are those of the solution.  Errors of the solver name the reason and the remedy.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Engines: plate, vmap and loop give many draws the results of single runs, and the first that works is chosen."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings

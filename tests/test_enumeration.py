@@ -1,7 +1,5 @@
 """Enumeration: discrete latents are summed out for many draws, and sampled afterwards, as in sums by hand."""
 
-from __future__ import annotations
-
 import itertools
 
 import pyro

@@ -3,8 +3,6 @@
 Errors name the site, and models that only look faulty are accepted.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Graphs of autoregressive layers: masks from a graph, and the dependency graph of a Pyro model's posterior."""
 
-from __future__ import annotations
-
 import functools
 
 import laws

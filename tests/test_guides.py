@@ -5,8 +5,6 @@ an ``AutoContinuous``: SVI with each ELBO, ``Predictive``, NeuTra, ``AutoGuideLi
 pickles.  A flow can also be a prior.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

@@ -3,8 +3,6 @@
 Each case works, or is an error at setup that names the site.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import pickle

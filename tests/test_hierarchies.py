@@ -4,8 +4,6 @@ Answers for a batch of datasets are those for each alone, masked rows are as row
 guide finds the exact posterior of a conjugate hierarchy.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 

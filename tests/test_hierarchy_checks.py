@@ -3,8 +3,6 @@
 The exact posterior of a conjugate hierarchy passes, and one that is wrong outside of the plate or in its rows fails.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings

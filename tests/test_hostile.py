@@ -1,7 +1,5 @@
 """Files that claim more than they contain: each is an error of one line, within a second, without much memory."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

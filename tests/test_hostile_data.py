@@ -1,7 +1,5 @@
 """Data files of the commands: files with false sizes or ambiguous content are errors of one line."""
 
-from __future__ import annotations
-
 import resource
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Gaussian of low rank plus diagonal: exact where the posterior is one, near the best Gaussian elsewhere."""
 
-from __future__ import annotations
-
 import math
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """A mask removes elements from model and guide, or is refused by name; sites that come and go are refused too."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Iterator

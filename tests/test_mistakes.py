@@ -1,7 +1,5 @@
 """Mistakes of new users end in one clear error: it names the argument or site, the fault and the way out."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Supports that depend on other latents, compared with models that draw on fixed supports and stretch."""
 
-from __future__ import annotations
-
 import copy
 
 import pyro

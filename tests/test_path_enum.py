@@ -1,7 +1,5 @@
 """Path gradients with discrete latents summed out, on the models of Pyro's tutorials, for guides of every kind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ are not from pyro_flows are refused by name before anything is written.  A damag
 with a message, and its code does not run.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -4,8 +4,6 @@ It scores its draws, and its minibatches are the rows that the model sees.  It f
 hierarchies, with an encoder and without.  It meets Pyro's requirements on a guide, and refuses all else with a message.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

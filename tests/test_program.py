@@ -1,7 +1,5 @@
 """A program holds arguments of a model and says how it is run, and stands in for the model everywhere."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Planar, radial and Sylvester transforms and rotations are the maps of their papers, to the last bits."""
 
-from __future__ import annotations
-
 import copy
 import math
 

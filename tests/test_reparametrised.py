@@ -1,7 +1,5 @@
 """Models under ``poutine.reparam``: the sites that the user wrote are returned, as by Pyro's ``Predictive``."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

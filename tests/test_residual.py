@@ -2,8 +2,6 @@
 
 The inverse is exact to the last bits, with the derivatives of the implicit function."""
 
-from __future__ import annotations
-
 import math
 
 import laws

@@ -1,7 +1,5 @@
 """Recurrences, networks along steps, and coefficients that are given, beyond the laws of all transforms."""
 
-from __future__ import annotations
-
 import laws
 import pytest
 import torch

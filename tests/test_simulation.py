@@ -2,8 +2,6 @@
 
 A model that cannot be simulated is refused with a message that names argument or site."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

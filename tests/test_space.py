@@ -1,7 +1,5 @@
 """The space in which a guide draws: densities of guide and model there agree with Pyro's own, whatever the guide."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

@@ -4,8 +4,6 @@ Each test is a case in which a cache of transforms has given a stale value, a lo
 use one pass for draw and score: ``rsample_and_log_prob``, and a sample statement.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

@@ -1,7 +1,5 @@
 """After a parameter store is loaded, all results of a guide follow the store immediately."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc

@@ -3,8 +3,6 @@
 Models have plates that are nested, crossed or subsampled, and sequences: chains, walks, grids and panels.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

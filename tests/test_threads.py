@@ -1,7 +1,5 @@
 """Small jobs use one thread, slow ones as many as help, and afterwards the number of threads is restored."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

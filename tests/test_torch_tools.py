@@ -3,8 +3,6 @@
 The results are those of plain calls.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

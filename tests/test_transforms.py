@@ -4,8 +4,6 @@ The laws are tested at large random parameters, in both dtypes, with and without
 identity, its verbs are inverse to each other, and its log-determinant is that of autograd.  Its gradients reach every
 parameter.  It copies, pickles, saves, compiles and maps, and it works in Pyro and torch."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

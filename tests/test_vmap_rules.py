@@ -1,7 +1,5 @@
 """Rules for vmap: every distribution of Pyro and torch has the log-density, gradient and draws of single runs."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

@@ -1,7 +1,5 @@
 """Subsampled plates of data are weighted on all of their rows."""
 
-from __future__ import annotations
-
 import math
 
 import pyro
