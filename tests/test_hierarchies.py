@@ -5,30 +5,19 @@ guide finds the exact posterior of a conjugate hierarchy.
 """
 
 import copy
-import warnings
+import functools
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import in_groups
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
-from pyro_flows import (
-    AutoFlow,
-    AutoPlateFlow,
-    AutoStructuredFlow,
-    calibrate,
-    check,
-    fit_amortized,
-    fit_svi,
-    load,
-    psis,
-    resample,
-    save,
-    simulate,
-)
+import pyro_flows as pf
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, calibrate, fit_amortized, fit_svi, simulate
 from pyro_flows.encoders import Arguments, MLPEncoder, SetEncoder, Standardize
 from pyro_flows.fitting.amortized import PlateRows
 from pyro_flows.programs.simulator import Simulator
@@ -37,17 +26,14 @@ from pyro_flows.programs.simulator import Simulator
 def hierarchy(y: Tensor | None = None, groups: int = 6) -> Tensor:
     """Sample groups of three numbers around a mean of their own."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("group", groups):
-        theta = pyro.sample("theta", dist.Normal(mu, 0.5))
-        return pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+    return in_groups(mu, y, groups)
 
 
 def masked(y: Tensor | None = None, present: Tensor | None = None, groups: int = 6) -> None:
     """Sample the same groups, some of which are absent."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("group", groups), poutine.mask(mask=True if present is None else present):
-        theta = pyro.sample("theta", dist.Normal(mu, 0.5))
-        pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+    with poutine.mask(mask=True if present is None else present):
+        in_groups(mu, y, groups)
 
 
 class OfRows(MLPEncoder):
@@ -137,9 +123,9 @@ def test_masks_of_rows_are_those_of_one_dataset_and_of_a_guide_with_a_model(tmp_
     with pytest.raises(ValueError, match=r"given one by one.*Loop over them"):
         guide.sample(3, y, present)
     guide.sample(3, y[0], present[0])
-    save(guide, tmp_path / "guide.pt")
+    pf.save(guide, tmp_path / "guide.pt")
     with pytest.warns(UserWarning, match=r"has no model to see masks.*Leave the absent rows out"):
-        load(tmp_path / "guide.pt").sample(3, y[0], present[0])
+        pf.load(tmp_path / "guide.pt").sample(3, y[0], present[0])
 
 
 def test_an_encoder_of_all_rows_is_told_from_the_global_encoder():
@@ -150,11 +136,8 @@ def test_an_encoder_of_all_rows_is_told_from_the_global_encoder():
 
 def test_double_precision_is_kept():
     def model(y: Tensor | None = None) -> None:
-        zero = torch.zeros((), dtype=torch.float64)
-        mu = pyro.sample("mu", dist.Normal(zero, 1.0))
-        with pyro.plate("group", 4 if y is None else len(y)):
-            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
-            pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        in_groups(mu, y, 4)
 
     guide, y = amortised(model), torch.randn(4, 3, dtype=torch.float64)
     own = guide.setup(y).bind(y)
@@ -182,8 +165,8 @@ def test_a_guide_that_is_made_double_draws_scores_trains_and_is_saved(guide, row
     wide, y = copy.deepcopy(narrow).double(), y.double()
     draws = wide.sample(5, y)
     assert {value.dtype for value in (*draws.values(), *wide.median(y).values(), wide.log_prob(draws, y))} == {y.dtype}
-    save(wide, tmp_path / "guide.pt")
-    torch.testing.assert_close(load(tmp_path / "guide.pt").log_prob(draws, y), wide.log_prob(draws, y))
+    pf.save(wide, tmp_path / "guide.pt")
+    torch.testing.assert_close(pf.load(tmp_path / "guide.pt").log_prob(draws, y), wide.log_prob(draws, y))
     fit_svi(of_rows, wide, y, steps=2, progress=False)
     assert wide.sample(5, y)["theta"].dtype == y.dtype
     assert wide.float().sample(5, y.float())["theta"].dtype == torch.float32
@@ -198,9 +181,7 @@ def test_the_rows_are_those_of_the_simulations():
     def outside(y: Tensor | None = None, size: Tensor | None = None) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.sample("size", dist.Normal(torch.zeros(6), 1.0).to_event(1), obs=size)
-        with pyro.plate("group", 6):
-            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
-            pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+        in_groups(mu, y)
 
     with pytest.raises(ValueError, match=r"'size' has 6 entries.*Draw it inside of the plate"):
         fit_amortized(outside, amortised(outside), simulations=40, progress=False)
@@ -212,46 +193,39 @@ def test_bind_makes_a_guide_of_one_dataset(trained, tmp_path):
     draws = trained.sample(20, y, groups=5)
     assert own.global_encoder is None
     assert torch.allclose(own.log_prob(draws, y, groups=5), trained.log_prob(draws, y, groups=5), atol=1e-4)
-    assert (
-        torch.allclose(Predictive(hierarchy, guide=own, num_samples=3)(y, 5)["theta"].var(0), torch.zeros(5)) is False
-    )
+    assert Predictive(hierarchy, guide=own, num_samples=3)(y, 5)["theta"].var(0).max() > 1e-4
     fit_svi(hierarchy, own, y, groups=5, steps=2, progress=False)
     assert not torch.allclose(own.log_prob(draws, y, groups=5), trained.log_prob(draws, y, groups=5), atol=1e-4)
-    save(own, tmp_path / "own.pt")
-    again = load(tmp_path / "own.pt")
+    pf.save(own, tmp_path / "own.pt")
+    again = pf.load(tmp_path / "own.pt")
     assert torch.allclose(again.log_prob(draws, y, groups=5), own.log_prob(draws, y, groups=5), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_what_weighs_draws_takes_the_guide_and_the_bound_guide(trained):
     y = torch.randn(5, 3)
     for guide in (trained, trained.bind(y, groups=5)):
-        assert psis(hierarchy, guide, y, groups=5, num_samples=100).log_weights.shape == (100,)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert resample(hierarchy, guide, y, groups=5, num_samples=10)["theta"].shape == (10, 5)
+        assert pf.psis(hierarchy, guide, y, groups=5, num_samples=100).log_weights.shape == (100,)
+        assert pf.resample(hierarchy, guide, y, groups=5, num_samples=10)["theta"].shape == (10, 5)
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_it_is_a_guide_of_one_dataset_for_svi(local):
-    with pyro.settings.context(module_local_params=local):
-        pyro.clear_param_store()
-        guide, y = amortised(), torch.randn(6, 3)
-        before = copy.deepcopy(guide.setup(y).state_dict())
-        svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-        for _ in range(3):  # last layers start at zero, and pass no gradient on in the first step
-            svi.step(y)
-        moved = [name for name, value in guide.state_dict().items() if not torch.equal(value, before[name])]
-        assert any("global_encoder" in name for name in moved)
-        assert any("contexts.encoder" in name for name in moved)
+def test_it_is_a_guide_of_one_dataset_for_svi(local_params):
+    guide, y = amortised(), torch.randn(6, 3)
+    before = copy.deepcopy(guide.setup(y).state_dict())
+    svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):  # last layers start at zero, and pass no gradient on in the first step
+        svi.step(y)
+    moved = [name for name, value in guide.state_dict().items() if not torch.equal(value, before[name])]
+    assert all(any(part in name for name in moved) for part in ("global_encoder", "contexts.encoder"))
 
 
 def test_files_hold_both_encoders(trained, tmp_path):
     with pytest.raises(ValueError, match="OfRows"):  # a class of the user
-        save(trained, tmp_path / "guide.pt")
+        pf.save(trained, tmp_path / "guide.pt")
     bare = AutoPlateFlow(only_data, "group", encoder=Standardize((3,)), global_encoder=SetEncoder(3, 8, (16,)))
     fit_amortized(only_data, bare, simulations=40, max_epochs=1, datasets=(2, 5), progress=False)
-    save(bare, tmp_path / "guide.pt")
-    again = load(tmp_path / "guide.pt")
+    pf.save(bare, tmp_path / "guide.pt")
+    again = pf.load(tmp_path / "guide.pt")
     y = torch.randn(4, 3)
     draws = bare.sample(5, y)
     assert torch.allclose(again.log_prob(draws, y), bare.log_prob(draws, y), atol=1e-5)
@@ -259,11 +233,7 @@ def test_files_hold_both_encoders(trained, tmp_path):
 
 
 def only_data(y: Tensor | None = None) -> None:
-    groups = 5 if y is None else y.shape[-2]
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("group", groups):
-        theta = pyro.sample("theta", dist.Normal(mu, 0.5))
-        pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+    hierarchy(y, 5 if y is None else y.shape[-2])
 
 
 def test_a_step_sees_the_same_rows_of_data_and_latents(trained):
@@ -295,32 +265,28 @@ def test_a_number_of_rows_outside_of_training_warns():
 
 
 def flat(y: Tensor | None = None) -> None:
-    with pyro.plate("group", 6):
-        theta = pyro.sample("theta", dist.Normal(0.0, 0.5))
-        pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+    in_groups(0.0, y)
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out():
-    encoder, pool = OfRows(3, 4), SetEncoder(4, 8)
-    with pytest.raises(ValueError, match=r"global_encoder takes the contexts .*Give encoder="):
-        AutoPlateFlow(hierarchy, "group", global_encoder=pool)
-    with pytest.raises(TypeError, match="global_encoder must be a network"):
-        AutoPlateFlow(hierarchy, "group", encoder=encoder, global_encoder=3)
-    with pytest.raises(ValueError, match=r"one kind is missing.*Use AutoFlow"):
-        AutoPlateFlow(flat, "group", encoder=encoder, global_encoder=pool).setup(torch.randn(6, 3))
-    with pytest.raises(ValueError, match=r"must return one vector \(n,\), got shape \(6, 2\)"):
-        AutoPlateFlow(hierarchy, "group", encoder=encoder, global_encoder=MLPEncoder(4, 2)).setup(torch.randn(6, 3))
-    with pytest.raises(ValueError, match=r"without a global_encoder.*Give both"):
-        fit_amortized(hierarchy, AutoPlateFlow(hierarchy, "group", encoder=encoder))
-    with pytest.raises(ValueError, match=r"datasets must be .*for an AutoPlateFlow, got \(1, 2\) for AutoFlow"):
-        fit_amortized(hierarchy, AutoFlow(hierarchy, encoder=encoder), datasets=(1, 2))
-    with pytest.raises(ValueError, match=r"datasets must be .*from 1 to the 6 rows.*got \(1, 9\)"):
-        fit_amortized(hierarchy, amortised(), simulations=40, datasets=(1, 9), progress=False)
+    encoder, pool, wide, y = OfRows(3, 4), SetEncoder(4, 8), MLPEncoder(4, 2), torch.randn(6, 3)
+    build = functools.partial(AutoPlateFlow, hierarchy, "group")
+    fit = functools.partial(fit_amortized, hierarchy, simulations=40, progress=False)
+    for words, call in {
+        "global_encoder takes the contexts .*Give encoder=": lambda: build(global_encoder=pool),
+        "global_encoder must be a network": lambda: build(encoder=encoder, global_encoder=3),
+        "one kind is missing.*Use AutoFlow": lambda: amortised(flat).setup(y),
+        r"one vector \(n,\), got shape \(6, 2\)": lambda: build(encoder=encoder, global_encoder=wide).setup(y),
+        "without a global_encoder.*Give both": lambda: fit(build(encoder=encoder)),
+        "for an AutoPlateFlow, got .* for AutoFlow": lambda: fit(AutoFlow(hierarchy, encoder=encoder), datasets=(1, 2)),
+        r"from 1 to the 6 rows.*got \(1, 9\)": lambda: fit(amortised(), datasets=(1, 9)),
+        "bind: the guide has no global_encoder": lambda: build(encoder=encoder).bind(y),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
     for wrong in (5, (0, 3), (4, 2), (2.5, 4)):
         with pytest.raises(ValueError, match=r"datasets must be .* integers"):
-            fit_amortized(hierarchy, amortised(), datasets=wrong)
-    with pytest.raises(ValueError, match=r"bind: the guide has no global_encoder"):
-        AutoPlateFlow(hierarchy, "group", encoder=encoder).bind(torch.randn(6, 3))
+            fit(amortised(), datasets=wrong)
 
 
 @pytest.mark.slow
@@ -347,4 +313,4 @@ def test_check_takes_the_guide_of_one_dataset():
     fit_amortized(hierarchy, guide, simulations=2000, max_epochs=20, progress=False)
     own = guide.bind(y, groups=5)
     fit_svi(hierarchy, own, y, groups=5, progress=False)
-    assert check(hierarchy, own, y, groups=5).trusted
+    assert pf.check(hierarchy, own, y, groups=5).trusted

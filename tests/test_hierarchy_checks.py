@@ -5,12 +5,12 @@ The exact posterior of a conjugate hierarchy passes, and one that is wrong outsi
 
 import functools
 import math
-import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import in_groups
 from pyro import poutine
 from scipy import stats
 from torch import Tensor
@@ -31,9 +31,7 @@ quick = {"num_simulations": 99, "num_samples": 10}
 def hierarchy(y: Tensor | None = None, groups: int = GROUPS, noise: float = 1.0) -> Tensor:
     """Sample groups of three numbers around a mean of their own."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("group", groups):
-        theta = pyro.sample("theta", dist.Normal(mu, BETWEEN**0.5))
-        return pyro.sample("y", dist.Normal(theta[..., None], noise).expand((*theta.shape, 3)).to_event(1), obs=y)
+    return in_groups(mu, y, groups, noise)
 
 
 class Weighted(Conditioner):
@@ -156,23 +154,19 @@ def test_candidates_have_numbers_of_one_row():
 def test_guides_without_a_global_encoder_are_refused():
     guide = AutoPlateFlow(hierarchy, "group", encoder=lambda y, *_, **__: y.mean(-1, keepdim=True)).setup(hierarchy())
     for run in (local_c2st, misspecification):
-        with pytest.raises(
-            ValueError, match=r"or an AutoPlateFlow with a global_encoder, got AutoPlateFlow without one"
-        ):
+        with pytest.raises(ValueError, match="with a global_encoder, got AutoPlateFlow without one"):
             run(hierarchy, guide, observed={"y": hierarchy()})
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_rows_that_the_model_masks_are_refused():
     """Simulated datasets have all rows, and so another posterior."""
 
     def masked(y: Tensor | None = None) -> Tensor:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("group", GROUPS), poutine.mask(mask=torch.tensor([True, True, True, False])):
-            theta = pyro.sample("theta", dist.Normal(mu, BETWEEN**0.5))
-            return pyro.sample("y", dist.Normal(theta[..., None], 1.0).expand((*theta.shape, 3)).to_event(1), obs=y)
+        with poutine.mask(mask=torch.tensor([True, True, True, False])):
+            return in_groups(mu, y, GROUPS)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for run in (local_c2st, misspecification):
-            with pytest.raises(ValueError, match=r"must have all rows of plate 'group', but the model masks some"):
-                run(masked, exact(), observed={"y": hierarchy()})
+    for run in (local_c2st, misspecification):
+        with pytest.raises(ValueError, match=r"must have all rows of plate 'group', but the model masks some"):
+            run(masked, exact(), observed={"y": hierarchy()})
