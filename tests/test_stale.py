@@ -50,34 +50,19 @@ def test_own_samples_are_scored_like_any_other_value(recipe: object, mode: Calla
 
 @every_recipe
 @pytest.mark.parametrize("optimiser_type", [torch.optim.Adam, torch.optim.SGD])
-def test_an_optimiser_step_is_seen(recipe: object, optimiser_type: type) -> None:
-    """The same data tensor is scored before and after the step, the usual case of a stale value."""
+def test_optimiser_steps_are_seen(recipe: object, optimiser_type: type) -> None:
+    """One distribution scores the same data before and after each step, without clear_cache and retain_graph."""
     flow = random_flow(recipe)
     optimiser = optimiser_type(flow.parameters(), lr=0.05)
-    q, x = flow(), laws.normal(5, 3)
-    before = q.log_prob(x)
-    (-before.mean()).backward()
-    optimiser.step()
-    after = q.log_prob(x)
-    close(after, q.log_prob(x.clone()))
-    assert not torch.allclose(after, before)
-
-
-@every_recipe
-def test_a_plain_loop_trains_one_distribution_for_many_steps(recipe: object) -> None:
-    """The distribution is made once, without clear_cache and without retain_graph."""
-    flow = random_flow(recipe)
-    optimiser = torch.optim.Adam(flow.parameters(), lr=3e-2)
-    q, x = flow(), 0.5 * laws.normal(64, 3) + 1
-    losses = []
-    for _ in range(20):
+    q, x, before = flow(), laws.normal(5, 3), torch.zeros(5).double()
+    for _ in range(3):
+        log_prob = q.log_prob(x)
+        close(log_prob, flow().log_prob(x.clone()))
+        assert not torch.allclose(log_prob, before)
         optimiser.zero_grad()
-        loss = -q.log_prob(x).mean()
-        loss.backward()
+        (-log_prob.mean()).backward()
         optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3
-    close(q.log_prob(x), flow().log_prob(x.clone()))
+        before = log_prob
 
 
 @every_recipe
