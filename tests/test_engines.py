@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from functools import partial
 
 import pyro
@@ -10,6 +9,7 @@ import pyro.contrib.gp as gp
 import pyro.distributions as dist
 import pytest
 import torch
+from models import normals, sampling, silent
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -261,6 +261,7 @@ RUNS_ALONE = (
 )
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model", [branching, normalising])
 def test_what_only_single_runs_can_do_runs_in_a_loop_and_one_line_says_so(model):
     y = Y[0] if model is branching else Y
@@ -273,9 +274,7 @@ def test_what_only_single_runs_can_do_runs_in_a_loop_and_one_line_says_so(model)
         held = poutine.condition(model, data={name: value[row] for name, value in draws.latents.items()})
         alone = poutine.trace(held).get_trace(y).log_prob_sum()
         torch.testing.assert_close(draws.log_p[row], alone, rtol=1e-9, atol=1e-9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert pf.fit_svi(model, AutoFlow(model), y, warm_start=False, **QUICK).losses.isfinite().all()
+    assert pf.fit_svi(model, AutoFlow(model), y, warm_start=False, **QUICK).losses.isfinite().all()
 
 
 def summing(y):
@@ -352,12 +351,8 @@ def test_random_structure_is_refused_by_the_site():
         pyro.sample("y", dist.Normal(w, 1.0), obs=y)
 
     runs: list[int] = []
-
-    def guide(y):
-        pyro.sample("w", dist.Normal(0.0, 1.0))
-
     with pytest.raises(ValueError, match=r"other sites from run to run: 'extra' is in some runs only\. Let it draw"):
-        pf.psis(growing, guide, Y[0], num_samples=50)
+        pf.psis(growing, sampling(w=dist.Normal(0.0, 1.0)), Y[0], num_samples=50)
 
 
 # Programs with traps for engines, searches or guides.
@@ -388,8 +383,7 @@ def test_plates_that_hold_no_site_do_not_meet_the_plate_of_draws():
             raise AssertionError
         pyro.sample("y", dist.Normal(total, 1.0), obs=data.sum())
 
-    data = torch.ones(3)
-    assert pf.fit_svi(model, AutoFlow(model), data, num_particles=4, **QUICK).losses.isfinite().all()
+    assert pf.fit_svi(model, AutoFlow(model), torch.ones(3), num_particles=4, **QUICK).losses.isfinite().all()
 
 
 def test_a_model_without_gradients_is_refused_before_training():
@@ -438,15 +432,14 @@ def dropping_alone(y):
         pyro.sample("y", dist.Normal(DROPOUT(w + 1).sum(), 0.1), obs=y)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model", [dropping, dropping_alone])
 @pytest.mark.parametrize("verb", [pf.psis, pf.check, pf.resample, pf.refine])
 def test_a_density_that_changes_from_run_to_run_is_refused_at_its_site(verb, model):
     guide = AutoFlow(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # a noisy loss does no harm
-        with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y': draws cannot"):
-            verb(model, guide, Y)
+    pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # a noisy loss does no harm
+    with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y': draws cannot"):
+        verb(model, guide, Y)
 
 
 def shaken(sd):
@@ -471,8 +464,7 @@ def test_a_noisy_density_is_said_once_for_all_guides_of_a_task():
     task = shaken(1.0)
     with pytest.warns(UserWarning, match="log-density is an estimate"):
         task.settle()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         task.of(AutoFlow(task.model.call).setup()).check().settle()
 
 
@@ -485,7 +477,7 @@ def test_vmap_that_cannot_draw_is_tried_once():
         if torch._C._functorch.is_batchedtensor(x):
             raise RuntimeError("cannot draw")
 
-    guide = AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))).setup()
+    guide = AutoFlow(sampling(x=normals(2))).setup()
     runner, number = Task(model, guide, (), {}).model.by("vmap"), []
     for _ in range(2):
         before = len(runs)

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import called, sampling
 from pyro import poutine
 from pyro.infer import Predictive, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
@@ -113,9 +114,8 @@ def test_a_hidden_markov_model_has_the_density_of_the_sum_over_all_paths(engine)
 
 def test_discrete_draws_have_the_marginals_of_the_mixture():
     data = torch.tensor([0.0, 1.0, 4.0, 5.5, 9.0])
-    weights, scale, locs = torch.tensor([[0.4, 0.6]]), torch.tensor([2.5]), torch.tensor([[1.0, 8.0]])
-    latents = {"weights": weights, "scale": scale, "locs": locs}
-    given = {name: value.expand(10_000, *value.shape[1:]) for name, value in latents.items()}
+    weights, scale, locs = torch.tensor([0.4, 0.6]), torch.tensor(2.5), torch.tensor([1.0, 8.0])
+    given = {"weights": weights.expand(10_000, 2), "scale": scale.expand(10_000), "locs": locs.expand(10_000, 2)}
     drawn = settled(mixture, data).complete(given)["assignment"]
     wanted = (weights.log() + dist.Normal(locs, scale).log_prob(data.unsqueeze(-1))).softmax(-1)[:, 1]
     assert (drawn.double().mean(0) - wanted).abs().max() < 0.02  # four standard errors of the largest error
@@ -168,12 +168,10 @@ def test_the_way_of_pyro_still_works():
 
 
 def test_guides_of_pyro_and_by_hand_leave_discrete_sites_out_too():
-    guide = AutoNormal(poutine.block(mixture, hide=["assignment"]))
-    guide(DATA)
-    task = Task(mixture, guide, (DATA,), {}).settle()
-    wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle()
-    draws = task.draw(10)
-    torch.testing.assert_close(draws.log_p, wanted.model.log_prob(draws.latents, 10), rtol=1e-5, atol=1e-4)
+    guide = called(AutoNormal(poutine.block(mixture, hide=["assignment"])), DATA)
+    draws = Task(mixture, guide, (DATA,), {}).settle().draw(10)
+    wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle().model.log_prob(draws.latents, 10)
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-5, atol=1e-4)
 
 
 def coin(flips):
@@ -257,13 +255,10 @@ def growing(y):
 
 
 def test_sites_that_only_some_discrete_values_lead_to_are_refused():
-    def guide(y):
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
     def weigh():
         for seed in range(4):  # for each value of the first run
             pyro.set_rng_seed(seed)
-            pf.psis(growing, guide, torch.tensor(1.0), num_samples=30)
+            pf.psis(growing, sampling(x=dist.Normal(0.0, 1.0)), torch.tensor(1.0), num_samples=30)
 
     with pytest.raises(ValueError, match="other sites from run to run: 'more' is in some runs only"):
         weigh()

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.infer.reparam import ProjectedNormalReparam
@@ -57,10 +58,7 @@ POINTS = {
 
 @pytest.mark.parametrize("name", POINTS)
 def test_points_follow_from_the_model_and_are_left_out(name):
-    def model():
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("fixed", POINTS[name]())
-
+    model = sampling(x=dist.Normal(0.0, 1.0), fixed=POINTS[name]())
     guide = AutoFlow(model).setup()
     assert guide.latent_dim == 1
     fit_svi(model, guide, **SHORT)
@@ -208,8 +206,7 @@ def test_masked_priors_are_named_before_the_first_step(build):
 
 @pytest.mark.parametrize("use", [psis, check, to_arviz])
 def test_weights_that_are_not_finite_name_site_and_way_out(use):
-    def guide(*_):
-        pyro.sample("scale", dist.LogNormal(0.0, 45.0))  # 5 % of its draws overflow
+    guide = sampling(scale=dist.LogNormal(0.0, 45.0))  # 5 % of its draws overflow
 
     def model(mask):
         with pyro.poutine.mask(mask=mask):
@@ -220,10 +217,7 @@ def test_weights_that_are_not_finite_name_site_and_way_out(use):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
         pyro.factor("f", torch.where(scale > 3, math.nan, 0.0))
 
-    def sound(*_):
-        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-
-    pyro.set_rng_seed(0)
+    sound = sampling(scale=dist.LogNormal(0.0, 1.0))
     counts = rf"{use.__name__}: \d+ of 10*0 log-weights are NaN or \+inf: "
     with pytest.raises(ValueError, match=counts + "the guide draws latent site 'scale' at inf.*prior of .*'scale' is"):
         use(model, guide, False, num_samples=1000)
@@ -276,10 +270,10 @@ def test_a_flat_location_with_a_known_scale_is_welcome(scale):
 
 
 def bounded():
-    pyro.sample("p", dist.ImproperUniform(constraints.unit_interval, (), ()))
-    pyro.sample("q", dist.ImproperUniform(constraints.simplex, (), (3,)))
-    pyro.sample("c", dist.ImproperUniform(constraints.corr_cholesky, (), (3, 3)))
-    pyro.sample("i", dist.ImproperUniform(constraints.interval(-5.0, 70.0), (), (2,)))
+    flat("p", constraints.unit_interval)
+    flat("q", constraints.simplex, (3,))
+    flat("c", constraints.corr_cholesky, (3, 3))
+    flat("i", constraints.interval(-5.0, 70.0), (2,))
 
 
 def circle():
@@ -294,7 +288,7 @@ def two_modes():
 
 def change_point():
     """Model with a step function of tau: its slope is zero almost everywhere, and it ends far out."""
-    tau = pyro.sample("tau", dist.ImproperUniform(constraints.real, (), ()))
+    tau = flat("tau")
     t = torch.linspace(-3, 3, 7)
     likelihood = dist.Normal((t > tau.unsqueeze(-1)).float(), 0.1).log_prob((t > 0).float()).sum(-1)
     pyro.factor("y", likelihood + 0.0 * tau - 100.0 * (tau.abs() > 40))
@@ -328,8 +322,7 @@ def vague():
 
 @pytest.mark.parametrize("model", [bounded, circle, two_modes, change_point, heavy, far_scale, ordered, vague])
 def test_proper_posteriors_are_welcome(model):
-    recipe = None if model is circle else small
-    assert fit(model, recipe=recipe).steps == 1
+    assert fit(model, recipe=None if model is circle else small).steps == 1
 
 
 # Densities that anneal refuses before it moves a particle.

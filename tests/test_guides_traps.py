@@ -3,16 +3,17 @@
 Each case works, or is an error at setup that names the site.
 """
 
+import copy
 import functools
 import math
 import pickle
-import warnings
 
 import laws
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import draws_of, normals, same, sampling, silent, state
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, init_to_value
@@ -34,19 +35,6 @@ def model():
 def train(guide, steps: int = 100, program=model) -> list[float]:
     svi = SVI(program, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(16, vectorize_particles=True))
     return [svi.step() for _ in range(steps)]
-
-
-def state(guide) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in guide.parameters()]
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def draws_of(guide) -> list[torch.Tensor]:
-    pyro.set_rng_seed(3)
-    return list(guide.sample(10).values())
 
 
 # Several guides in one process.
@@ -72,16 +60,12 @@ def test_second_guide_trains():
 def test_second_guide_list_starts_afresh():
     """AutoGuideList names its parts by position, so names are equal in every list."""
 
-    def other():
-        pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-
     lists = []
-    for program in (model, model, other):
+    for program in (model, model, sampling(z=normals(5))):
         guide = AutoGuideList(program)
         guide.append(AutoFlow(program, small))
         guide()
-        start = [parameter.detach().clone() for parameter in guide[0].flow.transforms[-2].parameters()]
-        lists.append((guide, start, train(guide, 30, program)))
+        lists.append((guide, state(guide[0].flow.transforms[-2]), train(guide, 30, program)))
     assert same(lists[0][1], lists[1][1])
     assert lists[1][2][0] > lists[0][2][-1] + 0.5
 
@@ -91,8 +75,7 @@ def test_same_explicit_name_of_two_live_guides_warns():
     with pytest.warns(UserWarning, match="named 'posterior'"):
         second = AutoFlow(model, small, name="posterior")
     del first, second
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # both guides are deleted, so the name is free
+    with silent():  # both guides are deleted, so the name is free
         AutoFlow(model, small, name="posterior").setup()
 
 
@@ -122,7 +105,7 @@ def test_parameters_exist_after_setup_under_clean_names():
     # After the two couplings: a trained dense matrix and shift, and a fixed location and scale.
     assert names[-4:] == [f"flow.transforms.{place}" for place in ("2.factors", "2.shift", "3.loc", "3.scale")]
     assert len({id(p) for _, p in guide.named_parameters(remove_duplicate=False)}) == len(names)
-    before = [parameter.detach().clone() for parameter in laws.learned(guide)]
+    before = copy.deepcopy(laws.learned(guide))
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
     for _ in range(2):  # in the first step, only the last layers change, because they start at zero
         optimizer.zero_grad()
@@ -169,9 +152,9 @@ def test_pickling_leaves_the_live_guide_usable():
     guide = AutoFlow(model, small)
     train(guide, 5)
     before = draws_of(guide)
-    copy = pickle.loads(pickle.dumps(guide))
+    twin = pickle.loads(pickle.dumps(guide))
     assert same(draws_of(guide), before)
-    assert same(draws_of(copy), before)
+    assert same(draws_of(twin), before)
     assert guide.model is not None
     train(guide, 2)
     assert not same(draws_of(guide), before)
@@ -243,11 +226,8 @@ def test_support_that_depends_on_the_data_alone_is_accepted():
 
 
 def test_support_without_a_bijection_is_refused():
-    def matrix():
-        pyro.sample("covariance", dist.Wishart(torch.tensor(5.0), torch.eye(3)))
-
     with pytest.raises((NotImplementedError, ValueError), match="'covariance'"):
-        AutoFlow(matrix, small).setup()
+        AutoFlow(sampling(covariance=dist.Wishart(torch.tensor(5.0), torch.eye(3))), small).setup()
 
 
 def test_latents_of_mixtures_have_the_support_of_the_components():
@@ -282,11 +262,8 @@ def test_a_new_guide_asks_for_the_arguments_of_the_model():
 
 
 def test_a_recipe_that_fails_is_not_mistaken_for_a_model_without_arguments():
-    def normal():
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
     with pytest.raises(TypeError, match=r"^AutoFlow: flow\(1\) fails: .*takes 0 positional arguments"):
-        AutoFlow(normal, lambda: None).setup()
+        AutoFlow(sampling(x=dist.Normal(0.0, 1.0)), lambda: None).setup()
 
 
 def test_latent_in_a_subsampled_plate_is_refused():
@@ -332,8 +309,7 @@ def test_a_discrete_latent_is_left_out_and_summed():
     draws = Task(coin, guide, (), {}).settle().draw(20)
     wanted = Task(by_hand, guide, (), {}).settle().model.log_prob(draws.latents, 20)
     torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
-    blocked = AutoFlow(poutine.block(coin, hide=["side"]), small).setup()  # as Pyro's guides need it
-    assert blocked.latent_dim == 1
+    assert AutoFlow(poutine.block(coin, hide=["side"]), small).setup().latent_dim == 1  # as Pyro's guides need it
 
 
 @pytest.mark.parametrize("prior", [dist.VonMises(0.0, 1.0), dist.ImproperUniform(dist.constraints.positive, (), ())])
@@ -361,6 +337,7 @@ def test_impossible_start_is_refused():
 
 def test_model_without_latents_is_refused():
     def empty():
+        pyro.sample("fixed", dist.Delta(torch.tensor(1.0)))  # a point is none
         pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
 
     with pytest.raises((RuntimeError, ValueError), match="no latent"):

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling, silent
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
@@ -69,8 +70,7 @@ def test_summaries_of_an_untrained_guide_warn(build):
         guide.median(Y)
     with pytest.warns(UserWarning, match=r"to_arviz: the Auto\w+ was never trained"):
         pf.to_arviz(hierarchy, guide, Y, num_samples=30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         guide.sample(3, Y)
 
 
@@ -79,8 +79,7 @@ def test_summaries_of_a_trained_guide_are_silent(tmp_path):
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     svi.step(X, Y)
     pf.save(guide, tmp_path / "guide.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         for trained in (guide, pf.load(tmp_path / "guide.pt")):
             trained.median()
         warnings.filterwarnings("ignore", "to_arviz: k-hat")  # after one step it is not near the posterior
@@ -376,8 +375,7 @@ def test_keywords_of_the_model_are_its_own():
     def other(step, **more):
         pyro.sample("x", dist.Normal(step * more["lrs"], 1.0))
 
-    fit = pf.fit_svi(other, pf.AutoFlow(other, small), step=1.0, lrs=2.0, **SHORT)
-    assert fit.steps == 3
+    assert pf.fit_svi(other, pf.AutoFlow(other, small), step=1.0, lrs=2.0, **SHORT).steps == 3
 
 
 @pytest.mark.parametrize("call", ["simulate", "fit_amortized", "calibrate"])
@@ -444,10 +442,8 @@ def test_a_simulator_with_a_point_at_other_data_has_no_likelihood():
         pyro.sample("times", dist.Delta(times, event_dim=1), obs=times)
         simulator(x)
 
-    def guide(x, times):
-        pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-
     words = "fit_svi: model must have a likelihood, got only Delta distributions at observed sites 'times', 'x'"
+    guide = sampling(mean=dist.Normal(torch.zeros(2), 1.0).to_event(1))
     refused(ValueError, words, pf.fit_svi, timed, guide, torch.zeros(2), torch.ones(3), steps=3, progress=False)
 
 
@@ -460,10 +456,8 @@ def test_a_mask_that_a_model_draws_whatever_is_given_is_named():
         mask = pyro.sample("mask", dist.Delta(drawn, event_dim=1), obs=mask)
         pyro.sample("y", dist.Normal(mean, 1.0).expand([8]).mask(mask.bool()).to_event(1), obs=y)
 
-    def guide(*_, **__):
-        pyro.sample("mean", dist.Normal(0.0, 1.0))
-
-    data, few = (torch.zeros(8), (torch.arange(8) < 6).float()), {"steps": 3, "progress": False}
+    guide, few = sampling(mean=dist.Normal(0.0, 1.0)), {"steps": 3, "progress": False}
+    data = torch.zeros(8), (torch.arange(8) < 6).float()
     words = "observed site 'mask' is a Delta at other values than its data.* let it take what is given: value = draw"
     refused(ValueError, f"fit_svi: {words}", pf.fit_svi, masked, guide, *data, **few)
     refused(ValueError, f"psis: {words}", pf.psis, masked, guide, *data, num_samples=25)

@@ -58,11 +58,9 @@ def test_draws_lie_in_their_supports_and_have_the_density_of_their_draws():
     log_q = guide.log_prob(values, Y)
     packed, log_det = guide.pack(values, Y)
     torch.testing.assert_close(guide.get_posterior(Y).log_prob(packed) + log_det, log_q)
-    torch.testing.assert_close(
-        guide.log_prob({n: v.reshape(20, 25, *v.shape[1:]) for n, v in values.items()}, Y), log_q.reshape(20, 25)
-    )
-    outside = {**values, "b": values["a"] + 1.0}
-    assert (guide.log_prob(outside, Y) == -torch.inf).all()
+    batches = {name: value.reshape(20, 25, *value.shape[1:]) for name, value in values.items()}
+    torch.testing.assert_close(guide.log_prob(batches, Y), log_q.reshape(20, 25))
+    assert (guide.log_prob({**values, "b": values["a"] + 1.0}, Y) == -torch.inf).all()
 
 
 def test_the_density_integrates_to_one():

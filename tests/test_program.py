@@ -39,13 +39,8 @@ def test_its_signature_is_what_is_left_of_the_models():
     assert list(signature_of(PROGRAM).parameters) == ["y", "num_samples"]
     signature_of(poutine.scale(PROGRAM, 2.0)).bind(Y)
     assert arguments_of(PROGRAM, (Y,), {}) == {"scale": 0.5, "y": Y, "num_samples": 2.0}
-    assert list(inspect.signature(pf.Program).parameters) == [
-        "model",
-        "args",
-        "kwargs",
-        "vectorize",
-        "max_plate_nesting",
-    ]
+    names = ["model", "args", "kwargs", "vectorize", "max_plate_nesting"]
+    assert list(inspect.signature(pf.Program).parameters) == names
 
 
 def test_what_it_says_is_seen_through_handlers_and_the_outermost_word_counts():

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
@@ -124,8 +125,7 @@ def test_a_model_that_asserts_shapes_is_simulated():
 
 
 def test_a_guide_that_does_not_run_under_a_plate_is_called_the_guide():
-    def model():
-        pyro.sample("w", dist.Normal(0.0, 1.0))
+    model = sampling(w=dist.Normal(0.0, 1.0))
 
     def guide():
         loc = pyro.param("loc", torch.zeros(()))
@@ -153,8 +153,7 @@ def test_an_error_without_a_line_of_the_users_is_told_by_its_kind():
 
 
 def test_a_check_that_a_fit_need_not_make_leaves_its_random_numbers(monkeypatch):
-    def model():
-        pyro.sample("w", dist.Normal(0.0, 1.0))
+    model = sampling(w=dist.Normal(0.0, 1.0))
 
     def losses():
         pyro.clear_param_store()
@@ -208,12 +207,9 @@ def test_a_blocked_guide_with_the_whole_model_is_refused_by_name(use):
 
 
 def test_several_sites_of_another_models_guide_are_named_at_once():
-    def guide():
-        for name in "xab":
-            pyro.sample(name, dist.Normal(0.0, 1.0))
-
+    normal = dist.Normal(0.0, 1.0)
     with pytest.raises(ValueError, match="sites 'a', 'b' of the guide are not in the model"):
-        pf.psis(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), guide)
+        pf.psis(sampling(x=normal), sampling(x=normal, a=normal, b=normal))
 
 
 @config_enumerate
@@ -576,10 +572,7 @@ def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
             side = pyro.sample("side", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(loc + side, 1.0), obs=x[rows])
 
-    def guide():
-        pyro.sample("loc", dist.Normal(0.0, 1.0))
-
-    program = Task(mixture, guide, (), {}).check().settle().model
+    program = Task(mixture, sampling(loc=dist.Normal(0.0, 1.0)), (), {}).check().settle().model
     assert (program.engine, program.choice.noise.deviation) == ("plate", 0)
 
 

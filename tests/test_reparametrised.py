@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import sampling
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from pyro.infer.reparam import LocScaleReparam, ProjectedNormalReparam, TransformReparam
@@ -54,15 +55,9 @@ def test_the_sites_that_the_user_wrote_are_no_data():
 
 
 def test_a_check_judges_the_sites_that_the_user_wrote():
-    def model():
-        pyro.sample("x", dist.Normal(3.0, 2.0))
-
-    other = poutine.reparam(model, {"x": LocScaleReparam(0.0)})
-
-    def guide():
-        pyro.sample("x_decentered", dist.Normal(0.0, 1.0))
-
-    assert check(other, guide, num_samples=200, num_chains=16).names == ["x_decentered", "x"]
+    model = poutine.reparam(sampling(x=dist.Normal(3.0, 2.0)), {"x": LocScaleReparam(0.0)})
+    guide = sampling(x_decentered=dist.Normal(0.0, 1.0))
+    assert check(model, guide, num_samples=200, num_chains=16).names == ["x_decentered", "x"]
 
 
 REPARAMS = {
@@ -74,11 +69,7 @@ REPARAMS = {
 @pytest.mark.parametrize("name", REPARAMS)
 def test_other_reparametrisations(name):
     reparam, law = REPARAMS[name]
-
-    def model():
-        pyro.sample("x", law)
-
-    guide = AutoFlow(poutine.reparam(model, {"x": reparam}), init_loc_fn=init_to_median)
+    guide = AutoFlow(poutine.reparam(sampling(x=law), {"x": reparam}), init_loc_fn=init_to_median)
     draws = guide.setup().sample(20)
     assert law.support.check(draws["x"]).all()
     assert draws["x"].unique(dim=0).shape == (20, *law.event_shape)

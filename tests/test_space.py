@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import stirred
+from models import called, normals, sampling, stirred
 from pyro import poutine
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
 from torch import Tensor
@@ -51,9 +51,7 @@ def space_of(kind: str) -> Density:
     pyro.set_rng_seed(0)
     guide = by_hand
     if kind != "by hand":
-        guide = KINDS[kind](model)
-        guide(Y)
-        stirred(guide, 0.1)
+        guide = stirred(called(KINDS[kind](model), Y), 0.1)
     return Density(Task(model, guide, (Y,), {}))
 
 
@@ -80,15 +78,12 @@ def test_weights_are_those_of_traces(space):
 
 
 def test_a_draw_is_scored_as_a_vector_is(space):
-    draws = space.draw(7)
+    draws = space.draw(7, batch_size=3)
+    assert draws.z.shape == (7, 7)
     tolerance = 1e-4 if isinstance(space.task.guide.call, AutoIAFNormal) else 1e-8
     torch.testing.assert_close(space.log_prob(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
-
-
-def test_draws_come_in_batches(space):
-    assert len(space.draw(25, batch_size=10).z) == 25
 
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoNormal", "AutoMultivariateNormal", "by hand"])
@@ -126,10 +121,7 @@ def test_prior_draws_are_nan_where_the_model_breaks_down():
             raise FloatingPointError
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
 
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.0, 0.1))
-
-    drawn = Density(Task(breaks, guide, (), {})).prior(torch.zeros(64, 1))
+    drawn = Density(Task(breaks, sampling(x=dist.Normal(0.0, 0.1)), (), {})).prior(torch.zeros(64, 1))
     assert 0 < drawn.isnan().sum() < 64
     assert (drawn[drawn.isfinite()] <= 1).all()
 
@@ -150,10 +142,7 @@ def test_the_prior_leaves_out_flat_latents_that_a_guide_draws_itself():
         scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
         pyro.sample("y", dist.Normal(slope, scale), obs=torch.tensor(1.0))
 
-    def guide() -> None:
-        pyro.sample("slope", dist.LogNormal(0.0, 1.0))
-        pyro.sample("scale", dist.LogNormal(0.3, 0.5))
-
+    guide = sampling(slope=dist.LogNormal(0.0, 1.0), scale=dist.LogNormal(0.3, 0.5))
     space = Density(Task(flat, guide, (), {}))
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     log_prior, log_p = space.log_prior_and_prob(z)
@@ -173,9 +162,7 @@ def test_angles_are_points_of_the_circle():
 
 
 def test_discrete_sites_are_refused():
-    def coin() -> None:
-        pyro.sample("side", dist.Bernoulli(0.5))
-
+    coin = sampling(side=dist.Bernoulli(0.5))
     with pytest.raises(ValueError, match=r"'side'.*discrete"):
         Density(Task(coin, coin, (), {}))
 
@@ -195,13 +182,8 @@ def test_the_base_leads_to_the_guide(kind):
 
 def test_guides_without_a_way_back_have_no_base():
     assert base_of(Density(Task(model, by_hand, (Y,), {})), torch.zeros(2, 7)) is None
-
-    def two() -> None:
-        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-
-    pyro.clear_param_store()
-    guide = AutoNormalizingFlow(two, lambda dim: dist.transforms.planar(dim))
-    guide()
+    two = sampling(x=normals(2))
+    guide = called(AutoNormalizingFlow(two, lambda dim: dist.transforms.planar(dim)))
     space = Density(Task(two, guide, (), {}))
     assert base_of(space, space.draw(3).z) is None
 

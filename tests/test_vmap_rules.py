@@ -26,13 +26,7 @@ PAIR = torch.tensor([0.0, 1.0], dtype=torch.float64)
 EVERY_OTHER = torch.tensor([True, False, True])
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def vec(t, *shape):
