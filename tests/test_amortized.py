@@ -86,7 +86,6 @@ def simulations_of(model, number: int = 5, *args: Any, **kwargs: Any) -> Tensor:
 def test_posteriors_of_new_data_are_found(trained):
     """Errors are in the posterior's sd.  The standard error of 2000 draws is 0.022 for means and 1.6 % for sds."""
     guide, _ = trained
-    pyro.set_rng_seed(0)
     off = []
     for x in simulations_of(linear, 12):
         draws = guide.sample(2000, x)["theta"]
@@ -140,7 +139,6 @@ def series(x=None, times=None, mask=None):
 
 def test_an_encoder_takes_some_of_the_models_arguments():
     """A mask of a model may be drawn by it, as zeros and ones; what training has given cannot be left out."""
-    pyro.set_rng_seed(0)
     guide = AutoFlow(series, small, encoder=Arguments(GRUEncoder(1, 4, 8), 0, times=1, mask=2))
     quick(series, guide)
     assert not guide.encoder.network.standardize.is_fresh

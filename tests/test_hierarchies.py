@@ -308,7 +308,6 @@ def test_a_trained_guide_finds_the_exact_posterior():
 
 @pytest.mark.slow
 def test_check_takes_the_guide_of_one_dataset():
-    pyro.set_rng_seed(0)
     guide, y = amortised(), torch.randn(5, 3)
     fit_amortized(hierarchy, guide, simulations=2000, max_epochs=20, progress=False)
     own = guide.bind(y, groups=5)

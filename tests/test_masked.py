@@ -91,8 +91,7 @@ either_guide = pytest.mark.parametrize("build", GUIDES, ids=["AutoFlow", "AutoPl
 def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
     """Without the mask in the guide, standard deviations reached 6,270 after 150 steps, and the loss had no bound."""
     guide = plate_guide(masked)
-    with pyro.validation_enabled(True):
-        losses = train(guide, masked, Y)
+    losses = train(guide, masked, Y)
     draws = guide.sample(2000, Y)["z"]
     assert draws.std(0).max() < 5
     assert min(losses) > -EVIDENCE[SEEN].sum() - 3  # the mean of the loss is at least this
@@ -229,12 +228,10 @@ BUILDERS = {"AutoFlow": AutoFlow, "AutoStructuredFlow": AutoStructuredFlow, "Aut
 @pytest.mark.parametrize("name", BUILDERS)
 def test_missing_data_are_imputed(name: str, holes: float, local_params: bool) -> None:
     """``obs_mask`` leaves latents where data are missing, and nothing elsewhere: exact in a conjugate model."""
-    pyro.set_rng_seed(0)
     x = Y.where(SEEN, holes)
     loc, scale, evidence = missing_posterior(Y, SEEN)
     guide = BUILDERS[name](missing)
-    with pyro.validation_enabled(True):
-        fit = fit_svi(missing, guide, x, SEEN, progress=False)
+    fit = fit_svi(missing, guide, x, SEEN, progress=False)
     assert largest_error(guide, x, SEEN) < 0.1
     assert bool((guide.sample(4000, x, SEEN)["x_unobserved"][:, SEEN] == 0).all())
     weighed = psis(missing, guide, x, SEEN, num_samples=2000)
@@ -253,7 +250,6 @@ def test_missing_data_are_imputed(name: str, holes: float, local_params: bool) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["AutoStructuredFlow", "AutoPlateFlow"])
 def test_missing_data_in_a_subsampled_plate_are_imputed(name: str) -> None:
-    pyro.set_rng_seed(0)
     guide = BUILDERS[name](missing)
     fit_svi(missing, guide, Y, SEEN, 5, steps=1500, lr=0.01, progress=False)
     assert largest_error(guide, Y, SEEN, 5) < 0.2
@@ -380,7 +376,6 @@ def test_absent_elements_may_have_supports_that_depend_on_other_latents() -> Non
 @pytest.mark.slow
 def test_series_of_several_lengths_have_the_smoother_of_each(build: Callable[..., Any]) -> None:
     """Steps beyond a length are no latents: the evidence and the smoother are those of a Kalman filter."""
-    pyro.set_rng_seed(0)
     guide = build(chain)
     fit_svi(chain, guide, X, LENGTHS, progress=False)
     found = psis(chain, guide, X, LENGTHS, num_samples=4000)
@@ -401,7 +396,6 @@ def test_series_of_several_lengths_have_the_smoother_of_each(build: Callable[...
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_groups_of_several_lengths_are_exact(name: str) -> None:
-    pyro.set_rng_seed(0)
     groups, most = 20, 4
     lengths = torch.randint(1, most + 1, (groups,))
     y, seen = torch.randn(groups, most) + torch.randn(groups, 1), torch.arange(most) < lengths[:, None]
@@ -466,7 +460,6 @@ def errors_of_the_mean(guide: Any, y: Tensor, seen: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("name", ["AutoFlow", "AutoPlateFlow"])
 def test_check_looks_at_the_rows_that_count(name: str) -> None:
     """Rows that masks hide were walked by chains, and a right guide was not trusted."""
-    pyro.set_rng_seed(0)
 
     guide = BUILDERS[name](levels)
     fit_svi(levels, guide, Y, SEEN, progress=False)
@@ -477,7 +470,6 @@ def test_check_looks_at_the_rows_that_count(name: str) -> None:
 @pytest.mark.slow
 def test_many_masked_rows_start_where_the_others_do() -> None:
     """A Gaussian start that masked rows took part in left the shared mean half a standard deviation off."""
-    pyro.set_rng_seed(0)
     y, seen = torch.randn(200) * 1.2 + 1, torch.arange(200) % 3 != 1
     guide = AutoStructuredFlow(levels)
     fit_svi(levels, guide, y, seen, steps=200, progress=False)
@@ -604,7 +596,6 @@ def chain_evidence() -> Tensor:
 @pytest.mark.parametrize("by_encoder", [False, True])
 def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: bool) -> None:
     """The evidence is that of the steps that are present, also in Pyro's own loop, and a draw has one density."""
-    pyro.set_rng_seed(0)
     encoder = (lambda x, lengths: x) if by_encoder else None
     guide = plate_guide(chain, "series", encoder=encoder)
     fit_svi(chain, guide, X, LENGTHS, steps=150, lr=0.03, progress=False)

@@ -82,7 +82,6 @@ def test_a_site_may_depend_on_a_discrete_latent():
         kind = pyro.sample("kind", dist.Bernoulli(0.3))
         pyro.sample("x", dist.Normal(3 * kind, 1.0))
 
-    pyro.set_rng_seed(0)
     guide = AutoFlow(poutine.reparam(model, {"x": LocScaleReparam(0.0)})).setup()
     draws = guide.sample(2000)
     kind = (draws["x"] - draws["x_decentered"]) / 3
