@@ -7,6 +7,7 @@ a value and a theta.  A new bijector, transform or recipe adds one line to a reg
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -339,20 +340,10 @@ def circular_coupling(input_dim: int, context_dim: int = 0, **options: Any) -> F
     return flows.circular_coupling(input_dim, context_dim, circular=circular, **options)
 
 
-def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Build a flow with few units: its weights are parameters, so at equal sizes it is steeper than other flows."""
-    return flows.umnn(input_dim, context_dim, **{"hidden": 3, **options})
-
-
 def cnf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 1, **options: Any) -> Flow:
     """Build a flow of one field, solved in float64 far beyond the default tolerances."""
     options = {"solver": Solver("dopri8", rtol=1e-11, atol=1e-11), **options}
     return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 1), **options)
-
-
-def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Build a flow of a low degree."""
-    return flows.bpf(input_dim, context_dim, **{"degree": 8, **options})
 
 
 RECIPES: dict[str, Callable[..., Flow]] = {
@@ -368,9 +359,9 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "sylvester_flow": flows.sylvester_flow,
     "residual_flow": flows.residual_flow,
     "naf": flows.naf,
-    "umnn": umnn,
+    "umnn": partial(flows.umnn, hidden=3),  # its weights are parameters, so at equal sizes it is steeper than others
     "sospf": flows.sospf,
-    "bpf": bpf,
+    "bpf": partial(flows.bpf, degree=8),
     "flowpp": flows.flowpp,
     "gaussianization": flows.gaussianization,
     "circular_coupling": circular_coupling,

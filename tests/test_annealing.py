@@ -391,7 +391,6 @@ def test_steps_that_shrank_grow_again_for_another_density() -> None:
     assert 0.3 < kernel.step < 3
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
 def bridged(dim: int, scale: float, particles: int, number: int) -> tuple[float, float]:
     """Estimate a log evidence of 7 and its error from particles of a posterior and draws of a guide, both normal."""
     law, guide = normals(dim), normals(dim, scale)

@@ -99,15 +99,6 @@ def test_the_log_dets_are_opposite(bijector: Bijector, dtype: torch.dtype) -> No
 
 @pytest.mark.slow
 @every_bijector
-def test_it_increases(bijector: Bijector) -> None:
-    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-    for params in params_of(bijector, 20):
-        for verb in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
-            assert (verb(x, params)[0].diff() > 0).all()
-
-
-@pytest.mark.slow
-@every_bijector
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(data=st.data())
 def test_any_values_and_parameters(bijector: Bijector, data: st.DataObject) -> None:

@@ -57,6 +57,14 @@ def run(*words: str, epochs: int = 2) -> int:
     return main(["density", *words, "--epochs", str(epochs)])
 
 
+def interrupted(capsys, *words: str, epochs: int = 2) -> tuple[str, str]:
+    """Return what an interrupted run prints to the two streams."""
+    with pytest.raises(SystemExit) as exit_:
+        run("table.csv", *words, epochs=epochs)
+    assert exit_.value.code == 130
+    return capsys.readouterr()
+
+
 def said(capsys) -> str:
     """Return the printed text as one line."""
     return " ".join(capsys.readouterr().out.split())
@@ -252,14 +260,10 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
     (folder / "model.png").write_text("its picture")
     for name in ("model.interrupted", "model.interrupted-2"):
         assert not (folder / f"{name}.pt").exists()
-        with pytest.raises(SystemExit) as exit_:
-            run("table.csv", epochs=50_000)
-        assert exit_.value.code == 130
-        captured = capsys.readouterr()
-        assert re.search(r"Interrupted after 1\d steps; kept the best state", captured.err)
-        kept = f"wrote {name}.pt and {name}.png\n"
-        assert captured.err.endswith(f"python -m pyro_flows density: interrupted; {kept}")
-        assert f"Wrote {name}.pt and {name}.png." in captured.out
+        out, err = interrupted(capsys, epochs=50_000)
+        assert re.search(r"Interrupted after 1\d steps; kept the best state", err)
+        assert err.endswith(f"python -m pyro_flows density: interrupted; wrote {name}.pt and {name}.png\n")
+        assert f"Wrote {name}.pt and {name}.png." in out
         flow = pyro_flows.load(f"{name}.pt")
         assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # at least standardised
     assert (folder / "model.pt").read_text() == "a good model"
@@ -282,10 +286,7 @@ def break_an_import(*_, **__):
 )
 def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, stop, folder, capsys, monkeypatch, ctrl_c):
     monkeypatch.setattr(f"{density.__name__}.{place}", stop)
-    with pytest.raises(SystemExit) as exit_:
-        run("table.csv", "--quiet")
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("density: interrupted; wrote model.pt\n")
+    assert interrupted(capsys, "--quiet")[1].endswith("density: interrupted; wrote model.pt\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
     assert not (folder / "model.png").exists()
 
@@ -296,10 +297,7 @@ def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypa
         pyro_flows.save(flow, path)
 
     monkeypatch.setattr(density, "save", slow)
-    with pytest.raises(SystemExit) as exit_:
-        run("table.csv", "--quiet")
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("interrupted; wrote model.pt and model.png\n")
+    assert interrupted(capsys, "--quiet")[1].endswith("interrupted; wrote model.pt and model.png\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
 
 

@@ -15,6 +15,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from exact_guides import conjugate, simulator
+from models import normals
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, fit_amortized, fit_density, fit_svi, flows, ode_report
@@ -609,16 +611,11 @@ def test_it_is_the_flow_of_a_guide() -> None:
 @pytest.mark.slow
 def test_it_answers_for_all_data_by_flow_matching() -> None:
     """The model is linear and normal, with the posterior N(0.8 x, 0.2)."""
-
-    def model(x: Tensor | None = None) -> Tensor:
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
-
     torch.manual_seed(0)
     recipe = functools.partial(flows.cnf, hidden_dims=(32, 32))
-    guide = AutoFlow(model, flow=recipe, encoder=MLPEncoder(2, context_dim=8, hidden_dims=(16,)))
+    guide = AutoFlow(conjugate, flow=recipe, encoder=MLPEncoder(2, context_dim=8, hidden_dims=(16,)))
     options = {"training": Training(objective=FlowMatching()), "max_epochs": 60, "lr": 5e-3, "progress": False}
-    fit_amortized(model, guide, simulations=4000, **options)
+    fit_amortized(conjugate, guide, simulations=4000, **options)
     x = torch.tensor([1.0, -0.5])
     draws = guide.sample(4000, x)["theta"]
     assert (draws.mean(0) - 0.8 * x).abs().max() < 0.1
@@ -629,15 +626,11 @@ def test_it_answers_for_all_data_by_flow_matching() -> None:
 
 def test_losses_of_latents_are_in_nats_as_the_model_has_them() -> None:
     """Latents of LogNormal(3, 0.1) are near 20, so the log-density of their logarithms differs by 3 nats."""
-
-    def model(x: Tensor | None = None) -> Tensor:
-        theta = pyro.sample("theta", dist.LogNormal(torch.full((1,), 3.0), 0.1).to_event(1))
-        return pyro.sample("x", dist.Normal(theta, 10.0).to_event(1), obs=x)
-
+    prior = dist.LogNormal(torch.full((1,), 3.0), 0.1).to_event(1)
+    model = simulator(lambda theta: dist.Normal(theta, 10.0).to_event(1), prior)
     torch.manual_seed(0)
     guide = AutoFlow(model, flow=flows.cnf, encoder=MLPEncoder(1, context_dim=2, hidden_dims=(4,)))
     fit = fit_amortized(model, guide, simulations=400, max_epochs=2, progress=False)
-    prior = dist.LogNormal(3.0, 0.1)
     assert fit.best_loss == pytest.approx(prior.entropy().item(), abs=0.3)
 
 
@@ -669,11 +662,7 @@ def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:
 @pytest.mark.parametrize("dim", [1, 64, 65])
 def test_flow_matching_trains_guides_of_any_width(dim: int) -> None:
     """Beyond 64 latents, a guide has a different learned affine map, which flow matching leaves unchanged."""
-
-    def model(y=None):
-        z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-        return pyro.sample("y", dist.Normal(z[..., :1], 1.0).to_event(1), obs=y)
-
+    model = simulator(lambda theta: dist.Normal(theta[..., :1], 1.0).to_event(1), normals(dim))
     guide = AutoFlow(model, functools.partial(flows.cnf, hidden_dims=(8,)), encoder=MLPEncoder(1, 2))
     guide.setup(torch.zeros(1))
     loss = FlowMatching()(guide.flow, torch.randn(6, dim), torch.randn(6, 2))

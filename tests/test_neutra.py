@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import called, silent
+from models import called, silent, stirred
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import (
@@ -36,10 +36,7 @@ def model(y: torch.Tensor, noise: float = 1.0) -> None:
 def bent() -> AutoFlow:
     """Return a nonlinear guide that is far from the posterior."""
     flow = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
-    guide = AutoFlow(model, flow, init_scale=1.0).setup(Y)
-    for parameter in guide.flow.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    return guide
+    return stirred(AutoFlow(model, flow, init_scale=1.0).setup(Y), 0.1)
 
 
 def run(found: Neutra, *args) -> dict[str, torch.Tensor]:
@@ -78,9 +75,7 @@ def test_chains_find_the_posterior(local):
 @torch.no_grad()
 def test_the_density_is_that_of_the_base(double, build, options):
     """It is log p(T(u), x) + log|dT/du| by autograd, counted once for a latent in a plate of three rows."""
-    guide = called(build(model) if build else bent(), Y)
-    for parameter in guide.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape))
+    guide = stirred(called(build(model) if build else bent(), Y), 0.1)
     found = neutra(model, guide, Y, check=False, **options)
     u, noise = torch.randn(5), options["noise"]
     with torch.enable_grad():

@@ -1,7 +1,6 @@
 """Guides stay stable in Pyro's own SVI: the pace of their networks, their start, and steps of usual size."""
 
 import contextlib
-import functools
 import gc
 import math
 import weakref
@@ -10,7 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from exact_guides import conjugate
 from laws import randomise
+from models import normals, sampling
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_median
@@ -132,14 +133,9 @@ def test_a_conditioner_has_a_pace_of_its_own():
     assert all(layer.unit != 1.0 for layer in own)
 
 
-def normals(dim):
-    """Sample standard normal latents without data."""
-    pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-
-
 @pytest.mark.parametrize("recipe", [None, "nsf", "bnaf", "cnf", "gaussianization"])
 def test_a_guide_with_paces_comes_back_from_a_file(recipe, tmp_path):
-    model = functools.partial(normals, 3 if recipe else 1)
+    model = sampling(z=normals(3 if recipe else 1))
     guide = pf.AutoFlow(model, recipe and getattr(flows, recipe))
     train(model, guide, steps=2)
     pf.save(guide, tmp_path / "guide.pt")
@@ -264,7 +260,7 @@ def test_a_pace_that_a_recipe_chose_is_kept():
     [(32, None, [1 / 8] * 8), (64, None, [1 / 4] * 16), (65, None, [1 / 16] * 16), (9, flows.maf, [1 / 4] * 5)],
 )
 def test_networks_share_a_step_but_move_by_a_quarter_each_for_33_to_64_latents(dim, recipe, paces):
-    assert output_paces(pf.AutoFlow(functools.partial(normals, dim), recipe).setup().flow) == paces
+    assert output_paces(pf.AutoFlow(sampling(z=normals(dim)), recipe).setup().flow) == paces
 
 
 def test_a_trained_guide_is_let_go():
@@ -281,11 +277,7 @@ def test_a_trained_guide_is_let_go():
 
 
 def test_amortised_guides_and_recipes_keep_torchs_weights():
-    def model(y=None):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
-
-    guide = pf.AutoFlow(model, encoder=MLPEncoder(2, 4)).setup(torch.zeros(2))
+    guide = pf.AutoFlow(conjugate, encoder=MLPEncoder(2, 4)).setup(torch.zeros(2))
     for flow in (guide.flow, flows.realnvp(3), flows.maf(3)):
         assert all(layer.unit == 1.0 for layers in networks_of(flow) for layer in layers)
 
@@ -376,10 +368,7 @@ def test_rows_of_one_latent_hold_in_plain_svi():
 
 @pytest.mark.slow
 def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
-    def flat():
-        pyro.sample("z", dist.Normal(torch.zeros(100), 1e6).to_event(1))
-
-    guide = pf.AutoFlow(flat)
+    guide = pf.AutoFlow(flat := sampling(z=normals(100, 1e6)))
     train(flat, guide, lr=0.05, steps=150)
     assert 2.5 < guide.flow().sample(torch.Size([100])).std() < 10  # a factor per layer would give about 1e3
 

@@ -24,7 +24,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import Y, nested
+from models import Y, nested, normals, sampling, stirred
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -344,7 +344,6 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
         "base_distribution .*Gamma",
     ),
     "flow": (lambda: OwnFlow([ActNorm(2)]), "value is of .*OwnFlow, but must be a Flow"),
-    "network of torch": (lambda: nn.Linear(2, 2), "value is of .*Linear, but must be a Flow"),
     "encoder": (
         lambda: Flow(small_local(2, 2).transforms, encoder=nn.Sequential(nn.Linear(3, 2))),
         "encoder is of .*Sequential",
@@ -371,7 +370,7 @@ def test_foreign_classes_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 
 def test_parts_of_a_flow_are_no_flow(tmp_path: Path) -> None:
-    for thing in (ActNorm(2), encoders.MLPEncoder(3, 2), None, [small(3)], torch.ones(3)):
+    for thing in (ActNorm(2), encoders.MLPEncoder(3, 2), nn.Linear(2, 2), None, [small(3)], torch.ones(3)):
         with pytest.raises(ValueError, match=rf"value is of .*{type(thing).__name__}, but must be a Flow"):
             pf.save(thing, tmp_path / "part")
 
@@ -619,14 +618,6 @@ def only_globals(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean[..., None], torch.ones(3)).to_event(1), obs=y)
 
 
-def stirred(guide: Any) -> Any:
-    """Return a guide with parameters away from the start."""
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return guide
-
-
 def draws(guide: Any, *args: Any) -> dict[str, Tensor]:
     torch.manual_seed(3)
     return guide.sample(6, *args)
@@ -673,9 +664,7 @@ def test_a_guide_with_plates_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_guide_in_float64_comes_back(tmp_path: Path) -> None:
-    def model() -> None:
-        pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
-
+    model = sampling(x=normals(2, torch.ones(2, dtype=torch.float64)))
     again = guide_again(stirred(AutoFlow(model, small).setup()), tmp_path)
     assert again.sample(1)["x"].dtype == torch.float64
 

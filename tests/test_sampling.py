@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import called, normals, sampling
+from models import called, normals, sampling, stirred
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flows as pf
@@ -111,12 +111,7 @@ def funnel(y=None):
 
 def bent(model, *args) -> AutoFlow:
     """Return a guide with a flow far from the identity and far from the posterior."""
-    guide = AutoFlow(model, init_scale=1.0)
-    guide.setup(*args)
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return guide.eval()
+    return stirred(AutoFlow(model, init_scale=1.0).setup(*args)).eval()
 
 
 @pytest.mark.slow
