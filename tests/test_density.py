@@ -5,14 +5,11 @@ do no harm, integers have a mass, and runs stop and resume.  Columns without a d
 training.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
 import math
 import pickle
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import laws
@@ -23,6 +20,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from grouped_options import grouped
+from models import silent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
@@ -43,13 +41,6 @@ def quick(flow: Any, x: Any, *args: Any, **settings: Any) -> Fit:
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-@contextlib.contextmanager
-def no_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 LOC, TRIL = torch.tensor([1e4, -3e-4]), torch.tensor([[10.0, 0.0], [8e-5, 6e-5]])
@@ -148,7 +139,7 @@ def test_integers_get_a_mass() -> None:
     k = torch.distributions.Poisson(3.0).sample((2000,))
     x = torch.stack((k, 0.5 * k + normal(2000)), 1)
     flow = flows.nsf(2, num_transforms=2, hidden_dims=(32,))
-    with no_warning():
+    with silent():
         fit = quick(flow, x, discrete=[0], max_epochs=12, lr=0.01)
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     rows = x[order[:1800]].double()
@@ -179,9 +170,9 @@ def test_a_flow_of_integers_draws_integers_and_warns_of_them(tmp_path: Any) -> N
             with pytest.warns(UserWarning, match=r"in columns 'sign', .*dequantize\(value, \[1\]\)") as caught:
                 score(x)
             assert caught[0].filename == __file__
-            with no_warning():
+            with silent():
                 score(dequantize(x, [1]))
-    with no_warning():
+    with silent():
         quick(fitted, x, discrete=[1])  # judges no rows
     assert fitted.columns.names == ("size", "sign")
     assert quick(small(2), normal(300, 2)).guide.columns is None
@@ -262,7 +253,7 @@ def test_batches_may_come_from_anywhere_if_others_judge() -> None:
     sources = [pairs, DataLoader(Pairs(), batch_size=30),
                DataLoader(TensorDataset(x, context), batch_size=30, sampler=sampler)]  # fmt: skip
     for source, judge in [*itertools.product(sources, judges[:1]), *itertools.product(sources[:1], judges)]:
-        with no_warning():  # rows repeated by a sampler are no reason for one
+        with silent():  # rows repeated by a sampler are no reason for one
             assert quick(small(2, 1), source, validation=judge).steps == 6
     for source in sources:
         with pytest.raises(ValueError, match=r"x is a .*no rows of it can be held out; give others .*validation="):
@@ -454,7 +445,7 @@ def test_columns_that_determine_one_another_are_told_of() -> None:
 def test_there_is_nothing_to_tell_of_spread_or_continuous_columns() -> None:
     x = normal(1000, 2)
     x[:, 1] = (3 * x[:, 1]).round()
-    with no_warning():
+    with silent():
         quick(small(2), normal(1000, 2), max_epochs=1)
         quick(small(2), x, max_epochs=1, discrete=[1])
         quick(small(2), dequantize(x), max_epochs=1)
@@ -464,7 +455,7 @@ def test_columns_whose_digits_are_lost_are_told_of() -> None:
     x = normal(100, 2).double() + torch.tensor([0.0, 1e6])
     with pytest.warns(UserWarning, match=r"torch.float32 rounds column 1 \(to 0.1 sd\), so far from zero; .*double"):
         quick(small(2), x, max_epochs=1)
-    with no_warning():
+    with silent():
         quick(small(2).double(), x, max_epochs=1)
         quick(small(2), torch.stack((x[:, 0], torch.full((100,), 7.0)), 1), max_epochs=1, discrete=[1])
 

@@ -12,7 +12,6 @@ import math
 import pickle
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import Y, nested, normals, sampling, stirred
+from models import Y, nested, normals, sampling, silent, stirred
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -771,8 +770,7 @@ def test_a_loaded_guide_has_tensors_of_its_own(tmp_path: Path) -> None:
     """The loaded guide does not use the tensors of the saved guide, nor those in the parameter store."""
     guide = stirred(AutoFlow(nested, small, name="mine").setup(Y))
     wanted = draws(guide)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         again = there_and_back(guide, tmp_path)
     assert again._pyro_name != guide._pyro_name
     Trace_ELBO().loss(nested, stirred(guide), Y)

@@ -347,9 +347,8 @@ def test_bad_arguments_are_refused(name, value):
 def test_guides_that_cannot_be_sampled_are_refused():
     with pytest.raises(ValueError, match="never trained"):
         pf.sample(conjugate, AutoFlow(conjugate))
-    point = called(AutoDelta(conjugate))
     with pytest.raises(ValueError):
-        pf.sample(conjugate, point)
+        pf.sample(conjugate, called(AutoDelta(conjugate)))
 
 
 @pytest.mark.slow
