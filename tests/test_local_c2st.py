@@ -252,11 +252,7 @@ def test_a_guide_that_is_blind_to_huge_data_does_not_hide_that_no_simulations_ar
 
 def test_counts_that_many_simulations_share_lie_near_them():
     """Contexts of equal data differ by round-off, of which standard deviations are no measure."""
-
-    def model(x=None):
-        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
-        return pyro.sample("x", dist.Poisson(rate.expand(3)).to_event(1), obs=x)
-
+    model = simulator(lambda rate: dist.Poisson(rate.expand(3)).to_event(1), dist.LogNormal(0.0, 1.0))
     guide = AutoFlow(model, flows.iaf, encoder=MLPEncoder(3, context_dim=4))
     fit_amortized(model, guide, simulations=200, max_epochs=1, progress=False)
     assert local_c2st(model, guide, observed={"x": torch.zeros(3)}, num_simulations=5000).distance.isfinite().all()
