@@ -123,6 +123,7 @@ def test_densities_are_a_sum_over_the_rows_that_count() -> None:
     wanted = torch.stack([part.reshape(5, -1).sum(-1) for part in parts]).sum(0)
     torch.testing.assert_close(guide.log_prob(values, Y), wanted, rtol=1e-4, atol=1e-4)
     # The remaining rows have the density of the same guide without a mask.
+    assert (guide.sample(5, Y)["z"][:, ~SEEN] == 0).all()  # the origin
     moved = {**values, "z": torch.where(SEEN, values["z"], 7.0)}
     torch.testing.assert_close(guide.log_prob(moved, Y), wanted, rtol=1e-4, atol=1e-4)
     assert (plain.log_prob(moved, Y) - plain.log_prob(values, Y)).abs().min() > 0.1
