@@ -9,11 +9,11 @@ from torch import Tensor, nn
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
 
-def value_and_score(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a log-density, ``(N,)``, and its gradient, ``(N, D)``."""
+def value_and_score(density: Callable[..., Tensor], z: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a log-density, ``(N,)``, of vectors and perhaps other tensors, and its gradient in z, ``(N, D)``."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        value = density(leaf)
+        value = density(leaf, *others)
         total = value.sum()
         score = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
     return value.detach(), score

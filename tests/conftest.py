@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionstart() -> None:
     # The tensors are tiny, so a second thread only adds waiting, up to minutes on a busy machine.
     torch.set_num_threads(1)
+    pyro.settings.set(pyro_flows_compile="graph")  # compilers would take the cores
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
     {"arguments", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
-    {"transforms"},
+    {"graphs", "transforms"},
     {"distributions", "sampling"},
     {"flows"},
     {"programs"},

@@ -40,6 +40,7 @@ NAMES = {
     pf.plots: "calibration check deformation history images local_c2st marginals misspecification pairs weights",
     pf.training: "Fit Gradients Training",
     pf.fitting: "Annealed Mode Observed anneal fit_amortized fit_density fit_likelihood fit_svi sample",
+    pf.graphs: "Traced",
     pf.sampling: "Samples",
     pf.persistence: "load save",
     pf.programs: "Program Simulations simulate",

@@ -19,12 +19,14 @@ import torch
 from pyro import poutine, validation_enabled
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
 from ..conditioners.base import Paced
 from ..data.batches import Stream
 from ..flows import Flow
+from ..graphs import Traced
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
 from ..programs.density import Density
@@ -136,6 +138,7 @@ class ELBOLoss:
 
     def __init__(self, task: Task, objective: Any, batches: ModelBatches | None) -> None:
         self.task, self.objective, self.batches = task, objective, batches
+        self._steps = dict[int, Traced]()  # by the number of draws
         sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
         self.program: Any = task.model.call
         if isinstance(objective, TraceEnum_ELBO):
@@ -174,17 +177,45 @@ class ELBOLoss:
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     def joint(self) -> Tensor:
-        """Return the loss of a ``PathELBO`` and one flow, without the handlers that an ELBO runs a guide under."""
-        flow, space = self._joint
-        z, log_q = flow().with_path_gradient().rsample_and_log_prob((self.objective.num_particles,))
-        return (log_q - space.log_prob(z)).mean()
+        """Return the loss of a ``PathELBO`` and one flow, without the handlers that an ELBO runs a guide under.
+
+        The flow runs in single precision if it is plain, and in its own where that overflows.
+        """
+        number = self.objective.num_particles
+        if number not in self._steps:
+            self._steps[number] = Traced(functools.partial(self._loss_and_gradients, self._quick, number), draws=True)
+        loss, *gradients = self._steps[number]()
+        if loss is not None and loss.isfinite():
+            found: Tensor = _Known.apply(loss, gradients, *self._trained)
+            return found
+        return self._loss_of(self._guide.flow, number)
+
+    @property
+    def _guide(self) -> Any:
+        return self.task.guide.call
 
     @functools.cached_property
-    def _joint(self) -> tuple[Flow, Density]:
-        guide: Any = self.task.guide.call
-        flow: Any = guide.flow
-        single = guide.has_default_flow and is_plain([flow]) and InSingle.suits(flow.unscaled)
-        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow, Density(self.task)
+    def _quick(self) -> Flow:
+        flow: Any = self._guide.flow
+        single = self._guide.has_default_flow and is_plain([flow]) and InSingle.suits(flow.unscaled)
+        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow
+
+    @functools.cached_property
+    def _space(self) -> Density:
+        return Density(self.task)
+
+    @functools.cached_property
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self._guide.parameters() if parameter.requires_grad]
+
+    def _loss_of(self, flow: Flow, number: int) -> Tensor:
+        z, log_q = flow().with_path_gradient().rsample_and_log_prob((number,))
+        return (log_q - self._space.log_prob(z)).mean()
+
+    def _loss_and_gradients(self, flow: Flow, number: int) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            loss = self._loss_of(flow, number)
+            return loss.detach(), *torch.autograd.grad(loss, self._trained, allow_unused=True)
 
     def parameters(self) -> list[Tensor]:
         """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
@@ -199,6 +230,20 @@ class ELBOLoss:
         if not unique:
             raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
         return list(unique.values())
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *trained: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if one is None else of_loss * one for one in ctx.gradients)
 
 
 def fresh_mean(loss: Callable[[], Tensor]) -> float:

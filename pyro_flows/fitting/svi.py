@@ -243,9 +243,15 @@ class ELBOFit:
                 companions=loss.companions,
             )
             fit = descent.fit()
+            if alone:  # its graph holds the units of training
+                fit = self._refreshed(fit, loss, descent)
+        return fit if alone else self._refreshed(fit, loss, descent)
+
+    @staticmethod
+    def _refreshed(fit: Fit, loss: ELBOLoss, descent: Descent) -> Fit:
+        """Return the record with the mean of new losses; a mean over the steps that led to a state lags behind."""
         if not loss.repeats or fit.stopped == "interrupted":
             return fit
-        # The running loss of a short fit lags behind, since it is a mean over the steps that led to the state.
         fresh = fresh_mean(descent.loss)
         return fit if math.isnan(fresh) else replace(fit, best_loss=fresh)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -318,12 +318,16 @@ class Density:
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the model's log-density over z, ``(N, D) -> (N,)`` in nats, NaN where the model breaks down.
 
-        Draws of a model of many data are scored in parts; the gradient then has no second derivatives.
+        Its gradient has no second derivatives.
         """
-        return or_nan(self.in_parts(self._log_prob))(z)
+        return self._in_parts(z)
 
-    def in_parts(self, density: LogDensity) -> LogDensity:
-        """Return a log-density that runs the model, and finds its gradient part by part."""
+    @functools.cached_property
+    def _in_parts(self) -> LogDensity:
+        return or_nan(self.in_parts(self._log_prob))
+
+    def in_parts(self, density: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a log-density that runs the model, and finds its gradient part by part, by graphs where possible."""
         return in_parts([density], self.task.model.chunk, self.task.model.threads)
 
     def _log_prob(self, z: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Log-densities over vectors: where a model breaks down, many draws part by part, and as many runs as a time allows."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
+from ..graphs import Traced
 from ..threads import Threads
+from ..time_limit import check_time
 from ..user_code import warn_user
 from ..vjp import LogDensity, value_and_score
 
+LEAST = 16  # the least size of parts of vectors that cost little
 GRADIENT = 3  # runs that one with a gradient counts as
 
 
@@ -86,45 +90,70 @@ def part_size(number: int, size: int) -> int:
     return math.ceil(number / max(1, round(number / size)))
 
 
-def in_parts(densities: Sequence[LogDensity], size: int, threads: Threads) -> LogDensity:
-    """Return a sum of log-densities that finds its gradient part by part, so that memory holds one part's graph only.
+def standard_sizes(number: int, largest: int) -> list[int]:
+    """Return sizes of parts that hold N vectors together: powers of two, so that few graphs serve any N.
 
-    It has no second derivatives, except at few vectors under a single log-density.
+    A part may be larger than the vectors left for it if the vectors added cost little.
 
     Args:
-        densities: The log-densities.
+        number: The number N.
+        largest: The size of a part that fits into the cache.
+    """
+    found, spare = list[int](), largest // 16
+    while number > 0:
+        size = 1 << max(number - 1, min(spare, LEAST - 1)).bit_length()
+        if size - number > spare or size > largest:
+            size = 1 << (min(number, largest).bit_length() - 1)
+        found.append(size)
+        number -= size
+    return found
+
+
+def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Threads) -> Callable[..., Tensor]:
+    """Return a sum of log-densities that finds its values and scores part by part, from graphs where possible.
+
+    Memory then holds the graph of one part only.  The sum has no second derivatives.
+
+    Args:
+        densities: The log-densities of vectors, and of further tensors that are the same for all vectors.
         size: The approximate number of vectors in a part, at most half as many again.
         threads: The number of threads to work on a part.
     """
+    scored = [Traced(functools.partial(value_and_score, density)) for density in densities]
 
-    def total(z: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and z.requires_grad and (len(densities) > 1 or 2 * len(z) > size):
-            return _InParts.apply(densities, size, threads, z)
-        return sum((density(z) for density in densities[1:]), densities[0](z))
+    def total(z: Tensor, *others: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and z.requires_grad:
+            return _InParts.apply(scored, size, threads, z, *others)
+        return sum((density(z, *others) for density in densities[1:]), densities[0](z, *others))
 
     return total
 
 
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, densities: Sequence[LogDensity], size: int, threads: Threads, z: Tensor) -> Tensor:
-        found = []
-        for part in z.split(part_size(len(z), size)):
+    def forward(ctx: Any, scored: Sequence[Traced], size: int, threads: Threads, z: Tensor, *others: Tensor) -> Tensor:
+        parts, found = list(z.split(part_size(len(z), size))), []
+        if all(one.is_traced for one in scored):
+            sizes = standard_sizes(len(z), size)
+            filled = torch.cat((z, z[-1:].expand(sum(sizes) - len(z), -1)))
+            parts = list(filled.split(sizes))
+        for part in parts:
+            check_time()
             value, score = torch.zeros(()), torch.zeros_like(part)
-            for density in densities:
+            for one in scored:
                 with threads.turn(len(part)):
-                    own, of_part = value_and_score(density, part)
+                    own, of_part = (torch.as_tensor(of) for of in one(part, *others))
                 value, score = value + own, score + of_part
             found.append((value, score))
-        values, scores = zip(*found, strict=True)
-        ctx.save_for_backward(torch.cat(scores))
-        return torch.cat(values)
+        values, scores = (torch.cat(of)[: len(z)] for of in zip(*found, strict=True))
+        ctx.save_for_backward(scores)
+        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_log_p: Tensor) -> tuple[None, None, None, Tensor]:
+    def backward(ctx: Any, of_log_p: Tensor) -> tuple[Tensor | None, ...]:
         (score,) = ctx.saved_tensors
-        return None, None, None, of_log_p.unsqueeze(-1) * score
+        return None, None, None, of_log_p.unsqueeze(-1) * score, *(None for _ in ctx.needs_input_grad[4:])
 
 
 class RunBudget:

@@ -62,7 +62,7 @@ class Prior:
         log_p: The log-density of p.
         log_prior_and_p: The log-densities of the prior, without coordinates with flat priors, and of p, ``(N, 2)``.
         flat: True for the coordinates whose priors cannot be drawn, ``(D,)``.
-        in_parts: Lets a log-density find its gradient part by part, to save memory.
+        in_parts: Lets a log-density of vectors, and of tensors that all share, find its gradient part by part.
         takes_a_run: True if the log-density of the prior costs as much as that of p.
     """
 
@@ -70,7 +70,7 @@ class Prior:
     log_p: LogDensity
     log_prior_and_p: Callable[[Tensor], Tensor]
     flat: Tensor
-    in_parts: Callable[[LogDensity], LogDensity]
+    in_parts: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     takes_a_run: bool
 
 
@@ -86,12 +86,14 @@ class Reference:
 
     def __init__(self, prior: Prior, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         self._prior, self._loc, self._scale_tril = prior, loc, scale_tril
+        self._exact = prior.in_parts(self._exact_log_p)
         self._flat, self._wide = torch.zeros_like(loc, dtype=torch.bool), cast(MultivariateNormal | None, None)
         if prior.flat.any():
             self.widen(prior.flat.to(loc.device))
         before = self._flat, self._wide
         if not self._flat.all() and (alive := self._alive()) < ALIVE and self.widen() and self._alive() <= alive:
             self._flat, self._wide = before
+        self._mixed = prior.in_parts(self._mixture)
 
     def widen(self, flat: Tensor | None = None) -> bool:
         """Replace the prior of some coordinates, by default all, by a wide Gaussian; return False if r is one."""
@@ -102,6 +104,7 @@ class Reference:
             loc, scale_tril, *_ = fit_gaussian(self._prior.log_p, loc, 1.0, rounds=50)
         covariance = WIDE**2 * (scale_tril @ scale_tril.T + torch.eye(len(loc)).to(loc))[flat][:, flat]
         self._flat, self._wide = flat, MultivariateNormal(loc[flat], covariance, validate_args=False)
+        self._mixed = self._prior.in_parts(self._mixture)
         return True
 
     def draw(self, number: int) -> Tensor:
@@ -127,23 +130,22 @@ class Reference:
 
         Far out a huge log prior may be cancelled by as huge a log-likelihood, and their sum is noise.
         """
+        return self._prior.log_p(z) if self._prior.takes_a_run else self._exact(z)
 
-        def exact(z: Tensor) -> Tensor:
-            log_prior, log_p = self._prior.log_prior_and_p(z).unbind(-1)
-            return log_p.masked_fill(_is_lost(log_prior), math.nan)
-
-        return self._prior.log_p(z) if self._prior.takes_a_run else self._prior.in_parts(exact)(z)
+    def _exact_log_p(self, z: Tensor) -> Tensor:
+        log_prior, log_p = self._prior.log_prior_and_p(z).unbind(-1)
+        return log_p.masked_fill(_is_lost(log_prior), math.nan)
 
     def bridge(self, beta: float) -> LogDensity:
         """Return the log-density of r¹⁻ᵝ pᵝ, up to a constant."""
         if beta == 1:
             return self._prior.log_p
+        mixed, power = self._mixed, torch.tensor(beta).to(self._loc)
+        return lambda z: mixed(z, power)
 
-        def density(z: Tensor) -> Tensor:
-            log_r, log_p = self.log_r_and_p(z)
-            return (1 - beta) * log_r + beta * log_p
-
-        return self._prior.in_parts(density)
+    def _mixture(self, z: Tensor, beta: Tensor) -> Tensor:
+        log_r, log_p = self.log_r_and_p(z)
+        return (1 - beta) * log_r + beta * log_p
 
     @torch.no_grad()
     def _alive(self) -> float:

@@ -9,7 +9,6 @@ rounding of a gradient is far below the noise of its draws.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -192,8 +191,8 @@ def _outputs_and_pull(net: MLP, x: Tensor) -> tuple[Tensor, Callable[[Tensor, Gr
 class InSingle(Compose):
     """A chain of transforms in double precision that carries draws, scores and gradients along in single precision.
 
-    It holds copies of the transforms, into which each call of :meth:`carry` copies all numbers.  The transforms
-    themselves do everything else; they also carry values beyond the range of single precision.
+    It holds copies of the transforms, which take all numbers in single precision in each call of :meth:`carry`.  The
+    transforms themselves do everything else.
 
     Args:
         transforms: The transforms.
@@ -201,8 +200,8 @@ class InSingle(Compose):
 
     def __init__(self, transforms: Sequence[FlowTransform]) -> None:
         super().__init__(transforms)
-        self._copies = [copy.deepcopy(transform).float() for transform in transforms]  # in a list, so not registered
-        self._own = dict(zip(_numbers(self._copies), _numbers(transforms), strict=True))
+        self._copies = [copy.deepcopy(transform) for transform in transforms]  # in a list, so not registered
+        self._places = [*_places(self._copies, transforms)]
 
     @staticmethod
     def suits(transforms: Sequence[FlowTransform]) -> bool:
@@ -211,25 +210,31 @@ class InSingle(Compose):
         return bool(transforms) and double and is_plain(transforms) and all(map(_is_affine, transforms))
 
     def carry(self, x: Tensor, score: Tensor) -> Carried:
-        """Map ``x`` and carry its score along."""
-        with torch.no_grad():
-            torch._foreach_copy_([*self._own], [*self._own.values()])
+        """Map ``x`` and carry its score along; numbers beyond the range of single precision become infinite."""
+        owners: dict[Tensor, Tensor] = {}
+        for held, name, own in self._places:
+            held[name] = own.detach().float().requires_grad_(own.requires_grad)
+            owners[held[name]] = own
         y, log_det, of_y, pull = carried_along(self._copies, x.float(), score.float())
-        if not math.isfinite(float(y.sum() + of_y.sum())):
-            return carried_along(self.transforms, x, score)
 
         def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
             size = g.abs().max().clamp_min(1.0)  # gradients of models far from the posterior would overflow
             g, gradients = pull((g / size).float())
-            return g.double() * size, [(self._own[copied], gradient.double() * size) for copied, gradient in gradients]
+            return g.double() * size, [(owners[copied], gradient.double() * size) for copied, gradient in gradients]
 
         return Carried(y.double(), log_det.double(), of_y.double(), pulled)
 
 
-def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
-    """Yield all parameters and buffers that are of floating point."""
-    for transform in transforms:
-        yield from (t for t in (*transform.parameters(), *transform.buffers()) if t.is_floating_point())
+def _places(
+    copies: Sequence[FlowTransform], transforms: Sequence[FlowTransform]
+) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield where copies hold each parameter and buffer of floating point, its name there, and the original."""
+    for copied, own in zip(copies, transforms, strict=True):
+        for part, of_own in zip(copied.modules(), own.modules(), strict=True):
+            for held, numbers in ((part._parameters, of_own._parameters), (part._buffers, of_own._buffers)):
+                for name, number in numbers.items():
+                    if number is not None and number.is_floating_point():
+                        yield held, name, number
 
 
 def _is_affine(transform: FlowTransform) -> bool:

@@ -1,0 +1,220 @@
+"""Recordings of functions of tensors: one run, as a flat list of torch's own operations.
+
+The function runs once on real tensors.  Python, Pyro's handlers and autograd have then done their work, and what is
+left are calls of torch's operations, gradients included.  A tensor that the function finds elsewhere, such as data, is
+a constant.  A parameter that requires a gradient is an input, which is read anew in each call.
+
+A list of operations equals the function only if Python calls the same operations at all inputs.  So a recording is
+refused if the function reads numbers that depend on its inputs, since it may branch on them.  It is refused too if the
+function writes into tensors of others, or computes tensors out of torch's sight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+Function = Callable[..., Sequence[Tensor | None]]
+Results = tuple[Tensor | None, ...]
+Operation = Any  # torch._ops.OpOverload
+aten = torch.ops.aten
+READS = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+LIKE = aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like
+NEW = aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided
+SHAPED = {*LIKE, *NEW}  # they read the shape of a tensor and none of its numbers
+
+
+class Unrecordable(Exception):
+    """A function whose operations may depend on the values of its inputs."""
+
+
+class Call(NamedTuple):
+    """A call of one of torch's operations, or of a traced function."""
+
+    operation: Operation
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [*tensors_in(self.args), *tensors_in([*self.kwargs.values()])]
+
+    @property
+    def returned(self) -> list[Tensor]:
+        """The tensors in the result."""
+        return [*tensors_in(self.result)]
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The tensors that the call writes into."""
+        schema = getattr(self.operation, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return []
+        named = {argument.name: argument for argument in schema.arguments}
+        given = [*zip(schema.arguments, self.args, strict=False), *((named[k], v) for k, v in self.kwargs.items())]
+        changed = (value for argument, value in given if argument.alias_info and argument.alias_info.is_write)
+        return [tensor for value in changed for tensor in tensors_in(value)]
+
+    @property
+    def is_random(self) -> bool:
+        """True if the call draws random numbers."""
+        return torch.Tag.nondeterministic_seeded in getattr(self.operation, "tags", ())
+
+    @property
+    def read(self) -> list[Tensor]:
+        """The tensors of which Python learns numbers by the call, such as those that decide a shape."""
+        if self.operation == aten.index.Tensor:
+            return [index for index in self.given[1:] if index.dtype in (torch.bool, torch.uint8)]
+        return self.given if any(tag in getattr(self.operation, "tags", ()) for tag in READS) else []
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an argument or a result of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def place_of(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor shares with its views; 0 if it has no numbers."""
+    return tensor.untyped_storage().data_ptr()
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)  # of the function that is recorded
+
+
+def is_recording() -> bool:
+    """True while a function is recorded."""
+    return _calls.get() is not None
+
+
+def record(function: Function, inputs: Sequence[Tensor]) -> tuple[Results, list[Call]]:
+    """Run a function of tensors; return its results and the calls of operations."""
+    with _Recorder() as recorder:
+        token = _calls.set(recorder.calls)
+        try:
+            return tuple(function(*inputs)), recorder.calls
+        finally:
+            _calls.reset(token)
+
+
+def call_inner(function: Function, inputs: Sequence[Tensor]) -> Results:
+    """Call a traced function inside one that is recorded, which counts as one operation."""
+    calls, token = _calls.get(), _calls.set(None)
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            found = tuple(function(*inputs))
+    finally:
+        _calls.reset(token)
+    if calls is not None:
+        calls.append(Call(function, tuple(inputs), {}, found))
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    """Handler that lists all calls; it keeps their tensors, so that identities and places stay unique.
+
+    A matrix without a Cholesky factor has one of NaN in the list, since graphs raise no errors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its compiler, which takes a second
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self._call(func, *args, **(kwargs or {}))
+        if func != aten.linalg_cholesky_ex.default:
+            return result
+        factor, fault = result
+        failed = self._call(aten.ne.Scalar, fault, 0)
+        for _ in range(2):
+            failed = self._call(aten.unsqueeze.default, failed, -1)
+        return self._call(aten.masked_fill.Scalar, factor, failed, math.nan), fault
+
+    def _call(self, operation: Operation, *args: Any, **kwargs: Any) -> Any:
+        result = operation(*args, **kwargs)
+        self.calls.append(Call(operation, args, kwargs, result))
+        return result
+
+
+class Recording:
+    """A run of a function, and what in it depends on the inputs.
+
+    Args:
+        inputs: The inputs of the function.
+        outputs: Its results, and None in place of some.
+        calls: The calls of operations.
+
+    Attributes:
+        inputs: The inputs, and the parameters that the function has found.
+        found: The constants: other tensors that the function has found.
+        written: The places into which some call writes.
+        changing: The places of numbers that depend on inputs or random numbers.
+
+    Raises:
+        Unrecordable: If the operations may depend on the values of the inputs.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], outputs: Results, calls: list[Call]) -> None:
+        self.inputs, self.outputs, self.calls, self.found = list(inputs), outputs, calls, list[Tensor]()
+        self.written = {place_of(tensor) for call in self.calls for tensor in call.written}
+        self.changing = {place_of(tensor) for tensor in inputs}
+        self._seen = {id(tensor) for tensor in inputs}
+        for call in self.calls:
+            self._include(call)
+        for tensor in tensors_in(self.outputs):
+            self._find(tensor)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """True if the numbers of a tensor are the same in each run."""
+        return place_of(tensor) not in self.changing
+
+    def _find(self, tensor: Tensor) -> None:
+        if id(tensor) in self._seen:
+            return
+        self._seen.add(id(tensor))
+        if not self.is_constant(tensor):
+            raise Unrecordable("a tensor shares its memory with one that depends on the inputs")
+        if place_of(tensor) in self.written:
+            raise Unrecordable("the function writes into a tensor that it has not made")
+        if tensor.requires_grad and tensor.is_leaf:
+            self.inputs.append(tensor)
+            self.changing.add(place_of(tensor))
+        else:
+            self.found.append(tensor)
+
+    def _include(self, call: Call) -> None:
+        for tensor in call.given:
+            self._find(tensor)
+        depends = getattr(call.operation, "overloadpacket", None) not in SHAPED and not all(
+            map(self.is_constant, call.given)
+        )
+        if not all(map(self.is_constant, call.read)):
+            raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
+        if call.is_random and (depends or self._is_shared(call)):
+            raise Unrecordable(f"random numbers depend on the inputs, by {call.operation}")
+        made = call.returned
+        if depends or call.is_random:
+            self.changing.update(map(place_of, (*made, *call.written)))
+        self._seen.update(map(id, made))
+
+    def _is_shared(self, call: Call) -> bool:
+        """True if a random call writes into memory that has other names, or reads numbers that other calls write."""
+        own = {id(tensor) for tensor in call.written}
+        places = {place_of(tensor) for tensor in call.given if place_of(tensor) in self.written}
+        others = (t for c in self.calls for t in c.returned if c is not call and id(t) not in own)
+        return any(place_of(tensor) in places for tensor in others)

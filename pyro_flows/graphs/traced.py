@@ -1,0 +1,120 @@
+"""Functions of tensors that are replaced by their graphs.
+
+A function that is called again and again with tensors of the same shapes is recorded once (:mod:`.recording`).  At the
+next call its graph must give the same numbers as the function, at other inputs.  From then on the graph runs, without
+Python, Pyro's handlers and autograd in between.
+
+A function that cannot be recorded, or differs from its graph, runs as it is.  So does one whose graph raises an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler_state import is_traced as is_mapped
+from . import setting
+from .code import agree
+from .graph import Graph
+from .recording import Function, Recording, Results, Unrecordable, call_inner, is_recording, record
+
+SECOND = 2  # the call that is recorded, since a function that is called once needs no graph
+FAILURES = 3  # errors of recorded runs, after which no more are tried
+
+
+class Traced:
+    """A function of tensors, replaced by its graph where that is possible.
+
+    The function returns tensors without gradients, or None for some.  Whatever it reads elsewhere must stay the same
+    while this object lives, except the numbers of parameters that require gradients.
+
+    Args:
+        function: The function.
+        draws: True if the function draws random numbers, new ones in each call.
+
+    Attributes:
+        refusal: The reason why the function is not replaced, or an empty string.
+
+    Example::
+
+        >>> squares = Traced(lambda x: (x.square(),))
+        >>> [squares(torch.tensor(float(number)))[0].item() for number in range(5)]
+        [0.0, 1.0, 4.0, 9.0, 16.0]
+    """
+
+    def __init__(self, function: Function, *, draws: bool = False) -> None:
+        self.function, self.draws, self.refusal = function, draws, ""
+        self._known: dict[Any, _OfShapes] = {}
+
+    @property
+    def is_traced(self) -> bool:
+        """True if graphs may replace the function."""
+        return not (setting.COMPILE == "off" or self.refusal or is_mapped())
+
+    def __call__(self, *inputs: Tensor) -> Results:
+        if not self.is_traced:
+            return tuple(self.function(*inputs))
+        if is_recording():
+            return call_inner(self, inputs)
+        signature = tuple((one.shape, one.dtype, one.device) for one in inputs)
+        if (known := self._known.get(signature)) is None:
+            known = self._known[signature] = _OfShapes(self)
+        return known([one.detach().contiguous() for one in inputs])
+
+
+class _OfShapes:
+    """A traced function at inputs of given shapes."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._traced, self._calls, self._failures = traced, 0, 0
+        self._graph: Graph | None = None
+        self._is_verified = False
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Results:
+        self._calls += 1
+        if self._graph is not None and self._graph.is_current:
+            with torch.no_grad():
+                if not self._is_verified:
+                    return self._verified(self._graph, inputs)
+                try:
+                    return self._graph.run(inputs)
+                except Exception as error:
+                    self._refuse(f"{type(error).__name__}: {error}")
+        elif self._calls >= SECOND:
+            return self._recorded(inputs)
+        return tuple(self._traced.function(*inputs))
+
+    def _refuse(self, reason: str) -> None:
+        self._traced.refusal, self._graph = reason, None
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> Results:
+        """Run the function and record it."""
+        self._graph, self._is_verified = None, False
+        try:
+            outputs, calls = record(self._traced.function, inputs)
+        except Exception as error:  # perhaps only now, since a model breaks down at some draws
+            self._failures += 1
+            if self._failures == FAILURES:
+                self._refuse(f"{type(error).__name__}: {error}")
+            return tuple(self._traced.function(*inputs))
+        try:
+            self._graph = Graph(Recording(inputs, outputs, calls))
+            if self._graph.is_random and not self._traced.draws:
+                raise Unrecordable("it draws random numbers")
+        except (Unrecordable, NotImplementedError) as refusal:
+            self._refuse(str(refusal))
+        return tuple(one if one is None else one.detach().clone() for one in outputs)
+
+    def _verified(self, graph: Graph, inputs: Sequence[Tensor]) -> Results:
+        """Run the function and its graph, and compare."""
+        with torch.random.fork_rng([], enabled=graph.is_random):
+            found = graph.run(inputs)
+        expected = tuple(self._traced.function(*inputs))
+        if agree(found, expected, graph.eps):
+            self._is_verified = True
+        else:
+            self._refuse("its graph gives other numbers")
+        return expected
