@@ -12,7 +12,8 @@ ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
     {"arguments", "attention", "compiler_state", "threads", "time_limit", "user_code", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
-    {"graphs", "transforms"},
+    {"graphs"},
+    {"transforms"},
     {"distributions", "sampling"},
     {"flows"},
     {"programs"},
@@ -91,7 +92,12 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 @pytest.mark.parametrize(
     ("package", "known"),
-    [("bijectors", set()), ("conditioners", set()), ("encoders", set()), ("sampling", {"transforms", "threads"})],
+    [
+        ("bijectors", set()),
+        ("conditioners", set()),
+        ("encoders", set()),
+        ("sampling", {"graphs", "transforms", "threads"}),
+    ],
 )
 def test_maps_networks_and_samplers_know_neither_pyro_nor_each_other(package: str, known: set[str]) -> None:
     """Samplers take functions of vectors, so that any density can be sampled."""

@@ -91,7 +91,7 @@ def test_a_graph_gives_the_same_bits(function, dtype):
     try:
         run = counted(function)
         traced = Traced(run)
-        for _ in range(6):
+        for _ in range(8):
             x = torch.randn(ROWS, 3)
             found, expected = traced(x), function(x)
             assert all(map(torch.equal, found, expected))
@@ -135,6 +135,19 @@ def test_a_function_that_is_not_the_same_twice_is_refused():
     numbers = iter(range(100))
     traced = Traced(lambda x: (x + next(numbers),))
     assert [float(traced(torch.zeros(1))[0]) for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert "other numbers" in traced.refusal
+
+
+def test_a_function_that_changes_later_is_found_out():
+    state = {"calls": 0}
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        state["calls"] += 1
+        return (x + (state["calls"] > 3),)
+
+    traced = Traced(function)
+    for _ in range(80):
+        traced(torch.zeros(1))
     assert "other numbers" in traced.refusal
 
 

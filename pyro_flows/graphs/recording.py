@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ..compiler_state import CALLS
 
 Function = Callable[..., Sequence[Tensor | None]]
 Results = tuple[Tensor | None, ...]
@@ -90,32 +91,24 @@ def place_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)  # of the function that is recorded
-
-
-def is_recording() -> bool:
-    """True while a function is recorded."""
-    return _calls.get() is not None
-
-
 def record(function: Function, inputs: Sequence[Tensor]) -> tuple[Results, list[Call]]:
     """Run a function of tensors; return its results and the calls of operations."""
     with _Recorder() as recorder:
-        token = _calls.set(recorder.calls)
+        token = CALLS.set(recorder.calls)
         try:
             return tuple(function(*inputs)), recorder.calls
         finally:
-            _calls.reset(token)
+            CALLS.reset(token)
 
 
 def call_inner(function: Function, inputs: Sequence[Tensor]) -> Results:
     """Call a traced function inside one that is recorded, which counts as one operation."""
-    calls, token = _calls.get(), _calls.set(None)
+    calls, token = CALLS.get(), CALLS.set(None)
     try:
         with _disable_current_modes(), torch.no_grad():
             found = tuple(function(*inputs))
     finally:
-        _calls.reset(token)
+        CALLS.reset(token)
     if calls is not None:
         calls.append(Call(function, tuple(inputs), {}, found))
     return found

@@ -93,6 +93,7 @@ def function_of(job: dict[str, Any]) -> Any:
         scope[name] = torch.ops
         for part in path.split("."):
             scope[name] = getattr(scope[name], part)
+        scope[name] = getattr(scope[name], "_op", scope[name])  # without torch's wrapper in Python
     exec(job["source"], scope)
     return scope["run"]
 

@@ -285,13 +285,17 @@ class Density:
 
     def log_q(self, z: Tensor) -> Tensor:
         """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats, NaN where the guide breaks down."""
+        return self._log_q_in_parts(z)
 
-        def density(z: Tensor) -> Tensor:
-            held = _unpacked(z, self._own)
-            found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held.latents, len(z))
-            return found[OWN] + held.log_det + self.of_hidden(z)
+    @functools.cached_property
+    def _log_q_in_parts(self) -> LogDensity:
+        guide = self.task.guide
+        return or_nan(in_parts([self._log_q], guide.chunk, guide.threads))
 
-        return or_nan(density)(z)
+    def _log_q(self, z: Tensor) -> Tensor:
+        held = _unpacked(z, self._own)
+        found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held.latents, len(z))
+        return found[OWN] + held.log_det + self.of_hidden(z)
 
     @functools.cached_property
     def has_log_q(self) -> bool:

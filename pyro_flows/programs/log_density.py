@@ -120,13 +120,29 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
         threads: The number of threads to work on a part.
     """
     scored = [Traced(functools.partial(value_and_score, density)) for density in densities]
+    valued = [Traced(functools.partial(_values, density)) for density in densities]
 
     def total(z: Tensor, *others: Tensor) -> Tensor:
         if torch.is_grad_enabled() and z.requires_grad:
             return _InParts.apply(scored, size, threads, z, *others)
-        return sum((density(z, *others) for density in densities[1:]), densities[0](z, *others))
+        sizes = standard_sizes(len(z), size)
+        if len(sizes) > 1 or not all(one.is_traced for one in valued):  # large batches divide themselves
+            return sum((density(z, *others) for density in densities[1:]), densities[0](z, *others))
+        check_time()
+        filled = _filled(z, sizes[0])
+        return sum((torch.as_tensor(one(filled, *others)[0]) for one in valued), torch.zeros(()))[: len(z)]
 
     return total
+
+
+@torch.no_grad()
+def _values(density: Callable[..., Tensor], z: Tensor, *others: Tensor) -> tuple[Tensor]:
+    return (density(z, *others),)
+
+
+def _filled(z: Tensor, size: int) -> Tensor:
+    """Return vectors followed by copies of the last one."""
+    return torch.cat((z, z[-1:].expand(size - len(z), -1))) if size > len(z) else z
 
 
 class _InParts(torch.autograd.Function):
@@ -135,8 +151,7 @@ class _InParts(torch.autograd.Function):
         parts, found = list(z.split(part_size(len(z), size))), []
         if all(one.is_traced for one in scored):
             sizes = standard_sizes(len(z), size)
-            filled = torch.cat((z, z[-1:].expand(sum(sizes) - len(z), -1)))
-            parts = list(filled.split(sizes))
+            parts = list(_filled(z, sum(sizes)).split(sizes))
         for part in parts:
             check_time()
             value, score = torch.zeros(()), torch.zeros_like(part)

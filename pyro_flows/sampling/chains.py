@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..graphs import Traced
 from ..vjp import LogDensity
 from .coordinates import Coordinates, GuideDensity
 
@@ -109,11 +110,19 @@ class HMC:
         self._first = self._second = 0.0
         self._latest: _State | None = None
         self._latest_in = coordinates
+        self._traced = Traced(self._scored)
 
     def retarget(self, density: LogDensity, coordinates: Coordinates) -> None:
         """Set another density and other coordinates, and restart adaptation from the present step size."""
         self.density, self.coordinates, self.time = density, coordinates, max(self.time, MOVES.first)
         self._count, self._first, self._second = 0, 0.0, 0.0
+        self._traced = Traced(self._scored)
+
+    def whiten(self, z: Tensor) -> None:
+        """Whiten the coordinates by draws z, ``(N, D)``."""
+        other = self.coordinates.whitened(z)
+        if other is not self.coordinates:
+            self.coordinates, self._traced = other, Traced(self._scored)
 
     @torch.no_grad()
     def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
@@ -168,6 +177,10 @@ class HMC:
         self.time = min(max(time, self.step), MOVES.most * self.max_steps * self.step)
 
     def _state(self, x: Tensor) -> _State:
+        return _State(x, *map(torch.as_tensor, self._traced(x)))
+
+    def _scored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return all of the state at x but x itself."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             z, log_det = self.coordinates.forward(leaf)
@@ -179,7 +192,7 @@ class HMC:
             (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
         finite = log_p.isfinite() & score.isfinite().all(-1)
         log_p = log_p.detach().where(finite, -math.inf)
-        return _State(x, z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach())
+        return z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach()
 
 
 class _State(NamedTuple):

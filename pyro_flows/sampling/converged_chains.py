@@ -296,7 +296,7 @@ class ChainRun:
 
     def _whiten(self, z: Tensor) -> None:
         for kernel in self.chains.kernels:
-            kernel.coordinates = kernel.coordinates.whitened(z)
+            kernel.whiten(z)
 
     def _extend(self, wanted: int, accepted: list[list[float]]) -> None:
         """Run until a number of draws per chain is recorded, and add the mean acceptances of the transitions."""

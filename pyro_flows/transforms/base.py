@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..arguments import TRANSFORM, as_shape, check_integers, check_kind
+from ..compiler_state import is_recording
 
 WithScore = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
 
@@ -310,8 +311,8 @@ def _contents(parts: list[nn.Module], tensors: list[Tensor]) -> State:
 
 
 def can_be_kept() -> bool:
-    """Return False while compiling or mapping under ``torch.func``, where tensors have no contents to compare."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    """Return False while compiling, mapping under ``torch.func`` or recording: tensors have no contents to compare."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_recording())
 
 
 class View(Transform):

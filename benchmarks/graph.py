@@ -1,0 +1,238 @@
+"""What do graphs and compiled code gain, for a density, a training step, and a whole fit with its check?
+
+    python benchmarks/graph.py                           # two hours of one core
+    python benchmarks/graph.py --targets kidiq wells     # some targets
+
+Every run has a fresh process and one thread.  *off* runs the model through Pyro's handlers, as before there were graphs.
+*cold* begins with an empty folder of compiled code, and *warm* after all that was asked for has been compiled.  Writes
+``docs/benchmarks/graph.jsonl`` and ``graph.md``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import targets
+import torch
+from posteriors import write
+
+import pyro_flows as pf
+from pyro_flows.fitting.elbo_loss import ELBOLoss
+from pyro_flows.graphs import packages
+from pyro_flows.objectives import PathELBO
+from pyro_flows.programs.density import Density
+from pyro_flows.programs.model_and_guide import Task
+
+DRAWS, GROUPS, ROWS = 256, 30, 600
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+LIMIT = 900  # seconds to wait for compiled code
+Row = dict[str, Any]
+
+
+def random_slopes() -> Callable[[], None]:
+    """Return a logistic regression with a random intercept and slope of each of 30 groups: 65 latents, centred."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randint(GROUPS, (ROWS,), generator=generator)
+    x = torch.randn(ROWS, generator=generator)
+    own = torch.randn(GROUPS, 2, generator=generator) * torch.tensor([0.8, 0.5])
+    y = torch.bernoulli((0.3 + own[group, 0] + (1.0 + own[group, 1]) * x).sigmoid(), generator=generator)
+
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(2)).to_event(1))
+        factor = scale.unsqueeze(-1) * pyro.sample("factor", dist.LKJCholesky(2, 2.0))
+        with pyro.plate("groups", GROUPS):
+            effect = pyro.sample("effect", dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+        logits = effect[..., group, 0] + effect[..., group, 1] * x
+        with pyro.plate("rows", ROWS):
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
+
+    return model
+
+
+def model_of(name: str) -> Callable[[], None]:
+    return random_slopes() if name == "random_slopes" else targets.load(name).model
+
+
+def milliseconds(function: Callable[[], Any], repeats: int = 30) -> float:
+    """Return the median time of a call, after some calls."""
+    for _ in range(5):
+        function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def wait_for_code() -> None:
+    """Wait until all code that was asked for is there."""
+    folder, end = packages.folder(), time.time() + LIMIT
+    while folder is not None and list(folder.glob("*.job")) and time.time() < end:
+        time.sleep(1)
+        packages._start_worker(folder)
+
+
+def parts(name: str, mode: str) -> Row:
+    """Measure a value with its score at 256 draws, and a training step of 256 draws, in milliseconds."""
+    model = model_of(name)
+    guide = pf.AutoFlow(model)
+    pf.fit_svi(model, guide, steps=3, progress=False)
+    guide.train()
+    task = Task(model, guide, (), {}).settle()
+    space, loss = Density(task), ELBOLoss(task, PathELBO(DRAWS, vectorize_particles=True), None)
+    z = space.vectors(DRAWS, DRAWS)
+
+    def score() -> Any:
+        leaf = z.clone().requires_grad_()
+        return torch.autograd.grad(space.log_prob(leaf).sum(), leaf)
+
+    if mode == "auto":
+        for function in (score, loss.joint):
+            for _ in range(30):
+                function()
+        wait_for_code()
+        time.sleep(1)
+    pyro.enable_validation(False)
+    return {"density": milliseconds(score), "step": milliseconds(lambda: loss.joint().backward())}
+
+
+def whole(name: str) -> Row:
+    """Fit and check with all defaults."""
+    model = model_of(name)
+    guide, start = pf.AutoFlow(model), time.perf_counter()
+    fit = pf.fit_svi(model, guide, progress=False)
+    middle = time.perf_counter()
+    found = pf.check(model, guide)
+    end = time.perf_counter()
+    return {
+        "fit": middle - start,
+        "check": end - middle,
+        "loss": fit.best_loss,
+        "khat": found.khat,
+        "verdict": found.verdict,
+    }
+
+
+def child(name: str, job: str, mode: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    pyro.settings.set(pyro_flows_compile=mode)
+    print(json.dumps(parts(name, mode) if job == "parts" else whole(name)))
+
+
+def run(name: str, job: str, mode: str, cache: str) -> Row:
+    """Run one measurement in a fresh process."""
+    command = [sys.executable, __file__, "--child", name, job, mode]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(name: str) -> Row:
+    """Measure one target: parts by all modes, and fits with checks by *off*, *cold* and *warm*."""
+    row: Row = {"target": name}
+    with tempfile.TemporaryDirectory() as cache:
+        for label, mode in (("off", "off"), ("cold", "auto"), ("warm", "auto")):
+            row |= {f"{label} {key}": value for key, value in run(name, "whole", mode, cache).items()}
+            if label == "cold":
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+                wait_for_code()
+        for label, mode in (("off", "off"), ("graph", "graph"), ("compiled", "auto")):
+            row |= {f"{label} {key}": value for key, value in run(name, "parts", mode, cache).items()}
+    return row
+
+
+def page(rows: list[Row]) -> str:
+    """Return the page."""
+    part = [
+        f"| {r['target']} | {r['off density']:.2f} | {r['graph density']:.2f} | {r['compiled density']:.2f} "
+        f"| {r['compiled density'] / r['off density']:.2f} | {r['off step']:.1f} | {r['graph step']:.1f} "
+        f"| {r['compiled step']:.1f} | {r['compiled step'] / r['off step']:.2f} |"
+        for r in rows
+    ]
+    seconds = {
+        r["target"]: [r[f"{label} fit"] + r[f"{label} check"] for label in ("off", "cold", "warm")] for r in rows
+    }
+    fits = [
+        f"| {r['target']} | {r['off fit']:.1f} + {r['off check']:.1f} | {r['cold fit']:.1f} + {r['cold check']:.1f} "
+        f"| {r['warm fit']:.1f} + {r['warm check']:.1f} | {cold / off:.2f} | {warm / off:.2f} "
+        f"| {r['off khat']:.2f}, {r['cold khat']:.2f}, {r['warm khat']:.2f} "
+        f"| {', '.join(dict.fromkeys(r[f'{label} verdict'] for label in ('off', 'cold', 'warm')))} |"
+        for r, (off, cold, warm) in zip(rows, seconds.values(), strict=True)
+    ]
+
+    def median(top: str, bottom: str) -> float:
+        return statistics.median(r[top] / r[bottom] for r in rows)
+
+    ratios = [statistics.median(times[n] / times[0] for times in seconds.values()) for n in (1, 2)]
+    return f"""# Graphs and compiled code
+
+This page is for users who want to know how much faster fits and checks are by recorded graphs and compiled code
+([what is compiled by itself](../scale.md#what-is-compiled-by-itself)). Reproduce with `python benchmarks/graph.py`.
+One thread, double precision, torch {torch.__version__}.
+
+* *off*: each call runs the model through Pyro's handlers, as with `pyro.settings.set(pyro_flows_compile="off")`.
+* *graph*: recorded lists of operations. *compiled*: the code that another process made of them.
+* *cold*: a program that starts without compiled code. *warm*: the same program again, once all code is there.
+
+## A density and a step
+
+Milliseconds for a log-density with its score at {DRAWS} draws, and for a training step of an `AutoFlow` with {DRAWS}
+draws, without the optimiser. The ratios are compiled over off. Their medians are
+{median("compiled density", "off density"):.2f} and {median("compiled step", "off step"):.2f}; those of graphs alone are
+{median("graph density", "off density"):.2f} and {median("graph step", "off step"):.2f}.
+
+| target | density: off | graph | compiled | ratio | step: off | graph | compiled | ratio |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|
+{chr(10).join(part)}
+
+## A fit and its check
+
+Seconds of `fit_svi` + `check` with all defaults. The ratios are those of the sums over *off*. Their medians are
+{ratios[0]:.2f} cold and {ratios[1]:.2f} warm.
+
+| target | off | cold | warm | cold / off | warm / off | k-hat | verdict |
+|---|---:|---:|---:|---:|---:|---|---|
+{chr(10).join(fits)}
+
+## Limits
+
+A step of the optimiser and much of a check are not graphs yet, so whole fits gain less than densities and steps do.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=[*targets.STEM, "random_slopes"])
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*arguments.child)
+        return
+    file = PAGE / "graph.jsonl"
+    rows = {row["target"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    for name in arguments.targets:
+        rows[name] = measure(name)
+        print(rows[name], flush=True)
+        write("".join(f"{json.dumps(row)}\n" for row in rows.values()), file)
+        write(page([*rows.values()]), PAGE / "graph.md")
+
+
+if __name__ == "__main__":
+    main()
