@@ -3,7 +3,7 @@
     python benchmarks/graph.py                           # two hours of one core
     python benchmarks/graph.py --targets kidiq wells     # some targets
 
-Every run has a fresh process and one thread.  *off* runs the model through Pyro's handlers, as before there were graphs.
+Every run has a fresh process and one thread.  *off* runs the model through Pyro's handlers, as if there were no graphs.
 *cold* begins with an empty folder of compiled code, and *warm* after all that was asked for has been compiled.  Writes
 ``docs/benchmarks/graph.jsonl`` and ``graph.md``.
 """

@@ -181,13 +181,15 @@ def test_parameters_are_inputs():
 
 def test_draws_are_those_of_the_function():
     def draw():
-        return torch.randn(2), torch.empty(3).normal_(), torch.rand_like(DATA), torch.normal(DATA, 1.0)
+        kept = torch.empty(4).bernoulli_(0.5).div_(0.5)
+        return kept, torch.randn(2), torch.empty(3).normal_(), torch.rand_like(DATA), torch.normal(DATA, 1.0)
 
-    found = []
-    for function in (Traced(draw, draws=True), draw):
+    found, traced = [], Traced(draw, draws=True)
+    for function in (traced, draw):
         torch.manual_seed(0)
         found.append(torch.cat([part for _ in range(6) for part in function()]))
     assert torch.equal(*found)
+    assert not traced.refusal
 
 
 def test_matrices_without_a_factor_have_one_of_nan():

@@ -150,10 +150,12 @@ class Graph:
                 block.insert(0, statement)
                 continue
             if block:
-                made = list(dict.fromkeys(name for one in block for name in one.targets))
-                arguments = list(dict.fromkeys(name for one in block for name in one.uses if name not in made))
+                made, arguments = dict[str, None](), dict[str, None]()
+                for one in block:  # an operation in place makes again what it uses
+                    arguments.update(dict.fromkeys(name for name in one.uses if name not in made))
+                    made.update(dict.fromkeys(one.targets))
                 targets = [name for name in made if name in needed]
-                found.append((self._code(block, arguments, targets), arguments, targets))
+                found.append((self._code(block, [*arguments], targets), [*arguments], targets))
                 needed.update(arguments)
                 block = []
             if statement is not None:

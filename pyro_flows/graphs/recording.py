@@ -167,8 +167,8 @@ class Recording:
         self.written = {place_of(tensor) for call in self.calls for tensor in call.written}
         self.changing = {place_of(tensor) for tensor in inputs}
         self._seen = {id(tensor) for tensor in inputs}
-        for call in self.calls:
-            self._include(call)
+        for number in range(len(self.calls)):
+            self._include(number)
         for tensor in tensors_in(self.outputs):
             self._find(tensor)
 
@@ -190,7 +190,8 @@ class Recording:
         else:
             self.found.append(tensor)
 
-    def _include(self, call: Call) -> None:
+    def _include(self, number: int) -> None:
+        call = self.calls[number]
         for tensor in call.given:
             self._find(tensor)
         depends = getattr(call.operation, "overloadpacket", None) not in SHAPED and not all(
@@ -198,16 +199,20 @@ class Recording:
         )
         if not all(map(self.is_constant, call.read)):
             raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
-        if call.is_random and (depends or self._is_shared(call)):
+        if call.is_random and (depends or self._is_shared(number)):
             raise Unrecordable(f"random numbers depend on the inputs, by {call.operation}")
         made = call.returned
         if depends or call.is_random:
             self.changing.update(map(place_of, (*made, *call.written)))
         self._seen.update(map(id, made))
 
-    def _is_shared(self, call: Call) -> bool:
-        """True if a random call writes into memory that has other names, or reads numbers that other calls write."""
-        own = {id(tensor) for tensor in call.written}
-        places = {place_of(tensor) for tensor in call.given if place_of(tensor) in self.written}
-        others = (t for c in self.calls for t in c.returned if c is not call and id(t) not in own)
-        return any(place_of(tensor) in places for tensor in others)
+    def _is_shared(self, number: int) -> bool:
+        """True if a random call reads numbers that others write, or writes into memory that is used by other names."""
+        call, later = self.calls[number], self.calls[number + 1 :]
+        own = {id(tensor): place_of(tensor) for tensor in call.written}
+        if any(place_of(tensor) in self.written for tensor in call.given if id(tensor) not in own):
+            return True
+        before = [tensor for other in self.calls[:number] for tensor in other.returned]
+        others = {id(one) for one in before if id(one) not in own and place_of(one) in own.values()}
+        used = [tensor for other in later for tensor in other.given] + list(tensors_in(self.outputs))
+        return any(id(tensor) in others for tensor in used)
