@@ -185,7 +185,8 @@ def page(rows: list[Row]) -> str:
 
 This page is for users who want to know how much faster fits and checks are by recorded graphs and compiled code
 ([what is compiled by itself](../scale.md#what-is-compiled-by-itself)). Reproduce with `python benchmarks/graph.py`.
-One thread, double precision, torch {torch.__version__}.
+One thread, double precision, torch {torch.__version__}. Other programs kept both cores busy meanwhile, so
+compare ratios; those of two runs may differ by a quarter.
 
 * *off*: each call runs the model through Pyro's handlers, as with `pyro.settings.set(pyro_flows_compile="off")`.
 * *graph*: recorded lists of operations. *compiled*: the code that another process made of them.
