@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import signal
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 import pyro
 import pytest
 import torch
+
+os.environ["PYRO_FLOWS_COMPILE"] = "graph"  # compilers would take the cores, also those of programs that tests start
 
 from pyro_flows import atomic_files
 from pyro_flows.training import loop
@@ -30,7 +33,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionstart() -> None:
     # The tensors are tiny, so a second thread only adds waiting, up to minutes on a busy machine.
     torch.set_num_threads(1)
-    pyro.settings.set(pyro_flows_compile="graph")  # compilers would take the cores
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ import functools
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -233,6 +235,14 @@ def test_the_setting_turns_graphs_off():
     assert run.count == 5
     with pytest.raises(ValueError, match="pyro_flows_compile must be one of"):
         pyro.settings.set(pyro_flows_compile="on")
+
+
+def test_the_environment_sets_the_setting():
+    """The tests themselves run with ``graph``, set in ``conftest.py``."""
+    assert pyro.settings.get("pyro_flows_compile") == "graph"
+    environment = {**os.environ, "PYRO_FLOWS_COMPILE": "sometimes"}
+    done = subprocess.run([sys.executable, "-c", "import pyro_flows"], env=environment, capture_output=True, text=True)
+    assert "must be one of auto, graph, off, got 'sometimes'" in done.stderr
 
 
 @pytest.mark.parametrize("largest", [1, 3, 20, 300, 5000])

@@ -3,11 +3,15 @@
 * ``"auto"``: their graphs, and compiled code once another process has made it.
 * ``"graph"``: their graphs alone; no process is started.
 * ``"off"``: nothing; each call runs the model through Pyro's handlers.
+
+The environment variable ``PYRO_FLOWS_COMPILE`` sets the first value.
 """
+
+import os
 
 import pyro
 
-COMPILE = "auto"
+COMPILE = os.environ.get("PYRO_FLOWS_COMPILE", "auto")
 CHOICES = "auto", "graph", "off"
 
 
@@ -15,3 +19,6 @@ CHOICES = "auto", "graph", "off"
 def _check(value: object) -> None:
     if value not in CHOICES:
         raise ValueError(f"pyro.settings: pyro_flows_compile must be one of {', '.join(CHOICES)}, got {value!r}.")
+
+
+_check(COMPILE)
