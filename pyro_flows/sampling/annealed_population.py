@@ -36,7 +36,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 from torch.nn.functional import logsigmoid
 
 from ..vjp import LogDensity
@@ -74,6 +73,25 @@ class Prior:
     takes_a_run: bool
 
 
+class WideGaussian(NamedTuple):
+    """Gaussian over vectors ``(D,)``.
+
+    torch's ``MultivariateNormal`` is not used because its first call imports sympy, which takes a third of a second.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def sample(self, number: int) -> Tensor:
+        """Sample vectors, ``(number, D)``."""
+        return self.loc + torch.randn(number, len(self.loc)).to(self.loc) @ self.scale_tril.T
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density over vectors, ``(N, D) -> (N,)``."""
+        size = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).square().sum(0)
+        return -size / 2 - self.scale_tril.diagonal().log().sum() - len(self.loc) / 2 * math.log(2 * math.pi)
+
+
 class Reference:
     """The distribution r that leads to a posterior p.
 
@@ -87,7 +105,7 @@ class Reference:
     def __init__(self, prior: Prior, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         self._prior, self._loc, self._scale_tril = prior, loc, scale_tril
         self._exact = prior.in_parts(self._exact_log_p)
-        self._flat, self._wide = torch.zeros_like(loc, dtype=torch.bool), cast(MultivariateNormal | None, None)
+        self._flat, self._wide = torch.zeros_like(loc, dtype=torch.bool), cast(WideGaussian | None, None)
         if prior.flat.any():
             self.widen(prior.flat.to(loc.device))
         before = self._flat, self._wide
@@ -103,7 +121,7 @@ class Reference:
         if scale_tril is None:
             loc, scale_tril, *_ = fit_gaussian(self._prior.log_p, loc, 1.0, rounds=50)
         covariance = WIDE**2 * (scale_tril @ scale_tril.T + torch.eye(len(loc)).to(loc))[flat][:, flat]
-        self._flat, self._wide = flat, MultivariateNormal(loc[flat], covariance, validate_args=False)
+        self._flat, self._wide = flat, WideGaussian(loc[flat], torch.linalg.cholesky(covariance))
         self._mixed = self._prior.in_parts(self._mixture)
         return True
 
@@ -111,7 +129,7 @@ class Reference:
         """Sample r, ``(number, D)``; draws that overflow are not finite."""
         z = self._loc.expand(number, -1).clone()
         if self._wide is not None:
-            z[:, self._flat] = self._wide.sample(torch.Size((number,)))
+            z[:, self._flat] = self._wide.sample(number)
         return z if self._flat.all() else self._prior.draw(z).to(z)
 
     def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
