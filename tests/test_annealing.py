@@ -21,7 +21,15 @@ from pyro_flows.guides.base import Schedule
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling import modes
-from pyro_flows.sampling.annealed_population import ISLANDS, Effort, Population, Reference, bridge, moved_on
+from pyro_flows.sampling.annealed_population import (
+    ISLANDS,
+    Effort,
+    Population,
+    Reference,
+    WideGaussian,
+    bridge,
+    moved_on,
+)
 from pyro_flows.sampling.annealed_population import anneal as anneal_population
 from pyro_flows.sampling.chains import HMC
 from pyro_flows.sampling.coordinates import White
@@ -226,6 +234,23 @@ def test_climbs_end_at_the_tops() -> None:
     z = torch.cat((law.first.sample((50,)), law.second.sample((50,))))
     ends = climb(law.log_prob, White(z), z)
     torch.testing.assert_close(ends, 4 * z.mean(-1, keepdim=True).sign().expand_as(z), atol=0.05, rtol=0)
+
+
+def test_climbs_of_several_step_sizes_are_those_of_each() -> None:
+    z, density = 5 * torch.randn(40, 3), normals(3, 1.0, 2.0).log_prob
+    sizes, white = torch.tensor([0.1] * 30 + [0.3] * 10).unsqueeze(-1), White(z)
+    apart = [climb(density, white, part, size, -20.0) for part, size in ((z[:30], 0.1), (z[30:], 0.3))]
+    torch.testing.assert_close(climb(density, white, z, sizes, -20.0), torch.cat(apart))
+
+
+def test_a_wide_gaussian_is_torchs() -> None:
+    factor, loc = torch.tensor([[2.0, 0.0], [-1.0, 0.5]]), torch.tensor([1.0, -3.0])
+    wide, law = WideGaussian(loc, factor), torch.distributions.MultivariateNormal(loc, scale_tril=factor)
+    z = wide.sample(4000)
+    torch.testing.assert_close(wide.log_prob(z), law.log_prob(z))
+    whitened = torch.linalg.solve_triangular(factor, (z - loc).T, upper=False)
+    assert whitened.mean(-1).abs().max() < 5 / 4000**0.5  # standard errors of a mean
+    assert (torch.cov(whitened) - torch.eye(2)).abs().max() < 5 * (2 / 4000) ** 0.5  # those of a variance
 
 
 def test_climbs_that_leap_over_a_valley_are_made_again_in_shorter_steps() -> None:

@@ -66,7 +66,9 @@ class Climbs:
 CLIMBS = Climbs()
 
 
-def climb(density: LogDensity, coordinates: White, z: Tensor, size: float = 0.5, least: float = -math.inf) -> Tensor:
+def climb(
+    density: LogDensity, coordinates: White, z: Tensor, size: float | Tensor = 0.5, least: float = -math.inf
+) -> Tensor:
     """Climb by Adam with decreasing step sizes; return the highest place on each path, ``(N, D)``.
 
     Every few steps a Newton step from the best place is tried.  If the coordinates whiten the mode, it leads to the top
@@ -76,13 +78,15 @@ def climb(density: LogDensity, coordinates: White, z: Tensor, size: float = 0.5,
         density: The log-density.
         coordinates: The coordinates to climb in.
         z: The starts, ``(N, D)``.
-        size: The first step of each coordinate; a climb moves at most 30 times as far.
+        size: The first step of each coordinate, for all climbs or for each, ``(N, 1)``.  A climb moves at most 30 times
+            as far.
         least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
     """
     x = coordinates.inverse(z)
     best, highest, slope = x.clone(), torch.full_like(x[:, 0], -math.inf), torch.zeros_like(x)
     first = second = torch.zeros_like(x)
     left = torch.arange(len(x), device=x.device)  # the climbs that continue
+    sizes = torch.as_tensor(size).to(x).expand(len(x), 1)
 
     def visit(x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score at the places x of the climbs, and True for each that is its climb's highest so far."""
@@ -98,14 +102,14 @@ def climb(density: LogDensity, coordinates: White, z: Tensor, size: float = 0.5,
         score, _ = visit(x)
         first, second = 0.8 * first + 0.2 * score, 0.9 * second + 0.1 * score.square()
         direction = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
-        x = x + size * (1 - step / (CLIMBS.steps + 1)) * direction
+        x = x + sizes[left] * (1 - step / (CLIMBS.steps + 1)) * direction
         if step % CLIMBS.patience == 1:
             before = slope[left].square().sum(-1)
             score, is_higher = visit(best[left] + slope[left])
             after = score.square().sum(-1)
             goes_on = ~(is_higher & (after < before / 4) & (after < CLIMBS.top))
-            reach = size * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # the remaining path of each coordinate
-            goes_on &= highest[left] + reach * slope[left].abs().sum(-1) >= least
+            reach = sizes[left] * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # each coordinate's remaining path
+            goes_on &= highest[left] + (reach * slope[left].abs()).sum(-1) >= least
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
             if not len(left):
                 break
@@ -144,8 +148,9 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
     middle, some = z.median(0).values, z[: len(z) // 8]
     between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
     white, few = White(z), torch.stack((torch.zeros_like(middle), middle))
-    beyond = climb(density, white, white.forward(far(white.inverse(some)))[0], CLIMBS.far, least)
-    return torch.cat((few, between, climb(density, white, z, CLIMBS.narrow, least), beyond))
+    beyond = white.forward(far(white.inverse(some)))[0]
+    starts, sizes = torch.cat((z, beyond)), torch.tensor([CLIMBS.narrow] * len(z) + [CLIMBS.far] * len(beyond))
+    return torch.cat((few, between, climb(density, white, starts, sizes.unsqueeze(-1), least)))
 
 
 def far(x: Tensor) -> Tensor:
