@@ -29,22 +29,25 @@ from torch import Tensor
 from ..atomic_files import write_atomically
 
 LARGEST = 500 * 2**20  # bytes of all libraries; the least recently used ones are removed
+OTHERS = stat.S_IWGRP | stat.S_IWOTH  # the rights of others to write
 WORKER = Path(__file__).with_name("worker.py")
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _workers: list[subprocess.Popen[bytes]] = []
 
 
 def folder() -> Path | None:
-    """Return the folder of compiled graphs, made if need be; None if it cannot be used or others can write into it."""
+    """Return the folder of compiled graphs, made if need be; None if it cannot be used or others can change it."""
     try:
         parent = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default())
         found = parent / "pyro_flows"
         found.mkdir(0o700, parents=True, exist_ok=True)
-        status = found.stat()
+        status, above = found.lstat(), parent.stat()
     except (OSError, KeyError):
         return None
-    is_own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return found if is_own and os.access(found, os.W_OK) else None
+    # Whoever can rename the folder can put another in its place, and a link may lead to files of other kinds.
+    kept = above.st_uid in (0, os.getuid()) and (above.st_mode & stat.S_ISVTX or not above.st_mode & OTHERS)
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & OTHERS
+    return found if kept and is_own and os.access(found, os.W_OK) else None
 
 
 def _default() -> str:
