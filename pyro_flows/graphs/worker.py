@@ -99,4 +99,5 @@ def function_of(job: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder has a module of the same name as one of Python's own, code
     main(Path(sys.argv[1]))
