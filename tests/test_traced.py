@@ -20,7 +20,7 @@ from pyro_flows.graphs import Traced, packages
 from pyro_flows.graphs.code import Code
 from pyro_flows.graphs.graph import Graph
 from pyro_flows.programs.density import Density
-from pyro_flows.programs.log_density import standard_sizes
+from pyro_flows.programs.log_density import or_nan, standard_sizes
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.vjp import value_and_score
 
@@ -113,6 +113,22 @@ def writes_elsewhere(x: Tensor) -> tuple[Tensor]:
 
 
 HELD = torch.zeros(ROWS, 3)
+
+
+def read(function):
+    """Return a function that reads its input in a way and branches on what it finds, to a rare branch."""
+    return lambda x: (x * 2 if function(x) < 9 else x,)
+
+
+READS = {
+    "numpy": lambda x: x.detach().numpy().max(),
+    "an array": lambda x: np.asarray(x).max(),
+    "a shared array": lambda x: np.from_dlpack(x).max(),
+    "a list": lambda x: max(x.flatten().tolist()),
+    "text": lambda x: float(repr(x[0, 0]).split("(")[1].split(",")[0].rstrip(")")),
+    "a tensor of a list": lambda x: torch.tensor([[x[0, 0], 1.0]]).max().item(),
+    "a new tensor": lambda x: DATA.new_tensor([x[0, 0], 1.0]).max().item(),
+}
 UNSOUND = {
     "a branch on values": lambda x: (x if x.sum() > 0 else -x,),
     "a number": lambda x: (x * float(x[0, 0]),),
@@ -123,6 +139,7 @@ UNSOUND = {
     "writes elsewhere": writes_elsewhere,
     "noise": lambda x: (x + 0 * torch.randn(3),),
     "noise that depends on values": lambda x: (torch.bernoulli(x.sigmoid() * 0),),
+    **{f"a read by {name}": read(function) for name, function in READS.items()},
 }
 
 
@@ -199,6 +216,21 @@ def test_matrices_without_a_factor_have_one_of_nan():
     for _ in range(3):
         traced(torch.eye(2).expand(2, 2, 2))
     assert traced(torch.stack((torch.eye(2), -torch.eye(2))))[0].isnan().any(-1).any(-1).tolist() == [False, True]
+
+
+def test_draws_at_which_a_model_breaks_down_are_no_part_of_a_graph():
+    def density(z: Tensor) -> Tensor:
+        return torch.linalg.solve(torch.diag_embed(z.exp()), torch.ones(len(z), 2, 1)).sum((-2, -1))
+
+    traced, singular = Traced(lambda z: (or_nan(density)(z),)), torch.tensor([[0.0, 0.0], [0.0, -800.0]])
+    assert [traced(singular)[0].isnan().tolist() for _ in range(3)] == [[False, True]] * 3
+    for _ in range(4):
+        assert traced(torch.zeros(2, 2))[0].tolist() == [2, 2]
+
+
+def test_what_only_fills_memory_runs():
+    traced = Traced(lambda: (torch.randn(3, out=torch.empty(3)),), draws=True)
+    assert all(len(traced()[0].unique()) == 3 for _ in range(5))
 
 
 def test_results_may_be_written_into():
@@ -358,6 +390,20 @@ def test_a_folder_that_cannot_be_used_is_left_alone(monkeypatch, own_folder):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(own_folder))
     packages.folder().chmod(0o777)
     assert packages.folder() is None  # others could write libraries
+
+
+def test_a_folder_that_others_can_replace_is_left_alone(monkeypatch, own_folder):
+    above = own_folder / "above"
+    above.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(above))
+    above.chmod(0o777)
+    assert packages.folder() is None
+    above.chmod(0o1777)  # as /tmp has it: others can add to it, but not rename
+    assert packages.folder() == above / "pyro_flows"
+    packages.folder().rmdir()
+    (own_folder / "other").mkdir()
+    (above / "pyro_flows").symlink_to(own_folder / "other")
+    assert packages.folder() is None
 
 
 def test_libraries_that_were_changed_are_removed(own_folder):

@@ -39,7 +39,7 @@ def source_of(arguments: list[str], lines: Iterable[tuple[str, tuple[str, ...]]]
     for number, (line, names) in enumerate(lines):
         spent = [name for name in dict.fromkeys(names) if last[name] == number and name not in results]
         text.append(f"    {line}{'; del ' * bool(spent)}{', '.join(spent)}")
-    return "\n".join([*text, f"    return ({', '.join(results)},)", ""])
+    return "\n".join([*text, f"    return [{', '.join(results)}]", ""])
 
 
 class Code:

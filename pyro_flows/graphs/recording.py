@@ -5,8 +5,8 @@ left are calls of torch's operations, gradients included.  A tensor that the fun
 a constant.  A parameter that requires a gradient is an input, which is read anew in each call.
 
 A list of operations equals the function only if Python calls the same operations at all inputs.  So a recording is
-refused if the function reads numbers that depend on its inputs, since it may branch on them.  It is refused too if the
-function writes into tensors of others, or computes tensors out of torch's sight.
+refused if the function reads numbers that depend on its inputs, since it may branch on them.  Reads by NumPy or into
+lists count too.  A recording is refused as well if the function writes into tensors of others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..compiler_state import CALLS
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 READS = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 LIKE = aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like
 NEW = aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided
+TO_PYTHON = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__}
+OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # they read the tensors in a list
 SHAPED = {*LIKE, *NEW}  # they read the shape of a tensor and none of its numbers
 
 
@@ -93,7 +96,7 @@ def place_of(tensor: Tensor) -> int:
 
 def record(function: Function, inputs: Sequence[Tensor]) -> tuple[Results, list[Call]]:
     """Run a function of tensors; return its results and the calls of operations."""
-    with _Recorder() as recorder:
+    with _Recorder() as recorder, _Reads():
         token = CALLS.set(recorder.calls)
         try:
             return tuple(function(*inputs)), recorder.calls
@@ -142,6 +145,17 @@ class _Recorder(TorchDispatchMode):
         result = operation(*args, **kwargs)
         self.calls.append(Call(operation, args, kwargs, result))
         return result
+
+
+class _Reads(TorchFunctionMode):
+    """Handler that lists reads of numbers that are no calls of operations, as if each were a read of one number."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, calls = (*args, *(kwargs or {}).values()), CALLS.get()
+        if calls is not None and (func in TO_PYTHON or func in OF_LISTS):
+            read = given if func in TO_PYTHON else [value for value in given if isinstance(value, list | tuple)]
+            calls += [Call(aten._local_scalar_dense.default, (tensor,), {}, None) for tensor in tensors_in([*read])]
+        return func(*args, **(kwargs or {}))
 
 
 class Recording:

@@ -106,7 +106,7 @@ class _OfShapes:
             self._graph = Graph(Recording(inputs, outputs, calls))
             if self._graph.is_random and not self._traced.draws:
                 raise Unrecordable("it draws random numbers")
-        except (Unrecordable, NotImplementedError) as refusal:
+        except Exception as refusal:  # whatever cannot be recorded runs as it is
             self._refuse(str(refusal))
         return tuple(one if one is None else one.detach().clone() for one in outputs)
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
+from ..compiler_state import is_recording
 from ..graphs import Traced
 from ..threads import Threads
 from ..time_limit import check_time
@@ -45,6 +46,8 @@ def or_nan(density: LogDensity, *shape: int) -> LogDensity:
                     raise
                 if not isinstance(error, LinAlgError):
                     break
+        if is_recording():  # a graph would make the draws of these places NaN in each call
+            raise FloatingPointError("the model breaks down at some draws")
         if len(z) == 1:
             return (z.sum() * math.nan).expand(1, *shape)
         return torch.cat([guarded(half) for half in z.chunk(2)])
