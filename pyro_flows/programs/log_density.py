@@ -124,6 +124,7 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
     """
     scored = [Traced(functools.partial(value_and_score, density)) for density in densities]
     valued = [Traced(functools.partial(_values, density)) for density in densities]
+    threads_without_gradient = Threads()
 
     def total(z: Tensor, *others: Tensor) -> Tensor:
         if torch.is_grad_enabled() and z.requires_grad:
@@ -133,7 +134,8 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
             return sum((density(z, *others) for density in densities[1:]), densities[0](z, *others))
         check_time()
         filled = _filled(z, sizes[0])
-        return sum((torch.as_tensor(one(filled, *others)[0]) for one in valued), torch.zeros(()))[: len(z)]
+        with threads_without_gradient.turn(len(filled)):
+            return sum((torch.as_tensor(one(filled, *others)[0]) for one in valued), torch.zeros(()))[: len(z)]
 
     return total
 
