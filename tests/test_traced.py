@@ -406,6 +406,16 @@ def test_a_folder_that_others_can_replace_is_left_alone(monkeypatch, own_folder)
     assert packages.folder() is None
 
 
+def test_a_compiler_that_failed_is_tried_again_after_a_day(monkeypatch, own_folder):
+    monkeypatch.setattr(packages, "can_compile", lambda: True)
+    monkeypatch.setattr(packages, "_start_worker", lambda folder: None)
+    package = packages.Package(JOB)
+    package._with(".failed").touch()
+    assert not package.request()
+    os.utime(package._with(".failed"), (time.time() - packages.RETRIED - 60,) * 2)
+    assert package.request()
+
+
 def test_libraries_that_were_changed_are_removed(own_folder):
     package = packages.Package(JOB)
     package._with(".done").write_text('{".so": "0123"}')

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..atomic_files import write_atomically
 
 LARGEST = 500 * 2**20  # bytes of all libraries; the least recently used ones are removed
+RETRIED = 86_400.0  # seconds after which a failed compilation is tried again
 OTHERS = stat.S_IWGRP | stat.S_IWOTH  # the rights of others to write
 WORKER = Path(__file__).with_name("worker.py")
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -100,7 +101,7 @@ class Package:
 
     def request(self) -> bool:
         """Ask for the library; return False if it cannot be built."""
-        if self._folder is None or self._with(".failed").exists() or not can_compile():
+        if self._folder is None or self._has_failed or not can_compile():
             return False
         try:
             if not self._with(".job").exists():
@@ -110,6 +111,14 @@ class Package:
         except OSError:
             return False
         return True
+
+    @property
+    def _has_failed(self) -> bool:
+        """True if a compiler failed within the last day."""
+        try:
+            return time.time() - self._with(".failed").stat().st_mtime < RETRIED
+        except OSError:
+            return False
 
     def remove(self) -> None:
         """Remove the library."""
