@@ -15,12 +15,12 @@ CALLS: ContextVar[list[Any] | None] = ContextVar("calls", default=None)  # of op
 
 def is_recording() -> bool:
     """Return True while :mod:`.graphs` lists the operations of a function."""
-    return CALLS.get() is not None
+    return not torch.compiler.is_compiling() and CALLS.get() is not None  # torch cannot compile reads of variables
 
 
 def is_traced() -> bool:
     """Return True if operations are being recorded or mapped rather than run."""
-    return is_recording() or is_mapped()
+    return is_mapped() or is_recording()
 
 
 def is_mapped() -> bool:
