@@ -19,6 +19,7 @@ from pyro_flows import AutoFlow, check, fit_svi
 from pyro_flows.graphs import Traced, packages
 from pyro_flows.graphs.code import Code
 from pyro_flows.graphs.graph import Graph
+from pyro_flows.graphs.recording import Recording, record
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import or_nan, standard_sizes
 from pyro_flows.programs.model_and_guide import Task
@@ -249,6 +250,20 @@ def test_traced_functions_inside_others_keep_their_own_graphs():
     before = inner.function.count
     outer(torch.randn(ROWS, 3))
     assert inner.function.count == before
+
+
+def test_segments_that_do_the_same_have_the_same_source():
+    """So programs share their compiled code, whatever comes before."""
+    inner, x = Traced(lambda x: (x.exp(),)), torch.ones(3)
+
+    def last_source(function) -> str:
+        outputs, calls = record(function, [x])
+        *_, (code, _, _) = Graph(Recording([x], outputs, calls))._steps
+        return code._job["source"]
+
+    one = last_source(lambda x: (inner(x)[0] * 2 + DATA[:3],))
+    other = last_source(lambda x: (inner((x - 3).sin() + DATA[3:])[0] * 2 + DATA[:3],))
+    assert one == other
 
 
 def test_an_error_in_a_graph_ends_in_the_function(monkeypatch):

@@ -6,6 +6,7 @@ agree and it is faster.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from .worker import function_of
 REPEATS = 20  # runs, after which code is worth compiling
 POLLED = 0.25  # seconds between two looks for compiled code
 AGREES = 4500  # the largest difference, in rounding errors of the largest number of a result: 1e-12 in double precision
+NAME = re.compile(r"\b[xrcv]\d+(_\d+)?\b")  # of inputs, draws, constants and values in a graph
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -39,7 +41,8 @@ def source_of(arguments: list[str], lines: Iterable[tuple[str, tuple[str, ...]]]
     for number, (line, names) in enumerate(lines):
         spent = [name for name in dict.fromkeys(names) if last[name] == number and name not in results]
         text.append(f"    {line}{'; del ' * bool(spent)}{', '.join(spent)}")
-    return "\n".join([*text, f"    return [{', '.join(results)}]", ""])
+    source, anew = "\n".join([*text, f"    return [{', '.join(results)}]", ""]), dict[str, str]()
+    return NAME.sub(lambda found: anew.setdefault(found[0], f"a{len(anew)}"), source)
 
 
 class Code:

@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
     @property
     def read(self) -> list[Tensor]:
-        """The tensors of which Python learns numbers by the call, such as those that decide a shape."""
+        """The tensors whose numbers Python reads by the call, such as masks that decide a shape."""
         if self.operation == aten.index.Tensor:
             return [index for index in self.given[1:] if index.dtype in (torch.bool, torch.uint8)]
         return self.given if any(tag in getattr(self.operation, "tags", ()) for tag in READS) else []
