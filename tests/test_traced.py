@@ -13,13 +13,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from pyro_flows import AutoFlow, check, fit_svi
+from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi
+from pyro_flows.flows import realnvp
 from pyro_flows.graphs import Traced, packages
 from pyro_flows.graphs.code import Code
 from pyro_flows.graphs.graph import Graph
 from pyro_flows.graphs.recording import Recording, record
+from pyro_flows.objectives import PathELBO
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import or_nan, standard_sizes
 from pyro_flows.programs.model_and_guide import Task
@@ -336,6 +339,53 @@ def test_the_model_is_not_called_once_its_density_is_a_graph(double):
     torch.testing.assert_close(slope, value_and_score(space._log_prob, z)[1], rtol=1e-12, atol=1e-12)
 
 
+GUIDES = {
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoStructuredFlow": AutoStructuredFlow,
+    "AutoFlow of few draws": functools.partial(AutoFlow, flow=realnvp),
+    "a function": lambda model: by_hand,
+}
+
+
+def by_hand(y):
+    place = pyro.param("place", torch.zeros(2).to(y))
+    spread = pyro.param("spread", torch.ones(2).to(y), constraint=dist.constraints.positive)
+    pyro.sample("slope", dist.Normal(place, spread).to_event(1))
+    pyro.sample("scale", dist.LogNormal(pyro.param("size", torch.zeros(()).to(y)), 0.3))
+
+
+@pytest.mark.parametrize("build", GUIDES.values(), ids=GUIDES)
+def test_steps_of_any_guide_are_graphs(double, build):
+    losses, counts = [], []
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            model = counted(regression)
+            losses.append(fit_svi(model, build(model), DATA.double() * 2, steps=40, num_particles=8, progress=False))
+            counts.append(model.count)
+    torch.testing.assert_close(losses[1].losses, losses[0].losses, rtol=1e-10, atol=1e-10)
+    assert abs(losses[1].best_loss - losses[0].best_loss) < 1e-10
+    assert counts[1] <= counts[0] - 30  # all but the first steps, and comparisons
+
+
+def test_a_step_whose_gradient_is_a_score_runs_as_it_is():
+    def model():
+        pyro.sample("count", dist.Poisson(3.0))
+
+    def guide():
+        pyro.sample("count", dist.Poisson(pyro.param("rate", torch.tensor(2.0), constraint=dist.constraints.positive)))
+
+    losses = []
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            losses.append(fit_svi(model, guide, objective=PathELBO(), steps=20, progress=False).losses)
+    assert torch.equal(*losses)
+
+
 SOURCE = "def run(x):\n    return (aten_mul_Tensor(x, 2),)\n"
 
 
@@ -378,6 +428,53 @@ def own_folder(monkeypatch, tmp_path):
         worker.kill()
         worker.wait()
     packages._workers.clear()
+
+
+GUIDES = {
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoStructuredFlow": AutoStructuredFlow,
+    "AutoFlow of few draws": functools.partial(AutoFlow, flow=realnvp),
+    "a function": lambda model: by_hand,
+}
+
+
+def by_hand(y):
+    place = pyro.param("place", torch.zeros(2).to(y))
+    spread = pyro.param("spread", torch.ones(2).to(y), constraint=dist.constraints.positive)
+    pyro.sample("slope", dist.Normal(place, spread).to_event(1))
+    pyro.sample("scale", dist.LogNormal(pyro.param("size", torch.zeros(()).to(y)), 0.3))
+
+
+@pytest.mark.parametrize("build", GUIDES.values(), ids=GUIDES)
+def test_steps_of_any_guide_are_graphs(double, build):
+    losses, counts = [], []
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            model = counted(regression)
+            losses.append(fit_svi(model, build(model), DATA.double() * 2, steps=40, num_particles=8, progress=False))
+            counts.append(model.count)
+    torch.testing.assert_close(losses[1].losses, losses[0].losses, rtol=1e-10, atol=1e-10)
+    assert abs(losses[1].best_loss - losses[0].best_loss) < 1e-10
+    assert counts[1] <= counts[0] - 30  # all but the first steps, and comparisons
+
+
+def test_a_step_whose_gradient_is_a_score_runs_as_it_is():
+    def model():
+        pyro.sample("count", dist.Poisson(3.0))
+
+    def guide():
+        pyro.sample("count", dist.Poisson(pyro.param("rate", torch.tensor(2.0), constraint=dist.constraints.positive)))
+
+    losses = []
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            losses.append(fit_svi(model, guide, objective=PathELBO(), steps=20, progress=False).losses)
+    assert torch.equal(*losses)
 
 
 SOURCE = "def run(x):\n    return (aten_mul_Tensor(x, 2),)\n"

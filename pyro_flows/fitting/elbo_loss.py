@@ -23,12 +23,14 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
+from ..compiler_state import is_recording
 from ..conditioners.base import Paced
 from ..data.batches import Stream
 from ..flows import Flow
 from ..graphs import Traced
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
+from ..objectives import PathELBO
 from ..programs.density import Density
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
@@ -134,11 +136,13 @@ class ELBOLoss:
 
     Attributes:
         program: The model as the objective runs it: unchanged, or lifted if the objective needs that.
+        trained: The tensors that the loss depends on, once :meth:`parameters` has found them.
     """
 
     def __init__(self, task: Task, objective: Any, batches: ModelBatches | None) -> None:
         self.task, self.objective, self.batches = task, objective, batches
-        self._steps = dict[int, Traced]()  # by the number of draws
+        self._steps = dict[int, Traced]()  # by the number of draws, or 0 for that of the objective
+        self.trained = list[Tensor]()
         sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
         self.program: Any = task.model.call
         if isinstance(objective, TraceEnum_ELBO):
@@ -162,14 +166,20 @@ class ELBOLoss:
         return not compiled and getattr(objective, "settled", True) and not hasattr(objective, "num_steps")
 
     def __call__(self) -> Tensor:
-        """Return the loss of a step."""
+        """Return the loss of a step, from a graph if the step is the same function of the parameters each time."""
+        steady = type(self.objective) is PathELBO and not (self.batches or self.task.subsampled)
+        found = self._from_graph(0, self.plain) if steady and self.trained else None
+        return self.plain() if found is None else found
+
+    def plain(self) -> Tensor:
+        """Return the loss of a step, from a run of model and guide."""
         is_lifted = isinstance(self.program, Lifted)
         if self.batches:
             self.batches.feed(self.task, is_lifted=is_lifted)
         model, guide, objective = self.task.model, self.task.guide.call, self.objective
         if hasattr(objective, "differentiable_loss"):
             # A lifted model is one factor, without the plates whose rows are given; an engine has validated it.
-            silent = self.task.has_bare_dimensions or is_lifted
+            silent = self.task.has_bare_dimensions or is_lifted or is_recording()
             with validation_enabled(False) if silent else contextlib.nullcontext():
                 return objective.differentiable_loss(self.program, guide, *model.args, **model.kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
@@ -182,13 +192,23 @@ class ELBOLoss:
         The flow runs in single precision if it is plain, and in its own where that overflows.
         """
         number = self.objective.num_particles
-        if number not in self._steps:
-            self._steps[number] = Traced(functools.partial(self._loss_and_gradients, self._quick, number), draws=True)
-        loss, *gradients = self._steps[number]()
-        if loss is not None and loss.isfinite():
-            found: Tensor = _Known.apply(loss, gradients, *self._trained)
-            return found
-        return self._loss_of(self._guide.flow, number)
+        found = self._from_graph(number, functools.partial(self._loss_of, self._quick, number))
+        return self._loss_of(self._guide.flow, number) if found is None else found
+
+    def _from_graph(self, key: int, loss: Callable[[], Tensor]) -> Tensor | None:
+        """Return a loss with its gradients, from a graph where that is possible; None if it is not finite."""
+        if key not in self._steps:
+            self._steps[key] = Traced(functools.partial(self._loss_and_gradients, loss), draws=True)
+        value, *gradients = self._steps[key]()
+        if value is None or not value.isfinite():
+            return None
+        found: Tensor = _Known.apply(value, gradients, *self.trained)
+        return found
+
+    def _loss_and_gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            value = loss()
+            return value.detach(), *torch.autograd.grad(value, self.trained, allow_unused=True)
 
     @property
     def _guide(self) -> Any:
@@ -204,18 +224,9 @@ class ELBOLoss:
     def _space(self) -> Density:
         return Density(self.task)
 
-    @functools.cached_property
-    def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self._guide.parameters() if parameter.requires_grad]
-
     def _loss_of(self, flow: Flow, number: int) -> Tensor:
         z, log_q = flow().with_path_gradient().rsample_and_log_prob((number,))
         return (log_q - self._space.log_prob(z)).mean()
-
-    def _loss_and_gradients(self, flow: Flow, number: int) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            loss = self._loss_of(flow, number)
-            return loss.detach(), *torch.autograd.grad(loss, self._trained, allow_unused=True)
 
     def parameters(self) -> list[Tensor]:
         """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
@@ -229,7 +240,8 @@ class ELBOLoss:
         unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
         if not unique:
             raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
-        return list(unique.values())
+        self.trained = list(unique.values())
+        return self.trained
 
 
 class _Known(torch.autograd.Function):

@@ -243,16 +243,16 @@ class ELBOFit:
                 companions=loss.companions,
             )
             fit = descent.fit()
-            if alone:  # its graph holds the units of training
-                fit = self._refreshed(fit, loss, descent)
-        return fit if alone else self._refreshed(fit, loss, descent)
+            if alone:  # graphs hold the units of training
+                fit = self._refreshed(fit, loss, loss.joint)
+        return fit if alone else self._refreshed(fit, loss, loss.plain)
 
     @staticmethod
-    def _refreshed(fit: Fit, loss: ELBOLoss, descent: Descent) -> Fit:
+    def _refreshed(fit: Fit, loss: ELBOLoss, anew: Callable[[], Tensor]) -> Fit:
         """Return the record with the mean of new losses; a mean over the steps that led to a state lags behind."""
         if not loss.repeats or fit.stopped == "interrupted":
             return fit
-        fresh = fresh_mean(descent.loss)
+        fresh = fresh_mean(anew)
         return fit if math.isnan(fresh) else replace(fit, best_loss=fresh)
 
     def _start(self) -> Start | None:

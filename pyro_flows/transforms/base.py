@@ -283,7 +283,7 @@ def unchanged_from_now(
     def state() -> State:
         slots = [part._parameters for part in parts] + [part._buffers for part in parts]
         tensors = [*(tensor for slot in slots for tensor in slot.values() if tensor is not None), *others]
-        if by_counts:
+        if by_counts or is_recording():  # a graph cannot read numbers
             facts: State = [(id(t), -1 if t.is_inference() else t._version, t.requires_grad) for t in tensors], []
         else:
             facts = _contents(parts, tensors)
@@ -311,8 +311,8 @@ def _contents(parts: list[nn.Module], tensors: list[Tensor]) -> State:
 
 
 def can_be_kept() -> bool:
-    """Return False while compiling, mapping under ``torch.func`` or recording: tensors have no contents to compare."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_recording())
+    """Return False while compiling, or mapping under ``torch.func``: tensors have no contents to compare."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 class View(Transform):
