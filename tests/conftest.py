@@ -58,6 +58,13 @@ def local_params(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @pytest.fixture
+def every_call() -> Iterator[None]:
+    """Let each step call the model, for models that count their calls."""
+    with pyro.settings.context(pyro_flows_compile="off"):
+        yield
+
+
+@pytest.fixture
 def ctrl_c():
     """Restore Python's handler of SIGINT, which a shell withholds from background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

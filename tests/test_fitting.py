@@ -289,6 +289,7 @@ def poisoned(after: int):
     return model, calls
 
 
+@pytest.mark.usefixtures("every_call")
 @pytest.mark.slow
 @both_guides
 def test_many_nonfinite_steps_in_a_row_name_the_site(build):
@@ -298,6 +299,7 @@ def test_many_nonfinite_steps_in_a_row_name_the_site(build):
         quick(model, build(conjugate), Y, steps=300, lr=0.01)
 
 
+@pytest.mark.usefixtures("every_call")
 @both_guides
 def test_on_nonfinite_raise_stops_at_the_first(build):
     model, calls = poisoned(after=30)
@@ -312,6 +314,7 @@ def test_many_skipped_steps_are_told():
         fit_svi(model, AutoNormal(model, init_scale=1.0), steps=60, lr=1e-4, progress=False)
 
 
+@pytest.mark.usefixtures("every_call")
 def test_a_fit_that_ends_without_a_finite_loss_says_so():
     model, _ = poisoned(after=100)
     with pytest.warns(UserWarning, match=r"\d+ of 120 steps .*; the last \d+ among them: the model's site 'wall'"):
@@ -327,6 +330,7 @@ def test_a_hard_edge_in_the_likelihood_points_to_the_door():
         quick(model, AutoFlow(model, flow=small), torch.tensor(0.05), steps=150, num_particles=32)
 
 
+@pytest.mark.usefixtures("every_call")
 def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
     """Pyro's validation raises an error for negative scales; it counts as a bad step, and training continues."""
     calls = []
@@ -365,6 +369,7 @@ def ending(error: BaseException, after: int, watch=lambda: None):
     return model, seen
 
 
+@pytest.mark.usefixtures("every_call")
 @both_guides
 def test_interrupt_keeps_the_best_state(build, capsys):
     guide = build(conjugate)
@@ -381,6 +386,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
     assert not all(torch.equal(kept, then) for kept, then in zip(state(), seen[-1], strict=True))
 
 
+@pytest.mark.usefixtures("every_call")
 def test_interrupt_counts_the_steps_since_the_last_window():
     guide = AutoFlow(conjugate, small).setup(Y)
     model, seen = ending(KeyboardInterrupt(), 44, functools.partial(in_use, guide))
@@ -390,6 +396,7 @@ def test_interrupt_counts_the_steps_since_the_last_window():
     assert all(torch.equal(kept, then) for kept, then in zip(in_use(guide), seen[-1], strict=True))
 
 
+@pytest.mark.usefixtures("every_call")
 def test_interrupt_at_once_keeps_the_start(capsys):
     guide = AutoFlow(conjugate, small).setup(Y)
     start = [parameter.detach().clone() for parameter in guide.parameters()]
@@ -408,6 +415,7 @@ def test_any_other_error_leaves_the_best_state():
     assert bowl.x.item() != bowl.seen[37]
 
 
+@pytest.mark.usefixtures("every_call")
 def test_an_error_of_the_model_is_not_swallowed():
     model, _ = ending(ValueError("out of cheese"), 20)
     with pytest.raises(ValueError, match="out of cheese"):
@@ -417,7 +425,7 @@ def test_an_error_of_the_model_is_not_swallowed():
 # Checkpoints.
 
 
-@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.usefixtures("ctrl_c", "every_call")
 def test_a_second_ctrl_c_does_not_wait(capsys):
     def model(y):
         for _ in range(2 * (len(calls) == 30)):

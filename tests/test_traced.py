@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_median
 from torch import Tensor
 
 from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi
@@ -152,6 +152,21 @@ def test_what_may_differ_from_call_to_call_runs_as_it_is(function):
     traced = Traced(function)
     assert_same(traced)
     assert traced.refusal
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_branch_that_is_rarely_taken_runs_the_function_on_the_same_draws(draws):
+    def function(x: Tensor) -> tuple[Tensor]:
+        y = x + torch.randn(3) if draws else x
+        return (y if x[0, 0] < 9 else -y,)
+
+    run, found = counted(function), []
+    for one in (function, Traced(run, draws=draws)):
+        torch.manual_seed(0)
+        inputs = [torch.full((ROWS, 3), 10.0 if number in (10, 40) else 1.0) for number in range(60)]
+        found.append(torch.cat([one(x)[0] for x in inputs]))
+    assert torch.equal(*found)
+    assert run.count == 3 + 2 + 1  # the first three, the two rare ones, and the 16th
 
 
 def test_a_function_that_is_not_the_same_twice_is_refused():
@@ -370,6 +385,24 @@ def test_steps_of_any_guide_are_graphs(double, build):
     assert counts[1] <= counts[0] - 30  # all but the first steps, and comparisons
 
 
+def test_arguments_that_a_distribution_refuses_are_refused_in_a_graph_too(double):
+    """A gamma distribution has a finite log-density at negative shapes, but it is none."""
+
+    def model():
+        shape = pyro.sample("shape", dist.Normal(1.0, 0.5))
+        pyro.sample("y", dist.Gamma(shape, 1.0), obs=torch.tensor(2.0))
+
+    fits = []
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            guide = AutoNormal(model, init_loc_fn=init_to_median, init_scale=0.5)
+            fits.append(fit_svi(model, guide, steps=100, num_particles=1, warm_start=False, progress=False))
+    assert 0 < fits[0].skipped == fits[1].skipped
+    torch.testing.assert_close(fits[1].losses, fits[0].losses, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
 def test_a_step_whose_gradient_is_a_score_runs_as_it_is():
     def model():
         pyro.sample("count", dist.Poisson(3.0))
@@ -428,53 +461,6 @@ def own_folder(monkeypatch, tmp_path):
         worker.kill()
         worker.wait()
     packages._workers.clear()
-
-
-GUIDES = {
-    "AutoNormal": AutoNormal,
-    "AutoMultivariateNormal": AutoMultivariateNormal,
-    "AutoStructuredFlow": AutoStructuredFlow,
-    "AutoFlow of few draws": functools.partial(AutoFlow, flow=realnvp),
-    "a function": lambda model: by_hand,
-}
-
-
-def by_hand(y):
-    place = pyro.param("place", torch.zeros(2).to(y))
-    spread = pyro.param("spread", torch.ones(2).to(y), constraint=dist.constraints.positive)
-    pyro.sample("slope", dist.Normal(place, spread).to_event(1))
-    pyro.sample("scale", dist.LogNormal(pyro.param("size", torch.zeros(()).to(y)), 0.3))
-
-
-@pytest.mark.parametrize("build", GUIDES.values(), ids=GUIDES)
-def test_steps_of_any_guide_are_graphs(double, build):
-    losses, counts = [], []
-    for mode in ("off", "graph"):
-        with pyro.settings.context(pyro_flows_compile=mode):
-            pyro.clear_param_store()
-            pyro.set_rng_seed(0)
-            model = counted(regression)
-            losses.append(fit_svi(model, build(model), DATA.double() * 2, steps=40, num_particles=8, progress=False))
-            counts.append(model.count)
-    torch.testing.assert_close(losses[1].losses, losses[0].losses, rtol=1e-10, atol=1e-10)
-    assert abs(losses[1].best_loss - losses[0].best_loss) < 1e-10
-    assert counts[1] <= counts[0] - 30  # all but the first steps, and comparisons
-
-
-def test_a_step_whose_gradient_is_a_score_runs_as_it_is():
-    def model():
-        pyro.sample("count", dist.Poisson(3.0))
-
-    def guide():
-        pyro.sample("count", dist.Poisson(pyro.param("rate", torch.tensor(2.0), constraint=dist.constraints.positive)))
-
-    losses = []
-    for mode in ("off", "graph"):
-        with pyro.settings.context(pyro_flows_compile=mode):
-            pyro.clear_param_store()
-            pyro.set_rng_seed(0)
-            losses.append(fit_svi(model, guide, objective=PathELBO(), steps=20, progress=False).losses)
-    assert torch.equal(*losses)
 
 
 SOURCE = "def run(x):\n    return (aten_mul_Tensor(x, 2),)\n"

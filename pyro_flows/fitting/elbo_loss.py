@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
-from ..compiler_state import is_recording
 from ..conditioners.base import Paced
 from ..data.batches import Stream
 from ..flows import Flow
@@ -168,8 +167,7 @@ class ELBOLoss:
     def __call__(self) -> Tensor:
         """Return the loss of a step, from a graph if the step is the same function of the parameters each time."""
         steady = type(self.objective) is PathELBO and not (self.batches or self.task.subsampled)
-        found = self._from_graph(0, self.plain) if steady and self.trained else None
-        return self.plain() if found is None else found
+        return self._from_graph(0, self.plain) if steady and self.trained else self.plain()
 
     def plain(self) -> Tensor:
         """Return the loss of a step, from a run of model and guide."""
@@ -179,7 +177,7 @@ class ELBOLoss:
         model, guide, objective = self.task.model, self.task.guide.call, self.objective
         if hasattr(objective, "differentiable_loss"):
             # A lifted model is one factor, without the plates whose rows are given; an engine has validated it.
-            silent = self.task.has_bare_dimensions or is_lifted or is_recording()
+            silent = self.task.has_bare_dimensions or is_lifted
             with validation_enabled(False) if silent else contextlib.nullcontext():
                 return objective.differentiable_loss(self.program, guide, *model.args, **model.kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
@@ -193,15 +191,13 @@ class ELBOLoss:
         """
         number = self.objective.num_particles
         found = self._from_graph(number, functools.partial(self._loss_of, self._quick, number))
-        return self._loss_of(self._guide.flow, number) if found is None else found
+        return found if found.isfinite() else self._loss_of(self._guide.flow, number)
 
-    def _from_graph(self, key: int, loss: Callable[[], Tensor]) -> Tensor | None:
-        """Return a loss with its gradients, from a graph where that is possible; None if it is not finite."""
+    def _from_graph(self, key: int, loss: Callable[[], Tensor]) -> Tensor:
+        """Return a loss with its gradients, from a graph where that is possible."""
         if key not in self._steps:
             self._steps[key] = Traced(functools.partial(self._loss_and_gradients, loss), draws=True)
         value, *gradients = self._steps[key]()
-        if value is None or not value.isfinite():
-            return None
         found: Tensor = _Known.apply(value, gradients, *self.trained)
         return found
 

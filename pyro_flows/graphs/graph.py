@@ -1,7 +1,8 @@
 """Graphs: recordings without needless operations, in segments that can be compiled.
 
 Operations whose results nobody uses go, and so do operations that repeat others.  Results that depend on constants
-alone are constants.  Random numbers are drawn before the rest runs, by the same operations in the same order.
+alone are constants.  Random numbers are drawn before the rest runs, by the same operations in the same order.  Truth
+values that Python has read are results too, which must be those of the recording.
 
 A traced function that the function calls has a graph of its own, which others share.  It cuts the graph into segments,
 one before the call and one after it.  So the segments of a training step that belong to the flow are the same for all
@@ -23,6 +24,10 @@ SAME = aten.detach.default, aten.lift_fresh.default, aten.alias.default
 RESHAPED = aten.view.default, aten.expand.default
 CHECKS = (aten._linalg_check_errors.default,)  # where a check fails, results are not finite
 LITERALS = bool | int | float | complex | str | None | torch.dtype | torch.layout | torch.memory_format | torch.device
+
+
+class Unlike(Exception):
+    """Inputs at which the function would call other operations than those of its graph."""
 
 
 class Statement(NamedTuple):
@@ -65,8 +70,10 @@ class Graph:
             self._named(tensor, f"x{number}")
         statements = self._statements()
         self._results = ["None" if one is None else self._name_of(one) for one in recording.outputs]
+        self._guards = {self._name_of(tensor): value for tensor, value in recording.guards}
+        self._needed = {*self._results, *self._guards}
         kept = self._used(statements)
-        used = {*self._results}.union(*(statement.uses for statement in kept))
+        used = self._needed.union(*(statement.uses for statement in kept))
         self._parameters = [one for one in recording.inputs if one.requires_grad and one.is_leaf]
         self._constants = {name: one.detach() for name, one in self._tensors.items() if name[0] == "c" and name in used}
         self._watched = [(one, one._version) for one in recording.found if not one.is_inference()]
@@ -86,12 +93,18 @@ class Graph:
         return all(tensor._version == version for tensor, version in self._watched)
 
     def run(self, inputs: Sequence[Tensor]) -> Results:
-        """Return the results, given the inputs."""
+        """Return the results, given the inputs.
+
+        Raises:
+            Unlike: If the function would call other operations.
+        """
         values: dict[str, Any] = {f"x{number}": one for number, one in enumerate((*inputs, *self._parameters))}
         values.update(self._constants)
         values.update({name: _drawn(call) for name, call in self._draws.items()})
         for step, arguments, targets in self._steps:
             values.update(zip(targets, step([values[name] for name in arguments]), strict=True))
+        if self._guards and torch.stack([values[name] for name in self._guards]).tolist() != [*self._guards.values()]:
+            raise Unlike
         # Who gets the results may write into them.
         given = {id(one) for one in (*inputs, *self._parameters, *self._constants.values())}
         found = list[Tensor | None]()
@@ -132,7 +145,7 @@ class Graph:
 
     def _used(self, statements: list[Statement]) -> list[Statement]:
         """Return the statements that the results depend on."""
-        names, kept = {*self._results}, list[Statement]()
+        names, kept = {*self._needed}, list[Statement]()
         places = {place_of(tensor) for tensor in tensors_in(self._recording.outputs)}
         for statement in reversed(statements):
             if names.intersection(statement.targets) or places & statement.writes:
@@ -144,7 +157,7 @@ class Graph:
     def _segments(self, statements: list[Statement]) -> list[tuple[Callable[..., Any], list[str], list[str]]]:
         """Return the steps of a run: each a function of a list of tensors, its arguments, and the names it assigns."""
         found: list[tuple[Callable[..., Any], list[str], list[str]]] = []
-        needed, block = {*self._results}, list[Statement]()
+        needed, block = {*self._needed}, list[Statement]()
         for statement in (*reversed(statements), None):
             if statement is not None and statement.inner is None:
                 block.insert(0, statement)

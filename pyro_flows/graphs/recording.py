@@ -4,9 +4,10 @@ The function runs once on real tensors.  Python, Pyro's handlers and autograd ha
 left are calls of torch's operations, gradients included.  A tensor that the function finds elsewhere, such as data, is
 a constant.  A parameter that requires a gradient is an input, which is read anew in each call.
 
-A list of operations equals the function only if Python calls the same operations at all inputs.  So a recording is
-refused if the function reads numbers that depend on its inputs, since it may branch on them.  Reads by NumPy or into
-lists count too.  A recording is refused as well if the function writes into tensors of others.
+A list of operations equals the function only while Python calls the same operations.  A truth value that depends on the
+inputs, such as a check of arguments or a branch, is a guard: the list holds for inputs that give the same one.  A
+recording is refused if the function reads other numbers that depend on its inputs.  Reads by NumPy or into lists count
+too.  A recording is refused as well if the function writes into tensors of others.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class Recording:
         found: The constants: other tensors that the function has found.
         written: The places into which some call writes.
         changing: The places of numbers that depend on inputs or random numbers.
+        guards: The truth values that Python has read, with the tensors that they depend on.
 
     Raises:
         Unrecordable: If the operations may depend on the values of the inputs.
@@ -180,7 +182,7 @@ class Recording:
         self.inputs, self.outputs, self.calls, self.found = list(inputs), outputs, calls, list[Tensor]()
         self.written = {place_of(tensor) for call in self.calls for tensor in call.written}
         self.changing = {place_of(tensor) for tensor in inputs}
-        self._seen = {id(tensor) for tensor in inputs}
+        self._seen, self.guards = {id(tensor) for tensor in inputs}, list[tuple[Tensor, bool]]()
         for number in range(len(self.calls)):
             self._include(number)
         for tensor in tensors_in(self.outputs):
@@ -212,7 +214,9 @@ class Recording:
             map(self.is_constant, call.given)
         )
         if not all(map(self.is_constant, call.read)):
-            raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
+            if not isinstance(call.result, bool) or len(call.read) > 1 or place_of(call.read[0]) in self.written:
+                raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
+            self.guards.append((call.read[0], call.result))
         if call.is_random and (depends or self._is_shared(number)):
             raise Unrecordable(f"random numbers depend on the inputs, by {call.operation}")
         made = call.returned

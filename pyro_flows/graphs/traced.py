@@ -6,6 +6,7 @@ Python, Pyro's handlers and autograd in between.  The two are compared again at 
 the function depends on what changes elsewhere.
 
 A function that cannot be recorded, or differs from its graph, runs as it is.  So does one whose graph raises an error.
+In a call in which the function reads other truth values than in the recording, it runs as it is, on the same draws.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 from ..compiler_state import is_mapped, is_recording
 from . import setting
 from .code import agree
-from .graph import Graph
+from .graph import Graph, Unlike
 from .recording import Function, Recording, Results, Unrecordable, call_inner, record
 
 SECOND = 2  # the call that is recorded, since a function that is called once needs no graph
 LATER = 20  # the factor of rounding errors that later comparisons allow, at places where these may grow
+OFTEN = 4  # the calls per one that needs the function, below which there is no graph
 FAILURES = 3  # errors of recorded runs, after which no more are tried
 
 
@@ -71,7 +73,7 @@ class _OfShapes:
     """A traced function at inputs of given shapes."""
 
     def __init__(self, traced: Traced) -> None:
-        self._traced, self._calls, self._failures = traced, 0, 0
+        self._traced, self._calls, self._failures, self._unlike = traced, 0, 0, 0
         self._graph: Graph | None = None
         self._is_verified = False
 
@@ -81,16 +83,27 @@ class _OfShapes:
             with torch.no_grad():
                 if not self._is_verified or _is_power_of_four(self._calls):
                     return self._verified(self._graph, inputs)
+                before = torch.get_rng_state() if self._graph.is_random else None
                 try:
                     return self._graph.run(inputs)
                 except Exception as error:
-                    self._refuse(f"{type(error).__name__}: {error}")
+                    self._count(error)
+                if before is not None:
+                    torch.set_rng_state(before)
         elif self._calls >= SECOND:
             return self._recorded(inputs)
         return tuple(self._traced.function(*inputs))
 
     def _refuse(self, reason: str) -> None:
         self._traced.refusal, self._graph = reason, None
+
+    def _count(self, error: Exception) -> None:
+        """Go without a graph that fails, or that often does not hold."""
+        self._unlike += isinstance(error, Unlike)
+        if not isinstance(error, Unlike):
+            self._refuse(f"{type(error).__name__}: {error}")
+        elif self._unlike * OFTEN > self._calls:
+            self._refuse("it branches on values that change")
 
     def _recorded(self, inputs: Sequence[Tensor]) -> Results:
         """Run the function and record it."""
@@ -116,7 +129,7 @@ class _OfShapes:
             with torch.random.fork_rng([], enabled=graph.is_random):
                 found = graph.run(inputs)
         except Exception as error:
-            self._refuse(f"{type(error).__name__}: {error}")
+            self._count(error)
             return tuple(self._traced.function(*inputs))
         expected = tuple(self._traced.function(*inputs))
         if agree(found, expected, LATER * graph.eps if self._is_verified else graph.eps):
