@@ -11,6 +11,7 @@ models of as many latents.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ class Graph:
         written = self._recording.written
         for call in self._recording.calls:
             made = call.returned
-            is_pure = not any(place_of(tensor) in written for tensor in (*made, *call.given))
+            is_pure = not (written and any(place_of(tensor) in written for tensor in (*made, *call.given)))
             if call.operation in CHECKS or (made and is_pure and all(map(self._recording.is_constant, made))):
                 continue
             if call.is_random:
@@ -139,7 +140,7 @@ class Graph:
             comma = "" if isinstance(call.result, Tensor) else ","
             line = f"{', '.join(targets)}{comma} = {text}" if targets else text
             places = {place_of(tensor) for tensor in call.given}, {place_of(tensor) for tensor in call.written}
-            inner = None if isinstance(call.operation, torch._ops.OpOverload) else call.operation
+            inner = call.operation if call.is_inner else None
             found.append(Statement(targets, line, uses, places[1], places[0], inner))
         return found
 
@@ -195,8 +196,7 @@ class Graph:
         return self._named(tensor, f"c{len(self._tensors)}")
 
     def _text_of(self, call: Call) -> str:
-        is_inner = not isinstance(call.operation, torch._ops.OpOverload)
-        name = f"inner_{id(call.operation)}" if is_inner else str(call.operation).replace(".", "_").replace("::", "_")
+        name = f"inner_{id(call.operation)}" if call.is_inner else _name_of_operation(call.operation)
         self._operations[name] = call.operation
         given = [self._literal(value) for value in call.args]
         given += [f"{name}={self._literal(value)}" for name, value in call.kwargs.items()]
@@ -210,6 +210,11 @@ class Graph:
         if not isinstance(value, LITERALS):
             raise Unrecordable(f"an operation has an argument of type {type(value).__name__}")
         return repr(value)
+
+
+@functools.cache
+def _name_of_operation(operation: torch._ops.OpOverload) -> str:
+    return str(operation).replace(".", "_").replace("::", "_")
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

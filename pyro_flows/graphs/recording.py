@@ -12,8 +12,9 @@ too.  A recording is refused as well if the function writes into tensors of othe
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,55 +40,63 @@ class Unrecordable(Exception):
     """A function whose operations may depend on the values of its inputs."""
 
 
-class Call(NamedTuple):
-    """A call of one of torch's operations, or of a traced function."""
+class Traits(NamedTuple):
+    """The traits of an operation.
 
-    operation: Operation
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+    Attributes:
+        is_random: True if it draws random numbers.
+        is_read: True if Python reads the numbers that it is given.
+        written: The arguments that it writes into, each by its place and its name.
+    """
 
-    @property
-    def given(self) -> list[Tensor]:
-        """The tensors among the arguments."""
-        return [*tensors_in(self.args), *tensors_in([*self.kwargs.values()])]
-
-    @property
-    def returned(self) -> list[Tensor]:
-        """The tensors in the result."""
-        return [*tensors_in(self.result)]
-
-    @property
-    def written(self) -> list[Tensor]:
-        """The tensors that the call writes into."""
-        schema = getattr(self.operation, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return []
-        named = {argument.name: argument for argument in schema.arguments}
-        given = [*zip(schema.arguments, self.args, strict=False), *((named[k], v) for k, v in self.kwargs.items())]
-        changed = (value for argument, value in given if argument.alias_info and argument.alias_info.is_write)
-        return [tensor for value in changed for tensor in tensors_in(value)]
-
-    @property
-    def is_random(self) -> bool:
-        """True if the call draws random numbers."""
-        return torch.Tag.nondeterministic_seeded in getattr(self.operation, "tags", ())
-
-    @property
-    def read(self) -> list[Tensor]:
-        """The tensors whose numbers Python reads by the call, such as masks that decide a shape."""
-        if self.operation == aten.index.Tensor:
-            return [index for index in self.given[1:] if index.dtype in (torch.bool, torch.uint8)]
-        return self.given if any(tag in getattr(self.operation, "tags", ()) for tag in READS) else []
+    is_random: bool = False
+    is_read: bool = False
+    written: tuple[tuple[int, str], ...] = ()
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an argument or a result of an operation."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors_in(part)
+@functools.cache
+def _traits_of(operation: torch._ops.OpOverload) -> Traits:
+    arguments = enumerate(operation._schema.arguments)
+    written = ((place, one.name) for place, one in arguments if one.alias_info and one.alias_info.is_write)
+    is_random = torch.Tag.nondeterministic_seeded in operation.tags
+    return Traits(is_random, any(tag in operation.tags for tag in READS), tuple(written))
+
+
+class Call:
+    """A call of one of torch's operations, or of a traced function.
+
+    Attributes:
+        is_inner: True for a traced function.
+        given: The tensors among the arguments.
+        returned: The tensors in the result.
+        written: The tensors that the call writes into.
+        read: The tensors whose numbers Python reads by the call, such as masks that decide a shape.
+        is_random: True if the call draws random numbers.
+    """
+
+    __slots__ = "args", "given", "is_inner", "is_random", "kwargs", "operation", "read", "result", "returned", "written"
+
+    def __init__(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        self.operation, self.args, self.kwargs, self.result = operation, args, kwargs, result
+        self.is_inner = not isinstance(operation, torch._ops.OpOverload)
+        traits = Traits() if self.is_inner else _traits_of(operation)
+        self.given, self.returned = tensors_in((*args, *kwargs.values())), tensors_in(result)
+        written = (args[place] if place < len(args) else kwargs.get(name) for place, name in traits.written)
+        self.written, self.is_random = tensors_in((*written,)), traits.is_random
+        self.read = self.given if traits.is_read else []
+        if operation is aten.index.Tensor:
+            self.read = [index for index in self.given[1:] if index.dtype in (torch.bool, torch.uint8)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument or a result of an operation."""
+    found = list[Tensor]()
+    for part in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (list, tuple)):
+            found += tensors_in(part)
+    return found
 
 
 def place_of(tensor: Tensor) -> int:
@@ -152,8 +161,8 @@ class _Reads(TorchFunctionMode):
     """Handler that lists reads of numbers that are no calls of operations, as if each were a read of one number."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given, calls = (*args, *(kwargs or {}).values()), CALLS.get()
-        if calls is not None and (func in TO_PYTHON or func in OF_LISTS):
+        if (func in TO_PYTHON or func in OF_LISTS) and (calls := CALLS.get()) is not None:
+            given = (*args, *(kwargs or {}).values())
             read = given if func in TO_PYTHON else [value for value in given if isinstance(value, list | tuple)]
             calls += [Call(aten._local_scalar_dense.default, (tensor,), {}, None) for tensor in tensors_in([*read])]
         return func(*args, **(kwargs or {}))
@@ -186,15 +195,14 @@ class Recording:
         for number in range(len(self.calls)):
             self._include(number)
         for tensor in tensors_in(self.outputs):
-            self._find(tensor)
+            if id(tensor) not in self._seen:
+                self._find(tensor)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """True if the numbers of a tensor are the same in each run."""
         return place_of(tensor) not in self.changing
 
     def _find(self, tensor: Tensor) -> None:
-        if id(tensor) in self._seen:
-            return
         self._seen.add(id(tensor))
         if not self.is_constant(tensor):
             raise Unrecordable("a tensor shares its memory with one that depends on the inputs")
@@ -209,11 +217,12 @@ class Recording:
     def _include(self, number: int) -> None:
         call = self.calls[number]
         for tensor in call.given:
-            self._find(tensor)
+            if id(tensor) not in self._seen:
+                self._find(tensor)
         depends = getattr(call.operation, "overloadpacket", None) not in SHAPED and not all(
             map(self.is_constant, call.given)
         )
-        if not all(map(self.is_constant, call.read)):
+        if call.read and not all(map(self.is_constant, call.read)):
             if not isinstance(call.result, bool) or len(call.read) > 1 or place_of(call.read[0]) in self.written:
                 raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
             self.guards.append((call.read[0], call.result))
@@ -232,5 +241,5 @@ class Recording:
             return True
         before = [tensor for other in self.calls[:number] for tensor in other.returned]
         others = {id(one) for one in before if id(one) not in own and place_of(one) in own.values()}
-        used = [tensor for other in later for tensor in other.given] + list(tensors_in(self.outputs))
+        used = [tensor for other in later for tensor in other.given] + tensors_in(self.outputs)
         return any(id(tensor) in others for tensor in used)
