@@ -31,7 +31,7 @@ from pyro_flows.sampling.annealed_population import (
     moved_on,
 )
 from pyro_flows.sampling.annealed_population import anneal as anneal_population
-from pyro_flows.sampling.chains import HMC
+from pyro_flows.sampling.chains import HMC, Graphs
 from pyro_flows.sampling.coordinates import White
 from pyro_flows.sampling.gaussian import match_top
 from pyro_flows.sampling.modes import ModeMixture, ascend, climb, components
@@ -414,6 +414,25 @@ def test_steps_that_shrank_grow_again_for_another_density() -> None:
         for _ in range(12):
             z, _ = kernel.move(z, adapt=True)
     assert 0.3 < kernel.step < 3
+
+
+def test_kernels_share_a_graph_for_all_temperatures_and_whitened_coordinates() -> None:
+    """The states are those at each temperature and in each coordinates, and the density runs twice in Python."""
+    calls, graphs = list[int](), Graphs()
+
+    def tempered(z: Tensor, power: Tensor) -> Tensor:
+        calls.append(len(z))
+        return -power * z.square().sum(-1)
+
+    kernels = [HMC(tempered, White(torch.randn(50, 2)), 2, graphs=graphs) for _ in range(2)]
+    for power in (0.1, 0.2, 0.4, 0.8):
+        for kernel in kernels:
+            kernel.retarget(tempered, white := White(torch.randn(50, 2)), torch.tensor(power))
+            z, log_p = kernel.move(torch.randn(20, 2), adapt=True)
+            torch.testing.assert_close(log_p, -power * z.square().sum(-1), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(white.inverse(z), kernel.coordinates.inverse(z))
+    again = 1 + sum(kernel.gradients for kernel in kernels) // 16  # calls at which a graph is compared once more
+    assert len(calls) <= 2 + again
 
 
 def bridged(dim: int, scale: float, particles: int, number: int) -> tuple[float, float]:

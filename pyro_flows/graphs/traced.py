@@ -38,6 +38,7 @@ class Traced:
     Args:
         function: The function.
         draws: True if the function draws random numbers, new ones in each call.
+        first: The call with tensors of given shapes that is recorded: the first if more are sure to follow.
 
     Attributes:
         refusal: The reason why the function is not replaced, or an empty string.
@@ -49,8 +50,8 @@ class Traced:
         [0.0, 1.0, 4.0, 9.0, 16.0]
     """
 
-    def __init__(self, function: Function, *, draws: bool = False) -> None:
-        self.function, self.draws, self.refusal = function, draws, ""
+    def __init__(self, function: Function, *, draws: bool = False, first: int = SECOND) -> None:
+        self.function, self.draws, self.first, self.refusal = function, draws, first, ""
         self._known: dict[Any, _OfShapes] = {}
 
     @property
@@ -90,7 +91,7 @@ class _OfShapes:
                     self._count(error)
                 if before is not None:
                     torch.set_rng_state(before)
-        elif self._calls >= SECOND:
+        elif self._calls >= self._traced.first:
             return self._recorded(inputs)
         return tuple(self._traced.function(*inputs))
 

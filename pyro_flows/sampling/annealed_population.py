@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..vjp import LogDensity
-from .chains import HMC, Chains, Target
+from .chains import HMC, Chains, Graphs, Target
 from .coordinates import White
 from .gaussian import fit_gaussian
 
@@ -154,12 +154,9 @@ class Reference:
         log_prior, log_p = self._prior.log_prior_and_p(z).unbind(-1)
         return log_p.masked_fill(_is_lost(log_prior), math.nan)
 
-    def bridge(self, beta: float) -> LogDensity:
-        """Return the log-density of r¹⁻ᵝ pᵝ, up to a constant."""
-        if beta == 1:
-            return self._prior.log_p
-        mixed, power = self._mixed, torch.tensor(beta).to(self._loc)
-        return lambda z: mixed(z, power)
+    def bridge(self, beta: float) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """Return the log-density of r¹⁻ᵝ pᵝ, up to a constant, and the tensors that it takes after the vectors."""
+        return (self._prior.log_p, ()) if beta == 1 else (self._mixed, (torch.tensor(beta).to(self._loc),))
 
     def _mixture(self, z: Tensor, beta: Tensor) -> Tensor:
         log_r, log_p = self.log_r_and_p(z)
@@ -260,7 +257,7 @@ def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) 
         return None
     z, log_evidence, start_se = start
     log_r, log_p = reference.log_r_and_p(z)
-    kernels, betas = list[HMC](), [0.0]
+    kernels, betas, graphs = list[HMC](), [0.0], Graphs()
     log_evidences = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device)
     while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
         if len(betas) > STUCK and betas[-1] < hot:
@@ -274,10 +271,10 @@ def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) 
         log_evidences += by_island.logsumexp(-1) - math.log(by_island.shape[1])
         picked = systematic(by_island.softmax(-1), by_island.shape[1]).unsqueeze(-1)
         halves = z.reshape(ISLANDS, -1, z.shape[1]).take_along_dim(picked, 1).flatten(0, 1).chunk(2)
-        density, coordinates = reference.bridge(betas[-1]), [White(half) for half in reversed(halves)]
-        kernels = kernels or [HMC(density, white, z.shape[1], effort.max_steps) for white in coordinates]
+        (density, given), coordinates = reference.bridge(betas[-1]), [White(half) for half in reversed(halves)]
+        kernels = kernels or [HMC(density, one, z.shape[1], effort.max_steps, graphs=graphs) for one in coordinates]
         for kernel, white in zip(kernels, coordinates, strict=True):
-            kernel.retarget(density, white)
+            kernel.retarget(density, white, *given)
         z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, halves, strict=True)])
         log_r, log_p = reference.log_r_and_p(z)
     log_weights = log_evidences.log_softmax(0).repeat_interleave(number // ISLANDS) - math.log(number // ISLANDS)

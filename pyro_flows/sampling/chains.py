@@ -17,17 +17,18 @@ augmented with normalizing flows (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..graphs import Traced
 from ..vjp import LogDensity
-from .coordinates import Coordinates, GuideDensity
+from .coordinates import Coordinates, GuideDensity, White
 
 Twin = GuideDensity | None
 Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # draws z, (N, D), and log p and log q there, (N,)
@@ -90,6 +91,7 @@ class HMC:
         max_steps: The largest number of leapfrog steps per transition.
         twin: The log-density of twins over x, given x, z and log|dz/dx|; None for chains without twins.  The second
             half of the N chains are the twins.  They share the random numbers of the first half.
+        graphs: Graphs that kernels share; by default the kernel has its own.
 
     Attributes:
         step: The step size ε.
@@ -102,27 +104,40 @@ class HMC:
     """
 
     def __init__(
-        self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8, twin: Twin = None
+        self,
+        density: LogDensity,
+        coordinates: Coordinates,
+        dim: int,
+        max_steps: int = 8,
+        twin: Twin = None,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.density, self.coordinates, self.max_steps, self.twin = density, coordinates, max_steps, twin
+        self.coordinates, self.max_steps, self.twin = coordinates, max_steps, twin
         self.step, self.time, self.acceptance = 1.2 * dim**-0.25, MOVES.first, math.nan
         self.divergences = self.gradients = self._count = 0
         self._first = self._second = 0.0
         self._latest: _State | None = None
         self._latest_in = coordinates
-        self._traced = Traced(self._scored)
+        self._graphs = Graphs() if graphs is None else graphs
+        self._density: Callable[..., Tensor] = density
+        self._given: tuple[Tensor, ...] = ()
 
-    def retarget(self, density: LogDensity, coordinates: Coordinates) -> None:
-        """Set another density and other coordinates, and restart adaptation from the present step size."""
-        self.density, self.coordinates, self.time = density, coordinates, max(self.time, MOVES.first)
+    def retarget(self, density: Callable[..., Tensor], coordinates: Coordinates, *given: Tensor) -> None:
+        """Set another density and other coordinates, and restart adaptation from the present step size.
+
+        Args:
+            density: The log-density of vectors, and of further tensors.
+            coordinates: The coordinates.
+            *given: These tensors, such as a temperature.
+        """
+        self._density, self._given = density, given
+        self.coordinates, self.time = coordinates, max(self.time, MOVES.first)
         self._count, self._first, self._second = 0, 0.0, 0.0
-        self._traced = Traced(self._scored)
+        self._graphs.forget_refused()
 
     def whiten(self, z: Tensor) -> None:
         """Whiten the coordinates by draws z, ``(N, D)``."""
-        other = self.coordinates.whitened(z)
-        if other is not self.coordinates:
-            self.coordinates, self._traced = other, Traced(self._scored)
+        self.coordinates = self.coordinates.whitened(z)
 
     @torch.no_grad()
     def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
@@ -177,22 +192,10 @@ class HMC:
         self.time = min(max(time, self.step), MOVES.most * self.max_steps * self.step)
 
     def _state(self, x: Tensor) -> _State:
-        return _State(x, *map(torch.as_tensor, self._traced(x)))
-
-    def _scored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return all of the state at x but x itself."""
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            z, log_det = self.coordinates.forward(leaf)
-            if self.twin is None:
-                log_p = self.density(z) + log_det
-            else:
-                (_, own_z, own_det), twins = zip(*(part.chunk(2) for part in (leaf, z, log_det)), strict=True)
-                log_p = torch.cat((self.density(own_z) + own_det, self.twin(*twins)))
-            (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
-        finite = log_p.isfinite() & score.isfinite().all(-1)
-        log_p = log_p.detach().where(finite, -math.inf)
-        return z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach()
+        chart = self.coordinates
+        fixed, numbers = (None, (chart.loc, chart.scale)) if isinstance(chart, White) else (chart, ())
+        scored = self._graphs.of(self._density, fixed, self.twin)
+        return _State(x, *map(torch.as_tensor, scored(x, *numbers, *self._given)))
 
 
 class _State(NamedTuple):
@@ -206,6 +209,53 @@ class _State(NamedTuple):
         """Replace the rows that are ``taken``, ``(N,)`` of bool, by those of another state."""
         pairs = zip(other, self, strict=True)
         return _State(*(torch.where(taken.unsqueeze(-1) if new.dim() > 1 else taken, new, old) for new, old in pairs))
+
+
+class Graphs:
+    """Log-densities with gradients over coordinates, which graphs replace.
+
+    The numbers of whitened coordinates are inputs of a graph, so that it serves all whitened coordinates.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Traced] = {}
+
+    def of(self, density: Callable[..., Tensor], chart: Coordinates | None, twin: Twin) -> Traced:
+        """Return a function of x, of the numbers of whitened coordinates, and of what else the density needs.
+
+        Args:
+            density: The log-density of vectors, and of further tensors.
+            chart: The coordinates; None for whitened ones.
+            twin: The log-density of twins, or None.
+        """
+        key = density, chart, twin
+        if key not in self._known:
+            self._known[key] = Traced(functools.partial(_scored, density, chart, twin), first=1)
+        return self._known[key]
+
+    def forget_refused(self) -> None:
+        """Forget the functions that no graph may replace, since they may have met draws far out."""
+        self._known = {key: traced for key, traced in self._known.items() if not traced.refusal}
+
+
+def _scored(
+    density: Callable[..., Tensor], chart: Coordinates | None, twin: Twin, x: Tensor, *given: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return all of the state at x but x itself."""
+    if chart is None:
+        chart, given = White.of(*given[:2]), given[2:]
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        z, log_det = chart.forward(leaf)
+        if twin is None:
+            log_p = density(z, *given) + log_det
+        else:
+            (_, own_z, own_det), twins = zip(*(part.chunk(2) for part in (leaf, z, log_det)), strict=True)
+            log_p = torch.cat((density(own_z, *given) + own_det, twin(*twins)))
+        (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
+    finite = log_p.isfinite() & score.isfinite().all(-1)
+    log_p = log_p.detach().where(finite, -math.inf)
+    return z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach()
 
 
 class Chains:

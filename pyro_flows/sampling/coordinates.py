@@ -46,6 +46,13 @@ class White:
             factor, failed = torch.linalg.cholesky_ex(covariance)
             self.scale = self.scale if failed else factor
 
+    @classmethod
+    def of(cls, loc: Tensor, scale: Tensor) -> White:
+        """Return the coordinates with a mean, ``(D,)``, and a Cholesky factor, ``(D, D)``, or deviations, ``(D,)``."""
+        found = cls.__new__(cls)
+        found.loc, found.scale = loc, scale
+        return found
+
     @property
     def scale_tril(self) -> Tensor:
         """The matrix L of z = loc + L x, ``(D, D)``."""
