@@ -103,11 +103,12 @@ def units(module):
     return [part.unit for part in module.modules() if isinstance(part, Paced)]
 
 
+@pytest.mark.parametrize("rows", [7, 700])  # with many rows the unit multiplies the matrix in place of the results
 @pytest.mark.parametrize("name", [*NETWORKS, *LAYERS])
-def test_a_pace_keeps_what_a_module_computes_bit_for_bit_and_comes_with_its_state(name):
+def test_a_pace_keeps_what_a_module_computes_bit_for_bit_and_comes_with_its_state(name, rows):
     make = {**NETWORKS, **LAYERS}[name]
     module, again = randomise(make()), make()
-    x, context = torch.randn(7, 4), torch.randn(7, 5) if module.context_dim else None
+    x, context = torch.randn(rows, 4), torch.randn(rows, 5) if module.context_dim else None
     run = type(module).forward if name in NETWORKS else type(module).forward_and_log_det
     before, state = run(module, x, context), {k: v.clone() for k, v in module.state_dict().items()}
     for pace in (1.0, 0.125, None):

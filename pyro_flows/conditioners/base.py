@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import arguments
 from ..arguments import check_integers, check_sizes
+from ..compiler_state import is_mapped
 
 # Step sizes that suit the location and scale of a guide are large for its networks: at 1 the regression of
 # tests/test_pace.py ends 2 to 16 nats lower.
@@ -101,7 +102,10 @@ class Linear(Paced, nn.Linear):
         return (pace if self.zero else HIDDEN_PACE) / max(self.in_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.paced(F.linear(x, self.weight, self.bias))
+        # A number of rows that is a symbol cannot decide; few results take less time than the matrix.
+        if is_mapped() or math.prod(x.shape[:-1]) <= self.in_features:
+            return self.paced(F.linear(x, self.weight, self.bias))
+        return F.linear(x, self.paced(self.weight), None if self.bias is None else self.paced(self.bias))
 
     def matrix(self) -> Tensor:
         """Return the matrix of the map, p W."""
