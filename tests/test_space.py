@@ -14,9 +14,10 @@ from torch import Tensor
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics.guide_space import base_of
 from pyro_flows.programs.density import Density
-from pyro_flows.programs.log_density import or_nan
+from pyro_flows.programs.log_density import VALUED, in_parts, or_nan
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.coordinates import White
+from pyro_flows.threads import Threads
 from pyro_flows.vjp import score_of
 
 Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
@@ -82,6 +83,25 @@ def test_a_draw_is_scored_as_a_vector_is(space):
     torch.testing.assert_close(space.log_prob(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
+    z, log_q = space.scored_vectors(7, batch_size=3)
+    torch.testing.assert_close(space.log_q(z), log_q, rtol=tolerance, atol=tolerance)
+
+
+def test_many_vectors_run_in_parts(double):
+    """Whatever the number of parts, and of vectors added to the last."""
+    sizes = list[int]()
+
+    def density(z):
+        sizes.append(len(z))
+        return -z.square().sum(-1)
+
+    z = torch.randn(1000, 2)
+    for mode in ("off", "graph"):
+        with pyro.settings.context(pyro_flows_compile=mode):
+            total = in_parts([density], 20, Threads())
+            for _ in range(3):
+                torch.testing.assert_close(total(z), -z.square().sum(-1))
+    assert max(sizes) <= 1.5 * VALUED * 20
 
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoNormal", "AutoMultivariateNormal", "by hand"])

@@ -93,7 +93,7 @@ class Search:
     steep: float = 3.0
     probes: int = 4000
     places: int = 100_000
-    at_once: int = 5000
+    at_once: int = 4096
     wide: float = 0.4
     widest: float = 4.0
     dims: int = 16
@@ -203,12 +203,17 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Te
         z, _ = white.forward(x)
         return density(z) - space.log_q(z)
 
-    more = white.inverse(space.vectors(number, 2 * SEARCH.at_once))
-    wide = int(SEARCH.wide * number)
-    more[:wide] *= SEARCH.widest ** torch.rand(wide, 1).to(more)
+    z, log_q = space.scored_vectors(number, 2 * SEARCH.at_once)
+    wide = white.inverse(z[: int(SEARCH.wide * number)])
+    wide *= SEARCH.widest ** torch.rand(len(wide), 1).to(wide)
+    z, log_q = z[len(wide) :], log_q[len(wide) :]
     with torch.no_grad():
-        found = _known(torch.cat([draws.log_p - draws.log_q, *map(ratio, more.split(SEARCH.at_once))]))
-    x = torch.cat((white.inverse(draws.z), more))
+        known = [
+            draws.log_p - draws.log_q,
+            *map(torch.sub, map(density, z.split(SEARCH.at_once)), log_q.split(SEARCH.at_once)),
+        ]
+        found = _known(torch.cat([*known, *map(ratio, wide.split(SEARCH.at_once))]))
+    x = torch.cat((white.inverse(draws.z), white.inverse(z), wide))
     # In each shell by itself, because the ratio of a good guide may be largest in its tails.
     shells = x.norm(dim=-1).argsort().tensor_split(SEARCH.shells)
     x = x[torch.cat([shell[found[shell].topk(min(SEARCH.tops, len(shell))).indices] for shell in shells])]

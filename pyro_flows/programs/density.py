@@ -273,6 +273,22 @@ class Density:
 
         return in_batches(step, {}, number, batch_size)["z"]
 
+    @torch.no_grad()
+    def scored_vectors(self, number: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return the vectors of draws, ``(number, D)``, and the guide's log-density over them, ``(number,)``."""
+
+        def read(view: View) -> Values:
+            own = {name: view.read(name) for name in self._own}
+            return {**own, OWN: view.log_prob(self._own.__contains__)}
+
+        def step(_: Values, size: int) -> Values:
+            found = self.task.guide.sample(read, {}, size)
+            z = self.noised(_packed(found, self._own))
+            return {"z": z, OWN: found[OWN] + _unpacked(z, self._own).log_det + self.of_hidden(z)}
+
+        found = in_batches(step, {}, number, batch_size)
+        return found["z"], found[OWN]
+
     def noised(self, z: Tensor) -> Tensor:
         """Return vectors with standard normal draws in what masks hide."""
         return z.where(~self._hidden.to(z.device), torch.randn_like(z)) if self._hides else z

@@ -21,6 +21,8 @@ from ..user_code import warn_user
 from ..vjp import LogDensity, value_and_score
 
 LEAST = 16  # the least size of parts of vectors that cost little
+SPARE = 8  # vectors that fit into the cache, per vector whose cost is little beside that of a graph for another size
+VALUED = 4  # vectors without gradients per vector with one, since nothing is kept for these
 GRADIENT = 3  # runs that one with a gradient counts as
 
 
@@ -102,7 +104,7 @@ def standard_sizes(number: int, largest: int) -> list[int]:
         number: The number N.
         largest: The size of a part that fits into the cache.
     """
-    found, spare = list[int](), largest // 16
+    found, spare = list[int](), largest // SPARE
     while number > 0:
         size = 1 << max(number - 1, min(spare, LEAST - 1)).bit_length()
         if size - number > spare or size > largest:
@@ -129,13 +131,15 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
     def total(z: Tensor, *others: Tensor) -> Tensor:
         if torch.is_grad_enabled() and z.requires_grad:
             return _InParts.apply(scored, size, threads, z, *others)
-        sizes = standard_sizes(len(z), size)
-        if len(sizes) > 1 or not all(one.is_traced for one in valued):  # large batches divide themselves
-            return sum((density(z, *others) for density in densities[1:]), densities[0](z, *others))
-        check_time()
-        filled = _filled(z, sizes[0])
-        with threads_without_gradient.turn(len(filled)):
-            return sum((torch.as_tensor(one(filled, *others)[0]) for one in valued), torch.zeros(()))[: len(z)]
+        parts, found = z.split(part_size(len(z), VALUED * size)), list[Tensor]()
+        if all(one.is_traced for one in valued):
+            sizes = standard_sizes(len(z), VALUED * size)
+            parts = _filled(z, sum(sizes)).split(sizes)
+        for part in parts:
+            check_time()
+            with threads_without_gradient.turn(len(part)):
+                found.append(sum((torch.as_tensor(one(part, *others)[0]) for one in valued), torch.zeros(())))
+        return torch.cat(found)[: len(z)]
 
     return total
 
