@@ -345,9 +345,10 @@ class Packing:
 
     def check_same(self, owner: str, other: Packing) -> None:
         """Raise ValueError if the sites have other supports in another packing, built with other arguments."""
-        for name, part in self.parts.items():
-            there = other.parts.get(name)
-            if there is None or not all(alike(part.inner_value(at), there.inner_value(at)) for at in (0.0, 1.0)):
+        flags = torch.stack([_has_support(part, other.parts.get(name)) for name, part in self.parts.items()])
+        for (name, part), is_same in zip(self.parts.items(), flags.tolist(), strict=True):  # one read of numbers
+            if not is_same:
+                there = other.parts.get(name)
                 supports = f"({there and there.support}) than the guide was built for ({part.support})"
                 fault = f"with these arguments latent site {name!r} has another support {supports}"
                 raise ValueError(f"{owner}: {fault}. {stretched(name)}")
@@ -372,6 +373,15 @@ def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dic
 def _normal(free: Tensor, batch_dim: int) -> Tensor:
     """Return the log-density of a standard normal over the dimensions beyond those of a batch."""
     return _sum_rightmost(dist.Normal(0.0, 1.0).log_prob(free), free.dim() - batch_dim)
+
+
+def _has_support(part: PackedSite, other: PackedSite | None) -> Tensor:
+    """Return whether two parts map unconstrained numbers, nearly, to the same values."""
+    values = torch.stack([part.inner_value(at) for at in (0.0, 1.0)])
+    there = values if other is None else torch.stack([other.inner_value(at) for at in (0.0, 1.0)])
+    if other is None or there.shape != values.shape:
+        return values.new_zeros((), dtype=torch.bool)
+    return values.isclose(there.to(values), rtol=1e-4, atol=1e-6).all()
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

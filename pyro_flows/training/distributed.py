@@ -152,7 +152,7 @@ def broadcast(make: Callable[[], T], source: int = 0) -> T:
 
 
 @torch.no_grad()
-def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: list[bool]) -> tuple[float, list[bool]]:
+def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: list[bool]) -> tuple[Tensor, list[bool]]:
     """Replace gradients by their weighted sum over all processes, or None if no process has one.
 
     One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
@@ -169,7 +169,7 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: l
         The weighted sum of the losses, and for each flag True if a process has raised it.
     """
     if size() == 1:
-        return loss.item(), flags
+        return loss.reshape(()), flags  # it is read by the caller, who reads all numbers of a step at once
     barrier()
     # The dtype of the parameters, because that of a loss that failed may differ between processes.
     dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
@@ -181,10 +181,10 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float | None, flags: l
     with reaching():
         dist.all_reduce(flat)
     *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(raised)])
-    total, *counts = rest.tolist()
+    counts = rest[1:].tolist()
     for parameter, part, count in zip(parameters, sums, counts[len(flags) :], strict=True):
         parameter.grad = part.reshape(parameter.shape).to(parameter.dtype) if count else None
-    return total, [count > 0 for count in counts[: len(flags)]]
+    return rest[0], [count > 0 for count in counts[: len(flags)]]
 
 
 def share(number: int) -> tuple[slice, float]:

@@ -354,7 +354,8 @@ class Descent:
         share = next((one.share for one in self.companions if hasattr(one, "share")), None)  # known after the loss
         total, (unsolved, interrupted, due) = distributed.add_up(self.parameters, loss, share, flags)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        self.losses.append(total if norm.isfinite() else math.nan)
+        value, is_finite = torch.stack((total, norm.isfinite().to(total))).tolist()  # one read, for which a GPU waits
+        self.losses.append(value if is_finite else math.nan)
         if math.isfinite(self.losses[-1]):
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.settings.lr * self.horizon.share(step)
