@@ -30,9 +30,11 @@ from ..graphs import Traced
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
 from ..objectives import PathELBO
+from ..objectives.plain import PlainELBO
 from ..programs.density import Density
 from ..programs.log_density import is_breakdown
 from ..programs.model_and_guide import Lifted, Task
+from ..programs.plate_rows import Shuffled
 from ..programs.program import leaves_of
 from ..training import distributed
 from ..training.randomness import unchanged
@@ -166,8 +168,25 @@ class ELBOLoss:
 
     def __call__(self) -> Tensor:
         """Return the loss of a step, from a graph if the step is the same function of the parameters each time."""
-        steady = type(self.objective) is PathELBO and not (self.batches or self.task.subsampled)
-        return self._from_graph(0, self.plain) if steady and self.trained else self.plain()
+        if self.batches or not self.trained or type(self.objective) not in (PathELBO, PlainELBO):
+            return self.plain()
+        rows = [part.next(*part.sizes) for part in self._shuffled if part.sizes]
+        return self._from_graph(0, self._at_rows, *rows)
+
+    def _at_rows(self, *rows: Tensor) -> Tensor:
+        """Return the loss at given rows of the plates that the guide subsamples."""
+        parts = [part for part in self._shuffled if part.sizes]
+        for part, own in zip(parts, rows, strict=True):
+            part.held = own
+        try:
+            return self.plain()
+        finally:
+            for part in parts:
+                part.held = None
+
+    @functools.cached_property
+    def _shuffled(self) -> list[Shuffled]:
+        return [part for part in parts_of(self._guide, self.trained) if isinstance(part, Shuffled)]
 
     def plain(self) -> Tensor:
         """Return the loss of a step, from a run of model and guide."""
@@ -193,17 +212,17 @@ class ELBOLoss:
         found = self._from_graph(number, functools.partial(self._loss_of, self._quick, number))
         return found if found.isfinite() else self._loss_of(self._guide.flow, number)
 
-    def _from_graph(self, key: int, loss: Callable[[], Tensor]) -> Tensor:
+    def _from_graph(self, key: int, loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Return a loss with its gradients, from a graph where that is possible."""
         if key not in self._steps:
             self._steps[key] = Traced(functools.partial(self._loss_and_gradients, loss), draws=True)
-        value, *gradients = self._steps[key]()
+        value, *gradients = self._steps[key](*inputs)
         found: Tensor = _Known.apply(value, gradients, *self.trained)
         return found
 
-    def _loss_and_gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+    def _loss_and_gradients(self, loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            value = loss()
+            value = loss(*inputs)
             return value.detach(), *torch.autograd.grad(value, self.trained, allow_unused=True)
 
     @property

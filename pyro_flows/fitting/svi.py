@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from ..arguments import check_flags, check_integers, check_kind, check_numbers, check_program, quoted
@@ -22,6 +22,7 @@ from ..guides.blocks import Block
 from ..guides.guide_call import Call
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.base import ParticleObjective
+from ..objectives.plain import PlainELBO
 from ..programs.density import Density
 from ..programs.model_and_guide import Task
 from ..programs.program import bound_values, runs_programs, settle
@@ -203,7 +204,7 @@ class ELBOFit:
             if not self.num_particles and self.task.runs_one_by_one:
                 number = min(ONE_BY_ONE, number)
         self.marks = {"num_particles": number, "vectorize_particles": several}
-        kind = PathELBO if self.plan.takes_paths else Trace_ELBO
+        kind = PathELBO if self.plan.takes_paths else PlainELBO
         return kind(-(-number // processes), max_plate_nesting=self.task.model.nesting, vectorize_particles=by_plate)
 
     def run(self) -> Fit:
@@ -226,7 +227,7 @@ class ELBOFit:
         if not self.objective and rows_near and isinstance(guide, BlockGuide) and guide.prefers_short_steps:
             # Path gradients would save less noise than minibatches make, and cost a second run of the guide.
             draws = self.elbo.num_particles, self.elbo.max_plate_nesting
-            loss.objective = self.elbo = Trace_ELBO(*draws, vectorize_particles=self.elbo.vectorize_particles)
+            loss.objective = self.elbo = PlainELBO(*draws, vectorize_particles=self.elbo.vectorize_particles)
         with in_training(guide, parameters, self.elbo, rows_near=rows_near):
             schedule = plan.schedule(near=near, alone=alone)
             if near and alone and not (self.steps or self.num_particles):

@@ -380,6 +380,7 @@ class BlockGuide(FlowGuide):
             hidden, known = [name] if frame.size < 0 else [], rows.get(name) or self._rows_without_model(name, call)
             with poutine.block(hide=hidden), InTurn(name, self.minibatches[self.row_plates.index(name)]):
                 plates[name] = pyro.plate(name, *known, dim=frame.dim)
+            plates[name].is_given = known.chosen is not None
         return plates
 
     def _rows_without_model(self, name: str, call: Call) -> Rows:

@@ -184,6 +184,11 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
     return order if whole else None
 
 
+def _is_given(plate: Any) -> bool:
+    """True unless a plate of the guide has chosen its rows itself."""
+    return bool(getattr(plate, "is_given", True))
+
+
 class InTurn(Messenger):
     """Handler that lets a subsampled plate take its rows in turn, unless its rows are given or replayed."""
 
@@ -294,7 +299,7 @@ class RowContexts(Paced):
 
             kwargs = {name: take(value) for name, value in call.kwargs.items()}
             call = call._replace(args=tuple(map(take, call.args)), kwargs=kwargs)
-        elif found is rows and not torch.equal(rows, torch.arange(plate.size, device=rows.device)):
+        elif found is rows and _is_given(plate) and not torch.equal(rows, torch.arange(plate.size, device=rows.device)):
             fault = f"plate {plate.name!r} takes all of its rows in another order, by subsample="
             raise ValueError(f"{call.owner}: {fault}. Leave subsample= out where all rows are taken.")
         context = self._encode(call, len(found), plate.size)
@@ -312,6 +317,8 @@ class RowContexts(Paced):
 
     def _places(self, call: Call, plate: Any, indices: Tensor) -> Tensor | None:
         """Return the indices of the rows that a plate takes, or None if it is given other data of rows."""
+        if not _is_given(plate):
+            return indices
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):

@@ -29,8 +29,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -41,6 +40,7 @@ from ..programs.checks import check_drawn
 from ..programs.program import leaves_of, trace_of
 from ..vjp import graph_of
 from .base import ParticleObjective
+from .plain import PlainELBO
 
 
 class PathGradient:
@@ -76,7 +76,7 @@ class PathGradient:
         for name in rest:
             first, second = guide_trace.nodes[name]["fn"], again.nodes[name]["fn"]
             context = first.context if isinstance(first, FlowDistribution) else None
-            if context is not None and not torch.equal(context, second.context):
+            if context is not None and not (context == second.context).all():
                 raise ValueError(
                     f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
                     "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
@@ -84,7 +84,7 @@ class PathGradient:
             guide_trace.nodes[name] = again.nodes[name]
 
 
-class PathELBO(PathGradient, Trace_ELBO):
+class PathELBO(PathGradient, PlainELBO):
     """The ELBO with path gradients: Pyro's ``Trace_ELBO``, whose gradient passes through the draws alone.
 
     The loss, in nats, is the negative ELBO::
@@ -121,27 +121,6 @@ class PathELBO(PathGradient, Trace_ELBO):
         >>> all(p.grad.abs().max() < 1e-4 for p in guide.parameters() if p.grad is not None)  # for each single draw
         True
     """
-
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss in nats, with its gradient.  Unlike Pyro's own, it reads no numbers of tensors."""
-        pairs = [self._loss_and_surrogate(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
-        loss, surrogate = (sum(parts) / self.num_particles for parts in zip(*pairs, strict=True))
-        return loss + (surrogate - surrogate.detach())
-
-    def _loss_and_surrogate(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
-        """Return the loss of one pair of traces, and a tensor with its gradient."""
-        own, others = _sites_of(guide_trace), _sites_of(model_trace)
-        if not all(is_identically_zero(site["score_parts"].score_function) for site in own):
-            found: tuple[Any, Any] = self._differentiable_loss_particle(model_trace, guide_trace)
-            return found
-        log_p = sum(site["log_prob_sum"] for site in others)
-        entropies = [site["score_parts"].entropy_term for site in own]
-        path = sum(term.sum() for term in entropies if not is_identically_zero(term))
-        return (sum(site["log_prob_sum"] for site in own) - log_p).detach(), path - log_p
-
-
-def _sites_of(trace: Trace) -> list[Any]:
-    return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
 class PathEnumELBO(PathGradient, TraceEnum_ELBO):

@@ -100,6 +100,10 @@ class Shuffled(nn.Module):
     """Minibatches without replacement until all rows were seen, so that their noise cancels.
 
     All rows are equally likely, as in Pyro's own minibatches, which are drawn independently of each other.
+
+    Attributes:
+        sizes: The numbers of all rows and of those of a minibatch in the last call; None before.
+        held: Rows that each call returns, while they are set.
     """
 
     order: Tensor
@@ -109,14 +113,26 @@ class Shuffled(nn.Module):
         super().__init__()
         self.register_buffer("order", torch.zeros(0, dtype=torch.long), persistent=False)
         self.register_buffer("place", torch.zeros((), dtype=torch.long), persistent=False)
+        self.sizes: tuple[int, int] | None = None
+        self.held: Tensor | None = None
+        self._known: tuple[Tensor, int, int] | None = None  # the place, its version, and its number, which is not read
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has a place of its own
+        return {**self.__dict__, "_known": None}
 
     def next(self, full_size: int, size: int) -> Tensor:
         """Return the next ``size`` rows out of ``full_size``."""
+        self.sizes = full_size, size
+        if self.held is not None:
+            return self.held
         if torch._C._get_tracing_state():  # a traced program would repeat the same rows for ever
             return torch.randperm(full_size, device=self.order.device)[:size]
-        start = int(self.place)
+        known = self._known
+        is_known = known is not None and known[0] is self.place and known[1] == self.place._version
+        start = known[2] if known and is_known else int(self.place)
         if len(self.order) != full_size or start + size > full_size:
             start = 0
             self.order.resize_(full_size).copy_(torch.randperm(full_size))
         self.place.fill_(start + size)
+        self._known = None if self.place.is_inference() else (self.place, self.place._version, start + size)
         return self.order[start : start + size].clone()  # the next shuffle is in place
