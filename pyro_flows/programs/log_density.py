@@ -20,7 +20,7 @@ from ..time_limit import check_time
 from ..user_code import warn_user
 from ..vjp import LogDensity, value_and_score
 
-LEAST = 16  # the least size of parts of vectors that cost little
+LEAST = 64  # the least size of parts of vectors that cost little
 SPARE = 8  # vectors that fit into the cache, per vector whose cost is little beside that of a graph for another size
 VALUED = 4  # vectors without gradients per vector with one, since nothing is kept for these
 GRADIENT = 3  # runs that one with a gradient counts as
@@ -105,8 +105,9 @@ def standard_sizes(number: int, largest: int) -> list[int]:
         largest: The size of a part that fits into the cache.
     """
     found, spare = list[int](), largest // SPARE
+    least = 1 << (min(spare + 1, LEAST).bit_length() - 1)
     while number > 0:
-        size = 1 << max(number - 1, min(spare, LEAST - 1)).bit_length()
+        size = 1 << (max(number, least) - 1).bit_length()
         if size - number > spare or size > largest:
             size = 1 << (min(number, largest).bit_length() - 1)
         found.append(size)
@@ -131,14 +132,16 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
     def total(z: Tensor, *others: Tensor) -> Tensor:
         if torch.is_grad_enabled() and z.requires_grad:
             return _InParts.apply(scored, size, threads, z, *others)
-        parts, found = z.split(part_size(len(z), VALUED * size)), list[Tensor]()
-        if all(one.is_traced for one in valued):
-            sizes = standard_sizes(len(z), VALUED * size)
-            parts = _filled(z, sum(sizes)).split(sizes)
+        parts, sizes = z.split(part_size(len(z), VALUED * size)), standard_sizes(len(z), VALUED * size)
+        runs = [lambda part, own=density: own(part, *others) for density in densities]
+        if len(sizes) == 1 and all(one.is_traced for one in valued):  # graphs do not pay where arithmetic takes longer
+            parts = (_filled(z, sizes[0]),)
+            runs = [lambda part, own=one: torch.as_tensor(own(part, *others)[0]) for one in valued]
+        found = list[Tensor]()
         for part in parts:
             check_time()
             with threads_without_gradient.turn(len(part)):
-                found.append(sum((torch.as_tensor(one(part, *others)[0]) for one in valued), torch.zeros(())))
+                found.append(sum((run(part) for run in runs), torch.zeros(())))
         return torch.cat(found)[: len(z)]
 
     return total
