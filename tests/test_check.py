@@ -30,6 +30,7 @@ from pyro_flows.diagnostics.findings import judge, worst
 from pyro_flows.diagnostics.measurements import Measurements
 from pyro_flows.diagnostics.unreached import Missing
 from pyro_flows.programs import Program
+from pyro_flows.programs.density import Density
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White
 
@@ -342,6 +343,11 @@ def test_rare_draws_far_out_are_found():
     assert (finding.quantity, finding.verdict) == ("x[1]", "reweight")
     assert finding.size > 1.4
     assert "A few rare draws" in found.reason
+
+
+def test_draws_that_look_for_narrow_modes_look_for_outliers_too(monkeypatch):
+    monkeypatch.setattr(Density, "vectors", None)  # there are enough of them
+    assert check(sampling(x=normals(2)), sampling(x=normals(2))).outliers.max() < 0.01
 
 
 def test_draws_beyond_an_edge_are_told():

@@ -13,7 +13,7 @@ from .drift import weighted_drift, weighted_shape
 from .guide_space import guide_coordinates
 from .importance import WEIGHING, Psis
 from .measurements import SHORT_RUN, Measurements, certainty, follow, weighed
-from .missing_modes import search
+from .missing_modes import further_draws, search
 from .unreached import unreached
 
 DRAWS = 100_000  # among which rare ones are looked for
@@ -43,15 +43,20 @@ def look(space: Density, num_samples: int | None, num_chains: int | None) -> Mea
     of_weights = weighted_shape(shaped(draws.quantities, draws.z), psis.smoothed)
     began = space.draw(num_chains or (SHORT_RUN.alone if alone else SHORT_RUN.chains))
     chains, along, shape, acceptance, _ = follow(space, charts, draws, began, certainty(psis, weighted), shaped)
-    missing = unreached(space.task) if slow else search(space, white, draws, psis.log_evidence)
-    rare = torch.zeros_like(weighted.error) if alone or slow else outliers(space, draws, psis)
+    rare = torch.zeros_like(weighted.error)
+    if slow:
+        missing = unreached(space.task)
+    else:
+        others = further_draws(space, draws)
+        missing = search(space, white, draws, others, psis.log_evidence)
+        rare = rare if alone else outliers(space, draws, others.z, psis)
     scope = f"There was no search for other modes, since {slow}." if slow else ""
     measured = psis, chains, along, weighted, (shape, of_weights), space.read.names, missing, rare, acceptance
     return Measurements(*measured, scope=scope)
 
 
 @torch.no_grad()
-def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
+def outliers(space: Density, draws: Drawn, others: Tensor, psis: Psis) -> Tensor:
     """Return the relative increase of each variance by rare draws where the posterior has almost no density, ``(K,)``.
 
     A flow may move one draw in 100,000 so far that this draw dominates a mean or a standard deviation.  10,000 weighted
@@ -60,9 +65,10 @@ def outliers(space: Density, draws: Drawn, psis: Psis) -> Tensor:
     Args:
         space: The guide's space.
         draws: Draws of the guide.
+        others: The vectors of further draws, ``(n, D)``.
         psis: Their weights.
     """
-    z, guide = draws.z, space.task.guide.call
+    z, guide = torch.cat((draws.z, others)), space.task.guide.call
     more = min(DRAWS, WEIGHING.held // space.dim) - len(z)
     if more > 0 and isinstance(guide, AutoFlow) and guide.draws_from_flow:
         z = torch.cat((z, guide.sample_roughly(more)))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Chi2
 
-from ..programs.density import Density, Drawn
+from ..programs.density import Density, Drawn, Scored
 from ..sampling.annealed_population import Reference, anneal
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
@@ -109,24 +109,25 @@ class Search:
 SEARCH = Search()
 
 
-def search(space: Density, white: White, draws: Drawn, evidence: float) -> Missing:
+def search(space: Density, white: White, draws: Drawn, others: Scored, evidence: float) -> Missing:
     """Search for mass that a guide misses.
 
     Args:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
+        others: Further draws, from which to look for narrow modes.
         evidence: The log evidence, as estimated by the weights of the draws.
     """
     if (beyond := unreached(space.task)).outside:
         return beyond
     reference = Reference(prior_of(space), white.loc, white.scale_tril)
     density = reference.log_p
-    lacking, is_blind = _lacking(space, white, reference, draws, evidence)
+    lacking, is_blind = _lacking(space, white, reference, draws, others, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing()
     neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
-    places = number_of_places(space)
+    places = len(others.z)
     narrowest = narrowest_shown(space.dim, len(draws.z) + places - int(SEARCH.wide * places)) if places else 1.0
     return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest)
 
@@ -157,7 +158,9 @@ def _neck(space: Density, white: White, density: LogDensity, draws: Drawn, place
     return name if value is None or value.numel() > 1 else f"{name} near {float(value):.2g}"
 
 
-def _lacking(space: Density, white: White, reference: Reference, draws: Drawn, evidence: float) -> tuple[Tensor, bool]:
+def _lacking(
+    space: Density, white: White, reference: Reference, draws: Drawn, others: Scored, evidence: float
+) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
     alone, starts = space.task.runs_one_by_one, SEARCH.starts
     particles, number = (REACH.few, starts // 8) if alone else (REACH.particles, starts // 2)
@@ -171,7 +174,7 @@ def _lacking(space: Density, white: White, reference: Reference, draws: Drawn, e
         arrived = population.z
     elif population is not None:  # its particles have not reached the posterior
         places.append(population.z)
-    tops = climb(density, white, torch.cat(places), least=faint), peaks(space, density, white, draws)
+    tops = climb(density, white, torch.cat(places), least=faint), peaks(space, density, white, draws, others)
     found = space.wrapped(torch.cat((arrived, *tops)), white.loc)
     with torch.no_grad():
         heights = density(found)
@@ -179,14 +182,15 @@ def _lacking(space: Density, white: White, reference: Reference, draws: Drawn, e
     return found[(surprise > SEARCH.surprise) & (heights > faint)], population is None
 
 
-def number_of_places(space: Density) -> int:
-    """Return the number of places to look for narrow modes, apart from draws; 0 if that is hopeless or too slow."""
+def further_draws(space: Density, draws: Drawn) -> Scored:
+    """Return more draws, from which to look for narrow modes; none if that is hopeless or too slow."""
     if space.task.runs_one_by_one or space.dim > SEARCH.dims:
-        return 0
-    return min(SEARCH.places, WEIGHING.held // (space.task.model.largest + space.task.guide.largest))
+        return Scored(draws.z[:0], draws.log_q[:0])
+    number = min(SEARCH.places, WEIGHING.held // (space.task.model.largest + space.task.guide.largest))
+    return space.scored_vectors(max(1, number), 2 * SEARCH.at_once)
 
 
-def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Tensor:
+def peaks(space: Density, density: LogDensity, white: White, draws: Drawn, others: Scored) -> Tensor:
     """Return the ends of ascents of log p - log q from the places where it is largest, ``(n, D)``.
 
     Args:
@@ -194,25 +198,22 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn) -> Te
         density: The model's log-density.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
+        others: Further draws; some are spread more widely.
     """
-    number = number_of_places(space)
-    if not number:
+    if not len(others.z):
         return draws.z[:0]
 
     def ratio(x: Tensor) -> Tensor:
         z, _ = white.forward(x)
         return density(z) - space.log_q(z)
 
-    z, log_q = space.scored_vectors(number, 2 * SEARCH.at_once)
-    wide = white.inverse(z[: int(SEARCH.wide * number)])
-    wide *= SEARCH.widest ** torch.rand(len(wide), 1).to(wide)
-    z, log_q = z[len(wide) :], log_q[len(wide) :]
+    number = int(SEARCH.wide * len(others.z))
+    wide, (z, log_q) = white.inverse(others.z[:number]), (part[number:] for part in others)
+    wide *= SEARCH.widest ** torch.rand(number, 1).to(wide)
     with torch.no_grad():
-        known = [
-            draws.log_p - draws.log_q,
-            *map(torch.sub, map(density, z.split(SEARCH.at_once)), log_q.split(SEARCH.at_once)),
-        ]
-        found = _known(torch.cat([*known, *map(ratio, wide.split(SEARCH.at_once))]))
+        heights = torch.cat([density(part) for part in z.split(SEARCH.at_once)])
+        of_wide = [ratio(part) for part in wide.split(SEARCH.at_once) if len(part)]
+        found = _known(torch.cat([draws.log_p - draws.log_q, heights - log_q, *of_wide]))
     x = torch.cat((white.inverse(draws.z), white.inverse(z), wide))
     # In each shell by itself, because the ratio of a good guide may be largest in its tails.
     shells = x.norm(dim=-1).argsort().tensor_split(SEARCH.shells)

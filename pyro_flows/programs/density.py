@@ -175,6 +175,13 @@ class Drawn(NamedTuple):
     quantities: Tensor
 
 
+class Scored(NamedTuple):
+    """Vectors of draws of a guide, ``(N, D)``, and the guide's log-density over them, ``(N,)`` in nats."""
+
+    z: Tensor
+    log_q: Tensor
+
+
 class Density:
     """The log-densities of a model and its guide over the unconstrained vectors of the guide.
 
@@ -274,8 +281,8 @@ class Density:
         return in_batches(step, {}, number, batch_size)["z"]
 
     @torch.no_grad()
-    def scored_vectors(self, number: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return the vectors of draws, ``(number, D)``, and the guide's log-density over them, ``(number,)``."""
+    def scored_vectors(self, number: int, batch_size: int) -> Scored:
+        """Return the vectors of draws with the guide's log-density."""
 
         def read(view: View) -> Values:
             own = {name: view.read(name) for name in self._own}
@@ -284,10 +291,9 @@ class Density:
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(read, {}, size)
             z = self.noised(_packed(found, self._own))
-            return {"z": z, OWN: found[OWN] + _unpacked(z, self._own).log_det + self.of_hidden(z)}
+            return {"z": z, "log_q": found[OWN] + _unpacked(z, self._own).log_det + self.of_hidden(z)}
 
-        found = in_batches(step, {}, number, batch_size)
-        return found["z"], found[OWN]
+        return Scored(**in_batches(step, {}, number, batch_size))
 
     def noised(self, z: Tensor) -> Tensor:
         """Return vectors with standard normal draws in what masks hide."""
