@@ -19,14 +19,12 @@ import torch
 from pyro import poutine, validation_enabled
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
 from ..conditioners.base import Paced
 from ..data.batches import Stream
 from ..flows import Flow
-from ..graphs import Traced
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
 from ..objectives import PathELBO
@@ -41,6 +39,7 @@ from ..training.randomness import unchanged
 from ..transforms.carried import InSingle
 from ..vjp import is_plain
 from .program_checks import is_vectorised
+from .recorded_loss import RecordedLoss
 
 
 def batches_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelBatches | None:
@@ -142,7 +141,7 @@ class ELBOLoss:
 
     def __init__(self, task: Task, objective: Any, batches: ModelBatches | None) -> None:
         self.task, self.objective, self.batches = task, objective, batches
-        self._steps = dict[int, Traced]()  # by the number of draws, or 0 for that of the objective
+        self._steps = dict[int, RecordedLoss]()  # by the number of draws, or 0 for that of the objective
         self.trained = list[Tensor]()
         sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
         self.program: Any = task.model.call
@@ -213,17 +212,10 @@ class ELBOLoss:
         return found if found.isfinite() else self._loss_of(self._guide.flow, number)
 
     def _from_graph(self, key: int, loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return a loss with its gradients, from a graph where that is possible."""
+        """Return a loss, from a graph where that is possible."""
         if key not in self._steps:
-            self._steps[key] = Traced(functools.partial(self._loss_and_gradients, loss), draws=True)
-        value, *gradients = self._steps[key](*inputs)
-        found: Tensor = _Known.apply(value, gradients, *self.trained)
-        return found
-
-    def _loss_and_gradients(self, loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            value = loss(*inputs)
-            return value.detach(), *torch.autograd.grad(value, self.trained, allow_unused=True)
+            self._steps[key] = RecordedLoss(loss, self.trained)
+        return self._steps[key](*inputs)
 
     @property
     def _guide(self) -> Any:
@@ -257,20 +249,6 @@ class ELBOLoss:
             raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
         self.trained = list(unique.values())
         return self.trained
-
-
-class _Known(torch.autograd.Function):
-    """A loss whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *trained: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if one is None else of_loss * one for one in ctx.gradients)
 
 
 def fresh_mean(loss: Callable[[], Tensor]) -> float:

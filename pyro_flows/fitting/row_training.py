@@ -19,13 +19,14 @@ from ..conditioners import Conditioner
 from ..data.batches import Batch, Rows, Source, mean_of
 from ..encoders import Standardize
 from ..flows import Flow
-from ..objectives import Likelihood
+from ..objectives import FlowMatching, Likelihood
 from ..threads import OPERATIONS
 from ..training import Fit, Training, distributed
 from ..training.checkpoint import check_path
 from ..training.interrupts import uninterrupted
 from ..training.loop import Descent, HeldOut, Settings
 from ..transforms import FixedAffine, QuantileMap
+from .recorded_loss import RecordedLoss
 
 
 @dataclass(eq=False)
@@ -136,9 +137,28 @@ class RowTraining:
                 with uninterrupted():  # the first optimiser imports the compiler
                     adam = torch.optim.Adam(moved, lr=self.lr, foreach=True)
                 run = parameters, [adam], settings, trained, diagnose, [source], judge
-                return Descent(lambda: loss(source.next()), *run).fit()
+                return Descent(self._step(trained, loss, parameters, source), *run).fit()
         finally:
             trained.eval()
+
+    def _step(
+        self, trained: nn.Module, loss: Callable[[Batch], Tensor], parameters: list[Tensor], source: Source
+    ) -> Callable[[], Tensor]:
+        """Return a function that takes the next batch and returns its loss, from a graph where that is worthwhile.
+
+        The steps of images spend their time in convolutions, and a recording would hold all of their tensors at once.
+        The batches of a loader may have many shapes.  Losses of the user may change from step to step.
+        """
+        ours = type(self.objective) in (Likelihood, FlowMatching) and len(getattr(trained, "event_shape", ())) < 2
+        compiled = any(getattr(part, "is_compiled", False) or part._compiled_call_impl for part in trained.modules())
+        if not ours or compiled or self.training.mixed_precision or not isinstance(source, Rows):
+            return lambda: loss(source.next())
+
+        def of_batch(x: Tensor, context: Tensor | None = None) -> Tensor:
+            return loss((x, context))
+
+        recorded = RecordedLoss(of_batch, parameters)
+        return lambda: recorded(*(part for part in source.next() if part is not None))
 
 
 def _trained(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

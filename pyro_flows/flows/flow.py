@@ -132,6 +132,11 @@ class Flow(nn.Module):
         """
         self._compiled = CompiledRuns(settings)
 
+    @property
+    def is_compiled(self) -> bool:
+        """True if the transforms run compiled: see :meth:`compile`."""
+        return self._compiled is not None
+
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Run the transforms uncompiled within this context."""

@@ -31,6 +31,8 @@ aten = torch.ops.aten
 READS = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 LIKE = aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like
 NEW = aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided
+# In training they write into their running mean and variance, which their schemas do not say.
+BATCH_NORMS = aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default
 TO_PYTHON = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__}
 OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # they read the tensors in a list
 SHAPED = {*LIKE, *NEW}  # they read the shape of a tensor and none of its numbers
@@ -84,6 +86,8 @@ class Call:
         written = (args[place] if place < len(args) else kwargs.get(name) for place, name in traits.written)
         self.written, self.is_random = tensors_in((*written,)), traits.is_random
         self.read = self.given if traits.is_read else []
+        if operation in BATCH_NORMS and args[5]:
+            self.written = tensors_in(args[3:5])
         if operation is aten.index.Tensor:
             self.read = [index for index in self.given[1:] if index.dtype in (torch.bool, torch.uint8)]
 
