@@ -162,6 +162,8 @@ class Found(Messenger):
             chosen = None if chosen is None else torch.as_tensor(chosen)
             size = (fn.subsample_size or fn.size) if chosen is None else len(chosen)
             self.rows[name] = Rows(fn.size, min(size, fn.size), chosen)
+            if msg["value"] is None and self._until == set():  # a run for the plates alone draws no numbers
+                msg["value"] = torch.arange(min(size, fn.size), device=getattr(fn, "device", None))
             self._stop()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
