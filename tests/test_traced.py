@@ -169,6 +169,38 @@ def test_a_branch_that_is_rarely_taken_runs_the_function_on_the_same_draws(draws
     assert run.count == 3 + 2 + 1  # the first three, the two rare ones, and the 16th
 
 
+def test_a_run_that_breaks_down_while_it_is_recorded_starts_again_with_the_same_draws():
+    def function() -> tuple[Tensor]:
+        x = torch.randn(())
+        if x < 0:
+            raise FloatingPointError
+        return (x,)
+
+    def draws_of(one) -> list[float]:
+        found = []
+        for _ in range(30):
+            try:
+                found.append(float(one()[0]))
+            except FloatingPointError:
+                found.append(math.inf)
+        return found
+
+    for seed in range(5):
+        found = []
+        for one in (function, Traced(function, draws=True)):
+            torch.manual_seed(seed)
+            found.append(draws_of(one))
+        assert found[0] == found[1]
+
+
+def test_a_truth_value_may_have_any_shape_of_one_element():
+    run = counted(lambda x: (x * 2 if x.sum() < 1e9 and (x[:1, :1] < 1e9) else x,))
+    traced = Traced(run)
+    assert_same(traced, 8)
+    assert not traced.refusal
+    assert run.count == 3 + 8  # the comparisons of this test
+
+
 def test_a_function_that_is_not_the_same_twice_is_refused():
     numbers = iter(range(100))
     traced = Traced(lambda x: (x + next(numbers),))
@@ -215,6 +247,16 @@ def test_parameters_are_inputs():
         assert torch.equal(gradient, 3 * weight.detach() ** 2)
         assert not value.requires_grad
     assert run.count == 3
+
+
+@pytest.mark.parametrize("alias", [Tensor.detach, lambda weight: torch.from_numpy(weight.detach().numpy())])
+def test_other_names_of_the_memory_of_a_parameter_change_with_it(alias):
+    weight = torch.nn.Parameter(torch.ones(3))
+    other = alias(weight)
+    traced = Traced(lambda: ((other.norm() + weight).detach(),))
+    for _ in range(6):
+        weight.data.add_(1e-5)  # as fused optimisers do; less than the rounding errors that a comparison allows
+        assert torch.equal(traced()[0], weight.detach().norm() + weight.detach())
 
 
 def test_draws_are_those_of_the_function():

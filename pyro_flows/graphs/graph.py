@@ -104,7 +104,8 @@ class Graph:
         values.update({name: _drawn(call) for name, call in self._draws.items()})
         for step, arguments, targets in self._steps:
             values.update(zip(targets, step([values[name] for name in arguments]), strict=True))
-        if self._guards and torch.stack([values[name] for name in self._guards]).tolist() != [*self._guards.values()]:
+        guards = [values[name].reshape(()) for name in self._guards]
+        if guards and torch.stack(guards).tolist() != [*self._guards.values()]:  # one read of numbers
             raise Unlike
         # Who gets the results may write into them.
         given = {id(one) for one in (*inputs, *self._parameters, *self._constants.values())}

@@ -13,6 +13,7 @@ too.  A recording is refused as well if the function writes into tensors of othe
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -196,6 +197,11 @@ class Recording:
         self.written = {place_of(tensor) for call in self.calls for tensor in call.written}
         self.changing = {place_of(tensor) for tensor in inputs}
         self._seen, self.guards = {id(tensor) for tensor in inputs}, list[tuple[Tensor, bool]]()
+        # Parameters first, because other tensors that share their memory change with them.
+        made = {id(tensor) for call in self.calls for tensor in call.returned}
+        for tensor in itertools.chain(*(call.given for call in self.calls), tensors_in(self.outputs)):
+            if tensor.requires_grad and tensor.is_leaf and id(tensor) not in made and id(tensor) not in self._seen:
+                self._find(tensor)
         for number in range(len(self.calls)):
             self._include(number)
         for tensor in tensors_in(self.outputs):

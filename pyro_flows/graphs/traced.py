@@ -108,13 +108,14 @@ class _OfShapes:
 
     def _recorded(self, inputs: Sequence[Tensor]) -> Results:
         """Run the function and record it."""
-        self._graph, self._is_verified = None, False
+        self._graph, self._is_verified, before = None, False, torch.get_rng_state()
         try:
             outputs, calls = record(self._traced.function, inputs)
         except Exception as error:  # perhaps only now, since a model breaks down at some draws
             self._failures += 1
             if self._failures == FAILURES:
                 self._refuse(f"{type(error).__name__}: {error}")
+            torch.set_rng_state(before)
             return tuple(self._traced.function(*inputs))
         try:
             self._graph = Graph(Recording(inputs, outputs, calls))
