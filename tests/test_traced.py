@@ -435,6 +435,19 @@ def test_steps_of_any_guide_are_graphs(double, build):
     assert counts[1] <= counts[0] - 30  # all but the first steps, and comparisons
 
 
+@pytest.mark.parametrize("mode", ["off", "graph"])
+@pytest.mark.parametrize("number", [1, 64])
+def test_hooks_of_parameters_run_once_per_step(double, mode, number):
+    calls = []
+    guide = AutoFlow(regression).setup(DATA.double())
+    for parameter in guide.parameters():
+        parameter.register_hook(lambda gradient: calls.append(None))
+        break
+    with pyro.settings.context(pyro_flows_compile=mode):
+        fit_svi(regression, guide, DATA.double(), steps=8, num_particles=number, warm_start=False, progress=False)
+    assert len(calls) == 8
+
+
 def test_arguments_that_a_distribution_refuses_are_refused_in_a_graph_too(double):
     """A gamma distribution has a finite log-density at negative shapes, but it is none."""
 

@@ -25,7 +25,8 @@ class RecordedLoss:
         self._traced = Traced(self._value_and_gradients, draws=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if not self._traced.is_traced:
+        # Hooks of parameters would run in the graph, and again on the gradients that it gives.
+        if not self._traced.is_traced or any(one._backward_hooks for one in self._trained):
             return self._loss(*inputs)
         value, *gradients = self._traced(*inputs)
         found: Tensor = _Known.apply(value, gradients, *self._trained)
