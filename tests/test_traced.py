@@ -272,6 +272,18 @@ def test_draws_are_those_of_the_function():
     assert not traced.refusal
 
 
+def test_a_generator_of_its_own_advances_only_as_the_function_asks():
+    found, generator = [], torch.Generator()
+
+    def draw():
+        return (torch.randn(3, generator=generator),)
+
+    for function in (Traced(draw, draws=True), draw):
+        generator.manual_seed(0)
+        found.append(torch.cat([function()[0] for _ in range(6)]))
+    assert torch.equal(*found)
+
+
 def test_matrices_without_a_factor_have_one_of_nan():
     traced = Traced(lambda x: (torch.linalg.cholesky(x),))
     for _ in range(3):

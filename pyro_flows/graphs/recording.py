@@ -236,6 +236,8 @@ class Recording:
             if not isinstance(call.result, bool) or len(call.read) > 1 or place_of(call.read[0]) in self.written:
                 raise Unrecordable(f"Python reads numbers that depend on the inputs, by {call.operation}")
             self.guards.append((call.read[0], call.result))
+        if any(isinstance(value, torch.Generator) for value in call.kwargs.values()):
+            raise Unrecordable("random numbers come from a generator of their own, which comparisons would advance")
         if call.is_random and (depends or self._is_shared(number)):
             raise Unrecordable(f"random numbers depend on the inputs, by {call.operation}")
         made = call.returned
