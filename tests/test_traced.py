@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi
 from pyro_flows.flows import realnvp
 from pyro_flows.graphs import Traced, packages
-from pyro_flows.graphs.code import Code
+from pyro_flows.graphs.code import Code, agree
 from pyro_flows.graphs.graph import Graph
 from pyro_flows.graphs.recording import Recording, record
 from pyro_flows.objectives import PathELBO
@@ -628,3 +628,10 @@ def test_another_process_compiles_and_the_next_one_finds_it(own_folder):
         for found, expected in calls_of(Traced(score), 5):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert math.isfinite(float(found[0].sum()))
+
+
+def test_truth_values_of_compiled_code_must_be_the_same():
+    numbers = torch.tensor([1.0, 2.0])
+    assert agree([numbers, torch.tensor(True)], [numbers, torch.tensor(True)], 1e-16)
+    assert not agree([numbers, torch.tensor(True)], [numbers, torch.tensor(False)], 1e-16)
+    assert not agree([torch.tensor(1)], [torch.tensor(2)], 1.0)

@@ -112,5 +112,7 @@ def _is_close(one: Tensor | None, other: Tensor | None, error: float) -> bool:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if not (other.is_floating_point() or other.is_complex()):  # such as a truth value that is a guard
+        return torch.equal(one, other)
     size = float(other.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if other.numel() else 0.0
     return torch.allclose(one, other, error, size * error, equal_nan=True)
