@@ -2,6 +2,7 @@
 
     python benchmarks/graph.py                           # two hours of one core
     python benchmarks/graph.py --targets kidiq wells     # some targets
+    python benchmarks/graph.py --targets --kinds         # the page alone, from the stored results
 
 Every run has a fresh process and one thread.  *off* runs the model through Pyro's handlers, as if there were no graphs.
 *cold* begins with an empty folder of compiled code, and *warm* after all that was asked for has been compiled.  Writes
@@ -9,6 +10,7 @@ Every run has a fresh process and one thread.  *off* runs the model through Pyro
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -25,8 +27,11 @@ import pyro.distributions as dist
 import targets
 import torch
 from posteriors import write
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows import Fit
 from pyro_flows.fitting.elbo_loss import ELBOLoss
 from pyro_flows.graphs import packages
 from pyro_flows.objectives import PathELBO
@@ -125,12 +130,80 @@ def whole(name: str) -> Row:
     }
 
 
+def two_levels(y: Tensor) -> None:
+    """Sample the effects of groups with a common mean and scale, of which each step sees 20."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    scale = pyro.sample("scale", dist.HalfNormal(5.0))
+    with pyro.plate("groups", len(y), subsample_size=20) as rows:
+        effect = pyro.sample("effect", dist.Normal(mean, scale))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y[rows])
+
+
+def simulated(y: Tensor | None = None) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z.square(), 0.5).to_event(1), obs=y)
+
+
+def by_guide(build: Callable[[Any], Any], size: int) -> Fit:
+    """Fit a guide of eight schools with its defaults."""
+    model = targets.load("eight_schools").model
+    return pf.fit_svi(model, build(model), steps=100 * size, progress=False)
+
+
+def by_plate(size: int) -> Fit:
+    y = 3 * torch.randn(200)
+    return pf.fit_svi(two_levels, pf.AutoPlateFlow(two_levels, plate="groups"), y, steps=100 * size, progress=False)
+
+
+def amortized(size: int) -> Fit:
+    guide = pf.AutoFlow(simulated, encoder=pf.encoders.Standardize(3))
+    return pf.fit_amortized(simulated, guide, simulations=5000, max_epochs=4 * size, progress=False)
+
+
+def density(size: int) -> Fit:
+    """Fit the density of a table of 5,000 rows and six columns."""
+    x = torch.randn(5000, 6).cumsum(-1)
+    return pf.fit_density(pf.flows.nsf(6), x, max_epochs=4 * size, progress=False)
+
+
+KINDS: dict[str, Callable[[int], Fit]] = {
+    **{
+        name: functools.partial(by_guide, build)
+        for name, build in {
+            "AutoNormal": AutoNormal,
+            "AutoMultivariateNormal": AutoMultivariateNormal,
+            "AutoStructuredFlow": pf.AutoStructuredFlow,
+            "AutoFlow": pf.AutoFlow,
+        }.items()
+    },
+    "AutoPlateFlow, 20 of 200 rows": by_plate,
+    "fit_amortized": amortized,
+    "fit_density, nsf": density,
+}
+
+
+def step(name: str) -> Row:
+    """Return the milliseconds per step of the later steps of a fit, everything included."""
+    fits = []
+    for size in (1, 4):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        fits.append(KINDS[name](size))
+    short, long = fits
+    return {"ms": 1000 * (long.seconds - short.seconds) / (long.steps - short.steps), "loss": long.best_loss}
+
+
 def child(name: str, job: str, mode: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(0)
     pyro.settings.set(pyro_flows_compile=mode)
-    print(json.dumps(parts(name, mode) if job == "parts" else whole(name)))
+    jobs: dict[str, Callable[[], Row]] = {
+        "parts": lambda: parts(name, mode),
+        "whole": lambda: whole(name),
+        "step": lambda: step(name),
+    }
+    print(json.dumps(jobs[job]()))
 
 
 def run(name: str, job: str, mode: str, cache: str) -> Row:
@@ -158,7 +231,18 @@ def measure(name: str) -> Row:
     return row
 
 
-def page(rows: list[Row]) -> str:
+def measure_steps(name: str) -> Row:
+    """Measure the steps of one kind of fit."""
+    row: Row = {"kind": name}
+    with tempfile.TemporaryDirectory() as cache:
+        for label, mode in (("off", "off"), ("graph", "graph"), ("cold", "auto"), ("compiled", "auto")):
+            row |= {f"{label} {key}": value for key, value in run(name, "step", mode, cache).items()}
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            wait_for_code()
+    return row
+
+
+def page(rows: list[Row], steps: list[Row]) -> str:
     """Return the page."""
     part = [
         f"| {r['target']} | {r['off density']:.2f} | {r['graph density']:.2f} | {r['compiled density']:.2f} "
@@ -180,6 +264,11 @@ def page(rows: list[Row]) -> str:
     def median(top: str, bottom: str) -> float:
         return statistics.median(r[top] / r[bottom] for r in rows)
 
+    kinds = [
+        f"| {r['kind']} | {r['off ms']:.1f} | {r['graph ms']:.1f} | {r['compiled ms']:.1f} "
+        f"| {r['compiled ms'] / r['off ms']:.2f} | {r['off loss']:.3f}, {r['compiled loss']:.3f} |"
+        for r in steps
+    ]
     ratios = [statistics.median(times[n] / times[0] for times in seconds.values()) for n in (1, 2)]
     return f"""# Graphs and compiled code
 
@@ -203,6 +292,15 @@ draws, without the optimiser. The ratios are compiled over off. Their medians ar
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
 {chr(10).join(part)}
 
+## Steps of other fits
+
+Milliseconds per step, with optimiser and loop, of guides of eight schools and of three other fits. Steps of the first
+hundred are left out. The losses are those at the end, off and compiled.
+
+| fit | off | graph | compiled | ratio | losses |
+|---|---:|---:|---:|---:|---|
+{chr(10).join(kinds)}
+
 ## A fit and its check
 
 Seconds of `fit_svi` + `check` with all defaults. The ratios are those of the sums over *off*. Their medians are
@@ -220,19 +318,22 @@ A step of the optimiser and much of a check are not graphs yet, so whole fits ga
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=[*targets.STEM, "random_slopes"])
+    parser.add_argument("--targets", nargs="*", default=[*targets.STEM, "random_slopes"])
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=KINDS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)
         return
     file = PAGE / "graph.jsonl"
-    rows = {row["target"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
-    for name in arguments.targets:
-        rows[name] = measure(name)
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = {row.get("target") or row["kind"]: row for row in known}
+    for name in (*arguments.targets, *arguments.kinds):
+        rows[name] = measure(name) if name in arguments.targets else measure_steps(name)
         print(rows[name], flush=True)
         write("".join(f"{json.dumps(row)}\n" for row in rows.values()), file)
-        write(page([*rows.values()]), PAGE / "graph.md")
+        posteriors = [row for row in rows.values() if "target" in row]
+        write(page(posteriors, [row for row in rows.values() if "kind" in row]), PAGE / "graph.md")
 
 
 if __name__ == "__main__":
