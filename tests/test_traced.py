@@ -134,7 +134,6 @@ READS = {
     "a new tensor": lambda x: DATA.new_tensor([x[0, 0], 1.0]).max().item(),
 }
 UNSOUND = {
-    "a branch on values": lambda x: (x if x.sum() > 0 else -x,),
     "a number": lambda x: (x * float(x[0, 0]),),
     "a mask of values": lambda x: (x[x > 0].sum(),),
     "a shape of values": lambda x: (x.sum() + torch.nonzero(x > 0).sum(),),
@@ -199,6 +198,22 @@ def test_a_truth_value_may_have_any_shape_of_one_element():
     assert_same(traced, 8)
     assert not traced.refusal
     assert run.count == 3 + 8  # the comparisons of this test
+
+
+def test_a_branch_that_is_often_taken_runs_as_it_is():
+    traced = Traced(lambda x: (x if x.sum() > 0 else -x,))
+    assert_same(traced, 60)
+    assert "branches" in traced.refusal
+
+
+def test_a_branch_that_is_taken_in_the_first_calls_alone_leaves_a_graph():
+    run = counted(lambda x: (x if x[0, 0] > 0 else -x,))
+    traced = Traced(run)
+    for number in range(40):
+        x = torch.full((ROWS, 3), -1.0 if number in (2, 4, 5, 7) else 1.0)
+        assert torch.equal(traced(x)[0], torch.ones(ROWS, 3))
+    assert not traced.refusal
+    assert run.count == 1 + 1 + 4 + 1 + 1  # the first, the recorded, the four others, the comparison, and the 16th
 
 
 def test_a_function_that_is_not_the_same_twice_is_refused():

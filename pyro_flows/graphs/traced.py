@@ -25,7 +25,7 @@ from .recording import Function, Recording, Results, Unrecordable, call_inner, r
 
 SECOND = 2  # the call that is recorded, since a function that is called once needs no graph
 LATER = 20  # the factor of rounding errors that later comparisons allow, at places where these may grow
-OFTEN = 4  # the calls per one that needs the function, below which there is no graph
+OFTEN, EARLY = 4, 8  # the calls per one that needs the function, below which there is no graph; so many may at first
 FAILURES = 3  # errors of recorded runs, after which no more are tried
 
 
@@ -103,7 +103,7 @@ class _OfShapes:
         self._unlike += isinstance(error, Unlike)
         if not isinstance(error, Unlike):
             self._refuse(f"{type(error).__name__}: {error}")
-        elif self._unlike * OFTEN > self._calls:
+        elif (self._unlike - EARLY) * OFTEN > self._calls:
             self._refuse("it branches on values that change")
 
     def _recorded(self, inputs: Sequence[Tensor]) -> Results:
