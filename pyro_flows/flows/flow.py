@@ -134,7 +134,7 @@ class Flow(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """True if the transforms run compiled: see :meth:`compile`."""
+        """True if the transforms run compiled (:meth:`compile`)."""
         return self._compiled is not None
 
     @contextlib.contextmanager
