@@ -335,8 +335,8 @@ def main() -> None:
         rows[name] = measure(name) if name in arguments.targets else measure_steps(name)
         print(rows[name], flush=True)
         write("".join(f"{json.dumps(row)}\n" for row in rows.values()), file)
-        posteriors = [row for row in rows.values() if "target" in row]
-        write(page(posteriors, [row for row in rows.values() if "kind" in row]), PAGE / "graph.md")
+    posteriors, steps = ([row for row in rows.values() if key in row] for key in ("target", "kind"))
+    write(page(posteriors, steps), PAGE / "graph.md")
 
 
 if __name__ == "__main__":
