@@ -1,7 +1,7 @@
 """Time to a posterior with a verdict: ``fit_svi`` and ``check``, compared with five ways to run NUTS.
 
-    python benchmarks/nuts.py                                   # about an hour
-    python benchmarks/nuts.py --methods pyro_flows NumPyro      # a quarter of that
+    python benchmarks/nuts.py                                   # about two hours, half of it to compile
+    python benchmarks/nuts.py --methods pyro_flows NumPyro      # half of that
     python benchmarks/nuts.py --quick --out DIR                 # two targets, short runs: a smoke run
 
 Each run has a fresh process and both cores to itself, with the threads that each library chooses.  The time is wall

@@ -25,7 +25,8 @@ from .recording import Function, Recording, Results, Unrecordable, call_inner, r
 
 SECOND = 2  # the call that is recorded, since a function that is called once needs no graph
 LATER = 20  # the factor of rounding errors that later comparisons allow, at places where these may grow
-OFTEN, EARLY = 4, 8  # the calls per one that needs the function, below which there is no graph; so many may at first
+EARLY = 8  # calls that may need the function in any case, such as those of a fit from a poor start
+OFTEN = 4  # the calls per further one that needs the function, below which there is no graph
 FAILURES = 3  # errors of recorded runs, after which no more are tried
 
 

@@ -17,6 +17,7 @@ declarations likewise.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -198,6 +199,10 @@ class PackedSite(NamedTuple):
         """Return the value inside of the support that a constant of the unconstrained space has."""
         return self.transform(self.start.new_full(self.event, at))
 
+    def two_values(self) -> Tensor:
+        """Return two values that tell supports apart, ``(2, *shape)``."""
+        return torch.stack([self.inner_value(at) for at in (0.0, 1.0)])
+
 
 Unpacked = Iterator[tuple[str, PackedSite, Tensor, Tensor]]
 
@@ -345,9 +350,11 @@ class Packing:
 
     def check_same(self, owner: str, other: Packing) -> None:
         """Raise ValueError if the sites have other supports in another packing, built with other arguments."""
-        flags = torch.stack([_has_support(part, other.parts.get(name)) for name, part in self.parts.items()])
-        for (name, part), is_same in zip(self.parts.items(), flags.tolist(), strict=True):  # one read of numbers
-            if not is_same:
+        shared = [name for name in self.parts if name in other.parts]
+        flags = [alike(self.parts[name].two_values(), other.parts[name].two_values()) for name in shared]
+        same = {*itertools.compress(shared, torch.stack(flags).tolist() if flags else [])}  # one read of numbers
+        for name, part in self.parts.items():
+            if name not in same:
                 there = other.parts.get(name)
                 supports = f"({there and there.support}) than the guide was built for ({part.support})"
                 fault = f"with these arguments latent site {name!r} has another support {supports}"
@@ -375,18 +382,11 @@ def _normal(free: Tensor, batch_dim: int) -> Tensor:
     return _sum_rightmost(dist.Normal(0.0, 1.0).log_prob(free), free.dim() - batch_dim)
 
 
-def _has_support(part: PackedSite, other: PackedSite | None) -> Tensor:
-    """Return whether two parts map unconstrained numbers, nearly, to the same values."""
-    values = torch.stack([part.inner_value(at) for at in (0.0, 1.0)])
-    there = values if other is None else torch.stack([other.inner_value(at) for at in (0.0, 1.0)])
-    if other is None or there.shape != values.shape:
-        return values.new_zeros((), dtype=torch.bool)
-    return values.isclose(there.to(values), rtol=1e-4, atol=1e-6).all()
-
-
-def alike(one: Tensor, other: Tensor) -> bool:
-    """True if two tensors have one shape and, nearly, the same values."""
-    return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=1e-4, atol=1e-6)
+def alike(one: Tensor, other: Tensor) -> Tensor:
+    """Return True, as a tensor, if two tensors have one shape and, nearly, the same values."""
+    if one.shape != other.shape:
+        return torch.zeros((), dtype=torch.bool, device=one.device)
+    return one.isclose(other.to(one), rtol=1e-4, atol=1e-6).all()
 
 
 def _of_one_row(owner: str, name: str, support: Any, axis: int, rows: int) -> Any:

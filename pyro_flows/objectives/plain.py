@@ -1,4 +1,4 @@
-"""Pyro's ``Trace_ELBO`` as a function of tensors alone, of which a graph can be recorded.
+"""Pyro's ``Trace_ELBO`` without reads of numbers, which a graph cannot hold.
 
     loss = E_q [log q(z) - log p(z, x)]
 
