@@ -85,13 +85,14 @@ class Threads:
             self.number, self._settled = 1, True
 
     @contextlib.contextmanager
-    def turn(self, size: int) -> Iterator[None]:
+    def turn(self, size: int, least: float = 0.0) -> Iterator[None]:
         """Let torch use the number for one step, and record its time; a step within a step changes nothing.
 
         Args:
             size: The amount of work, in any unit that all steps share.
+            least: The amount from which on several threads may help; a smaller step changes nothing.
         """
-        if self._is_busy:
+        if self._is_busy or size < least:
             yield
             return
         self._is_busy, start = True, time.perf_counter()

@@ -140,7 +140,7 @@ def in_parts(densities: Sequence[Callable[..., Tensor]], size: int, threads: Thr
         found = list[Tensor]()
         for part in parts:
             check_time()
-            with threads_without_gradient.turn(len(part)):
+            with threads_without_gradient.turn(len(part), size / 2):
                 found.append(sum((run(part) for run in runs), torch.zeros(())))
         return torch.cat(found)[: len(z)]
 
@@ -168,7 +168,7 @@ class _InParts(torch.autograd.Function):
             check_time()
             value, score = torch.zeros(()), torch.zeros_like(part)
             for one in scored:
-                with threads.turn(len(part)):
+                with threads.turn(len(part), size / 2):
                     own, of_part = (torch.as_tensor(of) for of in one(part, *others))
                 value, score = value + own, score + of_part
             found.append((value, score))
