@@ -572,7 +572,7 @@ def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
         hierarchy(y, size)
 
     whole = checkpointed(hierarchy, tmp_path / "whole")
-    with pytest.raises(SystemExit):
+    with pyro.settings.context(pyro_flows_compile="off"), pytest.raises(SystemExit):  # graphs do not call the model
         checkpointed(mortal, file)
     assert 0 < len(torch.load(file, weights_only=True)["losses"]) < 50
     pyro.clear_param_store()

@@ -9,6 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
+from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
 
 Y = torch.linspace(-1.0, 2.0, 10)
@@ -42,6 +43,10 @@ def test_the_density_is_that_of_all_rows(model, size):
     draws = Task(model, guide, (Y,), {}).check().draw(20)
     part = Task(model, guide, (Y, size), {}).check().settle()
     torch.testing.assert_close(part.model.log_prob(draws.latents, 20), draws.log_p, rtol=1e-5, atol=1e-4)
+    if not part.model.enumerated:  # then a population of annealing reads the prior off the same run
+        spaces = [Density(task) for task in (part, Task(model, guide, (Y,), {}).check())]
+        z = torch.randn(20, spaces[0].dim)
+        torch.testing.assert_close(*(space.log_prior_and_prob(z) for space in spaces), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

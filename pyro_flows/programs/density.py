@@ -375,7 +375,7 @@ class Density:
             return {TOTAL: view.log_prob(), PRIOR: view.log_prob(names.__contains__)}
 
         if prior is None:
-            found = self.task.model.run(read, placed.latents, len(z))
+            found = self.task.model.sum_of_rows(read, placed.latents, len(z))
         else:
             programs = {TOTAL: self.task.model, PRIOR: prior}
             found = {name: program.log_prob(placed.latents, len(z)) for name, program in programs.items()}

@@ -250,6 +250,13 @@ class Runner:
         """Return the same as :meth:`score` for a share of all rows; values that are held are those of all rows."""
         return self.on_rows(share).score(share.taken(held, self.single.nodes), size, sites)
 
+    def sum_of_rows(self, read: Read, held: Values, size: int) -> Values:
+        """Return log-densities that are read off a run, each summed over the shares of all rows."""
+        if not self.shares:
+            return self.run(read, held, size)
+        found = [self.on_rows(share).run(read, share.taken(held, self.single.nodes), size) for share in self.shares]
+        return {name: torch.stack([one[name] for one in found]).sum(0) for name in found[0]}
+
     def log_prob(self, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws, ``(N,)`` in nats, with discrete latents summed out.
 
