@@ -86,6 +86,7 @@ SOUND = {
     "a branch on data": lambda x: (x * 2 if bool((DATA > 0).any()) else x,),
     "a mask of data": lambda x: (x.sum(-1, keepdim=True) * DATA[DATA > 0],),
     "the data of a tensor": lambda x: ((x * 2).data * 2,),
+    "tensors without numbers": lambda x: (torch.cat((x[:0, 0] * 2, torch.tensor([]), x[:, 0])),),
     "vmap": torch.func.vmap(lambda row: (row.sin() @ row,)),
 }
 

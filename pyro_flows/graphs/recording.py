@@ -105,8 +105,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def place_of(tensor: Tensor) -> int:
-    """Return the address of the memory that a tensor shares with its views; 0 if it has no numbers."""
-    return tensor.untyped_storage().data_ptr()
+    """Return the address of the memory that a tensor shares with its views; one of its own if it has no numbers."""
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
 
 
 def record(function: Function, inputs: Sequence[Tensor]) -> tuple[Results, list[Call]]:
