@@ -75,6 +75,13 @@ def score(x: Tensor) -> tuple[Tensor, Tensor]:
         return value_and_score(lambda z: dist.StudentT(4.0, z[:, 0]).log_prob(DATA[:, None]).sum(0) * z[:, 1].exp(), x)
 
 
+def normalised(x: Tensor) -> Tensor:
+    """Return the gradient of a layer norm's bias alone; torch's operation has none for the weight."""
+    with torch.enable_grad():
+        bias = torch.zeros(3, requires_grad=True)
+        return torch.autograd.grad(torch.nn.functional.layer_norm(x, (3,), torch.ones(3), bias).exp().sum(), bias)[0]
+
+
 SOUND = {
     "score": score,
     "cholesky": cholesky,
@@ -87,6 +94,7 @@ SOUND = {
     "a mask of data": lambda x: (x.sum(-1, keepdim=True) * DATA[DATA > 0],),
     "the data of a tensor": lambda x: ((x * 2).data * 2,),
     "tensors without numbers": lambda x: (torch.cat((x[:0, 0] * 2, torch.tensor([]), x[:, 0])),),
+    "results that are left out": lambda x: (normalised(x),),
     "vmap": torch.func.vmap(lambda row: (row.sin() @ row,)),
 }
 

@@ -12,7 +12,7 @@ models of as many latents.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,8 +138,7 @@ class Graph:
                 continue
             targets = [self._named(tensor, f"v{len(found)}_{number}") for number, tensor in enumerate(made)]
             known[text] = targets
-            comma = "" if isinstance(call.result, Tensor) else ","
-            line = f"{', '.join(targets)}{comma} = {text}" if targets else text
+            line = f"{_assigned(call.result, iter(targets))} = {text}" if targets else text
             places = {place_of(tensor) for tensor in call.given}, {place_of(tensor) for tensor in call.written}
             inner = call.operation if call.is_inner else None
             found.append(Statement(targets, line, uses, places[1], places[0], inner))
@@ -216,6 +215,13 @@ class Graph:
 @functools.cache
 def _name_of_operation(operation: torch._ops.OpOverload) -> str:
     return str(operation).replace(".", "_").replace("::", "_")
+
+
+def _assigned(result: Any, names: Iterator[str]) -> str:
+    """Return the left side of a statement, where an operation may leave out some of its results."""
+    if isinstance(result, Tensor):
+        return next(names)
+    return "".join(f"{'_' if part is None else next(names)}, " for part in result)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
