@@ -17,6 +17,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 from torch import Tensor
 
 from pyro_flows import AutoFlow, AutoStructuredFlow, check, fit_svi
+from pyro_flows.bijectors import Affine
+from pyro_flows.conditioners import MADE
 from pyro_flows.flows import realnvp
 from pyro_flows.graphs import Traced, packages
 from pyro_flows.graphs.code import Code, agree
@@ -26,6 +28,7 @@ from pyro_flows.objectives import PathELBO
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.log_density import SPARE, or_nan, standard_sizes
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.transforms import Autoregressive
 from pyro_flows.vjp import value_and_score
 
 DATA = torch.linspace(-1, 2, 6)
@@ -75,6 +78,10 @@ def score(x: Tensor) -> tuple[Tensor, Tensor]:
         return value_and_score(lambda z: dist.StudentT(4.0, z[:, 0]).log_prob(DATA[:, None]).sum(0) * z[:, 1].exp(), x)
 
 
+LAYER = Autoregressive(Affine(), MADE(3, num_params=2)).requires_grad_(False)
+torch.nn.init.normal_(LAYER.conditioner.output.weight)
+
+
 def normalised(x: Tensor) -> Tensor:
     """Return the gradient of a layer norm's bias alone; torch's operation has none for the weight."""
     with torch.enable_grad():
@@ -94,6 +101,7 @@ SOUND = {
     "a mask of data": lambda x: (x.sum(-1, keepdim=True) * DATA[DATA > 0],),
     "the data of a tensor": lambda x: ((x * 2).data * 2,),
     "tensors without numbers": lambda x: (torch.cat((x[:0, 0] * 2, torch.tensor([]), x[:, 0])),),
+    "an autoregressive inverse": lambda x: LAYER.inverse_and_log_det(x.float()),
     "results that are left out": lambda x: (normalised(x),),
     "vmap": torch.func.vmap(lambda row: (row.sin() @ row,)),
 }

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from ..arguments import BIJECTOR, check_flags, check_kind
 from ..bijectors import Bijector
-from ..compiler_state import is_traced
+from ..compiler_state import is_mapped
 from ..conditioners import MADE, CausalTransformer, Tokens, stream, stream_vjp
 from ..vjp import vjp
 from .base import FlowTransform
@@ -244,7 +244,7 @@ class Autoregressive(FlowTransform):
         batch, y, context = self._rows_of(y, context)
         if isinstance(self.conditioner, CausalTransformer):
             x, log_det = invert_tokens(self.bijector, self.conditioner, y, context)
-        elif is_traced():
+        elif is_mapped():
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
             names, weights = zip(*self.conditioner.named_parameters(), strict=True)
