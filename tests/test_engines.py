@@ -26,6 +26,7 @@ from pyro_flows.fitting.guide_start import start_from_gaussian
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.density import Density
 from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.sampling.coordinates import White
 from pyro_flows.vjp import score_of
 
 X = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
@@ -637,3 +638,17 @@ def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
         assert words in repr(found)
     assert len(found.psis.log_weights) == 300
     assert len(COUNTED) < 2500
+
+
+@pytest.mark.filterwarnings("ignore:the model runs one draw")
+def test_the_search_for_modes_of_a_slow_model_ends_by_its_budget(monkeypatch):
+    guide = AutoFlow(one_by_one).setup(Y[0])
+    task = Task(one_by_one, guide, (Y[0],), {}).settle()
+    task.model = task.model.with_(choice=task.model.choice._replace(seconds=1e-3))
+    space = Density(task)
+    draws = space.draw(100)
+    monkeypatch.setattr(missing_modes, "SEARCH", dataclasses.replace(missing_modes.SEARCH, seconds=1.0))
+    COUNTED.clear()
+    found = missing_modes.search(space, White(draws.z), draws, missing_modes.further_draws(space, draws), 0.0)
+    assert found.share > 0.5  # the guide is not trained
+    assert len(COUNTED) < 10_000  # 1,000 runs, and a look at what was found; without a budget 40,000

@@ -159,7 +159,7 @@ def follow(
         if large is not None:
             is_right &= bool((bent.errors + bent.noise < TOLERANCE.bent).all()) and bool(wide.are_clear.all())
             is_off = torch.cat((is_off, bent.beyond(TOLERANCE.bent)), -1)
-        if is_right or (block > 0 and bool(is_off.any())) or budget.is_spent:
+        if is_right or (block > 0 and bool(is_off.any())) or budget.is_spent():
             break
     return drift, bent, shape.shape(), chains.acceptance, None if large is None else wide
 

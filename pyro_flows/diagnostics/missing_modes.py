@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..programs.density import Density, Drawn, Scored
+from ..programs.log_density import GRADIENT, RunBudget
 from ..sampling.annealed_population import Reference, anneal
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
@@ -55,6 +56,7 @@ class Search:
 
     Attributes:
         gradients: The most gradients to anneal the population.
+        seconds: The time to search, if the model runs one draw at a time; half of it to anneal.
         starts: Gradient ascents.
         surprise: Nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20.
         faint: Nats per coordinate by which a wide mode may be lower than the guide's.
@@ -66,6 +68,7 @@ class Search:
         along: The share of the way back along which a neck's density falls by little,
         steep: at most these nats, and one for each latent of its scale.
         probes: Draws of all fitted distributions.
+        few: Points that the guide lacks, if the model runs one draw at a time.
         places: The places to look at for narrow modes.
         at_once: The places that run at once.
         wide: The share of places that are spread more widely.
@@ -81,6 +84,7 @@ class Search:
     """
 
     gradients: int = 150
+    seconds: float = 60.0
     starts: int = 64
     surprise: float = 3.0
     faint: float = 20.0
@@ -92,6 +96,7 @@ class Search:
     along: float = 0.2
     steep: float = 3.0
     probes: int = 4000
+    few: int = 32
     places: int = 100_000
     at_once: int = 4096
     wide: float = 0.4
@@ -121,12 +126,12 @@ def search(space: Density, white: White, draws: Drawn, others: Scored, evidence:
     """
     if (beyond := unreached(space.task)).outside:
         return beyond
-    reference = Reference(prior_of(space), white.loc, white.scale_tril)
-    density = reference.log_p
-    lacking, is_blind = _lacking(space, white, reference, draws, others, evidence)
-    fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
+    reference, budget = Reference(prior_of(space), white.loc, white.scale_tril), space.task.budget(SEARCH.seconds)
+    density = budget.counted(reference.log_p)
+    lacking, is_blind = _lacking(space, white, reference, draws, others, evidence, budget)
+    fitted = _fitted(density, lacking, white, evidence, budget) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing()
-    neck = "" if found.place is None else _neck(space, white, density, draws, found.place)
+    neck = "" if found.place is None or budget.is_spent() else _neck(space, white, density, draws, found.place)
     places = len(others.z)
     narrowest = narrowest_shown(space.dim, len(draws.z) + places - int(SEARCH.wide * places)) if places else 1.0
     return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest)
@@ -159,27 +164,39 @@ def _neck(space: Density, white: White, density: LogDensity, draws: Drawn, place
 
 
 def _lacking(
-    space: Density, white: White, reference: Reference, draws: Drawn, others: Scored, evidence: float
+    space: Density,
+    white: White,
+    reference: Reference,
+    draws: Drawn,
+    others: Scored,
+    evidence: float,
+    budget: RunBudget,
 ) -> tuple[Tensor, bool]:
-    """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
+    """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed.
+
+    If the model runs one draw at a time, half of the budget is for the population, and the points are few.
+    """
     alone, starts = space.task.runs_one_by_one, SEARCH.starts
     particles, number = (REACH.few, starts // 8) if alone else (REACH.particles, starts // 2)
-    population = anneal(reference, particles, EFFORT._replace(gradients=SEARCH.gradients))
-    drawn, density = reference.draw(particles), reference.log_p
+    gradients = int(min(SEARCH.gradients, budget.number / (2 * GRADIENT * particles)))
+    population = anneal(reference, particles, EFFORT._replace(gradients=gradients))
+    drawn, density = reference.draw(particles), budget.counted(reference.log_p)
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - SEARCH.faint * (1 + space.dim)
-    places = [white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn, faint)]
+    places = [white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn, faint, budget.is_spent)]
     arrived = drawn[:0]
     if population is not None and population.has_arrived:
         arrived = population.z
     elif population is not None:  # its particles have not reached the posterior
         places.append(population.z)
-    tops = climb(density, white, torch.cat(places), least=faint), peaks(space, density, white, draws, others)
-    found = space.wrapped(torch.cat((arrived, *tops)), white.loc)
+    tops = climb(density, white, torch.cat(places), least=faint, is_over=budget.is_spent)
+    narrow = peaks(space, density, white, draws, others)
+    found = space.wrapped(torch.cat((arrived, tops, narrow)), white.loc)
     with torch.no_grad():
         heights = density(found)
     surprise = _known(heights - log_q(space, found) - evidence, math.inf)
-    return found[(surprise > SEARCH.surprise) & (heights > faint)], population is None
+    lacking = found[(surprise > SEARCH.surprise) & (heights > faint)]
+    return lacking[torch.randperm(len(lacking))[: SEARCH.few]] if alone else lacking, population is None
 
 
 def further_draws(space: Density, draws: Drawn) -> Scored:
@@ -267,10 +284,12 @@ class MultivariateT(NamedTuple):
         return scale - log_det - (DF + dim) / 2 * (size / DF).log1p()
 
 
-def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[MultivariateT]:
+def _fitted(
+    density: LogDensity, places: Tensor, white: White, evidence: float, budget: RunBudget
+) -> list[MultivariateT]:
     """Return a distribution around each of the modes of some points."""
     around = White(places) if len(places) > places.shape[1] else white
-    ends = ascend(density, around, places)
+    ends = ascend(density, around, places, budget.is_spent)
     with torch.no_grad():
         heights = _known(density(ends))
     labels, dim = components(density, around, ends), places.shape[1]
@@ -294,7 +313,8 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
 @torch.no_grad()
 def _missed(space: Density, density: LogDensity, draws: Drawn, fitted: list[MultivariateT]) -> Missing:
     """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
-    probes = [proposal.sample(SEARCH.probes // len(fitted)) for proposal in fitted]
+    number = WEIGHING.alone if space.task.runs_one_by_one else SEARCH.probes
+    probes = [proposal.sample(number // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
     log_p = torch.cat((draws.log_p, *map(density, probes)))
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))

@@ -199,9 +199,8 @@ class RunBudget:
         self.number, self.cost = seconds / cost if cost else math.inf, cost
         self._spent, self._is_told = 0, False
 
-    @property
     def is_spent(self) -> bool:
-        """True if all runs are spent."""
+        """Return True once all runs are spent."""
         return self._spent > self.number
 
     def counted(self, density: LogDensity) -> LogDensity:
@@ -217,10 +216,10 @@ class RunBudget:
         """Return a function that ends a search, as ``watch`` does, and warns, once all runs are spent."""
 
         def watch_runs(*words: str) -> bool:
-            if self.is_spent and not self._is_told:
+            if self.is_spent() and not self._is_told:
                 self._is_told = True
                 warn_user(f"{caller}: the search for a start ended after {self.number:.0f} runs, as {self.words}.")
-            return watch(*words) or self.is_spent
+            return watch(*words) or self.is_spent()
 
         return watch_runs
 

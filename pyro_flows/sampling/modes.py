@@ -27,6 +27,7 @@ from .annealed_population import Population
 from .coordinates import White
 from .gaussian import Gaussian, match_top
 
+IsOver = Callable[[], bool]
 Wrapped = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -67,7 +68,12 @@ CLIMBS = Climbs()
 
 
 def climb(
-    density: LogDensity, coordinates: White, z: Tensor, size: float | Tensor = 0.5, least: float = -math.inf
+    density: LogDensity,
+    coordinates: White,
+    z: Tensor,
+    size: float | Tensor = 0.5,
+    least: float = -math.inf,
+    is_over: IsOver = lambda: False,
 ) -> Tensor:
     """Climb by Adam with decreasing step sizes; return the highest place on each path, ``(N, D)``.
 
@@ -81,6 +87,7 @@ def climb(
         size: The first step of each coordinate, for all climbs or for each, ``(N, 1)``.  A climb moves at most 30 times
             as far.
         least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
+        is_over: Returns True once all climbs have to end.
     """
     x = coordinates.inverse(z)
     best, highest, slope = x.clone(), torch.full_like(x[:, 0], -math.inf), torch.zeros_like(x)
@@ -111,13 +118,13 @@ def climb(
             reach = sizes[left] * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # each coordinate's remaining path
             goes_on &= highest[left] + (reach * slope[left].abs()).sum(-1) >= least
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
-            if not len(left):
+            if not len(left) or is_over():
                 break
     return coordinates.forward(best)[0]
 
 
 @torch.no_grad()
-def ascend(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
+def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: IsOver = lambda: False) -> Tensor:
     """Climb within modes.
 
     A climb that has crossed a valley is repeated with smaller steps.  Places whose last climb still crosses one stay.
@@ -125,22 +132,23 @@ def ascend(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
     ends, left = z.clone(), torch.arange(len(z), device=z.device)
     shares = torch.arange(1, CLIMBS.waypoints).to(z).view(-1, 1, 1) / CLIMBS.waypoints
     for size in CLIMBS.sizes:
-        start, end = z[left], climb(density, coordinates, z[left], size)
+        start, end = z[left], climb(density, coordinates, z[left], size, is_over=is_over)
         path = density((start + shares * (end - start)).flatten(0, 1)).view(len(shares), -1)
         lowest = path.nan_to_num(-math.inf, math.inf, -math.inf).amin(0)
         crosses = lowest < density(start).nan_to_num(-math.inf, math.inf, -math.inf) - CLIMBS.dip
         ends[left[~crosses]] = end[~crosses]
         left = left[crosses]
-        if not len(left):
+        if not len(left) or is_over():
             break
     return ends
 
 
-def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
+def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf, is_over: IsOver = lambda: False) -> Tensor:
     """Return places to look for modes that a population misses, given draws z of the prior.
 
     These are the origin, the median of the draws, places between that and some draws, and the ends of climbs from all
-    draws and from places far around them.  Climbs end early if they cannot reach the log-density ``least``.
+    draws and from places far around them.  Climbs end early if they cannot reach the log-density ``least``, or once
+    ``is_over`` returns True.
     """
     z = z[z.isfinite().all(-1)]
     if len(z) < 3:
@@ -150,7 +158,7 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
     white, few = White(z), torch.stack((torch.zeros_like(middle), middle))
     beyond = white.forward(far(white.inverse(some)))[0]
     starts, sizes = torch.cat((z, beyond)), torch.tensor([CLIMBS.narrow] * len(z) + [CLIMBS.far] * len(beyond))
-    return torch.cat((few, between, climb(density, white, starts, sizes.unsqueeze(-1), least)))
+    return torch.cat((few, between, climb(density, white, starts, sizes.unsqueeze(-1), least, is_over)))
 
 
 def far(x: Tensor) -> Tensor:
