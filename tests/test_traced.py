@@ -170,6 +170,15 @@ def test_what_may_differ_from_call_to_call_runs_as_it_is(function):
     assert traced.refusal
 
 
+def test_long_lists_of_operations_are_refused(monkeypatch):
+    monkeypatch.setattr("pyro_flows.graphs.recording.MOST", 50)
+    run = counted(lambda x: (functools.reduce(lambda y, _: y + 1, range(60), x),))
+    traced = Traced(run)
+    assert_same(traced)
+    assert traced.refusal == "it calls more than 50 operations"
+    assert run.count == 10  # half of them for comparison; none is repeated
+
+
 @pytest.mark.parametrize("draws", [False, True])
 def test_a_branch_that_is_rarely_taken_runs_the_function_on_the_same_draws(draws):
     def function(x: Tensor) -> tuple[Tensor]:

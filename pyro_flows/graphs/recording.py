@@ -36,11 +36,12 @@ NEW = aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_emp
 BATCH_NORMS = aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default
 TO_PYTHON = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__}
 OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # they read the tensors in a list
+MOST = 20_000  # operations in a recording; longer lists, as of a loop over draws, cost more than they gain
 SHAPED = {*LIKE, *NEW}  # they read the shape of a tensor and none of its numbers
 
 
 class Unrecordable(Exception):
-    """A function whose operations may depend on the values of its inputs."""
+    """A function whose operations may depend on the values of its inputs, or are too many for a list."""
 
 
 class Traits(NamedTuple):
@@ -158,7 +159,8 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, operation: Operation, *args: Any, **kwargs: Any) -> Any:
         result = operation(*args, **kwargs)
-        self.calls.append(Call(operation, args, kwargs, result))
+        if len(self.calls) <= MOST:
+            self.calls.append(Call(operation, args, kwargs, result))
         return result
 
 
@@ -189,10 +191,12 @@ class Recording:
         guards: The truth values that Python has read, with the tensors that they depend on.
 
     Raises:
-        Unrecordable: If the operations may depend on the values of the inputs.
+        Unrecordable: If the operations may depend on the values of the inputs, or are too many.
     """
 
     def __init__(self, inputs: Sequence[Tensor], outputs: Results, calls: list[Call]) -> None:
+        if len(calls) > MOST:
+            raise Unrecordable(f"it calls more than {MOST:,} operations")
         self.inputs, self.outputs, self.calls, self.found = list(inputs), outputs, calls, list[Tensor]()
         self.written = {place_of(tensor) for call in self.calls for tensor in call.written}
         self.changing = {place_of(tensor) for tensor in inputs}
