@@ -629,8 +629,9 @@ def test_a_check_of_a_slow_model_says_what_it_leaves_out(monkeypatch):
         cov = torch.linalg.inv(torch.eye(2) + 1.0)
         pyro.sample("w", dist.MultivariateNormal(cov.sum(-1) * y, cov))
 
-    for module in ("importance", "few_latents", "measurements"):
+    for module in ("importance", "few_latents"):
         monkeypatch.setattr(f"pyro_flows.diagnostics.{module}.WEIGHING", Weighing(seconds=1e-3))
+    monkeypatch.setattr(measurements, "SHORT_RUN", dataclasses.replace(measurements.SHORT_RUN, seconds=1e-3))
     COUNTED.clear()
     found = pf.check(one_by_one, exact, Y[0])
     assert found.trusted

@@ -15,7 +15,7 @@ from ..programs.density import Density, Drawn
 from ..sampling.chains import MOVES, Chains
 from ..sampling.coordinates import Coordinates, GuideDensity, White
 from .drift import TOLERANCE, Drift, DriftMeter, Shape, ShapeMeter, SpreadMeter, Spreads
-from .importance import WEIGHING, Psis, weigh
+from .importance import Psis, weigh
 from .row_weights import RowWeights
 from .unreached import Missing
 
@@ -29,6 +29,7 @@ class ShortRun:
     Attributes:
         chains: The usual number of chains.
         alone: The chains of a model that runs one draw at a time.
+        seconds: The time that these may take.
         adapt: The sweeps that adapt the step sizes.
         tries: The most such sweeps, if steps are far too long.
         sweeps: The most sweeps afterwards.
@@ -39,6 +40,7 @@ class ShortRun:
 
     chains: int = 256
     alone: int = 16
+    seconds: float = 60.0
     adapt: int = 4
     tries: int = 16
     sweeps: int = 50
@@ -132,12 +134,12 @@ def follow(
         The errors of moments, those along directions, those of distribution functions, the acceptance, and the errors
         of scales that latents share.
     """
-    budget, chart, start = space.task.budget(WEIGHING.seconds), charts[-1], (began.z, began.z) if twin else (began.z,)
+    budget, chart, start = space.task.budget(SHORT_RUN.seconds), charts[-1], (began.z, began.z) if twin else (began.z,)
     chains = Chains(budget.counted(space.log_prob), charts, torch.cat(start), twin=twin)
     places = list[Tensor]()
     for place in chains.sweeps(SHORT_RUN.tries, adapt=True):
         places.append(place)
-        if len(places) >= SHORT_RUN.adapt and max(chains.acceptance) > MOVES.frozen:
+        if budget.is_spent() or (len(places) >= SHORT_RUN.adapt and max(chains.acceptance) > MOVES.frozen):
             break
     axes = _axes(chart.inverse(torch.cat(places))) if axes is None else axes
     axes = axes[:, :0] if space.read.angles else axes  # because periodic coordinates have neither mean nor variance
@@ -153,6 +155,8 @@ def follow(
             values = quantities, shaped(quantities, z), chart.inverse(z) @ axes, squares(z)
             for part, value in zip((meter, shape, compass, spread), values, strict=True):
                 part.record(*value.split(len(began.z)))
+            if budget.is_spent():
+                break
         drift, wide = meter.drift(), spread.spreads()
         bent = compass.drift().unless_beyond(TOLERANCE.bent, compass.so_far())
         is_right, is_off = bool((drift.errors + spare * drift.noise < TOLERANCE.right).all()), drift.flagged(certain)
