@@ -84,7 +84,7 @@ class Search:
     """
 
     gradients: int = 150
-    seconds: float = 60.0
+    seconds: float = 30.0
     starts: int = 64
     surprise: float = 3.0
     faint: float = 20.0
