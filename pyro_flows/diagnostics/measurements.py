@@ -40,7 +40,7 @@ class ShortRun:
 
     chains: int = 256
     alone: int = 16
-    seconds: float = 30.0
+    seconds: float = 20.0
     adapt: int = 4
     tries: int = 16
     sweeps: int = 50

@@ -84,7 +84,7 @@ class Search:
     """
 
     gradients: int = 150
-    seconds: float = 30.0
+    seconds: float = 20.0
     starts: int = 64
     surprise: float = 3.0
     faint: float = 20.0
@@ -297,13 +297,14 @@ def _fitted(
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > SEARCH.enough * dim else None  # for modes with too few particles
     tops = highest_of_each(labels, heights)[: SEARCH.modes]
-    highest = heights[tops].argsort(descending=True, stable=True)[: SEARCH.matched].tolist()
+    matched = 1 if budget.is_spent() else SEARCH.matched
+    highest = heights[tops].argsort(descending=True, stable=True)[:matched].tolist()
     fitted = []
     for label, (mode, top) in enumerate(zip(modes, ends[tops], strict=False)):
         fit = White(mode) if len(mode) > SEARCH.enough * dim else pooled
         if fit is not None:
             fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
-        if label < SEARCH.matched or label in highest:  # because quickly annealed particles spread too widely
+        if label < matched or label in highest:  # because quickly annealed particles spread too widely
             found = match_top(density, top, white.scale_tril)
             if found is not None and found.elbo > evidence - SEARCH.least:
                 fitted.append(MultivariateT(found.loc, found.scale_tril))
