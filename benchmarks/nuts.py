@@ -57,6 +57,12 @@ NUMPYRO = {  # by the chain method
     "NumPyro, parallel": "parallel",
     "NumPyro, one program": sample.one_program,
 }
+WAYS = {
+    "NumPyro": "the chains run one after another, as in `MCMC(NUTS(model), ...)`, with the progress bar on.",
+    "NumPyro, parallel": "the chains run in parallel, after `numpyro.set_host_device_count(4)`.",
+    "NumPyro, one program": "one compiled loop runs all chains, by a chain method of the benchmark.",
+    PYRO: "one chain.",
+}
 METHODS = OURS, WARM, *NUMPYRO, NUTPIE, PYRO
 CODE = Path(tempfile.gettempdir()) / "pyro_flows_nuts"  # folders of compiled code, by target
 CHAINS, WARMUP, DRAWS, JUDGED = 4, 1000, 1000, 10_000
@@ -246,10 +252,7 @@ def table(rows: list[Row]) -> str:
         "",
         "* *pyro_flows* begins without compiled code. *pyro_flows, warm* is the same program again, once the code that "
         "it asked for is compiled.",
-        "* *NumPyro*: the chains run one after another, as in `MCMC(NUTS(model), ...)`, with the progress bar on.",
-        "* *NumPyro, parallel*: the chains run in parallel, after `numpyro.set_host_device_count(4)`.",
-        "* *NumPyro, one program*: one compiled loop runs all chains, by a chain method of the benchmark.",
-        "* *Pyro*: one chain.",
+        *(f"* *{method}*: {words}" for method, words in WAYS.items() if any(place[1] == method for place in found)),
         "* *s*: wall time from the model to the answer, with compilation, without the imports at the top of a program.",
         "* *ESS*: ours is that of 10,000 independent draws with importance weights. It is too high where k-hat is "
         "above .7. That of NUTS is for 4,000 draws of chains.",
