@@ -652,4 +652,5 @@ def test_the_search_for_modes_of_a_slow_model_ends_by_its_budget(monkeypatch):
     COUNTED.clear()
     found = missing_modes.search(space, White(draws.z), draws, missing_modes.further_draws(space, draws), 0.0)
     assert found.share > 0.5  # the guide is not trained
+    assert found.cut == "the model runs one draw at a time, and a run takes 0.001 s"
     assert len(COUNTED) < 10_000  # 1,000 runs, and a look at what was found; without a budget 40,000

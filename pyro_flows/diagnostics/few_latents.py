@@ -51,6 +51,7 @@ def look(space: Density, num_samples: int | None, num_chains: int | None) -> Mea
         missing = search(space, white, draws, others, psis.log_evidence)
         rare = rare if alone else outliers(space, draws, others.z, psis)
     scope = f"There was no search for other modes, since {slow}." if slow else ""
+    scope = f"The search for other modes ended early, since {missing.cut}." if missing.cut else scope
     measured = psis, chains, along, weighted, (shape, of_weights), space.read.names, missing, rare, acceptance
     return Measurements(*measured, scope=scope)
 

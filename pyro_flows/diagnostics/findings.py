@@ -198,7 +198,7 @@ def _flags(seen: Measurements) -> tuple[Tensor, Tensor]:
 
 def _elsewhere(seen: Measurements) -> Iterator[Finding]:
     """Yield findings of mass that the guide misses."""
-    share, noise, _, error, _, neck, outside, _ = seen.missing
+    share, noise, _, error, _, neck, outside, *_ = seen.missing
     if outside and not share <= max(JUDGEMENT.lost, noise):  # also if the share is unknown
         yield Finding("support", outside, share, noise)
     elif share > max(JUDGEMENT.lost, noise):  # mass within its noise still counts

@@ -134,7 +134,8 @@ def search(space: Density, white: White, draws: Drawn, others: Scored, evidence:
     neck = "" if found.place is None or budget.is_spent() else _neck(space, white, density, draws, found.place)
     places = len(others.z)
     narrowest = narrowest_shown(space.dim, len(draws.z) + places - int(SEARCH.wide * places)) if places else 1.0
-    return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest)
+    cut = budget.words if budget.is_spent() else ""
+    return found._replace(is_blind=is_blind, neck=neck, narrowest=narrowest, cut=cut)
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ class Missing(NamedTuple):
         outside: The guide's sites whose support leaves the mass out, in words; empty if the support is the model's.
         narrowest: The scale of the narrowest mode within the guide's draws that the search finds with a chance of
             95 %, relative to the guide's standard deviations; 1 if it did not look for narrow modes.
+        cut: The reason why the search ended early, in words; empty if it did not.
     """
 
     share: float = 0.0
@@ -76,6 +77,7 @@ class Missing(NamedTuple):
     neck: str = ""
     outside: str = ""
     narrowest: float = 1.0
+    cut: str = ""
 
 
 def check_reach(caller: str, task: Task) -> None:

@@ -163,7 +163,9 @@ class Check(Measurements):
         low, high = self.sd_ratios
         share, gravest = self.missing.share, self._gravest
         after = NEXT["weights"] if self.verdict == "reweight" else gravest.next if gravest else ""
-        missing = "?" if self.scope else f"{share:.{4 if self.findings and 0 < share < LITTLE else 2}f}"
+        missing = (
+            "?" if self.scope and not share > 0 else f"{share:.{4 if self.findings and 0 < share < LITTLE else 2}f}"
+        )
         return (
             f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
             f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
