@@ -111,15 +111,20 @@ def numpyro(name: str, seed: int, warmup: int, draws: int, method: Any) -> Found
 
 
 def nutpie(name: str, seed: int, warmup: int, draws: int) -> Found:
-    """Run nutpie on the log-density of the NumPyro model, compiled by JAX."""
-    import jax
+    """Run nutpie on a target."""
     import numpyro_models
+
+    return with_nutpie(numpyro_models.load(name), seed, warmup, draws)
+
+
+def with_nutpie(model: Any, seed: int, warmup: int, draws: int, **settings: Any) -> Found:
+    """Run nutpie on the log-density of a NumPyro model, compiled by JAX."""
+    import jax
     import nutpie
     from jax.flatten_util import ravel_pytree
     from numpyro.infer.util import initialize_model
     from nutpie.compiled_pyfunc import from_pyfunc
 
-    model = numpyro_models.load(name)
     start = sample.clocks()
     known = initialize_model(jax.random.PRNGKey(seed), model)
     first, unravel = ravel_pytree(known.param_info.z)
@@ -143,7 +148,7 @@ def nutpie(name: str, seed: int, warmup: int, draws: int) -> Found:
             np.asarray(first) + 0.1 * np.random.default_rng(seed).normal(size=len(first))
         ),
     )
-    trace = nutpie.sample(compiled, draws=draws, tune=warmup, chains=CHAINS, seed=seed, progress_bar=False)
+    trace = nutpie.sample(compiled, draws=draws, tune=warmup, chains=CHAINS, seed=seed, progress_bar=False, **settings)
     flat = np.asarray(trace.posterior["z"])
     seconds = sample.elapsed(start)["seconds"]
     constrain = jax.jit(jax.vmap(lambda z: known.postprocess_fn(unravel(z))))
