@@ -39,6 +39,7 @@ FACT_NAMES = (
 )
 KEPT, EXACT_DRAWS, CHAINS, WARMUP, DRAWS = 300, 40_000, 4, 1000, 1000
 CONVERGED, ENOUGH, LIMIT = 1.01, 4000, 600.0
+ONE_SAMPLER = "the second sampler did not end"
 HEAVY, FLAT, DOUBT, DIVERGING = 0.3, 1e-9, 1e-3, 1e-3
 
 Row = dict[str, str]
@@ -248,7 +249,7 @@ def find(name: str, limit: float, tell: Callable[[Any], None]) -> None:
     elif facts["how"] != "NUTS":
         tell((facts, found))
     else:
-        tell((facts | {"failed": "the second sampler did not end"}, found))
+        tell((facts | {"failed": ONE_SAMPLER}, found))
         facts |= compared(name, target, found)
         tell((facts | {"seconds": time.perf_counter() - began}, found))
 
@@ -274,8 +275,7 @@ def save(facts: Row, found: dict[str, Reference], table: Path = TABLE, facts_tab
 
 def references(name: str) -> dict[str, Reference]:
     """Return the reference of each number of a posterior; empty if there is none that can be relied on."""
-    facts = next((row for row in read(FACTS) if row["posterior"] == name), None)
-    if facts is None or not is_sound(facts):
+    if not any(is_sound(row) for row in read(FACTS) if row["posterior"] == name):
         return {}
     rows = [row for row in read(TABLE) if row["posterior"] == name]
     return {row["number"]: Reference(*(float(row[key] or "nan") for key in NUMBERS)) for row in rows}
@@ -283,7 +283,8 @@ def references(name: str) -> dict[str, Reference]:
 
 def is_sound(facts: Row) -> bool:
     """True if a reference can be relied on: it is exact or published, or has converged without a contradiction."""
-    return facts["how"] != "NUTS" or facts["agrees"] == "True" or facts["failed"] == "the second sampler did not end"
+    has_one = facts.get("failed") == ONE_SAMPLER
+    return facts.get("how") in ("exact", "posteriordb") or facts.get("agrees") == "True" or has_one
 
 
 def prepare(threads: int, chains: int = 1) -> None:
