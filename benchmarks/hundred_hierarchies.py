@@ -343,3 +343,378 @@ def group_variances() -> Case:
             pyro.sample("y", rows.to_event(1), obs=y)
 
     return model, (y,)
+
+
+def _slopes(name: str, groups: int, rows: int, scales: list[float]) -> tuple[Any, np.random.Generator]:
+    """Return groups, predictors and the linear predictor of correlated coefficients per group."""
+    random = rng(name)
+    size = len(scales)
+    group = np.repeat(np.arange(groups), rows)
+    x = np.concatenate([np.ones((len(group), 1)), random.normal(size=(len(group), size - 1))], axis=1)
+    correlation = np.where(np.eye(size) == 1.0, 1.0, 0.4)
+    factor = np.array(scales)[:, None] * np.linalg.cholesky(correlation)
+    theta = 0.5 + random.normal(size=(groups, size)) @ factor.T
+    return (group, x, (x * theta[group]).sum(-1)), random
+
+
+@entry("correlated effects")
+def lkj_slopes_8() -> Case:
+    """Correlated intercepts and slopes of 8 groups of 12 rows, linear, centred: 22 latents."""
+    (group, x, mean), random = _slopes("lkj_slopes_8", 8, 12, [1.0, 0.5])
+
+    def model(group: Array, x: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        scales = pyro.sample("scales", dist.HalfNormal(2.0).expand([2]).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, concentration=2.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        with pyro.plate("group", 8):
+            theta = pyro.sample("theta", dist.MultivariateNormal(mu, scale_tril=scales[..., None] * factor))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal((x * theta[group]).sum(-1), sigma), obs=y)
+
+    return model, (group, x, mean + 0.8 * random.normal(size=len(mean)))
+
+
+@entry("correlated effects")
+def lkj_slopes_30() -> Case:
+    """Correlated intercepts and slopes of 30 groups of 20 rows, logistic, centred: 65 latents."""
+    (group, x, score), random = _slopes("lkj_slopes_30", 30, 20, [0.9, 0.6])
+    y = (score + random.logistic(size=len(score)) > 0.0).astype(float)
+
+    def model(group: Array, x: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        scales = pyro.sample("scales", dist.HalfNormal(1.0).expand([2]).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, concentration=1.0))
+        with pyro.plate("group", 30):
+            theta = pyro.sample("theta", dist.MultivariateNormal(mu, scale_tril=scales[..., None] * factor))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=(x * theta[group]).sum(-1)), obs=y)
+
+    return model, (group, x, y)
+
+
+@entry("correlated effects")
+def lkj_slopes_30_noncentred() -> Case:
+    """Correlated intercepts and slopes of 30 groups of 20 rows, logistic, non-centred: 65 latents."""
+    (group, x, score), random = _slopes("lkj_slopes_30_noncentred", 30, 20, [0.9, 0.6])
+    y = (score + random.logistic(size=len(score)) > 0.0).astype(float)
+
+    def model(group: Array, x: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        scales = pyro.sample("scales", dist.HalfNormal(1.0).expand([2]).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, concentration=1.0))
+        with pyro.plate("group", 30):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        theta = mu + torch.einsum("gk,jk->gj", z, scales[..., None] * factor)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=(x * theta[group]).sum(-1)), obs=y)
+
+    return model, (group, x, y)
+
+
+@entry("correlated effects")
+def lkj_slopes_200() -> Case:
+    """Correlated intercepts and slopes of 200 groups of 8 rows, linear, centred: 406 latents."""
+    (group, x, mean), random = _slopes("lkj_slopes_200", 200, 8, [1.0, 0.5])
+
+    def model(group: Array, x: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        scales = pyro.sample("scales", dist.HalfCauchy(1.0).expand([2]).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, concentration=2.0))
+        sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+        with pyro.plate("group", 200):
+            theta = pyro.sample("theta", dist.MultivariateNormal(mu, scale_tril=scales[..., None] * factor))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal((x * theta[group]).sum(-1), sigma), obs=y)
+
+    return model, (group, x, mean + 0.8 * random.normal(size=len(mean)))
+
+
+@entry("correlated effects")
+def lkj_three_40() -> Case:
+    """Three correlated coefficients of 40 groups of 10 rows, linear, non-centred: 130 latents."""
+    (group, x, mean), random = _slopes("lkj_three_40", 40, 10, [1.0, 0.5, 0.3])
+
+    def model(group: Array, x: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        scales = pyro.sample("scales", dist.Exponential(1.0).expand([3]).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(3, concentration=2.0))
+        sigma = pyro.sample("sigma", dist.Exponential(1.0))
+        with pyro.plate("group", 40):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        theta = mu + torch.einsum("gk,jk->gj", z, scales[..., None] * factor)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal((x * theta[group]).sum(-1), sigma), obs=y)
+
+    return model, (group, x, mean + 0.8 * random.normal(size=len(mean)))
+
+
+@entry("hierarchy", eased=("district", "school"))
+def three_levels() -> Case:
+    """Pupils in 40 schools in 8 districts, centred: 52 latents."""
+    random = rng("three_levels")
+    district_of = np.repeat(np.arange(8), 5)
+    school_of = np.repeat(np.arange(40), 8)
+    schools = (0.8 * random.normal(size=8))[district_of] + 0.5 * random.normal(size=40)
+    y = 1.0 + schools[school_of] + random.normal(size=320)
+
+    def model(district_of: Array, school_of: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        scales = pyro.sample("scales", dist.HalfNormal(2.0).expand([2]).to_event(1))
+        sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        with pyro.plate("districts", 8):
+            district = pyro.sample("district", dist.Normal(mu, scales[0]))
+        with pyro.plate("schools", 40):
+            school = pyro.sample("school", dist.Normal(district[district_of], scales[1]))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(school[school_of], sigma), obs=y)
+
+    return model, (district_of, school_of, y)
+
+
+@entry("hierarchy")
+def four_levels() -> Case:
+    """Pupils in 72 schools in 24 districts in 6 regions, non-centred logistic regression: 106 latents."""
+    random = rng("four_levels")
+    school_of = np.repeat(np.arange(72), 8)
+    district_of, region_of = np.arange(72) // 3, np.arange(72) // 12
+    effects = (0.6 * random.normal(size=6))[region_of] + (0.5 * random.normal(size=24))[district_of]
+    score = 0.3 + (effects + 0.4 * random.normal(size=72))[school_of]
+    y = (score + random.logistic(size=576) > 0.0).astype(float)
+
+    def model(region_of: Array, district_of: Array, school_of: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        scales = pyro.sample("scales", dist.HalfNormal(1.0).expand([3]).to_event(1))
+        with pyro.plate("regions", 6):
+            region = pyro.sample("region", dist.Normal(0.0, 1.0))
+        with pyro.plate("districts", 24):
+            district = pyro.sample("district", dist.Normal(0.0, 1.0))
+        with pyro.plate("schools", 72):
+            school = pyro.sample("school", dist.Normal(0.0, 1.0))
+        level = mu + scales[0] * region[region_of] + scales[1] * district[district_of] + scales[2] * school
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=level[school_of]), obs=y)
+
+    return model, (region_of, district_of, school_of, y)
+
+
+@entry("crossed effects", eased=("person", "item"))
+def crossed_30_20() -> Case:
+    """Ratings of 20 items by 30 people, 300 of the pairs, centred: 54 latents."""
+    random = rng("crossed_30_20")
+    pairs = random.permutation(600)[:300]
+    person_of, item_of = pairs // 20, pairs % 20
+    y = 3.0 + 0.8 * random.normal(size=30)[person_of] + 0.5 * random.normal(size=20)[item_of]
+    y = y + random.normal(size=300)
+
+    def model(person_of: Array, item_of: Array, y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        person_scale = pyro.sample("person_scale", dist.HalfNormal(2.0))
+        item_scale = pyro.sample("item_scale", dist.HalfNormal(2.0))
+        sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        with pyro.plate("people", 30):
+            person = pyro.sample("person", dist.Normal(mu, person_scale))
+        with pyro.plate("items", 20):
+            item = pyro.sample("item", dist.Normal(0.0, item_scale))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(person[person_of] + item[item_of], sigma), obs=y)
+
+    return model, (person_of, item_of, y)
+
+
+@entry("crossed effects", eased=("site", "year"))
+def crossed_poisson() -> Case:
+    """Counts at 25 sites in 15 years, centred effects of both: 43 latents."""
+    random = rng("crossed_poisson")
+    log_rate = 1.0 + 0.6 * random.normal(size=(25, 1)) + 0.3 * random.normal(size=(1, 15))
+    y = random.poisson(np.exp(log_rate))
+
+    def model(y: Array) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        site_scale = pyro.sample("site_scale", dist.Exponential(1.0))
+        year_scale = pyro.sample("year_scale", dist.Exponential(1.0))
+        sites, years = pyro.plate("sites", 25, dim=-2), pyro.plate("years", 15, dim=-1)
+        with sites:
+            site = pyro.sample("site", dist.Normal(0.0, site_scale))
+        with years:
+            year = pyro.sample("year", dist.Normal(0.0, year_scale))
+        with sites, years:
+            pyro.sample("y", dist.Poisson(torch.exp(mu + site + year)), obs=y)
+
+    return model, (y,)
+
+
+@entry("crossed effects", eased=("state", "age"))
+def poststratification() -> Case:
+    """Support by state, age and sex from a poll, with its share in each of 20 states: 30 latents."""
+    random = rng("poststratification")
+    cells = np.indices((20, 6, 2)).reshape(3, 240)
+    score = 0.2 + 0.5 * random.normal(size=20)[cells[0]] + 0.4 * random.normal(size=6)[cells[1]] - 0.3 * cells[2]
+    n = 1.0 + random.poisson(random.uniform(1.0, 12.0, size=20)[cells[0]])
+    r = random.binomial(n.astype(int), _sigmoid(score)).astype(float)
+    shares = random.dirichlet(np.full(12, 5.0), size=20)
+
+    def model(state_of: Array, age_of: Array, sex: Array, n: Array, shares: Array, r: Array) -> None:
+        alpha = pyro.sample("alpha", dist.Normal(0.0, 2.0))
+        beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
+        state_scale = pyro.sample("state_scale", dist.HalfNormal(1.0))
+        age_scale = pyro.sample("age_scale", dist.HalfNormal(1.0))
+        with pyro.plate("states", 20):
+            state = pyro.sample("state", dist.Normal(0.0, state_scale))
+        with pyro.plate("ages", 6):
+            age = pyro.sample("age", dist.Normal(0.0, age_scale))
+        score = alpha + beta * sex + state[state_of] + age[age_of]
+        support = torch.sigmoid(score)
+        pyro.deterministic(
+            "share", torch.stack([(shares[k] * support[12 * k : 12 * k + 12]).sum(-1) for k in range(20)], -1)
+        )
+        with pyro.plate("cell", 240):
+            pyro.sample("r", dist.Binomial(total_count=n, logits=score), obs=r)
+
+    return model, (cells[0], cells[1], cells[2].astype(float), n, shares, r)
+
+
+@entry("hierarchy")
+def dirichlet_multinomial() -> Case:
+    """Choices among 4 options in 25 groups of 30, with shares per group as latents: 79 latents."""
+    random = rng("dirichlet_multinomial")
+    shares = random.dirichlet(np.array([4.0, 3.0, 2.0, 1.0]), size=25)
+    y = np.array([random.multinomial(30, share) for share in shares]).astype(float)
+
+    def model(y: Array) -> None:
+        phi = pyro.sample("phi", dist.Dirichlet(torch.ones(4)))
+        kappa = pyro.sample("kappa", dist.Gamma(2.0, 0.1))
+        with pyro.plate("group", 25):
+            share = pyro.sample("share", dist.Dirichlet(kappa * phi))
+            pyro.sample("y", dist.Multinomial(total_count=30, probs=share), obs=y)
+
+    return model, (y,)
+
+
+def _answers(name: str, people: int, items: int, spread: float) -> np.ndarray:
+    random = rng(name)
+    ability, difficulty = random.normal(size=(people, 1)), random.normal(size=items)
+    slope = np.exp(spread * random.normal(size=items))
+    score = slope * (ability - difficulty) + random.logistic(size=(people, items))
+    return (score > 0.0).astype(float)
+
+
+@entry("item response", eased=("ability", "difficulty"))
+def rasch_60_15() -> Case:
+    """Rasch model of 60 people and 15 items, centred, in long format: 78 latents."""
+    y = _answers("rasch_60_15", 60, 15, 0.0)
+    person_of, item_of = np.indices(y.shape).reshape(2, -1)
+
+    def model(person_of: Array, item_of: Array, y: Array) -> None:
+        spread = pyro.sample("spread", dist.HalfNormal(2.0))
+        level = pyro.sample("level", dist.Normal(0.0, 2.0))
+        scale = pyro.sample("scale", dist.HalfNormal(2.0))
+        with pyro.plate("people", 60):
+            ability = pyro.sample("ability", dist.Normal(0.0, spread))
+        with pyro.plate("items", 15):
+            difficulty = pyro.sample("difficulty", dist.Normal(level, scale))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=ability[person_of] - difficulty[item_of]), obs=y)
+
+    return model, (person_of, item_of, y.reshape(-1))
+
+
+@entry("item response")
+def two_pl_100_20() -> Case:
+    """Two-parameter logistic model of 100 people and 20 items: 140 latents."""
+
+    def model(y: Array) -> None:
+        people, items = pyro.plate("people", 100, dim=-2), pyro.plate("items", 20, dim=-1)
+        with people:
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with items:
+            difficulty = pyro.sample("difficulty", dist.Normal(0.0, 2.0))
+            slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
+        with people, items:
+            pyro.sample("y", dist.Bernoulli(logits=slope * (ability - difficulty)), obs=y)
+
+    return model, (_answers("two_pl_100_20", 100, 20, 0.4),)
+
+
+@entry("item response")
+def two_pl_500_40() -> Case:
+    """Two-parameter logistic model of 500 people and 40 items, with a level and a scale: 582 latents."""
+
+    def model(y: Array) -> None:
+        level = pyro.sample("level", dist.Normal(0.0, 2.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        people, items = pyro.plate("people", 500, dim=-2), pyro.plate("items", 40, dim=-1)
+        with people:
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with items:
+            difficulty = pyro.sample("difficulty", dist.Normal(0.0, 2.0))
+            slope = pyro.sample("slope", dist.LogNormal(level, scale))
+        with people, items:
+            pyro.sample("y", dist.Bernoulli(logits=slope * (ability - difficulty)), obs=y)
+
+    return model, (_answers("two_pl_500_40", 500, 40, 0.4),)
+
+
+@entry("item response")
+def graded_response() -> Case:
+    """Graded response model of 80 people and 8 items with 4 ordered categories: 112 latents."""
+    random = rng("graded_response")
+    score = 1.3 * random.normal(size=(80, 1)) + 0.5 * random.normal(size=8) + random.logistic(size=(80, 8))
+    y = (score[..., None] > np.array([-1.5, 0.0, 1.5])).sum(-1)
+    person_of, item_of = np.indices(y.shape).reshape(2, -1)
+
+    def model(person_of: Array, item_of: Array, y: Array) -> None:
+        with pyro.plate("people", 80):
+            ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", 8):
+            slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
+            base = dist.Normal(0.0, 1.5).expand([3])
+            ordered = dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()])
+            cutpoints = pyro.sample("cutpoints", ordered)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.OrderedLogistic(slope[item_of] * ability[person_of], cutpoints[item_of]), obs=y)
+
+    return model, (person_of, item_of, y.reshape(-1))
+
+
+@entry("paired comparison", eased=("skill",))
+def bradley_terry_20() -> Case:
+    """Bradley-Terry model of 150 games of 20 teams with a home advantage, centred: 22 latents."""
+    random = rng("bradley_terry_20")
+    pairs = np.array([random.permutation(20)[:2] for _ in range(150)])
+    skill = 0.9 * random.normal(size=20)
+    y = (0.3 + skill[pairs[:, 0]] - skill[pairs[:, 1]] + random.logistic(size=150) > 0.0).astype(float)
+
+    def model(home: Array, away: Array, y: Array) -> None:
+        advantage = pyro.sample("advantage", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("team", 20):
+            skill = pyro.sample("skill", dist.Normal(0.0, scale))
+        with pyro.plate("game", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=advantage + skill[home] - skill[away]), obs=y)
+
+    return model, (pairs[:, 0], pairs[:, 1], y)
+
+
+@entry("item response")
+def ideal_points() -> Case:
+    """Ideal points of 50 legislators in 30 votes; the direction of 12 of the votes is known: 110 latents."""
+    random = rng("ideal_points")
+    party = np.where(np.arange(50) < 25, -0.8, 0.8)
+    position = party + 0.6 * random.normal(size=50)
+    slope = np.where(np.arange(30) < 12, 1.0, random.choice([-1.0, 1.0], size=30)) * random.uniform(0.5, 2.0, size=30)
+    score = position[:, None] * slope + 0.5 * random.normal(size=30) + random.logistic(size=(50, 30))
+
+    def model(y: Array) -> None:
+        legislators, votes = pyro.plate("legislators", 50, dim=-2), pyro.plate("votes", 30, dim=-1)
+        with legislators:
+            position = pyro.sample("position", dist.Normal(0.0, 1.0))
+        known = pyro.sample("known", dist.LogNormal(0.0, 0.5).expand([12]).to_event(1))
+        unknown = pyro.sample("unknown", dist.Normal(0.0, 1.5).expand([18]).to_event(1))
+        slope = torch.cat([known, unknown], -1)
+        with votes:
+            level = pyro.sample("level", dist.Normal(0.0, 1.5))
+        with legislators, votes:
+            pyro.sample("y", dist.Bernoulli(logits=slope * position - level), obs=y)
+
+    return model, ((score > 0.0).astype(float),)
