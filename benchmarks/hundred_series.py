@@ -444,6 +444,50 @@ def change_point_summed() -> Case:
     return model, (known_changes(),)
 
 
+@entry("series")
+def seasonal_counts_72() -> Case:
+    """Monthly counts of six years: a non-centred random walk, a seasonal pattern and a spread of the counts."""
+    random = rng("seasonal_counts_72")
+    month = np.arange(72) % 12
+    log_rate = 2.0 + random.normal(0.0, 0.12, 72).cumsum() + 0.5 * np.cos(month / 6 * math.pi)
+    y = random.poisson(np.exp(log_rate) * random.gamma(15.0, size=72) / 15.0)
+
+    def model(month: Any, y: Any) -> None:
+        start = pyro.sample("start", dist.Normal(0.0, 3.0))
+        step = pyro.sample("step", dist.HalfNormal(0.3))
+        wave = pyro.sample("wave", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        spread = pyro.sample("spread", dist.Exponential(5.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+        phase = month / 6.0 * math.pi
+        season = wave[..., 0:1] * torch.cos(phase) + wave[..., 1:2] * torch.sin(phase)
+        mean = torch.exp(start + step * torch.cumsum(z, -1) + season)
+        with pyro.plate("time", len(y)):
+            pyro.sample("y", dist.GammaPoisson(1.0 / spread, 1.0 / (spread * mean)), obs=y)
+
+    return model, (month, y)
+
+
+@entry("series")
+def shares_walk_30() -> Case:
+    """Votes for three parties in 30 years whose log shares are non-centred random walks."""
+    random = rng("shares_walk_30")
+    walk = np.array([0.4, 0.0]) + random.normal(0.0, 0.2, (30, 2)).cumsum(0)
+    share = np.exp(np.append(walk, np.zeros((30, 1)), -1))
+    y = random.multinomial(100, share / share.sum(-1, keepdims=True)) + 0.0
+
+    def model(y: Any) -> None:
+        start = pyro.sample("start", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        step = pyro.sample("step", dist.HalfNormal(0.5).expand([2]).to_event(1))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2, len(y)]).to_event(2))
+        walk = start[..., None] + step[..., None] * torch.cumsum(z, -1)
+        first, second = walk[..., 0, :], walk[..., 1, :]
+        logits = torch.stack([first, second, torch.zeros_like(first)], -1)
+        with pyro.plate("year", len(y)):
+            pyro.sample("y", dist.Multinomial(total_count=100, probs=torch.softmax(logits, -1)), obs=y)
+
+    return model, (y,)
+
+
 def rough(x: Any, scale: Any, length: Any) -> Any:
     """Return the Matérn-3/2 covariance of points on a line."""
     ratio = math.sqrt(3.0) * torch.abs(x[:, None] - x[None, :]) / length
@@ -724,6 +768,29 @@ def logistic_growth() -> Case:
         sigma = pyro.sample("sigma", dist.HalfNormal(0.5))
         mean = capacity / (1.0 + (capacity / start - 1.0) * torch.exp(-rate * time))
         with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.LogNormal(torch.log(mean), sigma), obs=y)
+
+    return model, (time, y)
+
+
+@entry("differential equation", eased=("theta",))
+def growth_curves_12() -> Case:
+    """Logistic growth of 12 cultures at eight times, with centred log-normal parameters of each culture."""
+    random = rng("growth_curves_12")
+    time = np.linspace(0.0, 7.0, 8)
+    truth = np.array([2.3, -0.2, -0.7]) + np.array([0.2, 0.2, 0.3]) * random.normal(size=(12, 3))
+    capacity, rate, start = np.exp(truth.T[:, :, None])
+    y = capacity / (1 + (capacity / start - 1) * np.exp(-rate * time)) * np.exp(random.normal(0.0, 0.12, (12, 8)))
+
+    def model(time: Any, y: Any) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([2.0, 0.0, -1.0]), 1.0).to_event(1))
+        tau = pyro.sample("tau", dist.HalfNormal(0.5).expand([3]).to_event(1))
+        sigma = pyro.sample("sigma", dist.HalfNormal(0.5))
+        with pyro.plate("culture", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau).to_event(1))
+        capacity, rate, start = (torch.exp(theta[..., k : k + 1]) for k in range(3))
+        mean = capacity / (1.0 + (capacity / start - 1.0) * torch.exp(-rate * time))
+        with pyro.plate("cultures", len(y), dim=-2), pyro.plate("time", len(time), dim=-1):
             pyro.sample("y", dist.LogNormal(torch.log(mean), sigma), obs=y)
 
     return model, (time, y)
