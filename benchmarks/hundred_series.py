@@ -483,7 +483,7 @@ def shares_walk_30() -> Case:
         first, second = walk[..., 0, :], walk[..., 1, :]
         logits = torch.stack([first, second, torch.zeros_like(first)], -1)
         with pyro.plate("year", len(y)):
-            pyro.sample("y", dist.Multinomial(total_count=100, probs=torch.softmax(logits, -1)), obs=y)
+            pyro.sample("y", dist.Multinomial(total_count=100, logits=logits), obs=y)
 
     return model, (y,)
 
