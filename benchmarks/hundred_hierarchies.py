@@ -357,7 +357,7 @@ def _slopes(name: str, groups: int, rows: int, scales: list[float]) -> tuple[Any
     return (group, x, (x * theta[group]).sum(-1)), random
 
 
-@entry("correlated effects")
+@entry("correlated effects", eased=("theta",))
 def lkj_slopes_8() -> Case:
     """Correlated intercepts and slopes of 8 groups of 12 rows, linear, centred: 22 latents."""
     (group, x, mean), random = _slopes("lkj_slopes_8", 8, 12, [1.0, 0.5])
@@ -375,7 +375,7 @@ def lkj_slopes_8() -> Case:
     return model, (group, x, mean + 0.8 * random.normal(size=len(mean)))
 
 
-@entry("correlated effects")
+@entry("correlated effects", eased=("theta",))
 def lkj_slopes_30() -> Case:
     """Correlated intercepts and slopes of 30 groups of 20 rows, logistic, centred: 65 latents."""
     (group, x, score), random = _slopes("lkj_slopes_30", 30, 20, [0.9, 0.6])

@@ -328,19 +328,20 @@ def garch_student() -> Case:
 
 @entry("series")
 def moving_average() -> Case:
-    """MA(2) of 100 observations; a loop finds the innovations."""
+    """Invertible MA(2) of 100 observations; a loop finds the innovations."""
     random = rng("moving_average")
     noise = random.normal(0.0, 0.9, 102)
     y = 0.5 + noise[2:] + 0.6 * noise[1:-1] + 0.3 * noise[:-2]
 
     def model(y: Any) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        theta = pyro.sample("theta", dist.Normal(0.0, 0.5).expand([2]).to_event(1))
+        part = pyro.sample("part", dist.Uniform(-torch.ones(2), 1.0).to_event(1))
         sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        one, two = part[..., 0] * (1.0 + part[..., 1]), part[..., 1]
         first, second = torch.zeros_like(mu), torch.zeros_like(mu)
         means = []
         for t in range(len(y)):
-            means.append(mu + theta[..., 0] * first + theta[..., 1] * second)
+            means.append(mu + one * first + two * second)
             first, second = y[t] - means[-1], first
         with pyro.plate("time", len(y)):
             pyro.sample("y", dist.Normal(torch.stack(means, -1), sigma), obs=y)
@@ -483,7 +484,7 @@ def shares_walk_30() -> Case:
         first, second = walk[..., 0, :], walk[..., 1, :]
         logits = torch.stack([first, second, torch.zeros_like(first)], -1)
         with pyro.plate("year", len(y)):
-            pyro.sample("y", dist.Multinomial(total_count=100, probs=torch.softmax(logits, -1)), obs=y)
+            pyro.sample("y", dist.Multinomial(total_count=100, logits=logits), obs=y)
 
     return model, (y,)
 
@@ -665,7 +666,7 @@ def seir() -> Case:
         beta = pyro.sample("beta", dist.LogNormal(0.5, 0.5))
         onset = pyro.sample("onset", dist.LogNormal(0.4, 0.2))
         gamma = pyro.sample("gamma", dist.LogNormal(-0.2, 0.2))
-        start = pyro.sample("start", dist.LogNormal(-7.0, 1.0))
+        start = pyro.sample("start", dist.Beta(1.0, 500.0))
         part = pyro.sample("part", dist.Beta(3.0, 6.0))
         spread = pyro.sample("spread", dist.Exponential(10.0))
 

@@ -389,15 +389,15 @@ def von_mises_direction() -> Case:
 
 @entry("constrained")
 def circular_regression() -> Case:
-    """Angles that depend on two predictors through the arctangent link: 80 rows."""
+    """Angles that depend on two predictors with positive slopes through the arctangent link: 80 rows."""
     random = rng("circular_regression")
     x = random.normal(size=(80, 2))
-    y = random.vonmises(0.5 + 2.0 * np.arctan(x @ np.array([0.8, -0.4])), 4.0)
+    y = random.vonmises(0.5 + 2.0 * np.arctan(x @ np.array([0.8, 0.4])), 4.0)
 
     def model(x: Any, y: Any) -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        beta = pyro.sample("beta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        kappa = pyro.sample("kappa", dist.Gamma(2.0, 0.3))
+        mu = pyro.sample("mu", dist.Normal(0.5, 0.3))
+        beta = pyro.sample("beta", dist.HalfNormal(1.0).expand([2]).to_event(1))
+        kappa = pyro.sample("kappa", dist.Gamma(10.0, 2.0))
         line = x @ beta
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.VonMises(mu + 2.0 * torch.atan2(line, torch.ones_like(line)), kappa), obs=y)
@@ -456,23 +456,21 @@ def ordered_dose() -> Case:
 
 @entry("latent structure")
 def factor_model() -> Case:
-    """Two factors of eight items, 100 rows; the factors are integrated out and their signs are fixed."""
+    """Two factors of eight items, 100 rows; the factors are integrated out and positive loadings fix their signs."""
     random = rng("factor_model")
-    loading = random.normal(0.4, 0.6, (8, 2))
-    loading[0], loading[1, 1] = np.array([1.2, 0.0]), 1.1
+    main, cross = random.uniform(0.6, 1.3, (8, 1)), random.normal(0.0, 0.2, (8, 1))
+    first = np.arange(8)[:, None] < 4
+    loading = np.concatenate([np.where(first, main, cross), np.where(first, cross, main)], -1)
     y = random.normal(size=(100, 2)) @ loading.T + 0.6 * random.normal(size=(100, 8))
 
     def model(y: Any) -> None:
-        anchor = pyro.sample("anchor", dist.LogNormal(0.0, 0.5).expand([2]).to_event(1))
-        cross = pyro.sample("cross", dist.Normal(0.0, 1.0))
-        rest = pyro.sample("rest", dist.Normal(0.0, 1.0).expand([6, 2]).to_event(2))
+        main = pyro.sample("main", dist.LogNormal(-0.2, 0.5).expand([8]).to_event(1))
+        cross = pyro.sample("cross", dist.Normal(0.0, 0.3).expand([8]).to_event(1))
         noise = pyro.sample("noise", dist.HalfNormal(1.0).expand([8]).to_event(1))
-        first = torch.stack([anchor[..., 0], torch.zeros_like(cross)], -1)
-        second = torch.stack([cross, anchor[..., 1]], -1)
-        loading = torch.cat([torch.stack([first, second], -2), rest], -2)
-        covariance = torch.einsum("...ik,...jk->...ij", loading, loading) + torch.square(noise)[..., None] * torch.eye(
-            8
-        )
+        first = torch.cat([main[..., :4], cross[..., 4:]], -1)
+        second = torch.cat([cross[..., :4], main[..., 4:]], -1)
+        shared = first[..., :, None] * first[..., None, :] + second[..., :, None] * second[..., None, :]
+        covariance = shared + torch.square(noise)[..., None] * torch.eye(8)
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.MultivariateNormal(torch.zeros(8), covariance_matrix=covariance), obs=y)
 
