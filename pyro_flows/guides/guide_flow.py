@@ -377,7 +377,9 @@ class GuideFlow(Flow):
         """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
         held = nn.Parameter(context.detach().clone())
         couplings = [Conditioned(layer, held) if layer.context_dim else layer for layer in self.couplings]
-        ends: dict[str, Any] = {name: getattr(self, name) for name in ("learned", "correlations", "bend", "units", "circular")}
+        ends: dict[str, Any] = {
+            name: getattr(self, name) for name in ("learned", "correlations", "bend", "units", "circular")
+        }
         return GuideFlow(couplings, self.base, self.fixed, **ends)
 
     @torch.no_grad()

@@ -22,10 +22,19 @@ DEEPEST = 4  # scales in a chain; each takes a pass over all latents
 def read_hierarchy(call: Call, packing: Packing) -> tuple[Tensor, Tensor, int] | None:
     """Return the matrices of non-centred coordinates, W and R, each ``(D, D)``, and the depth of the hierarchy.
 
-    None if no scale depends on latents, or in a chain that is too long.
+    None if no scale depends on latents, or in a chain that is too long, or if the model does not run with gradients.
     """
+    try:
+        found = _dependences(call, packing)
+    except Exception:  # a user's program may raise anything, for example where it leaves torch
+        return None
+    return None if found is None else _solved(*found)
+
+
+def _dependences(call: Call, packing: Packing) -> tuple[Tensor, Tensor] | None:
+    """Return derivatives of locations and of log-scales of latents in all latents, each ``(D, D)``."""
     _, model = call.model.args  # without the handler that initialises latents
-    with torch.enable_grad(), poutine.block(), outside_plates():
+    with torch.enable_grad(), poutine.block(), outside_plates(), call.same_draws():
         z = packing.start.clone().requires_grad_()
         nodes = trace_of(poutine.condition(model, data=packing.values(z)), call.args, call.kwargs).nodes
         first, found = 0, dict[int, tuple[Tensor, Tensor]]()
@@ -42,15 +51,20 @@ def read_hierarchy(call: Call, packing: Packing) -> tuple[Tensor, Tensor, int] |
             torch.zeros_like(z).repeat(len(z), 1).index_copy(0, rows, _jacobian(torch.cat(of), z))
             for of in zip(*found.values(), strict=True)
         )
+    return pull, log_scale
+
+
+def _solved(pull: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Return the matrices and the depth, given the derivatives; in a model's order, latents depend on earlier ones."""
     pull, log_scale = pull.tril(-1), log_scale.tril(-1)
     if not (log_scale.any() and pull.isfinite().all() and log_scale.isfinite().all()):
         return None
-    eye = torch.eye(len(z)).to(z)
+    eye = torch.eye(len(pull)).to(pull)
     loc = torch.linalg.solve_triangular(eye - pull, eye, upper=False, unitriangular=True)
     log_scale = log_scale @ loc
-    levels, reached = 0, (log_scale != 0).to(z)
+    levels, reached = 0, (log_scale != 0).to(eye)
     while reached.any() and levels <= DEEPEST:
-        levels, reached = levels + 1, ((log_scale != 0).to(z) @ reached).clamp_max(1)
+        levels, reached = levels + 1, ((log_scale != 0).to(eye) @ reached).clamp_max(1)
     return (loc, log_scale, levels) if levels <= DEEPEST else None
 
 
@@ -68,5 +82,7 @@ def _jacobian(values: Tensor, z: Tensor) -> Tensor:
     """Return the Jacobian of L values in D numbers, ``(L, D)``."""
     if not values.requires_grad:
         return values.new_zeros(len(values), len(z))
-    found = torch.autograd.grad(values, z, torch.eye(len(values)).to(z), is_grads_batched=True, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(
+        values, z, torch.eye(len(values)).to(z), is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
     return found[0]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..arguments import check_integers
 from .base import TwoWay, VectorTransform
 
+LARGEST = 40.0  # the largest change of a scale, in nats; float32 holds its exponential
+
 
 class NonCentred(TwoWay, VectorTransform):
     """A map from effects in units of their scales to effects, the identity until it is set::
@@ -64,14 +66,18 @@ class NonCentred(TwoWay, VectorTransform):
         self.set(torch.eye(self.input_dim), torch.zeros_like(self.log_scale))
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        loc, log_scale = self.loc.detach(), self.log_scale.detach()
+        loc = self.loc.detach()
         if inverse:
             flat = value.reshape(-1, self.input_dim).T
             e = torch.linalg.solve_triangular(loc, flat, upper=False, unitriangular=True).T.reshape(value.shape)
-            change = self.degree * (e @ log_scale.T)
+            change = self._change(e)
             return e * torch.exp(-change), -change.sum(-1)
         e = value
         for _ in range(self.levels):
-            change = self.degree * (e @ log_scale.T)
+            change = self._change(e)
             e = change.exp() * value
         return e @ loc.T, change.sum(-1)
+
+    def _change(self, e: Tensor) -> Tensor:
+        """Return the changes of the log-scales, ``(*batch, D)``."""
+        return (self.degree * (e @ self.log_scale.detach().T)).clamp(-LARGEST, LARGEST)
