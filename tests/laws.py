@@ -57,6 +57,7 @@ from pyro_flows.transforms import (
     Householder,
     Inverse,
     LULinear,
+    NonCentred,
     Orthogonal,
     Patched,
     Permute,
@@ -298,6 +299,7 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
+    "noncentred": Kind(lambda dim, _: NonCentred(dim, levels=2), learns=False),
     "quantile_map": Kind(lambda dim, _: QuantileMap(dim), learns=False),
     "block": Kind(lambda dim, of: BlockAutoregressive(dim, (4, 3), _of_context(of, dim, 9)), True),
     "planar": Kind(lambda dim, of: Planar(dim, _of_context(of, 1, 2 * dim + 1)), True),
@@ -463,6 +465,15 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
                 part.directions.copy_(orthonormal(part.input_dim)[:, : part.rank])
                 draw(part.stretch, scale / 3)
                 part.stretch.exp_()
+        elif isinstance(part, NonCentred):
+            draw(part.loc, scale / part.input_dim)
+            part.loc.copy_(part.loc.tril(-1) + torch.eye(part.input_dim))
+            draw(
+                part.log_scale, scale / 4 / part.input_dim
+            )  # exponents of the second level are themselves exponentials
+            third = torch.arange(part.input_dim) * 3 // part.input_dim  # scales of a third depend on those before
+            part.log_scale.mul_(third[:, None] > third)
+            draw(part.degree, 1.0)
         elif isinstance(part, LULinear | ScaledLinear):
             # Off-diagonals shrink with the size, because otherwise the matrix would be numerically singular.
             off = scale / part.input_dim**0.5

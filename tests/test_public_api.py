@@ -25,9 +25,9 @@ NAMES = {
     pf.encoders: "Arguments ClassEmbedding ConvEncoder Encoder Flatten GRUEncoder Identity Joined MLPEncoder Scalars "
     "SetEncoder Standardize TransformerEncoder",
     pf.transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
-    "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar QuantileMap "
-    "Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Solver Split Squeezed Sylvester "
-    "TriangularAffine View",
+    "FixedAffine FlowTransform Householder Inverse LULinear NonCentred Orthogonal Patched PerPixel Permute Planar "
+    "QuantileMap Radial Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Solver Split Squeezed "
+    "Sylvester TriangularAffine View",
     pf.distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
     pf.flows: " ".join(sorted({"Dequantized", "Flow", "Mixed", "ffjord", *RECIPES, *IMAGES})),

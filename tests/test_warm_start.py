@@ -345,8 +345,8 @@ def guide() -> AutoFlow:
 @pytest.fixture
 def calls(guide, monkeypatch) -> list[int]:
     """Return a list that grows when the guide is moved."""
-    calls, place = [], guide.start_at
-    monkeypatch.setattr(guide, "start_at", lambda *gaussian: [calls.append(1), place(*gaussian)])
+    calls, place = [], guide_flow.GuideFlow.start_at
+    monkeypatch.setattr(guide_flow.GuideFlow, "start_at", lambda *gaussian: [calls.append(1), place(*gaussian)])
     return calls
 
 

@@ -225,7 +225,7 @@ class ELBOLoss:
     def _quick(self) -> Flow:
         flow: Any = self._guide.flow
         single = self._guide.has_default_flow and is_plain([flow]) and InSingle.suits(flow.unscaled)
-        return Flow([InSingle(flow.unscaled), flow.fixed], flow.base) if single else flow
+        return Flow([InSingle(flow.unscaled), *flow.scaled], flow.base) if single else flow
 
     @functools.cached_property
     def _space(self) -> Density:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from pyro import validation_enabled
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..guides import AutoFlow
@@ -95,9 +95,36 @@ def start_from_gaussian(
 
         if guide.latent_dim > STARTS.matched:
             return _start_wide(guide, density, budget, watch)
-        found = fit_gaussian(density, *guide.start, budget=budget, watch=watch)
-    guide.start_at(found.loc, found.scale_tril.norm(dim=-1) if found.is_poor else found.scale_tril)
+        found = _in_best_units(guide, density, budget, watch)
+    guide.flow.start_at(found.loc, found.scale_tril.norm(dim=-1) if found.is_poor else found.scale_tril)
     return found
+
+
+def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Gaussian:
+    """Return the Gaussian nearest to a density, in the best non-centred coordinates of a guide if it has any.
+
+    In fully non-centred coordinates an effect has the precision 1 + h, of which h is from the data.  Its best degree is
+    1 / (1 + h): data that determine an effect ask for the centred one (Papaspiliopoulos, Roberts, Sköld 2007).
+    """
+    units, (loc, scale) = guide.flow.units, (guide.flow.fixed.loc.detach(), guide.start[1])
+    if units is None:
+        return fit_gaussian(density, loc, scale, budget=budget, watch=watch)
+
+    def in_units(x: Tensor) -> Tensor:
+        z, log_det = units.forward_and_log_det(x)
+        return density(z) + log_det
+
+    first = fit_gaussian(in_units, loc, scale, budget=budget / 2, watch=watch)
+    precision = torch.cholesky_inverse(first.scale_tril).diagonal()
+    with torch.no_grad():
+        z, _ = units.forward_and_log_det(first.loc)
+        units.degree.copy_(1 / precision.clamp_min(1.0))
+        loc, _ = units.inverse_and_log_det(z)
+    second = fit_gaussian(in_units, loc, scale, budget=budget / 2, watch=watch)
+    if second.elbo >= first.elbo:
+        return second
+    nn.init.ones_(units.degree)
+    return first
 
 
 def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Start | None:

@@ -23,13 +23,15 @@ from ..encoders.base import at_rest
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.distribution import FlowDistribution, chunk_for
 from ..flows.mixture import FlowMixture
-from ..transforms import Compose, View
+from ..transforms import Compose, NonCentred, View
+from ..transforms.base import chained
 from ..vjp import keeps
 from .amortised import OfDatasets, Packed, SimulatedVectors
 from .base import FlowGuide, Schedule, check_fits, schedule_of_many
 from .contexts import check_finite, encode, initialize, width_for_one
 from .guide_call import Call, Found
 from .guide_flow import LIMITS, GuideFlow, assemble, bound, built, check_recipes, default_for
+from .hierarchy import read_hierarchy
 from .packing import Moving, Packing, check_supports, is_circular, moving_supports, place
 
 
@@ -42,8 +44,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     A is a matrix for up to 64 unconstrained latents, and a scale for each beyond.  It starts at ``init_scale``, and F
     at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It has all correlations for up to 4096 latents, and beyond
-    those along up to 512 directions.  Beyond 512 latents F also bends each latent by a learned spline.  The guide is a
-    Pyro ``AutoContinuous``: it works with any ELBO in SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
+    those along up to 512 directions.  Beyond 512 latents F also bends each latent by a learned spline.
+    Up to there the effects of a hierarchy are in units of their priors' scales, by learned degrees: F is then followed
+    by a :class:`~pyro_flows.transforms.NonCentred`.  The guide is a Pyro ``AutoContinuous``: it works with any ELBO in
+    SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
     Latents on circles get circular splines.  These are von Mises latents, and latents on intervals marked
     ``infer={"periodic": True}``.
 
@@ -123,7 +127,20 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self.latent_dim = self.packings["latent"].size  # without absent elements
         sizes = self.latent_dim, width_for_one(call, self.encoder)
         flow = built("AutoFlow", "flow", self._recipe, default_for(self.circular, sizes[1]), sizes)
-        self.flow = assemble(flow, self._base_recipe, self.packings["latent"].start, self._init_scale, self.circular)
+        start, units = self.packings["latent"].start, None if self.is_amortised or moving else self._units(call)
+        self.flow = assemble(flow, self._base_recipe, start, self._init_scale, self.circular, units)
+
+    def _units(self, call: Call) -> NonCentred | None:
+        """Return the non-centred coordinates of the model, if it is a hierarchy."""
+        if self.latent_dim > LIMITS.tailed or self.has_circles:
+            return None
+        found = read_hierarchy(call, self.packings["latent"])
+        if found is None:
+            return None
+        loc, log_scale, levels = found
+        units = NonCentred(self.latent_dim, levels).to(loc)
+        units.set(loc, log_scale)
+        return units
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
@@ -208,12 +225,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def start(self) -> tuple[Tensor, float]:
         """The packed, unconstrained latents at the start, from ``init_loc_fn``, and ``init_scale``."""
-        return self.flow.fixed.loc.detach().clone(), self._init_scale
+        loc = self.flow.fixed.loc.detach().clone()
+        if self.flow.units is not None:
+            loc = self.flow.units.forward_and_log_det(loc)[0].detach()
+        return loc, self._init_scale
 
     def start_at(
         self, loc: Tensor, scale: Tensor, directions: Tensor | None = None, stretch: Tensor | None = None
     ) -> None:
-        """Reset the guide's affine maps, so that together they take N(0, I) to N(loc, L Lᵀ).
+        """Reset the guide's last maps, so that together they take N(0, I) to N(loc, L Lᵀ).
 
         Beyond 4096 latents L is diagonal, or ``diag(s) (I + Q (E - I) Qᵀ)`` for orthonormal directions Q.  Angles stay
         the same.
@@ -228,6 +248,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: If there are more directions than the guide's map has, which has none for up to 4096 latents.
         """
+        if self.flow.units is not None:
+            self.flow.units.reset()
         self.flow.start_at(loc, scale, directions, stretch)
 
     # Training on simulations, for a guide with an encoder.
@@ -333,9 +355,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         This takes half the time.  The last, fixed affine map is exact, so that latents may be far from zero.
         """
-        rough, fixed = copy.deepcopy(Flow(self.flow.unscaled, self.flow.base)).float(), self.flow.fixed
+        rough = copy.deepcopy(Flow(self.flow.unscaled, self.flow.base)).float()
         x = rough.sample((number,), chunk_size=chunk_for(self.latent_dim))
-        return fixed.forward_and_log_det(x.to(fixed.loc))[0]
+        return chained(self.flow.scaled, x.to(self.flow.fixed.loc), None)[0]
 
     def constrain(self, latent: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Map packed latents ``(N, latent_dim)`` to values of the sites, ``(N, *site_shape)``, for some arguments."""

@@ -35,6 +35,7 @@ from ..transforms import (
     Elementwise,
     FixedAffine,
     FlowTransform,
+    NonCentred,
     QuantileMap,
     Recurrence,
     ScaledLinear,
@@ -302,10 +303,11 @@ class GuideFlow(Flow):
     Args:
         couplings: The layers of a recipe.
         base: The base.
-        fixed: The last map, which is set and not trained.
+        fixed: The last affine map, which is set and not trained.
         learned: The affine map that is trained, or None.
         correlations: A further fixed map, before ``bend``, or None.
         bend: A map of each latent, trained, or set to the quantiles of simulations; or None.
+        units: The last map, from non-centred coordinates of a hierarchy, or None.
         circular: For each latent, True if it is an angle, which affine maps leave alone; by default none is.
     """
 
@@ -314,6 +316,7 @@ class GuideFlow(Flow):
     learned: FlowTransform | None
     correlations: FixedAffine | None
     bend: Elementwise | QuantileMap | None
+    units: NonCentred | None
 
     def __init__(
         self,
@@ -324,19 +327,26 @@ class GuideFlow(Flow):
         learned: FlowTransform | None = None,
         correlations: FixedAffine | None = None,
         bend: Elementwise | QuantileMap | None = None,
+        units: NonCentred | None = None,
         circular: Sequence[bool] = (),
     ) -> None:
         couplings = list(couplings)
-        ends = [layer for layer in (learned, correlations, bend, fixed) if layer is not None]
+        ends = [layer for layer in (learned, correlations, bend, fixed, units) if layer is not None]
         super().__init__([*couplings, *ends], base)
         # The list registers the layers.  If their names did so too, each tensor would have two names.
         vars(self).update(couplings=couplings, fixed=fixed, learned=learned, correlations=correlations, bend=bend)
+        vars(self).update(units=units)
         self.circular = tuple(circular) or (False,) * len(fixed.loc)
 
     @property
     def unscaled(self) -> list[FlowTransform]:
         """All layers before the fixed map, whose numbers are of order one."""
-        return [*self.transforms[:-1]]
+        return [*self.transforms[: -1 if self.units is None else -2]]
+
+    @property
+    def scaled(self) -> list[FlowTransform]:
+        """The fixed map, and all layers after it."""
+        return [self.fixed] if self.units is None else [self.fixed, self.units]
 
     @property
     def scale_tril(self) -> Tensor:
@@ -367,7 +377,9 @@ class GuideFlow(Flow):
         """Return a flow of the same layers for one context ``(context_dim,)``, which is a parameter of the new flow."""
         held = nn.Parameter(context.detach().clone())
         couplings = [Conditioned(layer, held) if layer.context_dim else layer for layer in self.couplings]
-        ends: dict[str, Any] = {name: getattr(self, name) for name in ("learned", "correlations", "bend", "circular")}
+        ends: dict[str, Any] = {
+            name: getattr(self, name) for name in ("learned", "correlations", "bend", "units", "circular")
+        }
         return GuideFlow(couplings, self.base, self.fixed, **ends)
 
     @torch.no_grad()
@@ -413,7 +425,12 @@ class GuideFlow(Flow):
 
 
 def assemble(
-    flow: Flow, base: Callable[[int], nn.Module] | None, loc: Tensor, scale: float, circular: Sequence[bool] = ()
+    flow: Flow,
+    base: Callable[[int], nn.Module] | None,
+    loc: Tensor,
+    scale: float,
+    circular: Sequence[bool] = (),
+    units: NonCentred | None = None,
 ) -> GuideFlow:
     """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
 
@@ -443,8 +460,11 @@ def assemble(
         bend = QuantileMap(dim)
     fixed, rest = FixedAffine(dim, dense=dim <= LIMITS.tailed), torch.as_tensor(circular, device=loc.device)
     ends: dict[str, Any] = {"learned": learned, "correlations": correlations, "bend": bend, "circular": circular}
-    made = GuideFlow(flow.transforms, made_base, fixed, **ends)
+    made = GuideFlow(flow.transforms, made_base, fixed, units=units, **ends)
     made.to(device=loc.device, dtype=loc.dtype)
+    if units is not None:
+        with torch.no_grad():
+            loc, _ = units.inverse_and_log_det(loc)
     fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / reachable).masked_fill(rest, 1))
     return made
 

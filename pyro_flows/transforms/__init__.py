@@ -23,6 +23,7 @@ from .linear import TriangularAffine as TriangularAffine
 from .low_rank import Planar as Planar
 from .low_rank import Radial as Radial
 from .low_rank import Sylvester as Sylvester
+from .noncentred import NonCentred as NonCentred
 from .recurrence import Recurrence as Recurrence
 from .residual import Residual as Residual
 from .wrapped import Compose as Compose
