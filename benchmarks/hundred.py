@@ -66,7 +66,8 @@ def judged(name: str, draws: Samples, ess: float) -> dict[str, Any]:
 
     A number is wrong if its mean or its standard deviation is, beyond four standard errors of both.
     """
-    found, worst = {"worst_error": -1.0, "low_sd": math.inf, "high_sd": 0.0, "wrong": ""}, 0.0
+    found: dict[str, Any] = {"worst_error": -1.0, "low_sd": math.inf, "high_sd": 0.0, "wrong": ""}
+    worst = 0.0
     known, numbers = references.references(name), references.numbers_of(name, draws)
     for key, one in known.items():
         values = one.judged(numbers[key].astype(float))
@@ -426,6 +427,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    torch.set_default_dtype(torch.float64)
     options.out.mkdir(parents=True, exist_ok=True)
     names = options.names or [name for name in references.entries() if is_reported(name) in HALVES[options.half]]
     if options.command == "reference":

@@ -166,7 +166,7 @@ def differences(name: str) -> tuple[float, int]:
         trace = prune_subsample_sites(poutine.trace(InitMessenger(anywhere)(ours)).get_trace(*ours_args))
         values = {key: jnp.asarray(node["value"].numpy()) for key, node in trace.iter_stochastic_nodes()}
         density, other = log_density(theirs, theirs_args, {}, values)
-        pairs = [(float(trace.log_prob_sum()), float(density))]
+        pairs: list[tuple[Any, Any]] = [(float(trace.log_prob_sum()), float(density))]
         if not np.isfinite(pairs[0]).any():
             continue
         fixed = {key: node for key, node in other.items() if node["type"] == "deterministic"}

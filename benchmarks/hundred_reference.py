@@ -103,7 +103,7 @@ def numbers_of(name: str, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         places = list(np.ndindex(*values.shape[1:]))
         for index in range(min(len(places), KEPT)):
             place = places[index * len(places) // min(len(places), KEPT)]
-            numbers[f"{site}[{', '.join(map(str, place))}]" if place else site] = values[(slice(None), *place)]
+            numbers[f"{site}[{', '.join(map(str, place))}]" if place else site] = values[(slice(None),) + place]
     return numbers
 
 
@@ -154,10 +154,9 @@ def summarised(numbers: Samples, known: dict[str, Reference] | None = None) -> d
     found = {}
     for i, (key, values) in enumerate(seen.items()):
         mcse_mean, mcse_sd, ess, r_hat = (float(column[i]) for column in columns)
-        quantiles = map(float, np.quantile(numbers[key], [0.05, 0.95]))
-        moments = float(values.mean()), float(values.std())
-        shape = shapes.get(key, (math.nan, math.nan))
-        found[key] = Reference(*moments, *quantiles, mcse_mean, mcse_sd, ess, r_hat, *shape)
+        low, high = map(float, np.quantile(numbers[key], [0.05, 0.95]))
+        mean, sd, shape = float(values.mean()), float(values.std()), shapes.get(key, (math.nan, math.nan))
+        found[key] = Reference(mean, sd, low, high, mcse_mean, mcse_sd, ess, r_hat, *shape)
     return found
 
 
