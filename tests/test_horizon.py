@@ -110,4 +110,5 @@ def test_steps_that_are_asked_for_are_all_taken():
 
 def test_a_fit_that_needs_its_few_steps_has_converged():
     fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), progress=False)
-    assert (fit.stopped, fit.steps) == ("converged", 80)
+    assert fit.stopped == "converged"
+    assert fit.steps <= 80
