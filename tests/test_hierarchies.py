@@ -1,114 +1,315 @@
-"""Guides of hierarchies: the coordinates that are read from the model, their degrees, and the answers they give."""
+"""Amortised hierarchies: one AutoPlateFlow for datasets with any number of rows, trained on simulations.
 
-import math
+Answers for a batch of datasets are those for each alone, masked rows are as rows that are not there, and a trained
+guide finds the exact posterior of a conjugate hierarchy.
+"""
+
+import copy
+import functools
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import in_groups
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.guides.hierarchy import DEEPEST
-from pyro_flows.transforms import NonCentred
+from pyro_flows import AutoFlow, AutoPlateFlow, AutoStructuredFlow, calibrate, fit_amortized, fit_svi, simulate
+from pyro_flows.encoders import Arguments, MLPEncoder, SetEncoder, Standardize
+from pyro_flows.fitting.amortized import PlateRows
+from pyro_flows.programs.simulator import Simulator
 
 
-def funnel() -> None:
-    v = pyro.sample("v", dist.Normal(0.0, 3.0))
-    with pyro.plate("row", 9):
-        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+def hierarchy(y: Tensor | None = None, groups: int = 6) -> Tensor:
+    """Sample groups of three numbers around a mean of their own."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    return in_groups(mu, y, groups)
 
 
-def slopes(group: Tensor, y: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
-    sd = pyro.sample("sd", dist.HalfNormal(1.0).expand([2]).to_event(1))
-    factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
-    with pyro.plate("groups", 4):
-        effect = pyro.sample("effect", dist.MultivariateNormal(mean, scale_tril=sd.unsqueeze(-1) * factor))
-    with pyro.plate("rows", len(y)):
-        pyro.sample("y", dist.Normal(effect[..., group, 0], 1.0), obs=y)
+def masked(y: Tensor | None = None, present: Tensor | None = None, groups: int = 6) -> None:
+    """Sample the same groups, some of which are absent."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=True if present is None else present):
+        in_groups(mu, y, groups)
 
 
-def chain(length: int) -> None:
-    x = pyro.sample("x_0", dist.Normal(0.0, 1.0))
-    for number in range(length):
-        x = pyro.sample(f"x_{number + 1}", dist.Normal(0.0, x.exp()))
+class OfRows(MLPEncoder):
+    """The context of each row from its three numbers alone."""
+
+    def forward(self, y: Tensor, *_: object, **__: object) -> Tensor:
+        return super().forward(y)
 
 
-def units_of(model, *args: Tensor) -> NonCentred | None:
-    return pf.AutoFlow(model).setup(*args).flow.units
+def amortised(model=hierarchy, **settings) -> AutoPlateFlow:
+    encoder = OfRows(3, context_dim=4, hidden_dims=(16,))
+    return AutoPlateFlow(model, "group", encoder=encoder, global_encoder=SetEncoder(4, 8, (16,)), **settings)
 
 
-def test_a_funnel_is_independent_in_its_units():
-    guide = pf.AutoFlow(funnel).setup()
-    noise = torch.randn(1000, 10, dtype=torch.get_default_dtype()) * torch.tensor([3.0, *[1.0] * 9])
-    z, log_det = guide.flow.units.forward_and_log_det(noise)
-    values = guide.unpack(z)
-    torch.testing.assert_close(values["x"], noise[:, 1:] * (noise[:, :1] / 2).exp())
-    torch.testing.assert_close(log_det, 9 * noise[:, 0] / 2)
-
-
-def test_effects_of_correlated_slopes_are_in_units_of_their_deviations():
-    group, y = torch.arange(20) % 4, torch.randn(20)
-    guide = pf.AutoFlow(slopes).setup(group, y)
-    z = torch.randn(50, guide.latent_dim)
-    values = guide.unpack(z)
-    x, _ = guide.flow.units.inverse_and_log_det(z)
-    effects = x[:, [place for place, name in enumerate(guide.coordinates) if name == "effect"]].reshape(50, 4, 2)
-    expected = (values["effect"] - values["mean"].unsqueeze(1)) / values["sd"].unsqueeze(1)
-    ratios = effects / expected  # the scale at the start is constant, and left to the affine maps
-    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-3, atol=1e-3)
-
-
-def test_a_model_without_a_hierarchy_and_one_that_is_too_deep_have_no_units():
-    assert units_of(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))) is None
-    assert units_of(lambda: chain(DEEPEST)).levels == DEEPEST
-    assert units_of(lambda: chain(DEEPEST + 1)) is None
-
-
-@pytest.mark.parametrize("noise", [0.01, 100.0])
-def test_the_degree_comes_from_the_data(noise):
-    """Data that determine each effect ask for the centred parametrisation, and data that say little do not."""
-    truth = torch.linspace(-2, 2, 8)
-
-    def model() -> None:
-        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
-        with pyro.plate("group", 8):
-            x = pyro.sample("x", dist.Normal(0.0, scale))
-            pyro.sample("y", dist.Normal(x, noise), obs=truth)
-
-    guide = pf.AutoFlow(model)
-    pf.fit_svi(model, guide, steps=1, progress=False)
-    degree = guide.flow.units.degree[1:]
-    assert (degree < 0.1).all() if noise < 1 else (degree > 0.9).all()
-
-
-def test_a_funnel_is_fitted_exactly():
+@pytest.fixture(scope="module")
+def trained() -> AutoPlateFlow:
     pyro.set_rng_seed(0)
-    guide = pf.AutoFlow(funnel)
-    fit = pf.fit_svi(funnel, guide, progress=False)
-    weights = pf.psis(funnel, guide)
-    assert fit.steps <= 100
-    assert weights.khat < 0.5
-    assert weights.log_evidence == pytest.approx(0.0, abs=0.02)
-    assert guide.sample(20_000)["v"].std().item() == pytest.approx(3.0, abs=0.1)  # 6 standard errors
+    guide = amortised()
+    fit_amortized(hierarchy, guide, simulations=100, max_epochs=2, progress=False)
+    return guide
 
 
-def test_density_and_draws_agree_and_come_back_from_a_file(tmp_path):
-    group, y = torch.arange(20) % 4, torch.randn(20)
-    guide = pf.AutoFlow(slopes).setup(group, y)
-    pf.fit_svi(slopes, guide, group, y, steps=3, progress=False)
-    draws = guide.sample(10, group, y)
+def exact(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean and standard deviation of mu, and of each theta, given groups ``(groups, 3)``."""
+    within, between = 1 / 3, 0.25
+    precision = 1 + len(y) / (within + between)
+    centre = y.mean(-1).sum() / (within + between) / precision
+    share = between / (within + between)
+    mean = share * y.mean(-1) + (1 - share) * centre
+    sd = (share * within + (1 - share) ** 2 / precision) ** 0.5
+    return centre, precision**-0.5, mean, torch.as_tensor(sd)
+
+
+@pytest.mark.filterwarnings("ignore:.*trained on 1 to 6")
+def test_any_number_of_rows_and_a_batch_of_datasets(trained):
+    y = torch.randn(4, 5, 3)
+    draws = trained.sample(7, y, groups=5)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {"mu": (7, 4), "theta": (7, 4, 5)}
+    together = trained.log_prob(draws, y, groups=5)
+    assert together.shape == (7, 4)
+    for place in range(4):
+        alone = trained.log_prob({name: value[:, place] for name, value in draws.items()}, y[place], groups=5)
+        assert torch.allclose(alone, together[:, place], atol=1e-4)
+    assert trained.sample(2, torch.randn(9, 3), groups=9)["theta"].shape == (2, 9)
+
+
+def test_a_row_so_far_that_its_draws_are_not_finite_is_refused(trained):
+    y = torch.randn(6, 3)
+    draws = trained.sample(2, y)
+    y[4, 1] = -1e20
+    words = "the data lie up to .*e\\+19 standard deviations from the mean of those in training. Correct the data"
+    for use in (lambda y: trained.sample(2, y), lambda y: trained.log_prob(draws, y), trained.bind, trained):
+        with pytest.raises(FloatingPointError, match=f"AutoPlateFlow: the draw of latent site .*, got nan: {words}"):
+            use(y)
+
+
+def test_a_number_of_rows_that_differs_from_the_data_is_refused(trained):
+    y = torch.randn(4, 3)
+    for call in (trained.sample, trained.bind):
+        with pytest.raises(ValueError, match=r"has 6 rows of plate 'group', and the data have 4\. Give the model"):
+            call(*[2] * (call == trained.sample), y, groups=6)
+
+
+def test_rows_have_no_order(trained):
+    y, order = torch.randn(6, 3), torch.randperm(6)
+    draws = trained.sample(10, y)
+    moved = {"mu": draws["mu"], "theta": draws["theta"][:, order]}
+    assert torch.allclose(trained.log_prob(draws, y), trained.log_prob(moved, y[order]), atol=1e-4)
+
+
+def test_masked_rows_are_as_rows_that_are_not_there():
+    guide = amortised(masked)
+    fit_amortized(masked, guide, simulations=60, max_epochs=1, progress=False)
+    y, present = torch.randn(6, 3), torch.tensor([True, False, True, True, False, True])
+    draws = guide.sample(10, y[present], groups=4)
+    wide = {"mu": draws["mu"], "theta": torch.zeros(10, 6)}
+    wide["theta"][:, present] = draws["theta"]
+    y[~present] = 100.0
+    assert torch.allclose(guide.log_prob(wide, y, present), guide.log_prob(draws, y[present], groups=4), atol=1e-4)
+    assert Trace_ELBO().loss(masked, guide, y, present) < 1000
+
+
+def test_masks_of_rows_are_those_of_one_dataset_and_of_a_guide_with_a_model(tmp_path):
+    y, present = torch.randn(2, 6, 3), torch.rand(2, 6) < 0.5
+    guide = AutoPlateFlow(masked, "group", encoder=Arguments(MLPEncoder(3, 4), 0), global_encoder=SetEncoder(4, 8))
+    guide.setup(y[0])
+    with pytest.raises(ValueError, match=r"given one by one.*Loop over them"):
+        guide.sample(3, y, present)
+    guide.sample(3, y[0], present[0])
     pf.save(guide, tmp_path / "guide.pt")
+    with pytest.warns(UserWarning, match=r"has no model to see masks.*Leave the absent rows out"):
+        pf.load(tmp_path / "guide.pt").sample(3, y[0], present[0])
+
+
+def test_an_encoder_of_all_rows_is_told_from_the_global_encoder():
+    guide = AutoPlateFlow(hierarchy, "group", encoder=Arguments(SetEncoder(3, 4), 0), global_encoder=SetEncoder(4, 8))
+    with pytest.raises(ValueError, match=r"the encoder must return one vector for each row of plate 'group', .*\(4,\)"):
+        guide.setup(torch.randn(3, 3), groups=3)
+
+
+def test_double_precision_is_kept():
+    def model(y: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        in_groups(mu, y, 4)
+
+    guide, y = amortised(model), torch.randn(4, 3, dtype=torch.float64)
+    own = guide.setup(y).bind(y)
+    assert own.sample(3, y)["theta"].dtype == torch.float64
+
+
+def of_rows(y: Tensor) -> None:
+    """Sample the same groups, as many as there are in the data."""
+    hierarchy(y, groups=len(y))
+
+
+@pytest.mark.parametrize(
+    ("guide", "rows"),
+    [
+        (lambda: AutoFlow(of_rows), 4),
+        (lambda: AutoPlateFlow(of_rows, "group"), 4),
+        (lambda: AutoPlateFlow(of_rows, "group", encoder=MLPEncoder(3, 4), global_encoder=SetEncoder(4, 8)), 4),
+        (lambda: AutoStructuredFlow(of_rows), 70),
+    ],
+    ids=["one_flow", "learned_rows", "amortised", "structured"],
+)
+def test_a_guide_that_is_made_double_draws_scores_trains_and_is_saved(guide, rows, tmp_path):
+    y = torch.randn(rows, 3)
+    narrow = guide().setup(y)
+    wide, y = copy.deepcopy(narrow).double(), y.double()
+    draws = wide.sample(5, y)
+    assert {value.dtype for value in (*draws.values(), *wide.median(y).values(), wide.log_prob(draws, y))} == {y.dtype}
+    pf.save(wide, tmp_path / "guide.pt")
+    torch.testing.assert_close(pf.load(tmp_path / "guide.pt").log_prob(draws, y), wide.log_prob(draws, y))
+    fit_svi(of_rows, wide, y, steps=2, progress=False)
+    assert wide.sample(5, y)["theta"].dtype == y.dtype
+    assert wide.float().sample(5, y.float())["theta"].dtype == torch.float32
+    assert narrow.sample(5, y.float())["theta"].dtype == torch.float32
+
+
+def test_the_rows_are_those_of_the_simulations():
+    guide = amortised().setup(torch.randn(3, 3), groups=3)
+    fit_amortized(hierarchy, guide, groups=8, simulations=40, max_epochs=1, datasets=(4, 8), progress=False)
+    assert guide.row_range == (4, 8)
+
+    def outside(y: Tensor | None = None, size: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("size", dist.Normal(torch.zeros(6), 1.0).to_event(1), obs=size)
+        in_groups(mu, y)
+
+    with pytest.raises(ValueError, match=r"'size' has 6 entries.*Draw it inside of the plate"):
+        fit_amortized(outside, amortised(outside), simulations=40, progress=False)
+
+
+def test_bind_makes_a_guide_of_one_dataset(trained, tmp_path):
+    y = torch.randn(5, 3)
+    own = trained.bind(y, groups=5)
+    draws = trained.sample(20, y, groups=5)
+    assert own.global_encoder is None
+    assert torch.allclose(own.log_prob(draws, y, groups=5), trained.log_prob(draws, y, groups=5), atol=1e-4)
+    assert Predictive(hierarchy, guide=own, num_samples=3)(y, 5)["theta"].var(0).max() > 1e-4
+    fit_svi(hierarchy, own, y, groups=5, steps=2, progress=False)
+    assert not torch.allclose(own.log_prob(draws, y, groups=5), trained.log_prob(draws, y, groups=5), atol=1e-4)
+    pf.save(own, tmp_path / "own.pt")
+    again = pf.load(tmp_path / "own.pt")
+    assert torch.allclose(again.log_prob(draws, y, groups=5), own.log_prob(draws, y, groups=5), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_weighs_draws_takes_the_guide_and_the_bound_guide(trained):
+    y = torch.randn(5, 3)
+    for guide in (trained, trained.bind(y, groups=5)):
+        assert pf.psis(hierarchy, guide, y, groups=5, num_samples=100).log_weights.shape == (100,)
+        assert pf.resample(hierarchy, guide, y, groups=5, num_samples=10)["theta"].shape == (10, 5)
+
+
+def test_it_is_a_guide_of_one_dataset_for_svi(local_params):
+    guide, y = amortised(), torch.randn(6, 3)
+    before = copy.deepcopy(guide.setup(y).state_dict())
+    svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):  # last layers start at zero, and pass no gradient on in the first step
+        svi.step(y)
+    moved = [name for name, value in guide.state_dict().items() if not torch.equal(value, before[name])]
+    assert all(any(part in name for name in moved) for part in ("global_encoder", "contexts.encoder"))
+
+
+def test_files_hold_both_encoders(trained, tmp_path):
+    with pytest.raises(ValueError, match="OfRows"):  # a class of the user
+        pf.save(trained, tmp_path / "guide.pt")
+    bare = AutoPlateFlow(only_data, "group", encoder=Standardize((3,)), global_encoder=SetEncoder(3, 8, (16,)))
+    fit_amortized(only_data, bare, simulations=40, max_epochs=1, datasets=(2, 5), progress=False)
+    pf.save(bare, tmp_path / "guide.pt")
     again = pf.load(tmp_path / "guide.pt")
-    torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws, group, y))
-    assert again.flow.units.levels == guide.flow.units.levels
-    assert math.isfinite(again.log_prob(again.sample(10)).sum().item())
+    y = torch.randn(4, 3)
+    draws = bare.sample(5, y)
+    assert torch.allclose(again.log_prob(draws, y), bare.log_prob(draws, y), atol=1e-5)
+    assert again.row_range == (2, 5)
 
 
-def test_a_start_that_is_given_replaces_the_units():
-    guide = pf.AutoFlow(funnel).setup()
-    guide.start_at(torch.ones(10), torch.full((10,), 0.5))
-    z = guide.get_transform()(torch.zeros(10))
-    torch.testing.assert_close(z, torch.ones(10))
-    torch.testing.assert_close(guide.start[0], torch.ones(10))
+def only_data(y: Tensor | None = None) -> None:
+    hierarchy(y, 5 if y is None else y.shape[-2])
+
+
+def test_a_step_sees_the_same_rows_of_data_and_latents(trained):
+    known = simulate(hierarchy, num_simulations=8)
+    simulator = Simulator("test", hierarchy, (), {"groups": 6})
+    rows = PlateRows("test", simulator, trained, (2, 4))
+    sizes = set()
+    for _ in range(50):
+        packed = trained.packed({"mu": known.latents["mu"], "theta": known.data["y"].sum(-1)})
+        args, kwargs, (_, (z, log_det)) = rows.some(known.data, packed)
+        y = kwargs.get("y", args[0] if args else None)
+        assert torch.equal(y.sum(-1), z.squeeze(-1))
+        assert log_det.shape == z.shape[:-1]
+        sizes.add(z.shape[1])
+    assert sizes == {2, 3, 4}
+
+
+def test_calibrate_names_hyperparameters_and_rows(trained):
+    found = calibrate(hierarchy, trained, groups=4, num_simulations=40, num_samples=20)
+    assert found.names == ["mu", "theta[row]"]
+    assert found.ranks.shape == (40, 2)
+
+
+def test_a_number_of_rows_outside_of_training_warns():
+    guide = amortised()
+    fit_amortized(hierarchy, guide, simulations=40, max_epochs=1, datasets=(3, 5), progress=False)
+    with pytest.warns(UserWarning, match="have 6 rows of plate 'group', and the guide was trained on 3 to 5"):
+        guide.sample(2, torch.randn(6, 3))
+
+
+def flat(y: Tensor | None = None) -> None:
+    in_groups(0.0, y)
+
+
+def test_what_does_not_fit_is_refused_with_the_way_out():
+    encoder, pool, wide, y = OfRows(3, 4), SetEncoder(4, 8), MLPEncoder(4, 2), torch.randn(6, 3)
+    build = functools.partial(AutoPlateFlow, hierarchy, "group")
+    fit = functools.partial(fit_amortized, hierarchy, simulations=40, progress=False)
+    for words, call in {
+        "global_encoder takes the contexts .*Give encoder=": lambda: build(global_encoder=pool),
+        "global_encoder must be a network": lambda: build(encoder=encoder, global_encoder=3),
+        "one kind is missing.*Use AutoFlow": lambda: amortised(flat).setup(y),
+        r"one vector \(n,\), got shape \(6, 2\)": lambda: build(encoder=encoder, global_encoder=wide).setup(y),
+        "without a global_encoder.*Give both": lambda: fit(build(encoder=encoder)),
+        "for an AutoPlateFlow, got .* for AutoFlow": lambda: fit(AutoFlow(hierarchy, encoder=encoder), datasets=(1, 2)),
+        r"from 1 to the 6 rows.*got \(1, 9\)": lambda: fit(amortised(), datasets=(1, 9)),
+        "bind: the guide has no global_encoder": lambda: build(encoder=encoder).bind(y),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+    for wrong in (5, (0, 3), (4, 2), (2.5, 4)):
+        with pytest.raises(ValueError, match=r"datasets must be .* integers"):
+            fit(amortised(), datasets=wrong)
+
+
+@pytest.mark.slow
+def test_a_trained_guide_finds_the_exact_posterior():
+    """Means lie within .1 standard deviations and ratios of standard deviations in .93 to 1.07, for unseen sizes."""
+    pyro.set_rng_seed(1)
+    guide = amortised()
+    fit_amortized(hierarchy, guide, groups=20, simulations=6000, max_epochs=40, progress=False)
+    for groups in (2, 7, 19):
+        errors, ratios = [], []
+        for y in simulate(hierarchy, groups=groups, num_simulations=20).data["y"]:
+            draws, (centre, sd, mean, each) = guide.sample(4000, y, groups=groups), exact(y)
+            errors += [(draws["mu"].mean() - centre) / sd, *((draws["theta"].mean(0) - mean) / each)]
+            ratios += [draws["mu"].std() / sd, *(draws["theta"].std(0) / each)]
+        assert torch.stack(errors).square().mean().sqrt() < 0.1
+        assert 0.93 < torch.stack(ratios).median() < 1.07
+    assert calibrate(hierarchy, guide, groups=5, num_simulations=500, num_samples=200).calibrated
+
+
+@pytest.mark.slow
+def test_check_takes_the_guide_of_one_dataset():
+    guide, y = amortised(), torch.randn(5, 3)
+    fit_amortized(hierarchy, guide, simulations=2000, max_epochs=20, progress=False)
+    own = guide.bind(y, groups=5)
+    fit_svi(hierarchy, own, y, groups=5, progress=False)
+    assert pf.check(hierarchy, own, y, groups=5).trusted

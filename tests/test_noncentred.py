@@ -1,0 +1,114 @@
+"""Guides of hierarchies: the coordinates that are read from the model, their degrees, and the answers they give."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows.guides.hierarchy import DEEPEST
+from pyro_flows.transforms import NonCentred
+
+
+def funnel() -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("row", 9):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+def slopes(group: Tensor, y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
+    with pyro.plate("groups", 4):
+        effect = pyro.sample("effect", dist.MultivariateNormal(mean, scale_tril=sd.unsqueeze(-1) * factor))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(effect[..., group, 0], 1.0), obs=y)
+
+
+def chain(length: int) -> None:
+    x = pyro.sample("x_0", dist.Normal(0.0, 1.0))
+    for number in range(length):
+        x = pyro.sample(f"x_{number + 1}", dist.Normal(0.0, x.exp()))
+
+
+def units_of(model, *args: Tensor) -> NonCentred | None:
+    return pf.AutoFlow(model).setup(*args).flow.units
+
+
+def test_a_funnel_is_independent_in_its_units():
+    guide = pf.AutoFlow(funnel).setup()
+    noise = torch.randn(1000, 10, dtype=torch.get_default_dtype()) * torch.tensor([3.0, *[1.0] * 9])
+    z, log_det = guide.flow.units.forward_and_log_det(noise)
+    values = guide.unpack(z)
+    torch.testing.assert_close(values["x"], noise[:, 1:] * (noise[:, :1] / 2).exp())
+    torch.testing.assert_close(log_det, 9 * noise[:, 0] / 2)
+
+
+def test_effects_of_correlated_slopes_are_in_units_of_their_deviations():
+    group, y = torch.arange(20) % 4, torch.randn(20)
+    guide = pf.AutoFlow(slopes).setup(group, y)
+    z = torch.randn(50, guide.latent_dim)
+    values = guide.unpack(z)
+    x, _ = guide.flow.units.inverse_and_log_det(z)
+    effects = x[:, [place for place, name in enumerate(guide.coordinates) if name == "effect"]].reshape(50, 4, 2)
+    expected = (values["effect"] - values["mean"].unsqueeze(1)) / values["sd"].unsqueeze(1)
+    ratios = effects / expected  # the scale at the start is constant, and left to the affine maps
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_without_a_hierarchy_and_one_that_is_too_deep_have_no_units():
+    assert units_of(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))) is None
+    assert units_of(lambda: chain(DEEPEST)).levels == DEEPEST
+    assert units_of(lambda: chain(DEEPEST + 1)) is None
+
+
+@pytest.mark.parametrize("noise", [0.01, 100.0])
+def test_the_degree_comes_from_the_data(noise):
+    """Data that determine each effect ask for the centred parametrisation, and data that say little do not."""
+    truth = torch.linspace(-2, 2, 8)
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("group", 8):
+            x = pyro.sample("x", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(x, noise), obs=truth)
+
+    guide = pf.AutoFlow(model)
+    pf.fit_svi(model, guide, steps=1, progress=False)
+    degree = guide.flow.units.degree[1:]
+    assert (degree < 0.1).all() if noise < 1 else (degree > 0.9).all()
+
+
+def test_a_funnel_is_fitted_exactly():
+    pyro.set_rng_seed(0)
+    guide = pf.AutoFlow(funnel)
+    fit = pf.fit_svi(funnel, guide, progress=False)
+    weights = pf.psis(funnel, guide)
+    assert fit.steps <= 100
+    assert weights.khat < 0.5
+    assert weights.log_evidence == pytest.approx(0.0, abs=0.02)
+    assert guide.sample(20_000)["v"].std().item() == pytest.approx(3.0, abs=0.1)  # 6 standard errors
+
+
+def test_density_and_draws_agree_and_come_back_from_a_file(tmp_path):
+    group, y = torch.arange(20) % 4, torch.randn(20)
+    guide = pf.AutoFlow(slopes).setup(group, y)
+    pf.fit_svi(slopes, guide, group, y, steps=3, progress=False)
+    draws = guide.sample(10, group, y)
+    pf.save(guide, tmp_path / "guide.pt")
+    again = pf.load(tmp_path / "guide.pt")
+    torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws, group, y))
+    assert again.flow.units.levels == guide.flow.units.levels
+    assert math.isfinite(again.log_prob(again.sample(10)).sum().item())
+
+
+def test_a_start_that_is_given_replaces_the_units():
+    guide = pf.AutoFlow(funnel).setup()
+    guide.start_at(torch.ones(10), torch.full((10,), 0.5))
+    z = guide.get_transform()(torch.zeros(10))
+    torch.testing.assert_close(z, torch.ones(10))
+    torch.testing.assert_close(guide.start[0], torch.ones(10))
