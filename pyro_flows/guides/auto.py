@@ -68,8 +68,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         base: A function of the number of latent dimensions that replaces the recipe's base, such as
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: The strategy for the start; by default ``init_to_center``, or the origin if that is far likelier.
-        init_scale: The scale of each unconstrained latent at the start.  With the default flow, standard deviations
-            are up to 2 % larger.
+        init_scale: The scale of each unconstrained latent at the start, for effects of a hierarchy in units of their
+            priors' scales.  With the default flow, standard deviations are up to 2 % larger.
         name: The guide's name in Pyro's parameter store, unique by default; a name of yours finds stored parameters.
 
     Raises:
