@@ -128,12 +128,12 @@ def layers():
 
 @torch.no_grad()
 def stages_of(guide, number):
-    """Return draws of a guide at three stages: of its base, after the couplings, after the two affine maps."""
+    """Return draws of a guide at four stages: of its base, after the couplings, the two affine maps, and the units."""
     value = guide.flow.base().sample((number,))
     found = [value]
     for place, transform in enumerate(guide.flow.transforms):
         value, _ = transform.forward_and_log_det(value)
-        if place in (len(guide.flow.transforms) - 3, len(guide.flow.transforms) - 1):
+        if place - len(guide.flow.transforms) in (-4, -2, -1):
             found.append(value)
     return found
 
@@ -143,12 +143,12 @@ def pipeline():
     pyro.set_rng_seed(0)
     guide = pf.AutoFlow(eight_schools)
     pf.fit_svi(eight_schools, guide, EFFECTS, STANDARD_ERRORS, progress=False)
-    base, bent, placed = (draws[:, [2, 1]] for draws in stages_of(guide, 4000))  # theta[A] and tau
-    final = torch.stack((placed[:, 0], placed[:, 1].exp()), -1)
+    base, bent, placed, free = (draws[:, [2, 1]] for draws in stages_of(guide, 4000))  # theta[A] and tau
+    final = torch.stack((free[:, 0], free[:, 1].exp()), -1)
     colour = base[:, 1].argsort().argsort() / len(base)
-    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.75), layout="constrained")
-    titles = "base", "after the couplings", "after the affine maps", "constrained"
-    for axis, draws, title in zip(axes, (base, bent, placed, final), titles, strict=True):
+    figure, axes = plt.subplots(1, 5, figsize=(11.5, 2.75), layout="constrained")
+    titles = "base", "after the couplings", "after the affine maps", "after the units", "constrained"
+    for axis, draws, title in zip(axes, (base, bent, placed, free, final), titles, strict=True):
         axis.scatter(*draws.T, c=colour, s=2.5, cmap="viridis", lw=0, rasterized=True)
         low, high = draws.quantile(0.003, 0), draws.quantile(0.997, 0)
         margin = 0.08 * (high - low)
@@ -158,8 +158,9 @@ def pipeline():
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="coordinate 3", ylabel="coordinate 2")
     axes[1].set(xlabel="coordinate 3", ylabel="coordinate 2")
-    axes[2].set(xlabel="theta[A]", ylabel="log tau")
-    axes[3].set(xlabel="theta[A]", ylabel="tau")
+    axes[2].set(xlabel="coordinate 3", ylabel="log tau")
+    axes[3].set(xlabel="theta[A]", ylabel="log tau")
+    axes[4].set(xlabel="theta[A]", ylabel="tau")
     save(figure, "pipeline")
 
 

@@ -5,17 +5,16 @@ hierarchy, whose scales depend on other latents.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Cauchy, Laplace, Normal
 from torch.distributions.utils import _sum_rightmost
 
 from ..programs.density import Density
 from ..programs.log_density import or_nan
-from ..programs.sites import Site, innermost
+from ..programs.sites import Site, loc_and_scale_of
 from ..sampling.annealed_population import Prior
 from ..sampling.chains import Target
 from ..sampling.coordinates import Coordinates, GuideDensity, Hierarchy, Mapped, NonCentred, Stretched, White
@@ -144,12 +143,11 @@ def hierarchy_of(space: Density, z: Tensor) -> Hierarchy | None:
 
 
 def _loc_and_scale(site: Site) -> Tensor:
-    """Return the location and the scale of each value of a site, ``(*shape, 2)``."""
-    fn = innermost(site["fn"])
-    return torch.stack((fn.loc, fn.scale), -1)
+    """Return the location and the scale of each value of a site that has both, ``(*shape, 2)``."""
+    return torch.stack(cast(tuple[Tensor, Tensor], loc_and_scale_of(site["fn"])), -1)
 
 
 def _has_loc_and_scale(site: Site) -> bool:
-    """True if each value of a site has its own location and scale: it is loc + scale times a standardised variable."""
-    fn = innermost(site["fn"])
-    return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
+    """True if each value of a site has its own location and scale."""
+    known = loc_and_scale_of(site["fn"])
+    return known is not None and all(part.shape == site["value"].shape for part in known)

@@ -103,8 +103,9 @@ def start_from_gaussian(
 def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Gaussian:
     """Return the Gaussian nearest to a density, in the best non-centred coordinates of a guide if it has any.
 
-    In fully non-centred coordinates an effect has the precision 1 + h, of which h is from the data.  Its best degree is
-    1 / (1 + h): data that determine an effect ask for the centred one (Papaspiliopoulos, Roberts, Sköld 2007).
+    In fully non-centred coordinates an effect has the precision 1 + h, and h comes from the data.  Its best degree is
+    1 / (1 + h): data that determine an effect ask for the centred parametrisation (Papaspiliopoulos, Roberts, Sköld
+    2007).
     """
     units, (loc, scale) = guide.flow.units, (guide.flow.fixed.loc.detach(), guide.start[1])
     if units is None:

@@ -31,7 +31,7 @@ from .base import FlowGuide, Schedule, check_fits, schedule_of_many
 from .contexts import check_finite, encode, initialize, width_for_one
 from .guide_call import Call, Found
 from .guide_flow import LIMITS, GuideFlow, assemble, bound, built, check_recipes, default_for
-from .hierarchy import read_hierarchy
+from .hierarchy import units_of
 from .packing import Moving, Packing, check_supports, is_circular, moving_supports, place
 
 
@@ -134,13 +134,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the non-centred coordinates of the model, if it is a hierarchy."""
         if self.latent_dim > LIMITS.tailed or self.has_circles:
             return None
-        found = read_hierarchy(call, self.packings["latent"])
-        if found is None:
-            return None
-        loc, log_scale, levels = found
-        units = NonCentred(self.latent_dim, levels).to(loc)
-        units.set(loc, log_scale)
-        return units
+        return units_of(call, self.packings["latent"])
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Cauchy, Laplace, LogNormal, MultivariateNormal, Normal, StudentT
+from torch.distributions import LogNormal
 
 from ..programs.program import outside_plates, trace_of
-from ..programs.sites import innermost
+from ..programs.sites import innermost, loc_and_scale_of
+from ..transforms import NonCentred
 from .guide_call import Call
 from .packing import Packing
 
 DEEPEST = 4  # scales in a chain; each takes a pass over all latents
 
 
-def read_hierarchy(call: Call, packing: Packing) -> tuple[Tensor, Tensor, int] | None:
-    """Return the matrices of non-centred coordinates, W and R, each ``(D, D)``, and the depth of the hierarchy.
+def units_of(call: Call, packing: Packing) -> NonCentred | None:
+    """Return the non-centred coordinates of a model.
 
     None if no scale depends on latents, or in a chain that is too long, or if the model does not run with gradients.
     """
@@ -54,8 +55,8 @@ def _dependences(call: Call, packing: Packing) -> tuple[Tensor, Tensor] | None:
     return pull, log_scale
 
 
-def _solved(pull: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Return the matrices and the depth, given the derivatives; in a model's order, latents depend on earlier ones."""
+def _solved(pull: Tensor, log_scale: Tensor) -> NonCentred | None:
+    """Return the coordinates, given the derivatives; in a model's order, latents depend on earlier ones."""
     pull, log_scale = pull.tril(-1), log_scale.tril(-1)
     if not (log_scale.any() and pull.isfinite().all() and log_scale.isfinite().all()):
         return None
@@ -65,17 +66,17 @@ def _solved(pull: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, int] | Non
     levels, reached = 0, (log_scale != 0).to(eye)
     while reached.any() and levels <= DEEPEST:
         levels, reached = levels + 1, ((log_scale != 0).to(eye) @ reached).clamp_max(1)
-    return (loc, log_scale, levels) if levels <= DEEPEST else None
+    if levels > DEEPEST:
+        return None
+    units = NonCentred(len(loc), levels).to(loc)
+    units.set(loc, log_scale)
+    return units
 
 
 def _loc_and_scale(fn: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the location and the scale of each unconstrained number of a distribution, if it has such."""
+    """Return the location and the scale of each unconstrained number of a distribution, if it has both."""
     fn = innermost(fn)
-    if isinstance(fn, MultivariateNormal):
-        return fn.loc, fn.scale_tril.norm(dim=-1)
-    if isinstance(fn, LogNormal):
-        return fn.loc, fn.scale
-    return (fn.loc, fn.scale) if isinstance(fn, Normal | Laplace | Cauchy | StudentT) else None
+    return loc_and_scale_of(fn.base_dist if isinstance(fn, LogNormal) else fn)
 
 
 def _jacobian(values: Tensor, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Cauchy, Laplace, MultivariateNormal, Normal, StudentT, constraints
 
 Site = dict[str, Any]
 Values = dict[str, Tensor]
@@ -166,6 +166,18 @@ def innermost(fn: Any) -> Any:
     while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def loc_and_scale_of(fn: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the location and the scale of each number of a distribution, or None if it has none.
+
+    Each number is then loc + scale times a variable whose own distribution depends on neither.  Numbers of a
+    multivariate normal have their marginal scales.
+    """
+    fn = innermost(fn)
+    if isinstance(fn, MultivariateNormal):
+        return fn.loc, fn.scale_tril.norm(dim=-1)
+    return (fn.loc, fn.scale) if isinstance(fn, Normal | Laplace | Cauchy | StudentT) else None
 
 
 def base_of(fn: Any) -> Any:
