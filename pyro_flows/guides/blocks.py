@@ -36,9 +36,10 @@ class Frame(nn.Module):
 
         z_i = μ_i + M_i(g) (p - p_i) + e_i,    e_it = A_it(g) e_i,t-1 + L_it(g) w_it,
         M_i(g) = M_i + Σ_k C_ik (g - g_i)_k,    A_it(g) = A_it + Σ_k B_itk (g - g_i)_k,
-        L_it(g) = L_it diag exp(s_it (g - g_i))
+        L_it(g) = L_it (I + N_it(g)) exp D_it(g)
 
-    with w from the block's flow, and p_i the place of the parents at which the row has mean μ_i.  So the flow is
+    with w from the block's flow, and p_i the place of the parents at which the row has mean μ_i.  The diagonal matrix D
+    and the strictly lower triangular one N are linear in g - g_i, so correlations within a row depend on g, too.  So the flow is
     trained in coordinates in which the posterior is nearly standard normal, and funnels have straight walls.  The gain
     of a row in the latents of an outer row depends on scales, which are among g: the C.  Thousands of rows with a
     constant gain would each cost few nats away from the middle of g, and all together make g too narrow.
@@ -63,7 +64,7 @@ class Frame(nn.Module):
         leans = inner > 0 and 0 < num_shared <= LEANS
         self.origin, self.loc = nn.Parameter(new(rows, num_given)), nn.Parameter(start.clone())
         self.gain, self.scale = nn.Parameter(new(*start.shape, num_given)), nn.Parameter(eye)
-        self.stretch = nn.Parameter(new(*start.shape, num_shared))
+        self.stretch = nn.Parameter(new(*eye.shape, num_shared))
         self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
         self.turn = nn.Parameter(new(*eye.shape, num_shared)) if several else None
         self.lean = nn.Parameter(new(*start.shape, inner, num_shared)) if leans else None
@@ -103,7 +104,8 @@ class Frame(nn.Module):
         if self.lean is not None:
             products = away[..., self.num_shared :, None] * away[..., None, : self.num_shared]
             loc = loc + (self.lean.detach()[places].flatten(-2) @ products.flatten(-2)[..., None, :, None]).squeeze(-1)
-        scale = scale * (self.stretch.detach()[places] @ shared).exp().mT
+        stretch = (self.stretch.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)
+        scale = (scale + scale @ stretch.tril(-1)) * stretch.diagonal(dim1=-2, dim2=-1).exp().unsqueeze(-2)
         if matrix is not None and self.turn is not None:
             matrix = matrix + (self.turn.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)
         return Process(loc, matrix, scale)

@@ -154,6 +154,8 @@ class Probe:
         points: The random points at which scores are compared.  A derivative may vanish at one of them.
         shift: How far latents are moved, in the unconstrained space.
         faint: A coupling this small, relative to the largest one, is round-off.
+        joined: The most shared latents, if a plate joins them on which the rows of another one depend.
+        gains: The most gains of other latents in these, for memory.
     """
 
     few: int = 64
@@ -162,6 +164,8 @@ class Probe:
     points: int = 2
     shift: float = 0.1
     faint: float = 1e-4
+    joined: int = 192
+    gains: int = 1_000_000
 
 
 PROBE = Probe()
@@ -187,7 +191,11 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
     look = _Look(call, some)
     rows = call._replace(plates=tuple(look.plates)).look(until=()).rows
     whole = [name for name in look.plates if takes_all(rows[name]) and name not in encoded]
-    return Structure(tuple(look.plates), tuple(look.sequences()), tuple(look.nestings(whole)))
+    nestings, sequences = look.nestings(whole), tuple(look.sequences())
+    kept = {plate for nesting in nestings for plate in (nesting.plate, nesting.outer)}
+    kept.update(plate for key, sites in look.blocks.items() for of in sequences if {*of.sites} & {*sites} for plate in key)
+    look.join_crossed([plate for plate in whole if plate not in kept])
+    return Structure(tuple(look.plates), sequences, tuple(nestings))
 
 
 class _Look:
@@ -228,7 +236,11 @@ class _Look:
             tied = {plate for key, sites in self.blocks.items() for plate in self._tied(key, self._at(sites))} - some
             self.plates = [plate for plate in self.plates if plate not in tied]
         kept = some.union(*(key for key, sites in self.blocks.items() if len(self._at(sites)) > PROBE.few))
-        self.plates = [plate for plate in self.plates if plate in kept]
+        self._keep([plate for plate in self.plates if plate in kept])
+
+    def _keep(self, plates: list[str]) -> None:
+        """Let these plates have rows; the latents of others join those outside."""
+        self.plates, size = plates, len(self._start)
         self.blocks = self._sites_by_plates()
         inside = torch.zeros(1, size, dtype=torch.long), *(self.rows[plate].unsqueeze(0) for plate in self.plates)
         self._first = torch.cat(inside).max(0).values <= 0  # the numbers in the first row of each plate, or outside
@@ -293,6 +305,24 @@ class _Look:
                     found[plate][outer] = index
         chains = _chains(found).items()
         return [Nesting(plate, outer, index) for plate, chain in chains for outer, index in chain.items()]
+
+    def join_crossed(self, plates: Collection[str]) -> None:
+        """Let small plates join the latents outside if the rows of another plate depend on all of their rows.
+
+        The rows of crossed plates are dependent, but those of the larger one are independent given the smaller one.
+
+        Args:
+            plates: The plates that may join.
+        """
+        alone = [key[0] for key in self.blocks if len(key) == 1 and key[0] in plates]
+        for plate in sorted(alone, key=lambda plate: len(self._at(self.blocks[(plate,)]))):
+            own, beside = self._at(self.blocks[(plate,)]), [key for key in self.blocks if key and plate not in key]
+            joined = len(own) + sum(self.places[name].numel() for name in self.blocks.get((), []))
+            few = joined <= PROBE.joined and joined * (len(self._start) - joined) <= PROBE.gains
+            if few and beside:
+                there = self._at(name for key in beside for name in self.blocks[key])
+                if self.coupled(own)[there].any():
+                    self._keep([other for other in self.plates if other != plate])
 
     def _touched(self, outer: str, faint: Tensor) -> list[list[Tensor]]:
         """Return what is coupled to the rows of a plate with a zero, and with a one, in each binary digit of a row.

@@ -60,7 +60,8 @@ class Bends(NamedTuple):
 
     Attributes:
         turn: That of the matrices A, ``(N, T, d, d, G)``.
-        stretch: That of the logarithm of the diagonal of L, ``(N, T, d, G)``; it multiplies columns of L.
+        stretch: That of the lower triangular matrix S in L (I + N) exp(D), ``(N, T, d, d, G)``.  D is the diagonal of
+            S, and N the rest.
         lean: That of the gains of all latents of parents but the root, ``(N, T d, P - G, G)``.
     """
 
@@ -89,14 +90,16 @@ class Conditional(NamedTuple):
     def deviation(self, w: Tensor, root: Tensor) -> Tensor:
         """Return e for noise w ``(S, N, T, d)`` and deviations of the root from its mean, ``(S, G)``."""
         along = root[:, None, None, :, None]  # (S, 1, 1, G, 1)
-        e = applied(self.scale, w * (self.bends.stretch @ along).squeeze(-1).exp())
+        stretch = (self.bends.stretch @ along.unsqueeze(-3)).squeeze(-1)
+        e = w * stretch.diagonal(dim1=-2, dim2=-1).exp()
+        e = applied(self.scale, e + applied(stretch.tril(-1), e))
         if e.shape[-2] == 1:
             return e
         return recur(self.matrix + (self.bends.turn @ along.unsqueeze(-3)).squeeze(-1), e)
 
     def log_det(self, root: Tensor) -> Tensor:
         """Return log|de/dw|, ``(S,)``."""
-        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum() + root @ self.bends.stretch.sum((0, 1, 2))
+        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum() + root @ self.bends.stretch.sum((0, 1)).diagonal().sum(-1)
 
     def solved(self, x: Tensor) -> Tensor:
         """Return the conditional covariance, where the root is at its mean, times x, ``(*batch, N, T, d)``."""
@@ -145,7 +148,7 @@ class BlockStructure:
             cross = like.new_zeros(rows, steps * width, size)
             precision.append(Precision(diagonal, torch.zeros_like(diagonal), cross))
             turn = like.new_zeros(rows, steps, width, width, len(self.root))
-            bends.append(Bends(turn, turn[:, :, :, 0], like.new_zeros(*cross.shape[:2], size - shared, len(self.root))))
+            bends.append(Bends(turn, torch.zeros_like(turn), like.new_zeros(*cross.shape[:2], size - shared, len(self.root))))
         return precision, bends
 
     def conditionals(self, precision: Precisions, loc: Tensor, bends: Sequence[Bends]) -> list[Conditional]:
@@ -177,11 +180,18 @@ class BlockStructure:
             found.append(block._replace(gains=gains))
         return found[::-1]
 
-    def coefficients(self, blocks: Blocks) -> list[Bends]:
-        """Return for each block what depends on the root: A, log diag L, and the gains of its other parents."""
-        diagonals = (block.scale.diagonal(dim1=-2, dim2=-1).log() for block in blocks)
-        parts = zip(blocks, diagonals, self.shared, strict=True)
-        return [Bends(block.matrix, diagonal, block.gains[..., shared:]) for block, diagonal, shared in parts]
+    def coefficients(self, blocks: Blocks, present: Blocks) -> list[Bends]:
+        """Return for each block what depends on the root: A, L in units of the present one, and gains of other parents.
+
+        The unit of L is that of :class:`Bends`: present.L⁻¹ L = (I + N) exp(D).
+        """
+        found = []
+        for block, now, shared in zip(blocks, present, self.shared, strict=True):
+            relative = torch.linalg.solve_triangular(now.scale, block.scale, upper=False)
+            diagonal = relative.diagonal(dim1=-2, dim2=-1)
+            stretch = (relative / diagonal.unsqueeze(-2)).tril(-1) + diagonal.log().diag_embed()
+            found.append(Bends(block.matrix, stretch, block.gains[..., shared:]))
+        return found
 
     def at(self, blocks: Blocks, loc: Tensor) -> list[Conditional]:
         """Return blocks around another mean, ``(D,)``."""

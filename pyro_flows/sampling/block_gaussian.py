@@ -202,7 +202,8 @@ class _Search:
                 z = structure.placed(self.blocks, noise, side.expand(len(noise), -1))
                 curvature = [present[0], *self._curvature.precision(z, present, first=1)]
                 try:
-                    sides.append(structure.coefficients(structure.conditionals(curvature, self._loc, old)))
+                    moved = structure.conditionals(curvature, self._loc, old)
+                    sides.append(structure.coefficients(moved, self.blocks))
                 except NotPositive:
                     return old
             pairs = (zip(*pair, strict=True) for pair in zip(*sides, strict=True))
