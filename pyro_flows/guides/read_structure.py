@@ -193,7 +193,8 @@ def read_structure(call: Call, encoded: Collection[str] = ()) -> Structure:
     whole = [name for name in look.plates if takes_all(rows[name]) and name not in encoded]
     nestings, sequences = look.nestings(whole), tuple(look.sequences())
     kept = {plate for nesting in nestings for plate in (nesting.plate, nesting.outer)}
-    kept.update(plate for key, sites in look.blocks.items() for of in sequences if {*of.sites} & {*sites} for plate in key)
+    along = {name for sequence in sequences for name in sequence.sites}
+    kept.update(plate for key, sites in look.blocks.items() if along & {*sites} for plate in key)
     look.join_crossed([plate for plate in whole if plate not in kept])
     return Structure(tuple(look.plates), sequences, tuple(nestings))
 

@@ -99,7 +99,8 @@ class Conditional(NamedTuple):
 
     def log_det(self, root: Tensor) -> Tensor:
         """Return log|de/dw|, ``(S,)``."""
-        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum() + root @ self.bends.stretch.sum((0, 1)).diagonal().sum(-1)
+        change = self.bends.stretch.sum((0, 1)).diagonal().sum(-1)
+        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum() + root @ change
 
     def solved(self, x: Tensor) -> Tensor:
         """Return the conditional covariance, where the root is at its mean, times x, ``(*batch, N, T, d)``."""
@@ -148,7 +149,8 @@ class BlockStructure:
             cross = like.new_zeros(rows, steps * width, size)
             precision.append(Precision(diagonal, torch.zeros_like(diagonal), cross))
             turn = like.new_zeros(rows, steps, width, width, len(self.root))
-            bends.append(Bends(turn, torch.zeros_like(turn), like.new_zeros(*cross.shape[:2], size - shared, len(self.root))))
+            lean = like.new_zeros(*cross.shape[:2], size - shared, len(self.root))
+            bends.append(Bends(turn, torch.zeros_like(turn), lean))
         return precision, bends
 
     def conditionals(self, precision: Precisions, loc: Tensor, bends: Sequence[Bends]) -> list[Conditional]:

@@ -80,8 +80,11 @@ class Curvature:
             self.is_coupled |= bool((changes.abs() * strangers.to(z)).max() > faint)
         return [self._derivatives(place, responses, sizes) for place in range(first, len(responses))]
 
-    def of_root(self, blocks: Blocks, present: Precisions, noise: Tensor) -> tuple[Tensor, Precision]:
-        """Return the mean score of the root, where the other blocks move with it, and minus its mean derivative."""
+    def of_root(self, blocks: Blocks, present: Precisions, noise: Tensor, curved: int) -> tuple[Tensor, Precision]:
+        """Return the mean score of the root, where the other blocks move with it, and minus its mean derivative.
+
+        The derivative is a mean over the first ``curved`` draws, as it takes two scores for each latent of the root.
+        """
 
         def total(root: Tensor) -> Tensor:
             z = self._structure.placed(blocks, noise.repeat(len(root) // len(noise), 1), root)
@@ -89,7 +92,7 @@ class Curvature:
 
         root, size = self._structure.root_of(blocks, noise), present[0].diagonal[0, 0].diagonal().rsqrt()
         moves = (DIFFERENCES.shift * size).diag().unsqueeze(1)  # (G, 1, G)
-        second = torch.cat([_changes(total, root, move.unsqueeze(0)) for move in moves])
+        second = torch.cat([_changes(total, root[:curved], move.unsqueeze(0)) for move in moves])
         second = second / (DIFFERENCES.shift * size.unsqueeze(-1))
         own = Precision(((second + second.mT) / 2)[None, None], *present[0][1:])
         return score_of(total, root).nan_to_num(0.0, 0.0, 0.0).mean(0), own

@@ -158,7 +158,8 @@ class _Search:
             score[structure.root], found[0] = 0.0, self._precision[0]
         elif structure.has_root:
             bends = self._bends(noise[: self._curved]) if len(structure.root) <= SEARCH.funnel else bends
-            score[structure.root], found[0] = curvature.of_root(self.blocks, self._precision, noise)
+            curved = len(noise) if len(structure.root) <= SEARCH.funnel else self._curved
+            score[structure.root], found[0] = curvature.of_root(self.blocks, self._precision, noise, curved)
         coupled = curvature.is_coupled
         joint = curvature.joint(places, score, found, self._precision, self.blocks) if coupled else None
         start = self._judged(self.blocks, noise)
