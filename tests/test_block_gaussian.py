@@ -100,6 +100,36 @@ def test_scales_of_rows_follow_a_shared_scale() -> None:
     assert 0.8 < float(found.blocks[0].scale) / deviation < 1.2
 
 
+def test_correlations_in_rows_follow_a_shared_one() -> None:
+    """Rows x of two numbers have the correlation tanh(g), and data y ~ N(x, I): the marginal of g is known."""
+    number, zeros = 1000, torch.zeros(1000, dtype=torch.long)
+    parts = [
+        Layout(torch.zeros(1, 1, 1, dtype=torch.long), ()),
+        Layout(1 + torch.arange(2 * number).reshape(number, 1, 2), ((0, zeros),)),
+    ]
+    torch.manual_seed(0)
+    x = torch.randn(number, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0.6], [0.0, 0.8]], dtype=torch.float64)
+    y = x + torch.randn_like(x)
+
+    def log_normal(of: Tensor, g: Tensor, more: float) -> Tensor:
+        rho, one = g.tanh(), 1 + more
+        square = of.square().sum(-1) * one - 2 * rho * of.prod(-1)
+        return (-square / (one**2 - rho**2) - (one**2 - rho**2).log()).sum(-1) / 2
+
+    def density(z: Tensor) -> Tensor:
+        g, rows = z[:, :1], z[:, 1:].reshape(len(z), number, 2)
+        return log_normal(rows, g, 0.0) - (rows - y).square().sum((-1, -2)) / 2 - g[:, 0].square() / 2
+
+    found = fit_blocks(density, parts, torch.zeros(1 + 2 * number, dtype=torch.float64), 0.1)
+    assert found is not None
+    g = torch.linspace(-2, 3, 2001, dtype=torch.float64)
+    marginal = torch.softmax(log_normal(y, g[:, None], 1.0) - g**2 / 2, 0)
+    mean = float((marginal * g).sum())
+    deviation = float((marginal * (g - mean) ** 2).sum().sqrt())
+    assert abs(float(found.blocks[0].loc) - mean) < 0.3 * deviation
+    assert 0.8 < float(found.blocks[0].scale) / deviation < 1.2, "0.5 with correlations that stay the same"
+
+
 def test_no_start_is_better_than_a_worse_one() -> None:
     """A density that breaks down around the start has no start; nor has a block of too many latents."""
     parts, _ = funnel(4, noise=1.0)

@@ -154,7 +154,10 @@ class Case(NamedTuple):
 CASES = {
     "walk": Case(walk, (normal(100),), {"latent": (1,), "x_steps": (100, 0)}),
     "chain": Case(chain, (normal(70),), {"latent": (1,), "x_0_steps": (70, 0)}),
-    "crossed": Case(crossed, (normal(70, 80),), {"latent": (1,), "users_latent": (1, 0), "items_latent": (1, 0)}),
+    "crossed": Case(crossed, (normal(70, 80),), {"latent": (71,), "items_latent": (1, 0)}),
+    "crossed_large": Case(
+        crossed, (normal(200, 210),), {"latent": (1,), "users_latent": (1, 0), "items_latent": (1, 0)}
+    ),
     "crossed_small": Case(crossed, (normal(6, 90),), {"latent": (7,), "items_latent": (1, 0)}),
     "nested": Case(
         nested, (normal(70, 5),), {"latent": (1,), "schools_latent": (1, 0), "schools_pupils_latent": (1, 0, 1)}
@@ -522,6 +525,17 @@ def test_crossed_effects_start_at_the_exact_means(sizes: tuple[int, ...]) -> Non
     assert abs(float(found[:, 0].std() / deviation[0]) - 1) < 0.06
     ratio = found[:, 1:].std(0) / deviation[1:]
     assert 0.75 < ratio.min() < ratio.max() < 1.1  # users and items are independent given the mean
+
+
+def test_a_small_crossed_plate_joins_the_shared_latents() -> None:
+    """Users are independent given all items: then the start is the exact Gaussian, with the exact deviations."""
+    y, mean, deviation = effects()
+    guide = AutoStructuredFlow(crossed).setup(y)
+    assert guide.structure.plates == ("items",), "the users are fewer"
+    found = fitted_effects(y)
+    ratio = found.std(0) / deviation
+    assert ((found.mean(0) - mean) / deviation).abs().max() < 0.1
+    assert (ratio - 1).abs().max() < 4.5 * 8000**-0.5
 
 
 def scaled(y, schools=None, pupils=None):

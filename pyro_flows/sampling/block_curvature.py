@@ -6,6 +6,7 @@ structure (Curtis, Powell, Reid 1974, *On the Estimation of Sparse Jacobian Matr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,16 +87,17 @@ class Curvature:
         The derivative is a mean over the first ``curved`` draws, as it takes two scores for each latent of the root.
         """
 
-        def total(root: Tensor) -> Tensor:
-            z = self._structure.placed(blocks, noise.repeat(len(root) // len(noise), 1), root)
+        def total(root: Tensor, noise: Tensor) -> Tensor:
+            z = self._structure.placed(blocks, noise, root)
             return self._density(z) + sum(block.log_det(root) for block in blocks[1:])
 
+        few = partial(total, noise=noise[:curved].repeat(2, 1))  # moved forth and back
         root, size = self._structure.root_of(blocks, noise), present[0].diagonal[0, 0].diagonal().rsqrt()
         moves = (DIFFERENCES.shift * size).diag().unsqueeze(1)  # (G, 1, G)
-        second = torch.cat([_changes(total, root[:curved], move.unsqueeze(0)) for move in moves])
+        second = torch.cat([_changes(few, root[:curved], move.unsqueeze(0)) for move in moves])
         second = second / (DIFFERENCES.shift * size.unsqueeze(-1))
         own = Precision(((second + second.mT) / 2)[None, None], *present[0][1:])
-        return score_of(total, root).nan_to_num(0.0, 0.0, 0.0).mean(0), own
+        return score_of(partial(total, noise=noise), root).nan_to_num(0.0, 0.0, 0.0).mean(0), own
 
     def joint(self, z: Tensor, score: Tensor, found: Precisions, present: Precisions, blocks: Blocks) -> Tensor:
         """Return the moves of all blocks but the root that follow from couplings between the blocks, too.
