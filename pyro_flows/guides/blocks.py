@@ -41,8 +41,8 @@ class Frame(nn.Module):
     with w from the block's flow, and p_i the place of the parents at which the row has mean μ_i.  The diagonal matrix D
     and the strictly lower triangular one N are linear in g - g_i, so correlations within a row depend on g, too.  The
     flow is trained in coordinates in which the posterior is nearly standard normal, and funnels have straight walls.
-    The gain of a row in the latents of an outer row depends on scales, which are among g: the C.  Thousands of rows with a
-    constant gain would each cost few nats away from the middle of g, and all together make g too narrow.
+    The gain of a row in the latents of an outer row depends on scales, which are among g: the C.  Thousands of rows
+    with a constant gain would each cost few nats away from the middle of g, and all together make g too narrow.
 
     There is one for each row, set and not trained, at first the same for all rows.
 
