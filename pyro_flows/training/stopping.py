@@ -62,8 +62,8 @@ class Horizon:
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
             rounding = ROUNDED * self.eps * float(latest.abs().max())
             seen = max(float(latest.std()), rounding)  # NaN if a step was skipped
-            is_near = self._is_good is not None and seen < math.sqrt(NEAR) * self.noise
-            if seen < self.noise or (is_near and self._is_good()):
+            is_near = seen < math.sqrt(NEAR) * self.noise
+            if seen < self.noise or (self._is_good is not None and is_near and self._is_good()):
                 self.converged_at = self._seen
 
     def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
