@@ -160,16 +160,30 @@ def summarised(numbers: Samples, known: dict[str, Reference] | None = None) -> d
     return found
 
 
+def decentred(name: str, prior: Any, observed: Any) -> tuple[None, Any]:
+    """Replace a site of NumPyro by its location plus its scale, or its Cholesky factor, times a standard draw."""
+    import numpyro
+    from numpyro.distributions import MultivariateNormal, Normal
+    from numpyro.infer.reparam import LocScaleReparam
+
+    inner = prior
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    if not isinstance(inner, MultivariateNormal):
+        return LocScaleReparam(0)(name, prior, observed)
+    draw = numpyro.sample(f"{name}_decentered", Normal(0.0, 1.0).expand(prior.event_shape).to_event(1))
+    return None, inner.loc + (inner.scale_tril @ draw[..., None])[..., 0]
+
+
 def numpyro_model(name: str) -> Callable[[], None]:
     """Return the NumPyro model of a posterior without arguments, with its eased sites decentred."""
     import hundred_numpyro
     from numpyro.handlers import reparam
-    from numpyro.infer.reparam import LocScaleReparam
 
     model, args = hundred_numpyro.load(name)
     bound = functools.partial(model, *args)
     eased = entries()[name].eased
-    return reparam(bound, config={site: LocScaleReparam(0) for site in eased}) if eased else bound
+    return reparam(bound, config=dict.fromkeys(eased, decentred)) if eased else bound
 
 
 def sites_of(samples: dict[str, Any]) -> Samples:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pyro_flows import AutoFlow, fit_svi
+from pyro_flows.fitting.elbo_loss import is_close
 from pyro_flows.training.stopping import FINISH, LOOK, Horizon, noise_at
 
 STEPS, NOISE = 200, 0.1
-LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # with sds .5 and .05
+LOUD, NEARLY, QUIET = [1.0, 2.0] * 50, [1.0, 1.4] * 50, [1.0, 1.1] * 50  # with sds .5, .2 and .05
 
 
 def shares(horizon: Horizon, losses: list[float]) -> list[float]:
@@ -44,6 +45,34 @@ def test_a_run_that_has_converged_ends_soon(loud):
     assert taken[converged] == pytest.approx(Horizon(STEPS, 0.0).share(converged))  # no jump
     assert taken[converged:] == sorted(taken[converged:], reverse=True)
     assert taken[-1] < 0.002
+
+
+@pytest.mark.parametrize("seen", [[], [True], [False, True], [False] * 8])
+def test_draws_show_convergence_at_a_larger_gap(seen):
+    """They are looked at once the gap is small, until they show it."""
+    asked = iter(seen)
+    horizon = Horizon(STEPS, NOISE, is_good=lambda: next(asked))
+    losses = (QUIET if not seen else NEARLY) * 2
+    shares(horizon, LOUD[:LOOK] + losses)
+    assert horizon.converged_at == (0 if not any(seen) and seen else (max(len(seen), 1) + 1) * LOOK)
+    assert not [*asked][1:]
+
+
+def test_a_resumed_run_keeps_what_draws_have_shown():
+    horizon = Horizon(STEPS, NOISE, is_good=lambda: pytest.fail("a later state tells nothing of an earlier one"))
+    horizon.resume(60, 50)
+    horizon.observe(LOUD[:LOOK] + NEARLY[:35])
+    assert (horizon.converged_at, horizon.last) == (50, 100)
+
+
+def test_draws_are_close_if_weights_have_a_light_tail_and_change_no_moment():
+    pyro.set_rng_seed(0)
+    z = torch.randn(2048, 3)
+    assert is_close(z, 0.02 * z[:, 0].sin())
+    assert not is_close(z, 0.2 * z[:, 0])  # a mean is off by .2
+    assert not is_close(z, 0.1 * (z[:, 1].square() - 1))  # a standard deviation is off by a tenth
+    assert not is_close(z, torch.empty(2048).exponential_())  # weights whose k-hat is 1
+    assert not is_close(z, torch.full((2048,), math.nan))
 
 
 def test_neither_a_trend_nor_skipped_steps_are_convergence():

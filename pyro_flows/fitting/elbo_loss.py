@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..conditioners.base import Paced
 from ..data.batches import Stream
+from ..diagnostics.importance import smooth
 from ..flows import Flow
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
@@ -124,6 +125,9 @@ OF_ROWS = 32.0  # the unit of the parameters of rows, unless the rows start near
 # The number of new losses in a mean: the fewest, which tell how noisy they are, and the most, about a tenth of the time
 # of a short fit.  Fewer are taken once the standard error is below the last one, in nats: the digits of a fit.
 LEAST, MOST, SHARP = 10, 50, 0.01
+# Draws that show whether a fit has converged.  It has if their k-hat is below LIGHT, and their weights change no mean
+# by more than CLOSE standard deviations, and no standard deviation by more than that share.
+LOOKED_AT, LIGHT, CLOSE = 2048, 0.4, 0.05
 
 
 class ELBOLoss:
@@ -235,6 +239,15 @@ class ELBOLoss:
         z, log_q = flow().with_path_gradient().rsample_and_log_prob((number,))
         return (log_q - self._space.log_prob(z)).mean()
 
+    @torch.no_grad()
+    def is_good(self) -> bool:
+        """True if weighted draws show that a flow, whose loss is joint, has converged: their tail and their moments."""
+        with unchanged():
+            pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
+            z, log_q = self._quick().rsample_and_log_prob((LOOKED_AT,))
+            raw = (self._space.log_prob(z) - log_q).double()
+        return all(distributed.all_gather(lambda: is_close(z.double(), raw)))
+
     def parameters(self) -> list[Tensor]:
         """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
         with poutine.trace(param_only=True) as capture:
@@ -249,6 +262,17 @@ class ELBOLoss:
             raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
         self.trained = list(unique.values())
         return self.trained
+
+
+def is_close(z: Tensor, log_weights: Tensor) -> bool:
+    """True if weights of draws, ``(S, D)``, have a light tail and hardly change means and standard deviations."""
+    if not (log_weights.isfinite().all() and z.isfinite().all()):
+        return False
+    smoothed, khat = smooth(log_weights)
+    weights, (sd, mean) = smoothed.exp(), torch.std_mean(z, 0)
+    change = (weights @ z - mean) / sd
+    ratio = (weights @ (z - mean).square() - (change * sd).square()).sqrt() / sd
+    return khat < LIGHT and bool((change.abs() < CLOSE).all() and ((ratio - 1).abs() < CLOSE).all())
 
 
 def fresh_mean(loss: Callable[[], Tensor]) -> float:

@@ -242,6 +242,7 @@ class ELBOFit:
                 guide,
                 lambda: culprit(task),
                 companions=loss.companions,
+                is_good=loss.is_good if alone else None,
             )
             fit = descent.fit()
             if alone:  # graphs hold the units of training

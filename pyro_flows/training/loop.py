@@ -206,6 +206,8 @@ class Descent:
             the last loss; by default all have equal shares.  While a ``settled`` is False, losses are not comparable,
             and the latest state counts as the best.
         judge: Judges states by held-out data; None to judge them by the running loss.
+        is_good: Returns True, in all processes, if draws of the present state show that the run has converged; None to
+            go by the losses alone.
 
     Raises:
         ValueError: If the checkpoint is one of another run, or several processes do not fit the same.
@@ -219,6 +221,7 @@ class Descent:
     diagnose: Callable[[], str]
     companions: Sequence[Any] = ()
     judge: HeldOut | None = None
+    is_good: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         keep_memory()
@@ -236,13 +239,13 @@ class Descent:
         self.held_out: list[float] = []
         self.start, self.threads = time.perf_counter(), Threads(settings.work)
         self.checkpoint = Checkpoint(settings.caller, settings.checkpoint, marks)
+        eps = torch.finfo(parameters[0].dtype).eps
+        self.horizon = Horizon(settings.steps, settings.noise, eps, self.is_good)
         state = self.checkpoint.read()
         if state is None:
             distributed.seed(module)
         else:
             self.load_state_dict(state)
-        self.horizon = Horizon(settings.steps, settings.noise, torch.finfo(parameters[0].dtype).eps)
-        self.horizon.observe(self.losses)
 
     def fit(self) -> Fit:
         """Take steps, and leave the parameters at their best state.
@@ -439,6 +442,7 @@ class Descent:
             "best": self.best.state_dict(),
             "losses": self.losses,
             "held_out": self.held_out,
+            "converged_at": self.horizon.converged_at,
             "seconds": time.perf_counter() - self.start,
         }
 
@@ -451,4 +455,5 @@ class Descent:
             companion.load_state_dict(kept)
         self.best.load_state_dict(state["best"])
         self.losses, self.held_out = state["losses"], state["held_out"]
+        self.horizon.resume(self.step, state["converged_at"])
         self.start = time.perf_counter() - state["seconds"]

@@ -6,16 +6,19 @@ along a cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).
 A run ends early once it has converged.  Near the posterior the log-weights of draws have a variance v of about twice
 the gap between the ELBO and the log evidence.  A mean over K draws has the variance v / K.  So the standard deviation
 of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more than its
-noise has not converged.  If rounding hides the noise, the run takes all steps.
+noise has not converged.  If rounding hides the noise, the run takes all steps.  Draws may show that a run has converged
+at a somewhat larger gap.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 LOOK = 25  # steps between two tests of convergence
 FINISH = 50  # the fewest steps after convergence, while the step size falls to zero
 SHARE = 0.5  # of the steps before convergence; the tails of log-weights are learned last, by small steps
+NEAR = 10.0  # times the gap at convergence, below which draws are looked at
 ROUNDED = 4  # the noise at convergence must exceed as many rounding errors of a loss
 
 
@@ -31,14 +34,19 @@ class Horizon:
         steps: The largest number of steps.
         noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
         eps: The relative rounding error of a loss.
+        is_good: Returns True if draws of the present state show that the run has converged; None to go by losses.
 
     Attributes:
         converged_at: The step after which the run had converged, or 0.
     """
 
-    def __init__(self, steps: int, noise: float, eps: float = 0.0) -> None:
+    def __init__(self, steps: int, noise: float, eps: float = 0.0, is_good: Callable[[], bool] | None = None) -> None:
         self.steps, self.noise, self.eps, self.converged_at = steps, noise, eps, 0
-        self._seen = 0
+        self._is_good, self._seen = is_good, 0
+
+    def resume(self, step: int, converged_at: int) -> None:
+        """Go on after a step, at the state of a run that was saved there."""
+        self._seen, self.converged_at = step // LOOK * LOOK, converged_at
 
     @property
     def last(self) -> int:
@@ -53,7 +61,9 @@ class Horizon:
             self._seen += LOOK
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
             rounding = ROUNDED * self.eps * float(latest.abs().max())
-            if max(float(latest.std()), rounding) < self.noise:  # False if a step was skipped: its loss is NaN
+            seen = max(float(latest.std()), rounding)  # NaN if a step was skipped
+            is_near = seen < math.sqrt(NEAR) * self.noise
+            if seen < self.noise or (self._is_good is not None and is_near and self._is_good()):
                 self.converged_at = self._seen
 
     def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
