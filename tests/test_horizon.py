@@ -47,15 +47,18 @@ def test_a_run_that_has_converged_ends_soon(loud):
     assert taken[-1] < 0.002
 
 
-@pytest.mark.parametrize("seen", [[], [True], [False, True], [False] * 8])
-def test_draws_show_convergence_at_a_larger_gap(seen):
+@pytest.mark.parametrize(
+    ("losses", "seen", "converged"),
+    [(QUIET, [], 50), (NEARLY, [True], 50), (NEARLY, [False, True], 75), (NEARLY, [False] * 7, 0), (LOUD, [], 0)],
+    ids=["by losses", "at once", "later", "never", "too far"],
+)
+def test_draws_show_convergence_at_a_larger_gap(losses, seen, converged):
     """They are looked at once the gap is small, until they show it."""
-    asked = iter(seen)
-    horizon = Horizon(STEPS, NOISE, is_good=lambda: next(asked))
-    losses = (QUIET if not seen else NEARLY) * 2
-    shares(horizon, LOUD[:LOOK] + losses)
-    assert horizon.converged_at == (0 if not any(seen) and seen else (max(len(seen), 1) + 1) * LOOK)
-    assert not [*asked][1:]
+    answers = iter(seen)
+    horizon = Horizon(STEPS, NOISE, is_good=lambda: next(answers))
+    shares(horizon, LOUD[:LOOK] + 2 * losses)
+    assert horizon.converged_at == converged
+    assert not [*answers]
 
 
 def test_a_resumed_run_keeps_what_draws_have_shown():

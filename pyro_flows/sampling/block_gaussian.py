@@ -157,8 +157,9 @@ class _Search:
         if self.holds_root:
             score[structure.root], found[0] = 0.0, self._precision[0]
         elif structure.has_root:
-            bends = self._bends(noise[: self._curved]) if len(structure.root) <= SEARCH.funnel else bends
-            curved = len(noise) if len(structure.root) <= SEARCH.funnel else self._curved
+            curved = self._curved
+            if len(structure.root) <= SEARCH.funnel:
+                bends, curved = self._bends(noise[:curved]), len(noise)
             score[structure.root], found[0] = curvature.of_root(self.blocks, self._precision, noise, curved)
         coupled = curvature.is_coupled
         joint = curvature.joint(places, score, found, self._precision, self.blocks) if coupled else None
