@@ -39,7 +39,7 @@ from ..programs.density import Density, Drawn, Scored
 from ..programs.log_density import GRADIENT, RunBudget
 from ..sampling.annealed_population import Reference, anneal
 from ..sampling.coordinates import White
-from ..sampling.gaussian import match_top
+from ..sampling.gaussian import Watch, match_top
 from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
 from ..vjp import LogDensity, value_and_score
 from .drift import Drift
@@ -56,7 +56,7 @@ class Search:
 
     Attributes:
         gradients: The most gradients to anneal the population.
-        seconds: The time to search, if the model runs one draw at a time; half of it to anneal.
+        seconds: The time to search; half of it to anneal.
         starts: Gradient ascents.
         surprise: Nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20.
         faint: Nats per coordinate by which a wide mode may be lower than the guide's.
@@ -126,7 +126,8 @@ def search(space: Density, white: White, draws: Drawn, others: Scored, evidence:
     """
     if (beyond := unreached(space.task)).outside:
         return beyond
-    reference, budget = Reference(prior_of(space), white.loc, white.scale_tril), space.task.budget(SEARCH.seconds)
+    reference = Reference(prior_of(space), white.loc, white.scale_tril)
+    budget = space.task.budget(SEARCH.seconds, by_clock=True)
     density = budget.counted(reference.log_p)
     lacking, is_blind = _lacking(space, white, reference, draws, others, evidence, budget)
     fitted = _fitted(density, lacking, white, evidence, budget) if len(lacking) else []
@@ -175,12 +176,13 @@ def _lacking(
 ) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed.
 
-    If the model runs one draw at a time, half of the budget is for the population, and the points are few.
+    Half of the budget is for the population.  If the model runs one draw at a time, the points are few.
     """
     alone, starts = space.task.runs_one_by_one, SEARCH.starts
     particles, number = (REACH.few, starts // 8) if alone else (REACH.particles, starts // 2)
     gradients = int(min(SEARCH.gradients, budget.number / (2 * GRADIENT * particles)))
-    population = anneal(reference, particles, EFFORT._replace(gradients=gradients))
+    first = space.task.budget(SEARCH.seconds / 2, by_clock=True)
+    population = anneal(reference, particles, EFFORT._replace(gradients=gradients), is_over=first.is_spent)
     drawn, density = reference.draw(particles), budget.counted(reference.log_p)
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - SEARCH.faint * (1 + space.dim)
@@ -191,7 +193,7 @@ def _lacking(
     elif population is not None:  # its particles have not reached the posterior
         places.append(population.z)
     tops = climb(density, white, torch.cat(places), least=faint, is_over=budget.is_spent)
-    narrow = peaks(space, density, white, draws, others)
+    narrow = peaks(space, density, white, draws, others, budget.is_spent)
     found = space.wrapped(torch.cat((arrived, tops, narrow)), white.loc)
     with torch.no_grad():
         heights = density(found)
@@ -208,7 +210,14 @@ def further_draws(space: Density, draws: Drawn) -> Scored:
     return space.scored_vectors(max(1, number), 2 * SEARCH.at_once)
 
 
-def peaks(space: Density, density: LogDensity, white: White, draws: Drawn, others: Scored) -> Tensor:
+def peaks(
+    space: Density,
+    density: LogDensity,
+    white: White,
+    draws: Drawn,
+    others: Scored,
+    is_over: Watch = bool,
+) -> Tensor:
     """Return the ends of ascents of log p - log q from the places where it is largest, ``(n, D)``.
 
     Args:
@@ -217,8 +226,9 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn, other
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
         others: Further draws; some are spread more widely.
+        is_over: Returns True once the ascents have to end.
     """
-    if not len(others.z):
+    if not len(others.z) or is_over():
         return draws.z[:0]
 
     def ratio(x: Tensor) -> Tensor:
@@ -244,6 +254,8 @@ def peaks(space: Density, density: LogDensity, white: White, draws: Drawn, other
         slope = slope.nan_to_num(0, 0, 0)
         length = SEARCH.longest * (SEARCH.shortest / SEARCH.longest) ** (step / (SEARCH.steps - 1))
         x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        if is_over():
+            break
     return white.forward(best)[0]
 
 
@@ -306,7 +318,7 @@ def _fitted(
         if fit is not None:
             fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
         if label < matched or label in highest:  # because quickly annealed particles spread too widely
-            found = match_top(density, top, white.scale_tril)
+            found = match_top(density, top, white.scale_tril, budget.is_spent)
             if found is not None and found.elbo > evidence - SEARCH.least:
                 fitted.append(MultivariateT(found.loc, found.scale_tril))
     return fitted

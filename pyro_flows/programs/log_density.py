@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -184,24 +185,28 @@ class _InParts(torch.autograd.Function):
 
 
 class RunBudget:
-    """A budget for searches over models that run one draw at a time: a number of runs, and those that are spent.
+    """A budget for searches: a number of runs, and those that are spent.
+
+    Models that run many draws at once have no limit, or that of a clock.
 
     Args:
         seconds: The time to spend.
-        cost: The time of one run, in seconds; 0 for no limit.
+        cost: The time of one run, in seconds, of a model that runs one draw at a time; 0 for others.
+        by_clock: True if a search ends by the clock too, whatever its runs cost.
 
     Attributes:
-        number: The number of runs.
+        number: The number of runs, infinite for models that run many draws at once.
         cost: The time of one run.
     """
 
-    def __init__(self, seconds: float, cost: float) -> None:
+    def __init__(self, seconds: float, cost: float, by_clock: bool = False) -> None:
         self.number, self.cost = seconds / cost if cost else math.inf, cost
+        self._seconds, self._end = seconds, time.perf_counter() + (seconds if by_clock else math.inf)
         self._spent, self._is_told = 0, False
 
     def is_spent(self) -> bool:
-        """Return True once all runs are spent."""
-        return self._spent > self.number
+        """Return True once all runs, or the time, are spent."""
+        return self._spent > self.number or (not self.cost and time.perf_counter() > self._end)
 
     def counted(self, density: LogDensity) -> LogDensity:
         """Return a log-density whose runs are counted."""
@@ -226,4 +231,6 @@ class RunBudget:
     @property
     def words(self) -> str:
         """The reason for the budget, as a clause."""
+        if not self.cost:
+            return f"it took {self._seconds:g} s"
         return f"the model runs one draw at a time, and a run takes {self.cost:.2g} s"

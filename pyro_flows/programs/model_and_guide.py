@@ -140,9 +140,9 @@ class Task:
         """True if model or guide run one draw at a time."""
         return "loop" in (self.model.engine, self.guide.engine)
 
-    def budget(self, seconds: float) -> RunBudget:
-        """Return the runs that a time allows, without a limit if model and guide run many draws at once."""
-        return RunBudget(seconds, sum(part.choice.seconds for part in (self.model, self.guide)))
+    def budget(self, seconds: float, *, by_clock: bool = False) -> RunBudget:
+        """Return the runs that a time allows; if model and guide run many draws at once, the clock alone may limit."""
+        return RunBudget(seconds, sum(part.choice.seconds for part in (self.model, self.guide)), by_clock)
 
     @property
     def draws_rows(self) -> bool:

@@ -41,7 +41,7 @@ from torch.nn.functional import logsigmoid
 from ..vjp import LogDensity
 from .chains import HMC, Chains, Graphs, Target
 from .coordinates import White
-from .gaussian import fit_gaussian
+from .gaussian import Watch, fit_gaussian
 
 ISLANDS = 16
 HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
@@ -238,7 +238,9 @@ class Population(NamedTuple):
 
 
 @torch.no_grad()
-def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) -> Population | None:
+def anneal(
+    reference: Reference, number: int, effort: Effort, hot: float = HOT, is_over: Watch = bool
+) -> Population | None:
     """Anneal a population until its effort is spent.
 
     If particles are stuck, as may be those from a prior of many magnitudes, they start again from a wide Gaussian.
@@ -248,6 +250,7 @@ def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) 
         number: The number N of particles, a multiple of the 16 islands.
         effort: The settings.
         hot: Particles are stuck if they do not reach this inverse temperature in a few steps.
+        is_over: Returns True once annealing has to end.
 
     Returns:
         The :class:`Population`; None if hardly a draw of r has a density.
@@ -259,10 +262,10 @@ def anneal(reference: Reference, number: int, effort: Effort, hot: float = HOT) 
     log_r, log_p = reference.log_r_and_p(z)
     kernels, betas, graphs = list[HMC](), [0.0], Graphs()
     log_evidences = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device)
-    while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
+    while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients and not is_over():
         if len(betas) > STUCK and betas[-1] < hot:
             if reference.widen():
-                return anneal(reference, number, effort, 0.0)
+                return anneal(reference, number, effort, 0.0, is_over)
             break
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
         step = _step(log_ratio, 1 - betas[-1], effort.kept)

@@ -139,7 +139,7 @@ def fit_gaussian(
     return max(found, key=lambda gaussian: gaussian.elbo)
 
 
-def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian | None:
+def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor, watch: Watch = bool) -> Gaussian | None:
     """Match a Gaussian to the mode around a top, which may be far narrower than ``scale_tril``.
 
     It starts at the largest of some sizes at which the density falls by at most a nat per dimension.  None if it breaks
@@ -151,7 +151,7 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
         heights = density((top + sizes.view(-1, 1, 1) * noise).flatten(0, 1)).view(len(sizes), -1)
         fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
     fits = (fall <= len(top)).nonzero()
-    found = match(density, top, sizes[int(fits[0]) if len(fits) else -1] * scale_tril, rounds=60)
+    found = match(density, top, sizes[int(fits[0]) if len(fits) else -1] * scale_tril, 60, watch)
     return found if found is not None and found.holds(top.unsqueeze(0)) else None
 
 

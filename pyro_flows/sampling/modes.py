@@ -25,9 +25,8 @@ from torch.distributions import MultivariateNormal
 from ..vjp import LogDensity, value_and_score
 from .annealed_population import Population
 from .coordinates import White
-from .gaussian import Gaussian, match_top
+from .gaussian import Gaussian, Watch, match_top
 
-IsOver = Callable[[], bool]
 Wrapped = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -73,7 +72,7 @@ def climb(
     z: Tensor,
     size: float | Tensor = 0.5,
     least: float = -math.inf,
-    is_over: IsOver = lambda: False,
+    is_over: Watch = bool,
 ) -> Tensor:
     """Climb by Adam with decreasing step sizes; return the highest place on each path, ``(N, D)``.
 
@@ -124,7 +123,7 @@ def climb(
 
 
 @torch.no_grad()
-def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: IsOver = lambda: False) -> Tensor:
+def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: Watch = bool) -> Tensor:
     """Climb within modes.
 
     A climb that has crossed a valley is repeated with smaller steps.  Places whose last climb still crosses one stay.
@@ -143,7 +142,7 @@ def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: IsOver =
     return ends
 
 
-def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf, is_over: IsOver = lambda: False) -> Tensor:
+def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf, is_over: Watch = bool) -> Tensor:
     """Return places to look for modes that a population misses, given draws z of the prior.
 
     These are the origin, the median of the draws, places between that and some draws, and the ends of climbs from all
