@@ -127,6 +127,9 @@ def _go_on(stages: Stages, guide: Any, is_given: bool) -> None:
     if not stages.can_check:
         return
     stages.check()
+    if stages.is_rough and not (stages.is_settled or stages.best.misses_mass):
+        stages.fit_on()
+        stages.check()
     if not (stages.is_settled or stages.best.misses_mass):
         stages.sample()
     for _ in range(2):  # a second population starts from what the first one has found

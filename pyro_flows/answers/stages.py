@@ -59,7 +59,8 @@ class Effort:
         told: The seconds after which drawing counts as a step.
         share: The share of a time limit that a fit may take, so that time is left to check it.
         lost_evidence: The nats by which the evidence of a guide may fall short of an earlier one's.
-        per_draw: The weighted draws for each that is kept, so that few are kept twice.
+        per_draw: The effective number of weighted draws for each that is kept, so that few are kept twice.
+        most_per_draw: The most weighted draws for each.
         bridged: The most draws of chains, and of a guide, that give the evidence.
         least_overlap: The least effective number of either on which the evidence rests.
     """
@@ -75,6 +76,7 @@ class Effort:
     share: float = 0.6
     lost_evidence: float = 0.1
     per_draw: int = 2
+    most_per_draw: int = 8
     bridged: int = 4096
     least_overlap: int = 100
 
@@ -119,6 +121,7 @@ class Stages:
         judged: The guides so far, with their checks.
         chains: The latest chains.
         steps: The steps so far.
+        is_rough: True if the latest guide was trained only until its draws could be weighted.
     """
 
     question: Question
@@ -128,6 +131,7 @@ class Stages:
     judged: list[Judged] = field(default_factory=list)
     chains: Samples | None = None
     steps: list[Step] = field(default_factory=list)
+    is_rough: bool = False
 
     @property
     def best(self) -> Judged:
@@ -161,7 +165,10 @@ class Stages:
         return self._task(self.best.guide)
 
     def fit(self, guide: Any, *, is_given: bool = False) -> None:
-        """Fit a guide, unless it was trained before; one that is given was, unless it is known to be untrained."""
+        """Fit a guide until its draws can be weighted, unless it was trained before.
+
+        One that is given was, unless it is known to be untrained.
+        """
         with self._step("fit") as said:
             said[1] = type(guide).__name__
             if not _is_fresh(guide, otherwise=not is_given):
@@ -172,16 +179,22 @@ class Stages:
                         guide.setup(*self.question.args, **self.question.kwargs)
                     check_proper("posterior", Density(self._task(guide)), guide.start[0])
                 try:
-                    fit = self._fit(guide)
+                    fit = self._fit(guide, for_weights=True)
                 except KeyboardInterrupt:
                     if not getattr(guide, "is_fresh", True):  # what was trained can be drawn from
                         self.judged.append(Judged(guide))
                     raise
                 if getattr(guide, "is_fresh", False) and seconds_left() < math.inf:  # no step was taken
                     raise TimeUp
-                end = ", when its share of the time was up" if fit.stopped == "interrupted" else ""
-                said[1] = f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps{end}"
+                said[1], self.is_rough = _described(guide, fit), fit.stopped == "converged"
         self.judged.append(Judged(guide))
+
+    def fit_on(self) -> None:
+        """Fit the latest guide until it has converged."""
+        guide, self.is_rough = self.judged[-1].guide, False
+        with self._step("fit", " on") as said:
+            said[1] = _described(guide, self._fit(guide))
+        self.judged[-1] = Judged(guide)
 
     def check(self) -> None:
         """Check the latest guide, and compare its evidence with that of earlier ones."""
@@ -315,12 +328,14 @@ class Stages:
         task, number, checked = self.task, self.num_draws, best.check
         if not self.can_check:  # the guide itself draws all rows
             return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN, False
-        task, number = task.check(), self._within(number, left, EFFORT.per_draw + 1)
+        share = checked.psis.ess / len(checked.psis.log_weights) if checked else 1.0
+        each = min(math.ceil(EFFORT.per_draw / share), EFFORT.most_per_draw)
+        task, number = task.check(), self._within(number, left, each + 1)
         if number < self.num_draws:
             warn_user(f"posterior: the time allows for {number:,} draws. Give more seconds.")
         if checked is None or not best.is_usable or math.isinf(checked.log_evidence_se):
             return task.values(task.draw(number).latents), UNKNOWN, False
-        found = task.draw(EFFORT.per_draw * number)
+        found = task.draw(each * number)
         psis = weigh(found.log_p - found.log_q, "posterior", task, found.latents_at)
         kept, resampled = torch.arange(number), psis.reliable or not checked.trusted  # k-hat is itself an estimate
         if resampled:
@@ -358,6 +373,12 @@ class Stages:
         log_r, error = bridge(known, of_p, of_q)
         overlap = min(_effective(of_q - log_r), _effective(log_r - of_p))
         return (log_r, error) if math.isfinite(error) and overlap >= EFFORT.least_overlap else UNKNOWN
+
+
+def _described(guide: Any, fit: Fit) -> str:
+    """Return what a fit of a guide has come to, in words."""
+    end = ", when its share of the time was up" if fit.stopped == "interrupted" else ""
+    return f"{type(guide).__name__}, loss {fit.best_loss:.3f} after {fit.steps} steps{end}"
 
 
 def _is_fresh(guide: Any, *, otherwise: bool) -> bool:

@@ -128,6 +128,9 @@ LEAST, MOST, SHARP = 10, 50, 0.01
 # Draws that show whether a fit has converged.  It has if their k-hat is below LIGHT, and their weights change no mean
 # by more than CLOSE standard deviations, and no standard deviation by more than that share.
 LOOKED_AT, LIGHT, CLOSE = 2048, 0.4, 0.05
+# Draws can be weighted if at least the share ENOUGH of them is effective.  The larger this share, the heavier the tail
+# may be: k-hat is below LIGHT plus LENIENT times the share.
+ENOUGH, LENIENT = 0.25, 0.25
 
 
 class ELBOLoss:
@@ -239,14 +242,21 @@ class ELBOLoss:
         z, log_q = flow().with_path_gradient().rsample_and_log_prob((number,))
         return (log_q - self._space.log_prob(z)).mean()
 
-    @torch.no_grad()
     def is_good(self) -> bool:
         """True if weighted draws show that a flow, whose loss is joint, has converged: their tail and their moments."""
+        return self._is_shown(is_close)
+
+    def can_be_weighted(self) -> bool:
+        """True if draws of a flow, whose loss is joint, can be weighted: their tail and their effective number."""
+        return self._is_shown(lambda z, log_weights: is_steady(log_weights))
+
+    @torch.no_grad()
+    def _is_shown(self, by: Callable[[Tensor, Tensor], bool]) -> bool:
         with unchanged():
             pyro.set_rng_seed(distributed.rank())  # so that a run that was resumed finds the same
             z, log_q = self._quick().rsample_and_log_prob((LOOKED_AT,))
             raw = (self._space.log_prob(z) - log_q).double()
-        return all(distributed.all_gather(lambda: is_close(z.double(), raw)))
+        return all(distributed.all_gather(lambda: by(z.double(), raw)))
 
     def parameters(self) -> list[Tensor]:
         """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
@@ -262,6 +272,15 @@ class ELBOLoss:
             raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
         self.trained = list(unique.values())
         return self.trained
+
+
+def is_steady(log_weights: Tensor) -> bool:
+    """True if log-weights, ``(S,)``, have a light tail and a large effective share."""
+    if not log_weights.isfinite().all():
+        return False
+    smoothed, khat = smooth(log_weights)
+    share = 1 / float(smoothed.exp().square().sum()) / len(smoothed)
+    return share > ENOUGH and khat < LIGHT + LENIENT * share
 
 
 def is_close(z: Tensor, log_weights: Tensor) -> bool:

@@ -31,7 +31,7 @@ from ..training import Fit, Gradients, distributed
 from ..training.checkpoint import check_path, fingerprint, kept_settings, settings_of
 from ..training.loop import Descent, Settings
 from ..training.randomness import unchanged
-from ..training.stopping import noise_at
+from ..training.stopping import NEAR, noise_at
 from .elbo_loss import ELBOLoss, ModelBatches, batches_among, fresh_mean, in_training, parts_of
 from .guide_start import STARTS, Start, start_from_blocks, start_from_gaussian
 from .optimizers import optimizers
@@ -56,6 +56,7 @@ def fit_svi(
     lr: float | None = None,
     gradients: Gradients | None = None,
     warm_start: bool | None = None,
+    for_weights: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -95,6 +96,10 @@ def fit_svi(
             draws, without subsampled plates.  It takes at most a minute then if the model runs one draw at a time, and
             is left out with a warning if too few runs fit into that.  A guide that was trained before resumes from its
             present state.
+        for_weights: Whether the draws of an ``AutoFlow`` are to be weighted, as by :func:`~pyro_flows.psis`.  The fit
+            then ends soon after a quarter of them is effective and their k-hat is below about 0.5.  For 50 latents that
+            is several times sooner.  Fits with ``steps`` or ``objective``, and those of other guides, do not
+            change.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
             end.  The same call with the same file resumes a run that was killed, to the same result as without the
             break.  With another number of processes the noise differs.  Runs are identified by their settings and
@@ -134,7 +139,7 @@ def fit_svi(
     """
     check_program(model=model, guide=guide)
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
-    check_flags(CALLER, progress=progress)
+    check_flags(CALLER, for_weights=for_weights, progress=progress)
     check_flags(CALLER, optional=True, warm_start=warm_start)
     check_numbers(CALLER, above=0, optional=True, lr=lr)
     gradients = Gradients() if gradients is None else gradients
@@ -157,7 +162,8 @@ def fit_svi(
     task = Task(model, guide, args, kwargs)
     check_task(task, objective, search=bool(warm_start))
     progress = progress and not distributed.rank()
-    return ELBOFit(task, batches, steps, objective, num_particles, lr, gradients, warm_start, file, progress).run()
+    settings = steps, objective, num_particles, lr, gradients, warm_start, for_weights, file, progress
+    return ELBOFit(task, batches, *settings).run()
 
 
 @dataclass(eq=False)
@@ -182,6 +188,7 @@ class ELBOFit:
     lr: float | None = None
     gradients: Gradients = field(default_factory=Gradients)
     warm_start: bool | None = None
+    for_weights: bool = False
     checkpoint: Path | None = None
     progress: bool = False
 
@@ -242,7 +249,7 @@ class ELBOFit:
                 guide,
                 lambda: culprit(task),
                 companions=loss.companions,
-                is_good=loss.is_good if alone else None,
+                is_good=(loss.can_be_weighted if self.for_weights else loss.is_good) if alone else None,
             )
             fit = descent.fit()
             if alone:  # graphs hold the units of training
@@ -285,6 +292,7 @@ class ELBOFit:
         args = self.batches.others if self.batches else model.args
         data = fingerprint(bound_values(model.call, args, model.kwargs))
         data += [f"{self.batches.steps} batches"] if self.batches else []
+        aim = {"for_weights": True} if self.for_weights else {}
         return Settings(
             CALLER,
             self.steps or getattr(elbo, "num_steps", None) or schedule.steps,
@@ -293,7 +301,8 @@ class ELBOFit:
             on_nonfinite=self.gradients.on_nonfinite,
             progress=self.progress,
             checkpoint=self.checkpoint,
-            marks={"objective": type(elbo).__name__, **kept_settings(elbo), **self.marks, "data": data},
+            marks={"objective": type(elbo).__name__, **kept_settings(elbo), **self.marks, **aim, "data": data},
             work=math.inf if is_large else OPERATIONS * draws * sum(part.numel() for part in parameters),
             noise=noise_at(CONVERGED, draws * self.processes) if alone and not self.steps else 0.0,
+            near=math.inf if self.for_weights else NEAR,
         )

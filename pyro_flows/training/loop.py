@@ -28,7 +28,7 @@ from . import distributed
 from .checkpoint import Checkpoint
 from .distributed import fill
 from .interrupts import hold_interrupts
-from .stopping import Horizon
+from .stopping import NEAR, Horizon
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that have received it already
 UNSOLVED = 10  # consecutive steps that are skipped if an equation cannot be solved, since each failure takes long
@@ -101,6 +101,7 @@ class Settings:
         marks: Further settings that identify the run; a checkpoint with other settings is refused.
         work: The approximate number of floating-point operations per step.
         noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
+        near: The gap, in units of that at convergence, below which draws are looked at; infinite for any.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: The number of consecutive steps that may be skipped.
     """
@@ -115,6 +116,7 @@ class Settings:
     marks: dict[str, Any] = field(default_factory=dict)
     work: float = math.inf
     noise: float = 0.0
+    near: float = NEAR
     window: int = 50
     patience: int = 100
 
@@ -240,7 +242,7 @@ class Descent:
         self.start, self.threads = time.perf_counter(), Threads(settings.work)
         self.checkpoint = Checkpoint(settings.caller, settings.checkpoint, marks)
         eps = torch.finfo(parameters[0].dtype).eps
-        self.horizon = Horizon(settings.steps, settings.noise, eps, self.is_good)
+        self.horizon = Horizon(settings.steps, settings.noise, eps, self.is_good, settings.near)
         state = self.checkpoint.read()
         if state is None:
             distributed.seed(module)

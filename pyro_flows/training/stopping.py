@@ -7,7 +7,7 @@ A run ends early once it has converged.  Near the posterior the log-weights of d
 the gap between the ELBO and the log evidence.  A mean over K draws has the variance v / K.  So the standard deviation
 of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more than its
 noise has not converged.  If rounding hides the noise, the run takes all steps.  Draws may show that a run has converged
-at a somewhat larger gap.
+at a somewhat larger gap.  A run for a looser end looks at draws whatever the losses are, but less and less often.
 """
 
 import math
@@ -35,14 +35,23 @@ class Horizon:
         noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
         eps: The relative rounding error of a loss.
         is_good: Returns True if draws of the present state show that the run has converged; None to go by losses.
+        near: The gap, in units of that at convergence, below which it is asked; if infinite, at the powers of two, and
+            three times these, of ``LOOK`` steps.
 
     Attributes:
         converged_at: The step after which the run had converged, or 0.
     """
 
-    def __init__(self, steps: int, noise: float, eps: float = 0.0, is_good: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        noise: float,
+        eps: float = 0.0,
+        is_good: Callable[[], bool] | None = None,
+        near: float = NEAR,
+    ) -> None:
         self.steps, self.noise, self.eps, self.converged_at = steps, noise, eps, 0
-        self._is_good, self._seen = is_good, 0
+        self._is_good, self._near, self._seen = is_good, near, 0
 
     def resume(self, step: int, converged_at: int) -> None:
         """Go on after a step, at the state of a run that was saved there."""
@@ -62,9 +71,17 @@ class Horizon:
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
             rounding = ROUNDED * self.eps * float(latest.abs().max())
             seen = max(float(latest.std()), rounding)  # NaN if a step was skipped
-            is_near = seen < math.sqrt(NEAR) * self.noise
+            is_near = seen < math.sqrt(self._near) * self.noise and (math.isfinite(self._near) or self._is_due)
             if seen < self.noise or (self._is_good is not None and is_near and self._is_good()):
                 self.converged_at = self._seen
+
+    @property
+    def _is_due(self) -> bool:
+        """True at 1, 2, 3, 4, 6, 8, 12, … times the steps between two tests."""
+        odd = self._seen // LOOK
+        while odd % 2 == 0:
+            odd //= 2
+        return odd in (1, 3)
 
     def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
         """Return why the run ends after a step, or an empty string if it goes on.
