@@ -51,6 +51,7 @@ class Effort:
     Attributes:
         particles: The size of a population that searches for modes: one of 2,048 finds modes of 1 % of the mass.
         latents: The most latents of a model for a population, which takes the longer the more there are.
+        chains: The chains of a model that runs many draws at once: R-hat asks for 100 effective draws of each.
         sweeps: The most sweeps of chains; those that have not converged by then rarely do.
         longest: The factor by which heavy tails may lengthen a run: only ``num_draws`` of its draws are kept.
         least_ess: The least effective sample size of chains, below which R-hat says little.
@@ -67,6 +68,7 @@ class Effort:
 
     particles: int = 2048
     latents: int = 300
+    chains: int = 64
     sweeps: int = 1000
     longest: float = 2.0
     least_ess: int = 400
@@ -211,7 +213,8 @@ class Stages:
         """
         with self._step("chains") as said, validation_enabled(False):
             goal = Goal(max(EFFORT.least_ess, self.num_draws), EFFORT.sweeps, EFFORT.longest)
-            self.chains = exact(Density.sound(self.task), goal, None, progress=self.progress, others=self._places())
+            number = None if self.task.runs_one_by_one else EFFORT.chains
+            self.chains = exact(Density.sound(self.task), goal, number, progress=self.progress, others=self._places())
             said[:] = "trust" if self.is_exact else "do not trust", self.chains.worst
             if not self.chains.converged and self.chains.sweeps < EFFORT.sweeps:
                 raise TimeUp if seconds_left() < 0 else KeyboardInterrupt

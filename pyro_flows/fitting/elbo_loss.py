@@ -129,8 +129,8 @@ LEAST, MOST, SHARP = 10, 50, 0.01
 # by more than CLOSE standard deviations, and no standard deviation by more than that share.
 LOOKED_AT, LIGHT, CLOSE = 2048, 0.4, 0.05
 # Draws can be weighted if at least the share ENOUGH of them is effective.  The larger this share, the heavier the tail
-# may be: k-hat is below LIGHT plus LENIENT times the share.
-ENOUGH, LENIENT = 0.25, 0.25
+# may be: k-hat is below LIGHTEST plus LENIENT times the share.
+ENOUGH, LIGHTEST, LENIENT = 0.25, 0.45, 0.25
 
 
 class ELBOLoss:
@@ -280,7 +280,7 @@ def is_steady(log_weights: Tensor) -> bool:
         return False
     smoothed, khat = smooth(log_weights)
     share = 1 / float(smoothed.exp().square().sum()) / len(smoothed)
-    return share > ENOUGH and khat < LIGHT + LENIENT * share
+    return share > ENOUGH and khat < LIGHTEST + LENIENT * share
 
 
 def is_close(z: Tensor, log_weights: Tensor) -> bool:
