@@ -34,7 +34,6 @@ class ShortRun:
         tries: The most such sweeps, if steps are far too long.
         sweeps: The most sweeps afterwards.
         block: The sweeps between two tests of whether the chains have run for long enough.
-        twins: The same for chains with twins, which leave little noise.
         spare: The standard errors by which an error must be right, unless weights and chains agree.
     """
 
@@ -44,8 +43,7 @@ class ShortRun:
     adapt: int = 4
     tries: int = 16
     sweeps: int = 50
-    block: int = 10
-    twins: int = 5
+    block: int = 5
     spare: float = 1.5
 
 
@@ -148,7 +146,7 @@ def follow(
     shape = ShapeMeter(*(shaped(some.quantities, some.z) for some in (others, began)))
     compass = DriftMeter(*(chart.inverse(some.z) @ axes for some in (others, began)))
     spread = SpreadMeter(large or [], *(squares(some.z) for some in (others, began)))
-    size, spare = SHORT_RUN.twins if twin else SHORT_RUN.block, SHORT_RUN.spare * (certain <= TOLERANCE.certain)
+    size, spare = SHORT_RUN.block, SHORT_RUN.spare * (certain <= TOLERANCE.certain)
     for block in range(SHORT_RUN.sweeps // size):
         for z in chains.sweeps(size, adapt=False):
             quantities = space.quantities(z)

@@ -40,7 +40,7 @@ from ..programs.log_density import GRADIENT, RunBudget
 from ..sampling.annealed_population import Reference, anneal
 from ..sampling.coordinates import White
 from ..sampling.gaussian import Watch, match_top
-from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
+from ..sampling.modes import Ends, ascend, climb, components, far, highest_of_each, ways_up
 from ..vjp import LogDensity, value_and_score
 from .drift import Drift
 from .guide_space import prior_of
@@ -77,6 +77,9 @@ class Search:
         shells: Ranges of distances from the centre.
         tops: Ascents from each.
         steps: Steps of an ascent.
+        halved: The steps after which the better half of the ascents from each range goes on.
+        leap: The effective share of particles that the weights must keep if the last temperatures are left out.
+        rest: The share of their weight that may lie where the guide lacks density.
         longest: The length of the first step, in whitened units.
         shortest: That of the last.
         share: The share of the mass of a mode that ``narrowest`` is about.
@@ -105,6 +108,9 @@ class Search:
     shells: int = 16
     tops: int = 6
     steps: int = 40
+    halved: int = 10
+    leap: float = 0.05
+    rest: float = 0.01
     longest: float = 0.15
     shortest: float = 0.003
     share: float = 0.1
@@ -181,25 +187,58 @@ def _lacking(
     alone, starts = space.task.runs_one_by_one, SEARCH.starts
     particles, number = (REACH.few, starts // 8) if alone else (REACH.particles, starts // 2)
     gradients = int(min(SEARCH.gradients, budget.number / (2 * GRADIENT * particles)))
-    first = space.task.budget(SEARCH.seconds / 2, by_clock=True)
-    population = anneal(reference, particles, EFFORT._replace(gradients=gradients), is_over=first.is_spent)
+    covered = Covered(space, evidence, float(draws.log_q.median()))
+    half = space.task.budget(SEARCH.seconds / 2, by_clock=True)
+    effort = EFFORT._replace(gradients=gradients)
+    population = anneal(reference, particles, effort, is_enough=lambda *it: covered.holds(*it) or half.is_spent())
     drawn, density = reference.draw(particles), budget.counted(reference.log_p)
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - SEARCH.faint * (1 + space.dim)
-    places = [white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn, faint, budget.is_spent)]
+    ends = Ends(faint, budget.is_spent, covered.includes)
+    places = [white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn, ends)]
     arrived = drawn[:0]
     if population is not None and population.has_arrived:
         arrived = population.z
     elif population is not None:  # its particles have not reached the posterior
         places.append(population.z)
-    tops = climb(density, white, torch.cat(places), least=faint, is_over=budget.is_spent)
+    tops = climb(density, white, torch.cat(places), ends=ends)
     narrow = peaks(space, density, white, draws, others, budget.is_spent)
     found = space.wrapped(torch.cat((arrived, tops, narrow)), white.loc)
     with torch.no_grad():
         heights = density(found)
-    surprise = _known(heights - log_q(space, found) - evidence, math.inf)
-    lacking = found[(surprise > SEARCH.surprise) & (heights > faint)]
+    lacking = found[covered.lacks(found, heights) & (heights > faint)]
     return lacking[torch.randperm(len(lacking))[: SEARCH.few]] if alone else lacking, population is None
+
+
+class Covered(NamedTuple):
+    """The places where a guide has the density that it should have.
+
+    Attributes:
+        space: The guide's space.
+        evidence: The log evidence.
+        bulk: The guide's log-density that half of its draws exceed.
+    """
+
+    space: Density
+    evidence: float
+    bulk: float
+
+    @torch.no_grad()
+    def lacks(self, z: Tensor, log_p: Tensor) -> Tensor:
+        """Return True for the places, with log-densities there, where the guide lacks density, ``(N,)``."""
+        return _known(log_p - log_q(self.space, z) - self.evidence, math.inf) > SEARCH.surprise
+
+    @torch.no_grad()
+    def includes(self, z: Tensor, log_p: Tensor) -> Tensor:
+        """Return True for places amid the guide's draws, from where climbs find nothing new, ``(N,)``."""
+        own = log_q(self.space, z)
+        return (own > self.bulk) & (log_p - own - self.evidence < SEARCH.surprise)
+
+    def holds(self, z: Tensor, log_p: Tensor, log_weights: Tensor) -> bool:
+        """Return True if weighted places show that the guide covers the posterior, apart from narrow modes."""
+        weights = _known(log_weights).softmax(0)
+        is_near = float(weights.square().sum()) * SEARCH.leap * len(z) < 1
+        return is_near and float(weights[self.lacks(z, log_p)].sum()) < SEARCH.rest
 
 
 def further_draws(space: Density, draws: Drawn) -> Scored:
@@ -245,18 +284,24 @@ def peaks(
     x = torch.cat((white.inverse(draws.z), white.inverse(z), wide))
     # In each shell by itself, because the ratio of a good guide may be largest in its tails.
     shells = x.norm(dim=-1).argsort().tensor_split(SEARCH.shells)
-    x = x[torch.cat([shell[found[shell].topk(min(SEARCH.tops, len(shell))).indices] for shell in shells])]
-    best, highest = x.clone(), torch.full_like(x[:, 0], -math.inf)
+    tops = [shell[found[shell].topk(min(SEARCH.tops, len(shell))).indices] for shell in shells]
+    x = x[torch.cat(tops)]
+    groups = [*torch.arange(len(x)).split([len(top) for top in tops])]
+    left, ends, highest = torch.arange(len(x)), x.clone(), torch.full_like(x[:, 0], -math.inf)
     for step in range(SEARCH.steps):  # of given lengths, since slopes differ by many magnitudes
+        if step and step % SEARCH.halved == 0:
+            groups = [group[highest[group].argsort(descending=True)[: (len(group) + 1) // 2]] for group in groups]
+            x, left = ends[torch.cat(groups)], torch.cat(groups)
         height, slope = value_and_score(ratio, x)
-        is_higher = height.to(x) > highest
-        best[is_higher], highest[is_higher] = x[is_higher], height.to(x)[is_higher]
+        is_higher = height.to(x) > highest[left]
+        higher = left[is_higher]
+        ends[higher], highest[higher] = x[is_higher], height.to(x)[is_higher]
         slope = slope.nan_to_num(0, 0, 0)
         length = SEARCH.longest * (SEARCH.shortest / SEARCH.longest) ** (step / (SEARCH.steps - 1))
         x = x + length * slope / slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         if is_over():
             break
-    return white.forward(best)[0]
+    return white.forward(ends)[0]
 
 
 def narrowest_shown(dim: int, number: int) -> float:

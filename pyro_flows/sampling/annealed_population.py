@@ -41,8 +41,9 @@ from torch.nn.functional import logsigmoid
 from ..vjp import LogDensity
 from .chains import HMC, Chains, Graphs, Target
 from .coordinates import White
-from .gaussian import Watch, fit_gaussian
+from .gaussian import fit_gaussian
 
+IsEnough = Callable[[Tensor, Tensor, Tensor], bool]
 ISLANDS = 16
 HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
 SWEEPS, PROPOSED = 20, 8  # sweeps that move particles on, and draws of the guide proposed after each
@@ -239,7 +240,7 @@ class Population(NamedTuple):
 
 @torch.no_grad()
 def anneal(
-    reference: Reference, number: int, effort: Effort, hot: float = HOT, is_over: Watch = bool
+    reference: Reference, number: int, effort: Effort, hot: float = HOT, is_enough: IsEnough | None = None
 ) -> Population | None:
     """Anneal a population until its effort is spent.
 
@@ -250,7 +251,8 @@ def anneal(
         number: The number N of particles, a multiple of the 16 islands.
         effort: The settings.
         hot: Particles are stuck if they do not reach this inverse temperature in a few steps.
-        is_over: Returns True once annealing has to end.
+        is_enough: Returns True if annealing may end before the posterior is reached, given the particles, their
+            log-densities, and the log-weights that would turn them into draws of the posterior.
 
     Returns:
         The :class:`Population`; None if hardly a draw of r has a density.
@@ -262,10 +264,10 @@ def anneal(
     log_r, log_p = reference.log_r_and_p(z)
     kernels, betas, graphs = list[HMC](), [0.0], Graphs()
     log_evidences = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device)
-    while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients and not is_over():
+    while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
         if len(betas) > STUCK and betas[-1] < hot:
             if reference.widen():
-                return anneal(reference, number, effort, 0.0, is_over)
+                return anneal(reference, number, effort, 0.0, is_enough)
             break
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
         step = _step(log_ratio, 1 - betas[-1], effort.kept)
@@ -280,6 +282,8 @@ def anneal(
             kernel.retarget(density, white, *given)
         z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, halves, strict=True)])
         log_r, log_p = reference.log_r_and_p(z)
+        if is_enough is not None and betas[-1] < 1 and is_enough(z, log_p, (1 - betas[-1]) * (log_p - log_r)):
+            break
     log_weights = log_evidences.log_softmax(0).repeat_interleave(number // ISLANDS) - math.log(number // ISLANDS)
     return Population(z, log_weights.to(z), log_p, log_evidences, betas, start_se)
 

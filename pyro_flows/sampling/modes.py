@@ -66,13 +66,26 @@ class Climbs:
 CLIMBS = Climbs()
 
 
+class Ends(NamedTuple):
+    """What ends climbs early.
+
+    Attributes:
+        least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
+        is_over: Returns True once all climbs have to end.
+        is_known: Returns True for the places, ``(N, D)``, with log-densities there, that climbs need not leave.
+    """
+
+    least: float = -math.inf
+    is_over: Watch = bool
+    is_known: Callable[[Tensor, Tensor], Tensor] = lambda z, log_p: torch.zeros_like(log_p, dtype=torch.bool)
+
+
 def climb(
     density: LogDensity,
     coordinates: White,
     z: Tensor,
     size: float | Tensor = 0.5,
-    least: float = -math.inf,
-    is_over: Watch = bool,
+    ends: Ends | None = None,
 ) -> Tensor:
     """Climb by Adam with decreasing step sizes; return the highest place on each path, ``(N, D)``.
 
@@ -85,9 +98,9 @@ def climb(
         z: The starts, ``(N, D)``.
         size: The first step of each coordinate, for all climbs or for each, ``(N, 1)``.  A climb moves at most 30 times
             as far.
-        least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
-        is_over: Returns True once all climbs have to end.
+        ends: What ends climbs early.
     """
+    least, is_over, is_known = ends or Ends()
     x = coordinates.inverse(z)
     best, highest, slope = x.clone(), torch.full_like(x[:, 0], -math.inf), torch.zeros_like(x)
     first = second = torch.zeros_like(x)
@@ -116,6 +129,7 @@ def climb(
             goes_on = ~(is_higher & (after < before / 4) & (after < CLIMBS.top))
             reach = sizes[left] * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # each coordinate's remaining path
             goes_on &= highest[left] + (reach * slope[left].abs()).sum(-1) >= least
+            goes_on &= ~is_known(coordinates.forward(best[left])[0], highest[left])
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
             if not len(left) or is_over():
                 break
@@ -131,7 +145,7 @@ def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: Watch = 
     ends, left = z.clone(), torch.arange(len(z), device=z.device)
     shares = torch.arange(1, CLIMBS.waypoints).to(z).view(-1, 1, 1) / CLIMBS.waypoints
     for size in CLIMBS.sizes:
-        start, end = z[left], climb(density, coordinates, z[left], size, is_over=is_over)
+        start, end = z[left], climb(density, coordinates, z[left], size, Ends(is_over=is_over))
         path = density((start + shares * (end - start)).flatten(0, 1)).view(len(shares), -1)
         lowest = path.nan_to_num(-math.inf, math.inf, -math.inf).amin(0)
         crosses = lowest < density(start).nan_to_num(-math.inf, math.inf, -math.inf) - CLIMBS.dip
@@ -142,12 +156,11 @@ def ascend(density: LogDensity, coordinates: White, z: Tensor, is_over: Watch = 
     return ends
 
 
-def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf, is_over: Watch = bool) -> Tensor:
+def ways_up(density: LogDensity, z: Tensor, ends: Ends | None = None) -> Tensor:
     """Return places to look for modes that a population misses, given draws z of the prior.
 
     These are the origin, the median of the draws, places between that and some draws, and the ends of climbs from all
-    draws and from places far around them.  Climbs end early if they cannot reach the log-density ``least``, or once
-    ``is_over`` returns True.
+    draws and from places far around them.
     """
     z = z[z.isfinite().all(-1)]
     if len(z) < 3:
@@ -157,7 +170,7 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf, is_over: W
     white, few = White(z), torch.stack((torch.zeros_like(middle), middle))
     beyond = white.forward(far(white.inverse(some)))[0]
     starts, sizes = torch.cat((z, beyond)), torch.tensor([CLIMBS.narrow] * len(z) + [CLIMBS.far] * len(beyond))
-    return torch.cat((few, between, climb(density, white, starts, sizes.unsqueeze(-1), least, is_over)))
+    return torch.cat((few, between, climb(density, white, starts, sizes.unsqueeze(-1), ends)))
 
 
 def far(x: Tensor) -> Tensor:
