@@ -110,7 +110,7 @@ class Search:
     steps: int = 40
     halved: int = 10
     leap: float = 0.05
-    rest: float = 0.01
+    rest: float = 0.001
     longest: float = 0.15
     shortest: float = 0.003
     share: float = 0.1
