@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_flows import AutoFlow, fit_svi
-from pyro_flows.fitting.elbo_loss import is_close
+from pyro_flows import AutoFlow, fit_svi, psis
+from pyro_flows.fitting.elbo_loss import is_close, is_steady
 from pyro_flows.training.stopping import FINISH, LOOK, Horizon, noise_at
 
 STEPS, NOISE = 200, 0.1
@@ -61,6 +61,15 @@ def test_draws_show_convergence_at_a_larger_gap(losses, seen, converged):
     assert not [*answers]
 
 
+def test_a_run_for_a_looser_end_looks_at_draws_whatever_its_losses_are():
+    seen = list[int]()
+    horizon = Horizon(20 * LOOK, NOISE, is_good=lambda: bool(seen.append(horizon._seen // LOOK)), near=math.inf)
+    horizon.observe(5 * LOUD)
+    assert (seen, horizon.converged_at) == ([1, 2, 3, 4, 6, 8, 12, 16], 0)
+    horizon = Horizon(20 * LOOK, NOISE, is_good=lambda: horizon._seen >= 6 * LOOK, near=math.inf)
+    assert (len(shares(horizon, 5 * LOUD)), horizon.converged_at) == (9 * LOOK, 6 * LOOK)
+
+
 def test_a_resumed_run_keeps_what_draws_have_shown():
     horizon = Horizon(STEPS, NOISE, is_good=lambda: pytest.fail("a later state tells nothing of an earlier one"))
     horizon.resume(60, 50)
@@ -76,6 +85,16 @@ def test_draws_are_close_if_weights_have_a_light_tail_and_change_no_moment():
     assert not is_close(z, 0.1 * (z[:, 1].square() - 1))  # a standard deviation is off by a tenth
     assert not is_close(z, torch.empty(2048).exponential_())  # weights whose k-hat is 1
     assert not is_close(z, torch.full((2048,), math.nan))
+
+
+def test_draws_can_be_weighted_if_enough_of_them_count():
+    pyro.set_rng_seed(0)
+    z, tail = torch.randn(2048).double(), torch.empty(2048).exponential_().double()
+    assert is_steady(0.5 * z)  # a normal tail, and an effective share of .78
+    assert not is_steady(1.5 * z)  # an effective share of .1
+    assert is_steady(0.3 * tail)  # Pareto weights with k-hat .3, and a share of .82
+    assert not is_steady(0.8 * tail)
+    assert not is_steady(torch.full((2048,), math.nan))
 
 
 def test_neither_a_trend_nor_skipped_steps_are_convergence():
@@ -144,3 +163,22 @@ def test_a_fit_that_needs_its_few_steps_has_converged():
     fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), progress=False)
     assert fit.stopped == "converged"
     assert fit.steps <= 80
+
+
+def eight_groups():
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("groups", 8):
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(theta, 10.0), obs=torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]))
+
+
+def test_a_fit_for_weights_ends_sooner(tmp_path):
+    short, long = AutoFlow(eight_groups), AutoFlow(eight_groups)
+    fit = fit_svi(eight_groups, short, for_weights=True, progress=False, checkpoint=tmp_path / "run")
+    assert fit.stopped == "converged"
+    found = psis(eight_groups, short, num_samples=4000)
+    assert found.reliable
+    assert found.ess > 0.25 * 4000
+    assert fit_svi(eight_groups, long, progress=False).steps > fit.steps
+    with pytest.raises(ValueError, match="for_weights"):
+        fit_svi(eight_groups, AutoFlow(eight_groups), progress=False, checkpoint=tmp_path / "run")

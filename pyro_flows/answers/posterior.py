@@ -1,7 +1,8 @@
 """The posterior of a model, from the model and its data alone: the stages of an answer, in their order.
 
-A guide that suits the model is fitted and checked.  If it is trusted, its draws are the answer; if its weights are
-reliable, they correct the draws.  Otherwise chains from the guide follow, which are exact once they have converged.  If
+A guide that suits the model is fitted until its draws can be weighted, and checked.  If it is trusted, its draws are
+the answer; if its weights are reliable, they correct the draws.  Otherwise it is trained until it has converged, and
+checked again.  If that does not suffice, chains from the guide follow, which are exact once they have converged.  If
 the check has found mass that chains may not reach, or they do not converge, a population finds the modes, and its guide
 is checked in turn.
 """
@@ -44,8 +45,9 @@ def posterior(
 ) -> Posterior:
     """Sample the posterior of a model, and go on until the draws can be trusted.
 
-    A guide is fitted and checked.  If the check does not trust it, its draws are weighted, or chains start from it and
-    run until they have converged.  If mass is missing, a population annealed from the prior finds it.
+    A guide is fitted and checked, and its draws are weighted.  If the check does not trust that, the guide is trained
+    on, and then chains start from it and run until they have converged.  If mass is missing, a population annealed from
+    the prior finds it.
 
     Args:
         model: A Pyro model; discrete latents of finite support are summed out, and sampled at the end.
