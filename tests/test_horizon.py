@@ -174,7 +174,7 @@ def eight_groups():
 
 def test_a_fit_for_weights_ends_sooner(tmp_path):
     short, long = AutoFlow(eight_groups), AutoFlow(eight_groups)
-    fit = fit_svi(eight_groups, short, for_weights=True, progress=False, checkpoint=tmp_path / "run")
+    fit = fit_svi(eight_groups, short, steps="for_weights", progress=False, checkpoint=tmp_path / "run")
     assert fit.stopped == "converged"
     found = psis(eight_groups, short, num_samples=4000)
     assert found.reliable

@@ -181,7 +181,7 @@ class Stages:
                         guide.setup(*self.question.args, **self.question.kwargs)
                     check_proper("posterior", Density(self._task(guide)), guide.start[0])
                 try:
-                    fit = self._fit(guide, for_weights=True)
+                    fit = self._fit(guide, steps="for_weights")
                 except KeyboardInterrupt:
                     if not getattr(guide, "is_fresh", True):  # what was trained can be drawn from
                         self.judged.append(Judged(guide))

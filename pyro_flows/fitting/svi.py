@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from pyro.infer import ELBO
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from .optimizers import optimizers
 from .program_checks import check_proper, check_task, culprit
 
 CALLER = "fit_svi"
+FOR_WEIGHTS = "for_weights"  # in place of a number of steps
 CONVERGED = 0.01  # nats of the gap to the log evidence at convergence: far below what weights show
 MANY = 64  # draws per step from which on SOAP does better than Adam
 ONE_BY_ONE = 8  # draws per step if the model runs one at a time: more cost more than they gain
@@ -50,13 +51,12 @@ def fit_svi(
     model: Callable[..., Any],
     guide: Any,
     *args: Any,
-    steps: int | None = None,
+    steps: int | Literal["for_weights"] | None = None,
     objective: ELBO | None = None,
     num_particles: int | None = None,
     lr: float | None = None,
     gradients: Gradients | None = None,
     warm_start: bool | None = None,
-    for_weights: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -79,7 +79,9 @@ def fit_svi(
             the model gets those of the next one.  See *Thousands of latents* in the docs.
         steps: The number of steps.  The default is the number over which a ``TemperedELBO`` anneals.  Otherwise it
             suits the guide and the Gaussian from which it starts, and an ``AutoFlow`` that has converged takes fewer
-            (see *Choosing a flow* in the docs).
+            (see *Choosing a flow* in the docs).  ``"for_weights"`` is for an ``AutoFlow`` whose draws will be weighted,
+            as by :func:`~pyro_flows.psis`.  The fit then ends soon after a quarter of them is effective and their k-hat
+            is below about 0.5.  For 50 latents that is several times sooner.  Other guides take their default number.
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``.  The default is a ``PathELBO`` with
             ``num_particles`` vectorised draws.  If latents are angles, it is a ``Trace_ELBO``, since the scores of
             steep splines make path gradients too noisy.  Each of several processes takes all its draws and minibatches,
@@ -96,10 +98,6 @@ def fit_svi(
             draws, without subsampled plates.  It takes at most a minute then if the model runs one draw at a time, and
             is left out with a warning if too few runs fit into that.  A guide that was trained before resumes from its
             present state.
-        for_weights: Whether the draws of an ``AutoFlow`` are to be weighted, as by :func:`~pyro_flows.psis`.  The fit
-            then ends soon after a quarter of them is effective and their k-hat is below about 0.5.  For 50 latents that
-            is several times sooner.  Fits with ``steps`` or ``objective``, and those of other guides, do not
-            change.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
             end.  The same call with the same file resumes a run that was killed, to the same result as without the
             break.  With another number of processes the noise differs.  Runs are identified by their settings and
@@ -138,8 +136,10 @@ def fit_svi(
         (torch.Size([20]), True)
     """
     check_program(model=model, guide=guide)
-    check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
-    check_flags(CALLER, for_weights=for_weights, progress=progress)
+    for_weights = steps == FOR_WEIGHTS
+    number = None if for_weights else cast(int | None, steps)
+    check_integers(CALLER, optional=True, steps=number, num_particles=num_particles)
+    check_flags(CALLER, progress=progress)
     check_flags(CALLER, optional=True, warm_start=warm_start)
     check_numbers(CALLER, above=0, optional=True, lr=lr)
     gradients = Gradients() if gradients is None else gradients
@@ -149,8 +149,8 @@ def fit_svi(
     ):
         raise TypeError(f"{CALLER}: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
     annealed = getattr(objective, "num_steps", None)
-    if steps and annealed and steps < annealed:
-        raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
+    if number and annealed and number < annealed:
+        raise ValueError(f"{CALLER}: steps={number} end before the num_steps={annealed} of objective; leave steps out.")
     batches = batches_among(args, kwargs)
     if batches and warm_start:
         raise ValueError(f"{CALLER}: warm_start needs all data at once, and not a DataLoader.")
@@ -162,7 +162,7 @@ def fit_svi(
     task = Task(model, guide, args, kwargs)
     check_task(task, objective, search=bool(warm_start))
     progress = progress and not distributed.rank()
-    settings = steps, objective, num_particles, lr, gradients, warm_start, for_weights, file, progress
+    settings = number, objective, num_particles, lr, gradients, warm_start, for_weights, file, progress
     return ELBOFit(task, batches, *settings).run()
 
 
@@ -174,6 +174,7 @@ class ELBOFit:
         task: The model and the guide.
         batches: The source of the model's arguments in each step; None if they stay the same.
         steps: As for :func:`~pyro_flows.fit_svi`, like all that follow; None stands for what suits the guide.
+        for_weights: True to end once the draws of the guide can be weighted.
 
     Attributes:
         marks: The settings of the default objective, which do not depend on the number of processes, and the start.
@@ -194,7 +195,8 @@ class ELBOFit:
 
     def __post_init__(self) -> None:
         self.guide: Any = self.task.guide.call
-        self.plan, self.processes, self.marks = plan_of(self.guide), distributed.size(), dict[str, Any]()
+        self.plan, self.processes = plan_of(self.guide), distributed.size()
+        self.marks: dict[str, Any] = {"for_weights": True} if self.for_weights else {}
         self.elbo: Any = self.objective or self._default()
 
     def _default(self) -> ELBO:
@@ -210,7 +212,7 @@ class ELBOFit:
                 by_plate = self.task.settle().guide.engine == "plate"
             if not self.num_particles and self.task.runs_one_by_one:
                 number = min(ONE_BY_ONE, number)
-        self.marks = {"num_particles": number, "vectorize_particles": several}
+        self.marks |= {"num_particles": number, "vectorize_particles": several}
         kind = PathELBO if self.plan.takes_paths else PlainELBO
         return kind(-(-number // processes), max_plate_nesting=self.task.model.nesting, vectorize_particles=by_plate)
 
@@ -292,7 +294,6 @@ class ELBOFit:
         args = self.batches.others if self.batches else model.args
         data = fingerprint(bound_values(model.call, args, model.kwargs))
         data += [f"{self.batches.steps} batches"] if self.batches else []
-        aim = {"for_weights": True} if self.for_weights else {}
         return Settings(
             CALLER,
             self.steps or getattr(elbo, "num_steps", None) or schedule.steps,
@@ -301,7 +302,7 @@ class ELBOFit:
             on_nonfinite=self.gradients.on_nonfinite,
             progress=self.progress,
             checkpoint=self.checkpoint,
-            marks={"objective": type(elbo).__name__, **kept_settings(elbo), **self.marks, **aim, "data": data},
+            marks={"objective": type(elbo).__name__, **kept_settings(elbo), **self.marks, "data": data},
             work=math.inf if is_large else OPERATIONS * draws * sum(part.numel() for part in parameters),
             noise=noise_at(CONVERGED, draws * self.processes) if alone and not self.steps else 0.0,
             near=math.inf if self.for_weights else NEAR,
