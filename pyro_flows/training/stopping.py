@@ -18,6 +18,7 @@ import torch
 LOOK = 25  # steps between two tests of convergence
 FINISH = 50  # the fewest steps after convergence, while the step size falls to zero
 SHARE = 0.5  # of the steps before convergence; the tails of log-weights are learned last, by small steps
+EARLY = 4  # looks, before which draws tell too little unless the gap is small
 NEAR = 10.0  # times the gap at convergence, below which draws are looked at
 ROUNDED = 4  # the noise at convergence must exceed as many rounding errors of a loss
 
@@ -35,8 +36,8 @@ class Horizon:
         noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
         eps: The relative rounding error of a loss.
         is_good: Returns True if draws of the present state show that the run has converged; None to go by losses.
-        near: The gap, in units of that at convergence, below which it is asked; if infinite, at the powers of two, and
-            three times these, of ``LOOK`` steps.
+        near: The gap, in units of that at convergence, below which it is asked; if infinite, less and less often, at
+            whatever gap.
 
     Attributes:
         converged_at: The step after which the run had converged, or 0.
@@ -77,11 +78,11 @@ class Horizon:
 
     @property
     def _is_due(self) -> bool:
-        """True at 1, 2, 3, 4, 6, 8, 12, … times the steps between two tests."""
-        odd = self._seen // LOOK
+        """True at 4, 6, 8, 12, 16, … times the steps between two tests; earlier, draws seldom show narrow necks."""
+        odd = number = self._seen // LOOK
         while odd % 2 == 0:
             odd //= 2
-        return odd in (1, 3)
+        return number >= EARLY and odd in (1, 3)
 
     def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
         """Return why the run ends after a step, or an empty string if it goes on.
