@@ -37,6 +37,7 @@ class Climbs:
     Attributes:
         steps: Steps of a climb.
         patience: Steps between the tests that end climbs.
+        passing: One of so many climbs goes on through known places.
         top: The squared slope that leaves at most 0.001 nats to the top.
         neighbours: Neighbours of each place to which the line is examined.
         some: Starts drawn from the prior.
@@ -51,6 +52,7 @@ class Climbs:
 
     steps: int = 60
     patience: int = 5
+    passing: int = 4
     top: float = 0.002
     neighbours: int = 6
     some: int = 256
@@ -72,7 +74,8 @@ class Ends(NamedTuple):
     Attributes:
         least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
         is_over: Returns True once all climbs have to end.
-        is_known: Returns True for the places, ``(N, D)``, with log-densities there, that climbs need not leave.
+        is_known: Returns True for the places, ``(N, D)``, with log-densities there, that most climbs need not leave.
+            Some go on, since a neck may lie behind.
     """
 
     least: float = -math.inf
@@ -129,7 +132,7 @@ def climb(
             goes_on = ~(is_higher & (after < before / 4) & (after < CLIMBS.top))
             reach = sizes[left] * (CLIMBS.steps - step) ** 2 / (2 * CLIMBS.steps)  # each coordinate's remaining path
             goes_on &= highest[left] + (reach * slope[left].abs()).sum(-1) >= least
-            goes_on &= ~is_known(coordinates.forward(best[left])[0], highest[left])
+            goes_on &= ~is_known(coordinates.forward(best[left])[0], highest[left]) | (left % CLIMBS.passing == 0)
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
             if not len(left) or is_over():
                 break
