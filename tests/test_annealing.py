@@ -34,7 +34,7 @@ from pyro_flows.sampling.annealed_population import anneal as anneal_population
 from pyro_flows.sampling.chains import HMC, Graphs
 from pyro_flows.sampling.coordinates import White
 from pyro_flows.sampling.gaussian import match_top
-from pyro_flows.sampling.modes import ModeMixture, ascend, climb, components
+from pyro_flows.sampling.modes import Ends, ModeMixture, ascend, climb, components
 
 Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
@@ -239,8 +239,22 @@ def test_climbs_end_at_the_tops() -> None:
 def test_climbs_of_several_step_sizes_are_those_of_each() -> None:
     z, density = 5 * torch.randn(40, 3), normals(3, 1.0, 2.0).log_prob
     sizes, white = torch.tensor([0.1] * 30 + [0.3] * 10).unsqueeze(-1), White(z)
-    apart = [climb(density, white, part, size, -20.0) for part, size in ((z[:30], 0.1), (z[30:], 0.3))]
-    torch.testing.assert_close(climb(density, white, z, sizes, -20.0), torch.cat(apart))
+    ends = Ends(-20.0)
+    apart = [climb(density, white, part, size, ends) for part, size in ((z[:30], 0.1), (z[30:], 0.3))]
+    torch.testing.assert_close(climb(density, white, z, sizes, ends), torch.cat(apart))
+
+
+def test_most_climbs_end_where_all_is_known() -> None:
+    z, density, seen = 5 * torch.randn(40, 3), normals(3, 1.0, 2.0).log_prob, list[int]()
+
+    def counted(z: Tensor) -> Tensor:
+        seen.append(len(z))
+        return density(z)
+
+    ends = Ends(is_known=lambda z, log_p: torch.ones_like(log_p, dtype=torch.bool))
+    tops = climb(counted, White(z), z, 0.5, ends)
+    torch.testing.assert_close(tops[::4], torch.full((10, 3), 2.0), atol=0.05, rtol=0)
+    assert set(seen) == {40, 10}
 
 
 def test_a_wide_gaussian_is_torchs() -> None:
@@ -586,6 +600,24 @@ def test_the_start_is_normalised_and_drawn_as_it_is_scored(name: str) -> None:
         middle = z[torch.searchsorted(total, level), 0]
         assert float((draws[:, 0] < middle).double().mean()) == pytest.approx(level, abs=4 * 0.5 / math.sqrt(4000))
     assert math.log(float(log_p.double().exp().nansum()) * step) == pytest.approx(exact, abs=2e-3)
+
+
+def test_annealing_ends_once_it_is_enough() -> None:
+    """The weights that are given would turn the particles into draws of the posterior."""
+    space, loc = space_of(hierarchical)
+    seen = list[float]()
+
+    def is_enough(z: Tensor, log_p: Tensor, log_weights: Tensor) -> bool:
+        seen.append(float(log_weights.std()))
+        assert len(z) == len(log_p) == len(log_weights)
+        return len(seen) == 2
+
+    with pyro.validation_enabled(False):
+        found = anneal_population(Reference(prior_of(space), loc), 64, Effort(), is_enough=is_enough)
+    assert found is not None
+    assert not found.has_arrived
+    assert (len(seen), len(found.temperatures)) == (2, 3)
+    assert seen[1] < seen[0]
 
 
 def test_an_effort_that_is_spent_ends_the_annealing() -> None:

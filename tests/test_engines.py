@@ -654,3 +654,16 @@ def test_the_search_for_modes_of_a_slow_model_ends_by_its_budget(monkeypatch):
     assert found.share > 0.5  # the guide is not trained
     assert found.cut == "the model runs one draw at a time, and a run takes 0.001 s"
     assert len(COUNTED) < 10_000  # 1,000 runs, and a look at what was found; without a budget 40,000
+
+
+def test_the_search_for_modes_of_any_model_ends_by_the_clock(monkeypatch):
+    def many_at_once(y):
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    def exact(y):
+        pyro.sample("x", dist.Normal(y / 2, 0.5**0.5))
+
+    monkeypatch.setattr(missing_modes, "SEARCH", dataclasses.replace(missing_modes.SEARCH, seconds=1e-6))
+    found = pf.check(many_at_once, exact, torch.tensor(1.0))
+    assert found.trusted
+    assert "The search for other modes ended early, since it took 1e-06 s." in repr(found)
