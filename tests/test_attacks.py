@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import normals, sampling, with_posterior
 from torch import Tensor
-from vector_laws import Edged, Mixture, Ring
+from vector_laws import Edged, Funnel, Mixture, Ring
 
 import pyro_flows as pf
 from pyro_flows import check
@@ -45,6 +45,14 @@ WRONG: dict[str, tuple[str, dist.TorchDistribution, set[str]]] = {
 def checked(law: dist.TorchDistribution, scale: float, of_guide: dist.TorchDistribution) -> pf.Check:
     """Check draws of a distribution against a posterior, whose prior is normal with a given scale."""
     return check(with_posterior(law, normals(law.event_shape[0], scale)), sampling(x=of_guide))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_neck_behind_the_draws_of_a_guide_is_found(seed: int) -> None:
+    """Climbs reach it through the guide's draws, where most of them end."""
+    pyro.set_rng_seed(seed)
+    found = checked(Funnel(10), 9.0, Funnel(10, -1.5))
+    assert found.verdict == "do not trust"
 
 
 @pytest.mark.slow

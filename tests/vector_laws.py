@@ -90,3 +90,22 @@ class StudentT(Law):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return -(self.df + self.event_shape[0]) / 2 * torch.log1p(value.square().sum(-1) / self.df)
+
+
+class Funnel(Law):
+    """v ~ Normal(0, 3) above ``low``, and normal numbers of scale exp(v / 2); below ``low`` there is no density."""
+
+    def __init__(self, dim: int, low: float = -math.inf) -> None:
+        super().__init__(dim)
+        self.low, self.first = low, dist.Normal(0.0, 3.0)
+
+    def draw(self, size: torch.Size) -> Tensor:
+        least = float(self.first.cdf(torch.tensor(self.low)))
+        v = self.first.icdf(least + (1 - least) * torch.rand(size)).unsqueeze(-1)
+        return torch.cat((v, (v / 2).exp() * torch.randn(*size, self.event_shape[0] - 1)), -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        v, x = value[..., :1], value[..., 1:]
+        inside = 1 - self.first.cdf(torch.tensor(self.low))
+        found = self.first.log_prob(v[..., 0]) - inside.log() + dist.Normal(0.0, (v / 2).exp()).log_prob(x).sum(-1)
+        return found.where(v[..., 0] >= self.low, -math.inf)
