@@ -69,7 +69,7 @@ CLIMBS = Climbs()
 
 
 class Ends(NamedTuple):
-    """What ends climbs early.
+    """The early ends of climbs.
 
     Attributes:
         least: The log-density to reach.  A climb ends if the slope at its best place is too small to reach it.
@@ -101,7 +101,7 @@ def climb(
         z: The starts, ``(N, D)``.
         size: The first step of each coordinate, for all climbs or for each, ``(N, 1)``.  A climb moves at most 30 times
             as far.
-        ends: What ends climbs early.
+        ends: Their early ends.
     """
     least, is_over, is_known = ends or Ends()
     x = coordinates.inverse(z)
