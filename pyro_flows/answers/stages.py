@@ -194,9 +194,9 @@ class Stages:
     def fit_on(self) -> None:
         """Fit the latest guide until it has converged."""
         guide, self.is_rough = self.judged[-1].guide, False
+        self.judged[-1] = Judged(guide)  # its check is of an earlier state
         with self._step("fit", " on") as said:
             said[1] = _described(guide, self._fit(guide))
-        self.judged[-1] = Judged(guide)
 
     def check(self) -> None:
         """Check the latest guide, and compare its evidence with that of earlier ones."""
@@ -331,7 +331,7 @@ class Stages:
         task, number, checked = self.task, self.num_draws, best.check
         if not self.can_check:  # the guide itself draws all rows
             return best.guide.sample(number, *self.question.args, **self.question.kwargs), UNKNOWN, False
-        share = checked.psis.ess / len(checked.psis.log_weights) if checked else 1.0
+        share = checked.psis.ess / len(checked.psis.log_weights) if checked and best.is_usable else 1.0
         each = min(math.ceil(EFFORT.per_draw / share), EFFORT.most_per_draw)
         task, number = task.check(), self._within(number, left, each + 1)
         if number < self.num_draws:
