@@ -15,6 +15,7 @@ from pyro_flows import AutoFlow, Check, Posterior
 from pyro_flows.answers import Step
 from pyro_flows.answers.record import Question
 from pyro_flows.diagnostics import Finding
+from pyro_flows.transforms import NonCentred
 
 
 def nested(y=None, *, noise=1.0):
@@ -136,9 +137,11 @@ def same(left, right):
 
 
 def stirred(guide, scale=0.05):
-    """Move a guide away from its start, frames included."""
+    """Move a guide away from its start, frames included; what is set and not trained stays."""
+    units = [module for module in guide.modules() if isinstance(module, NonCentred)]
+    fixed = {id(matrix) for unit in units for matrix in (unit.loc, unit.log_scale)}
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
-            if not name.endswith("unit"):
+            if not name.endswith("unit") and id(parameter) not in fixed:
                 parameter.add_(scale * torch.randn_like(parameter))
     return guide
