@@ -72,7 +72,7 @@ def test_a_run_for_a_looser_end_looks_at_draws_whatever_its_losses_are():
 
 def test_a_resumed_run_keeps_what_draws_have_shown():
     horizon = Horizon(STEPS, NOISE, is_good=lambda: pytest.fail("a later state tells nothing of an earlier one"))
-    horizon.resume(60, 50)
+    horizon.resume(60, 50, by_draws=False)
     horizon.observe(LOUD[:LOOK] + NEARLY[:35])
     assert (horizon.converged_at, horizon.last) == (50, 100)
 
@@ -175,10 +175,19 @@ def eight_groups():
 def test_a_fit_for_weights_ends_sooner(tmp_path):
     short, long = AutoFlow(eight_groups), AutoFlow(eight_groups)
     fit = fit_svi(eight_groups, short, steps="for_weights", progress=False, checkpoint=tmp_path / "run")
-    assert fit.stopped == "converged"
+    assert fit.stopped == "weights"
+    again = fit_svi(
+        eight_groups, AutoFlow(eight_groups), steps="for_weights", progress=False, checkpoint=tmp_path / "run"
+    )
+    assert (again.stopped, again.steps) == ("weights", fit.steps)  # no steps are left
     found = psis(eight_groups, short, num_samples=4000)
     assert found.reliable
     assert found.ess > 0.25 * 4000
     assert fit_svi(eight_groups, long, progress=False).steps > fit.steps
     with pytest.raises(ValueError, match="for_weights"):
         fit_svi(eight_groups, AutoFlow(eight_groups), progress=False, checkpoint=tmp_path / "run")
+
+
+def test_a_fit_for_weights_may_converge():
+    fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps="for_weights", progress=False)
+    assert fit.stopped == "converged"

@@ -188,7 +188,7 @@ class Stages:
                     raise
                 if getattr(guide, "is_fresh", False) and seconds_left() < math.inf:  # no step was taken
                     raise TimeUp
-                said[1], self.is_rough = _described(guide, fit), fit.stopped == "converged"
+                said[1], self.is_rough = _described(guide, fit), fit.stopped == "weights"
         self.judged.append(Judged(guide))
 
     def fit_on(self) -> None:

@@ -20,7 +20,7 @@ from ..user_code import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 
-FORMAT = 9
+FORMAT = 10
 EVERY = 10.0  # seconds
 
 

@@ -50,8 +50,9 @@ class Fit:
         skipped: The number of steps that were skipped, because the loss or a gradient was not finite or could not be
             computed.
         seconds: The wall time of the steps, including those before a resumption, without the search for a start.
-        stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses show that an ``AutoFlow`` has,
-            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.
+        stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses or draws show that an ``AutoFlow`` has,
+            ``"weights"`` if draws of an ``AutoFlow`` that was trained for weights can be weighted, ``"interrupted"``,
+            or ``"held-out"`` if held-out data stopped it.
         held_out: The loss on held-out data after each epoch, ``(epochs,)``, if there were held-out data.
 
     Example::
@@ -445,6 +446,7 @@ class Descent:
             "losses": self.losses,
             "held_out": self.held_out,
             "converged_at": self.horizon.converged_at,
+            "by_draws": self.horizon.by_draws,
             "seconds": time.perf_counter() - self.start,
         }
 
@@ -457,5 +459,5 @@ class Descent:
             companion.load_state_dict(kept)
         self.best.load_state_dict(state["best"])
         self.losses, self.held_out = state["losses"], state["held_out"]
-        self.horizon.resume(self.step, state["converged_at"])
+        self.horizon.resume(self.step, state["converged_at"], by_draws=state["by_draws"])
         self.start = time.perf_counter() - state["seconds"]

@@ -40,7 +40,8 @@ class Horizon:
             whatever gap.
 
     Attributes:
-        converged_at: The step after which the run had converged, or 0.
+        converged_at: The step after which the run had converged, or its draws could be weighted; or 0.
+        by_draws: True if only draws, asked at any gap, have shown that.
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Horizon:
         near: float = NEAR,
     ) -> None:
         self.steps, self.noise, self.eps, self.converged_at = steps, noise, eps, 0
-        self._is_good, self._near, self._seen = is_good, near, 0
+        self._is_good, self._near, self._seen, self.by_draws = is_good, near, 0, False
 
-    def resume(self, step: int, converged_at: int) -> None:
+    def resume(self, step: int, converged_at: int, *, by_draws: bool) -> None:
         """Go on after a step, at the state of a run that was saved there."""
-        self._seen, self.converged_at = step // LOOK * LOOK, converged_at
+        self._seen, self.converged_at, self.by_draws = step // LOOK * LOOK, converged_at, by_draws
 
     @property
     def last(self) -> int:
@@ -75,6 +76,7 @@ class Horizon:
             is_near = seen < math.sqrt(self._near) * self.noise and (math.isfinite(self._near) or self._is_due)
             if seen < self.noise or (self._is_good is not None and is_near and self._is_good()):
                 self.converged_at = self._seen
+                self.by_draws = seen >= self.noise and not math.isfinite(self._near)
 
     @property
     def _is_due(self) -> bool:
@@ -95,7 +97,7 @@ class Horizon:
         if stale:
             return "held-out"
         if step >= self.last:
-            return "converged" if self.converged_at else "steps"
+            return "weights" if self.by_draws else "converged" if self.converged_at else "steps"
         return "interrupted" if interrupted else ""
 
     def share(self, step: int) -> float:
