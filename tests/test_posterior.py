@@ -139,7 +139,7 @@ def test_reliable_weights_correct_the_draws():
 def test_draws_are_exact_where_the_guide_is_not_trusted(monkeypatch):
     monkeypatch.setattr(stages, "check", distrust)
     found = pf.posterior(normal, Y, num_draws=400, **SMALL)
-    assert names(found) == ["fit", "check", "fit", "check", "chains"]
+    assert names(found) == ["fit", "check", "chains"]
     assert (found.trusted, found.chains.converged, found.resampled) == (True, True, False)
     assert found.draws["x"].shape == (400, 3)
     assert abs(found.log_evidence - EVIDENCE) < 5 * found.log_evidence_se + 1e-3
@@ -176,7 +176,7 @@ def test_every_stage_is_tried_before_it_gives_up(monkeypatch):
     monkeypatch.setattr(stages, "check", distrust)
     monkeypatch.setattr(stages, "EFFORT", stages.Effort(particles=64, sweeps=9))
     found = pf.posterior(two_modes, num_draws=100_000, **SMALL)
-    assert names(found) == ["fit", "check", "fit", "check", "chains", *2 * ["population", "check", "chains"]]
+    assert names(found) == ["fit", "check", "chains", *2 * ["population", "check", "chains"]]
     assert found.verdict == "do not trust"
     assert "have not converged" in found.reason
     assert math.isnan(found.log_evidence)
@@ -333,6 +333,20 @@ def test_the_end_of_the_time_is_no_interruption():
     with within(0.001), uninterrupted():
         time.sleep(0.01)
     assert seconds_left() == math.inf
+
+
+@pytest.mark.slow
+def test_a_guide_that_is_trained_for_weights_is_trained_on(monkeypatch):
+    def effects() -> None:
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("groups", 8):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]))
+
+    monkeypatch.setattr(stages, "check", distrust)
+    monkeypatch.setattr(stages, "exact", raising(KeyboardInterrupt()))
+    found = pf.posterior(effects, progress=False)
+    assert names(found) == ["fit", "check", "fit", "check", "chains"]
 
 
 @pytest.mark.slow
