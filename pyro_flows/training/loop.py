@@ -411,7 +411,8 @@ class Descent:
         else:
             self.best.offer(self.losses[-self.settings.window :], self.step, comparable=self._comparable)
             shown = f"loss {self.best.latest:.3f}"
-        shown += ", converged" if self.horizon.converged_at else ""
+        if self.horizon.converged_at:
+            shown += ", draws can be weighted" if self.horizon.by_draws else ", converged"
         return shown + (f", {self.skipped} skipped" if self.skipped else "")
 
     @property
