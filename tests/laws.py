@@ -6,6 +6,7 @@ a value and a theta.  A new bijector, transform or recipe adds one line to a reg
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ from pyro_flows.transforms import (
     TriangularAffine,
 )
 from pyro_flows.transforms.carried import carry
+from pyro_flows.transforms.noncentred import Effects
 
 CONTEXT_DIM = 3
 WIDTHS = (24, 24)
@@ -223,6 +225,12 @@ def _coupling_of_steps(dim: int, context_dim: int) -> FlowTransform:
     return Coupling(Affine(1.0), StepNet(mask, dim, 2, (4, 4), context_dim), mask)
 
 
+def _effects(dim: int) -> list[list[int]]:
+    """Return effects of one number in the second third of the features, and of up to three in the last."""
+    second, last = math.ceil(dim / 3), math.ceil(2 * dim / 3)
+    return [[i] for i in range(second, last)] + [[*range(i, min(i + 3, dim))] for i in range(last, dim, 3)]
+
+
 def _residual(dim: int, context_dim: int) -> FlowTransform:
     return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
 
@@ -299,7 +307,7 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
-    "noncentred": Kind(lambda dim, _: NonCentred(dim, levels=2), learns=False),
+    "noncentred": Kind(lambda dim, _: NonCentred(dim, _effects(dim), levels=2), learns=False),
     "quantile_map": Kind(lambda dim, _: QuantileMap(dim), learns=False),
     "block": Kind(lambda dim, of: BlockAutoregressive(dim, (4, 3), _of_context(of, dim, 9)), True),
     "planar": Kind(lambda dim, of: Planar(dim, _of_context(of, 1, 2 * dim + 1)), True),
@@ -468,12 +476,14 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, NonCentred):
             draw(part.loc, scale / part.input_dim)
             part.loc.copy_(part.loc.tril(-1) + torch.eye(part.input_dim))
-            draw(
-                part.log_scale, scale / 4 / part.input_dim
-            )  # exponents of the second level are themselves exponentials
-            third = torch.arange(part.input_dim) * 3 // part.input_dim  # scales of a third depend on those before
-            part.log_scale.mul_(third[:, None] > third)
-            draw(part.degree, 1.0)
+        elif isinstance(part, Effects):
+            for potential in (part.factor, part.field, part.raw_factor, part.raw_field):
+                draw(potential, scale / 4)
+            draw(part.prior, scale / 4 / part.input_dim)  # exponents of the second level are themselves exponentials
+            dim = part.input_dim
+            known = torch.arange(dim + 1)[None] < (part.columns[0] * 3 // dim * dim / 3)[:, None]
+            known[:, -1] = True
+            part.prior.mul_(known)
         elif isinstance(part, LULinear | ScaledLinear):
             # Off-diagonals shrink with the size, because otherwise the matrix would be numerically singular.
             off = scale / part.input_dim**0.5

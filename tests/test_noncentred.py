@@ -1,4 +1,4 @@
-"""Guides of hierarchies: the coordinates that are read from the model, their degrees, and the answers they give."""
+"""Guides of hierarchies: the priors that are read from the model, the potentials, and the answers they give."""
 
 import math
 
@@ -48,16 +48,40 @@ def test_a_funnel_is_independent_in_its_units():
     torch.testing.assert_close(log_det, 9 * noise[:, 0] / 2)
 
 
-def test_effects_of_correlated_slopes_are_in_units_of_their_deviations():
+def test_correlated_slopes_are_in_units_of_their_priors():
     group, y = torch.arange(20) % 4, torch.randn(20)
     guide = pf.AutoFlow(slopes).setup(group, y)
     z = torch.randn(50, guide.latent_dim)
     values = guide.unpack(z)
     x, _ = guide.flow.units.inverse_and_log_det(z)
     effects = x[:, [place for place, name in enumerate(guide.coordinates) if name == "effect"]].reshape(50, 4, 2)
-    expected = (values["effect"] - values["mean"].unsqueeze(1)) / values["sd"].unsqueeze(1)
-    ratios = effects / expected  # the scale at the start is constant, and left to the affine maps
-    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-3, atol=1e-3)
+    factor = values["sd"].unsqueeze(-1) * values["factor"]
+    shift = (values["effect"] - values["mean"].unsqueeze(1)).unsqueeze(-1)
+    expected = torch.linalg.solve_triangular(factor.unsqueeze(1), shift, upper=False).squeeze(-1)
+    torch.testing.assert_close(effects, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_effects_of_many_numbers_are_in_units_of_their_scales():
+    def model() -> None:
+        sd = pyro.sample("sd", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(6), scale_tril=sd * torch.eye(6)))
+
+    units = units_of(model)
+    assert [tuple(group.columns.shape) for group in units.groups] == [(1, 6)]
+    y, _ = units.forward_and_log_det(torch.ones(7))
+    torch.testing.assert_close(y, torch.full((7,), math.e).index_fill(0, torch.tensor(0), 1.0))
+
+
+def test_a_long_walk_is_measured_by_its_steps():
+    def model() -> None:
+        sd, x = pyro.sample("sd", dist.LogNormal(0.0, 1.0)), torch.zeros(())
+        for number in range(10):
+            x = pyro.sample(f"x_{number}", dist.Normal(x, sd))
+
+    units = units_of(model)
+    assert units.levels == 1
+    y, _ = units.forward_and_log_det(torch.ones(11))
+    torch.testing.assert_close(y, torch.cat([torch.ones(1), math.e * torch.arange(1.0, 11.0)]))
 
 
 def test_a_model_without_a_hierarchy_and_one_that_is_too_deep_have_no_units():
@@ -66,9 +90,8 @@ def test_a_model_without_a_hierarchy_and_one_that_is_too_deep_have_no_units():
     assert units_of(lambda: chain(DEEPEST + 1)) is None
 
 
-@pytest.mark.parametrize("noise", [0.01, 100.0])
-def test_the_degree_comes_from_the_data(noise):
-    """Data that determine each effect ask for the centred parametrisation, and data that say little do not."""
+@pytest.mark.parametrize("noise", [0.1, 10.0])
+def test_potentials_are_the_likelihoods_of_effects(noise):
     truth = torch.linspace(-2, 2, 8)
 
     def model() -> None:
@@ -79,8 +102,13 @@ def test_the_degree_comes_from_the_data(noise):
 
     guide = pf.AutoFlow(model)
     pf.fit_svi(model, guide, steps=1, progress=False)
-    degree = guide.flow.units.degree[1:]
-    assert (degree < 0.1).all() if noise < 1 else (degree > 0.9).all()
+    (group,) = guide.flow.units.groups
+    precision, field = group.potentials()
+    if noise < 1:
+        torch.testing.assert_close(precision.flatten(), torch.full((8,), noise**-2), rtol=0.2, atol=0.0)
+        torch.testing.assert_close(field.flatten() / precision.flatten(), truth, rtol=0.1, atol=0.02)
+    else:
+        assert (precision < 0.05).all()
 
 
 def test_a_funnel_is_fitted_exactly():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from pyro import validation_enabled
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..guides import AutoFlow
@@ -101,11 +101,10 @@ def start_from_gaussian(
 
 
 def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Gaussian:
-    """Return the Gaussian nearest to a density, in the best non-centred coordinates of a guide if it has any.
+    """Return the Gaussian nearest to a density, in the best units of effects if the guide has any.
 
-    In fully non-centred coordinates an effect has the precision 1 + h, and h comes from the data.  Its best degree is
-    1 / (1 + h): data that determine an effect ask for the centred parametrisation (Papaspiliopoulos, Roberts, Sköld
-    2007).
+    The first Gaussian is sought in units of the priors.  There effects have the precision I, and what they have more
+    comes from the data.  This makes their potentials, with which the second Gaussian is sought.
     """
     units, (loc, scale) = guide.flow.units, (guide.flow.fixed.loc.detach(), guide.start[1])
     if units is None:
@@ -116,15 +115,14 @@ def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: W
         return density(z) + log_det
 
     first = fit_gaussian(in_units, loc, scale, budget=budget / 2, watch=watch)
-    precision = torch.cholesky_inverse(first.scale_tril).diagonal()
     with torch.no_grad():
         z, _ = units.forward_and_log_det(first.loc)
-        units.degree.copy_(1 / precision.clamp_min(1.0))
+        units.set_potentials(z, torch.cholesky_inverse(first.scale_tril))
         loc, _ = units.inverse_and_log_det(z)
     second = fit_gaussian(in_units, loc, scale, budget=budget / 2, watch=watch)
     if second.elbo >= first.elbo:
         return second
-    nn.init.ones_(units.degree)
+    units.drop_potentials()
     return first
 
 

@@ -45,8 +45,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     A is a matrix for up to 64 unconstrained latents, and a scale for each beyond.  It starts at ``init_scale``, and F
     at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It has all correlations for up to 4096 latents, and beyond
     those along up to 512 directions.  Beyond 512 latents F also bends each latent by a learned spline.
-    Up to there the effects of a hierarchy are in units of their priors' scales, by learned degrees: F is then followed
-    by a :class:`~pyro_flows.transforms.NonCentred`.  The guide is a Pyro ``AutoContinuous``: it works with any ELBO in
+    Up to there the effects of a hierarchy are in units of their priors, times learned potentials: F is then followed by
+    a :class:`~pyro_flows.transforms.NonCentred`.  The guide is a Pyro ``AutoContinuous``: it works with any ELBO in
     SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
     Latents on circles get circular splines.  These are von Mises latents, and latents on intervals marked
     ``infer={"periodic": True}``.
@@ -69,7 +69,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: The strategy for the start; by default ``init_to_center``, or the origin if that is far likelier.
         init_scale: The scale of each unconstrained latent at the start, for effects of a hierarchy in units of their
-            priors' scales.  With the default flow, standard deviations are up to 2 % larger.
+            priors.  With the default flow, standard deviations are up to 2 % larger.
         name: The guide's name in Pyro's parameter store, unique by default; a name of yours finds stored parameters.
 
     Raises:
@@ -131,7 +131,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self.flow = assemble(flow, self._base_recipe, start, self._init_scale, self.circular, units)
 
     def _units(self, call: Call) -> NonCentred | None:
-        """Return the non-centred coordinates of the model, if it is a hierarchy."""
+        """Return the map from effects in units of their priors, if the model is a hierarchy."""
         if self.latent_dim > LIMITS.tailed or self.has_circles:
             return None
         return units_of(call, self.packings["latent"])

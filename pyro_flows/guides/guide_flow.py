@@ -307,7 +307,7 @@ class GuideFlow(Flow):
         learned: The affine map that is trained, or None.
         correlations: A further fixed map, before ``bend``, or None.
         bend: A map of each latent, trained, or set to the quantiles of simulations; or None.
-        units: The last map, from non-centred coordinates of a hierarchy, or None.
+        units: The last map, from effects of a hierarchy in units of their priors, or None.
         circular: For each latent, True if it is an angle, which affine maps leave alone; by default none is.
     """
 

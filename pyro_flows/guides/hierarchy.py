@@ -1,15 +1,15 @@
-"""The hierarchy of a model: latents whose priors have locations and scales that depend on other latents.
+"""The hierarchy of a model: effects whose normal priors have scales or correlations that depend on other latents.
 
-Locations and logarithms of scales are taken as linear around the start of a guide.  For scales that are latents
-themselves, or products of such, this is exact.
+Locations, logarithms of scales and unconstrained correlations are taken as linear around the start of a guide.  This
+is exact for scales that are latents themselves, or products of such, and for correlations from an ``LKJCholesky``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import LogNormal
+from torch.distributions import CorrCholeskyTransform, LogNormal, MultivariateNormal
 
 from ..programs.program import outside_plates, trace_of
 from ..programs.sites import innermost, loc_and_scale_of
@@ -17,73 +17,129 @@ from ..transforms import NonCentred
 from .guide_call import Call
 from .packing import Packing
 
-DEEPEST = 4  # scales in a chain; each takes a pass over all latents
+DEEPEST = 4  # effects in a chain; each takes a pass over all latents
+LARGEST = 4  # numbers of an effect that has correlations; more are effects of one number each
+
+
+class Prior(NamedTuple):
+    """The priors of R effects of d numbers.
+
+    Attributes:
+        columns: The packed latents of each effect, ``(R, d)``.
+        coefficients: Those of locations, log-scales and correlations in the D latents and in 1, ``(R, K, D + 1)``.
+    """
+
+    columns: Tensor
+    coefficients: Tensor
+
+    @property
+    def depends(self) -> Tensor:
+        """True for each number of the priors that depends on each latent, ``(R, K, D)``."""
+        return self.coefficients[..., :-1] != 0
 
 
 def units_of(call: Call, packing: Packing) -> NonCentred | None:
-    """Return the non-centred coordinates of a model.
+    """Return a map from effects in units of their priors to the latents of a model.
 
-    None if no scale depends on latents, or in a chain that is too long, or if the model does not run with gradients.
+    None if no scale or correlation depends on latents, or in a chain that is too long, or if the model does not run
+    with gradients.
     """
     try:
-        found = _dependences(call, packing)
+        found = _priors(call, packing)
     except Exception:  # a user's program may raise anything, for example where it leaves torch
         return None
-    return None if found is None else _solved(*found)
+    found = [prior for prior in found if prior.depends[:, prior.columns.shape[1] :].any()]
+    return _joined(found, packing.size) or _chained(found, packing.size) if found else None
 
 
-def _dependences(call: Call, packing: Packing) -> tuple[Tensor, Tensor] | None:
-    """Return derivatives of locations and of log-scales of latents in all latents, each ``(D, D)``."""
+def _priors(call: Call, packing: Packing) -> list[Prior]:
+    """Return the priors of all latents that have locations and scales."""
     _, model = call.model.args  # without the handler that initialises latents
     with torch.enable_grad(), poutine.block(), outside_plates(), call.same_draws():
         z = packing.start.clone().requires_grad_()
         nodes = trace_of(poutine.condition(model, data=packing.values(z)), call.args, call.kwargs).nodes
-        first, found = 0, dict[int, tuple[Tensor, Tensor]]()
+        first, found = 0, list[tuple[Tensor, Tensor]]()
         for name, part in packing.parts.items():
-            if name in nodes and part.present is None and (known := _loc_and_scale(nodes[name]["fn"])) is not None:
-                loc, scale = (value.expand(part.start.shape).reshape(-1) for value in known)
-                if scale.requires_grad and scale.numel() == part.size:
-                    found[first] = loc, scale.log()
+            if (
+                name in nodes
+                and part.present is None
+                and (numbers := _numbers(nodes[name]["fn"], part.start)) is not None
+            ):
+                columns = torch.arange(first, first + part.size).reshape(len(numbers), -1)
+                found.append((columns, numbers))
             first += part.size
-        rows = torch.tensor([row for first, (loc, _) in found.items() for row in range(first, first + len(loc))])
-        if not len(rows):
-            return None
-        pull, log_scale = (
-            torch.zeros_like(z).repeat(len(z), 1).index_copy(0, rows, _jacobian(torch.cat(of), z))
-            for of in zip(*found.values(), strict=True)
-        )
-    return pull, log_scale
+        return [Prior(columns, _linear(numbers, z)) for columns, numbers in found]
 
 
-def _solved(pull: Tensor, log_scale: Tensor) -> NonCentred | None:
-    """Return the coordinates, given the derivatives; in a model's order, latents depend on earlier ones."""
-    pull, log_scale = pull.tril(-1), log_scale.tril(-1)
-    if not (log_scale.any() and pull.isfinite().all() and log_scale.isfinite().all()):
-        return None
-    eye = torch.eye(len(pull)).to(pull)
-    loc = torch.linalg.solve_triangular(eye - pull, eye, upper=False, unitriangular=True)
-    log_scale = log_scale @ loc
-    levels, reached = 0, (log_scale != 0).to(eye)
-    while reached.any() and levels <= DEEPEST:
-        levels, reached = levels + 1, ((log_scale != 0).to(eye) @ reached).clamp_max(1)
-    if levels > DEEPEST:
-        return None
-    units = NonCentred(len(loc), levels).to(loc)
-    units.set(loc, log_scale)
-    return units
-
-
-def _loc_and_scale(fn: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the location and the scale of each unconstrained number of a distribution, if it has both."""
+def _numbers(fn: Any, value: Tensor) -> Tensor | None:
+    """Return the locations, log-scales and correlations of effects, ``(R, d (d + 3) / 2)``; None if they have none."""
     fn = innermost(fn)
-    return loc_and_scale_of(fn.base_dist if isinstance(fn, LogNormal) else fn)
+    fn = fn.base_dist if isinstance(fn, LogNormal) else fn
+    known = loc_and_scale_of(fn)
+    if known is None:
+        return None
+    loc, scale = (part.expand(value.shape) for part in known)
+    if not isinstance(fn, MultivariateNormal) or (size := value.shape[-1]) > LARGEST:
+        return torch.stack([loc.reshape(-1), scale.log().reshape(-1)], -1)
+    parts = [loc.reshape(-1, size), scale.log().reshape(-1, size)]
+    factor = (fn.scale_tril / known[1].unsqueeze(-1)).expand(*value.shape, size).reshape(-1, size, size)
+    return torch.cat([*parts, CorrCholeskyTransform().inv(factor)] if size > 1 else parts, -1)
 
 
-def _jacobian(values: Tensor, z: Tensor) -> Tensor:
-    """Return the Jacobian of L values in D numbers, ``(L, D)``."""
-    if not values.requires_grad:
-        return values.new_zeros(len(values), len(z))
-    found = torch.autograd.grad(
-        values, z, torch.eye(len(values)).to(z), is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
-    return found[0]
+def _linear(numbers: Tensor, z: Tensor) -> Tensor:
+    """Return the coefficients of numbers, ``(R, K)``, in the D latents and in 1, ``(R, K, D + 1)``."""
+    flat = numbers.reshape(-1)
+    slopes = flat.new_zeros(len(flat), len(z))
+    if flat.requires_grad:
+        eye = torch.eye(len(flat)).to(z)
+        (slopes,) = torch.autograd.grad(flat, z, eye, is_grads_batched=True, retain_graph=True, materialize_grads=True)
+    level = flat.detach() - slopes @ z.detach()
+    return torch.cat([slopes, level.unsqueeze(-1)], -1).reshape(*numbers.shape, -1)
+
+
+def _joined(priors: list[Prior], dim: int) -> NonCentred | None:
+    """Return the map with locations as the priors have them; None if the chains are too long."""
+    return _map_of(priors, torch.eye(dim))
+
+
+def _chained(priors: list[Prior], dim: int) -> NonCentred | None:
+    """Return the map of deviations from locations, which are linear in the deviations before."""
+    pull, eye = priors[0].coefficients.new_zeros(dim, dim), torch.eye(dim).to(priors[0].coefficients)
+    for prior in priors:
+        pull[prior.columns] = prior.coefficients[:, : prior.columns.shape[1], :-1]
+    loc = torch.linalg.solve_triangular(eye - pull.tril(-1), eye, upper=False, unitriangular=True)
+    others = list[Prior]()
+    for prior in priors:
+        size, coefficients = prior.columns.shape[1], prior.coefficients.clone()
+        coefficients[..., :-1] = coefficients[..., :-1] @ loc
+        coefficients[:, :size, :-1] = 0
+        others.append(prior._replace(coefficients=coefficients))
+    return _map_of(others, loc)
+
+
+def _depth(priors: list[Prior], dim: int) -> int:
+    """Return the most effects in a chain whose priors depend on the one before, or one more than the limit."""
+    depends = torch.zeros(dim, dim)
+    for prior in priors:
+        depends[prior.columns] = prior.depends.any(1).unsqueeze(1).to(depends)
+    levels, reached = 0, depends
+    while reached.any() and levels <= DEEPEST:
+        levels, reached = levels + 1, (depends @ reached).clamp_max(1)
+    return levels
+
+
+def _map_of(priors: list[Prior], loc: Tensor) -> NonCentred | None:
+    """Return the map of effects with some priors; None if their chains are too long, or a number is not finite."""
+    if (levels := _depth(priors, len(loc))) > DEEPEST or not all(
+        prior.coefficients.isfinite().all() for prior in priors
+    ):
+        return None
+    effects = [row for prior in priors for row in prior.columns.tolist()]
+    units = NonCentred(len(loc), effects, levels).to(priors[0].coefficients)
+    with torch.no_grad():
+        units.loc.copy_(loc)
+        for group in units.groups:
+            size = len(group.columns)
+            of_size = torch.cat([prior.coefficients for prior in priors if prior.columns.shape[1] == size])
+            group.prior.copy_(of_size.movedim(0, 1))
+    return units

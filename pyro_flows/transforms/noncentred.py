@@ -1,83 +1,213 @@
-"""Non-centred coordinates of a hierarchy, as a map of vectors that needs no model.
+"""Effects of a hierarchy in units of their priors, as a map of vectors that needs no model.
 
-A vector y holds effects next to the numbers that their priors depend on.  Each effect has a location, linear in the
-others, and a scale, log-linear in the others.  In units of these the neck of a funnel is no narrower than its mouth.
+A vector holds effects next to the numbers that their priors depend on.  In units of its prior an effect is independent
+of those numbers, unless data determine it.  Then the effect itself is.  Between the two lies the product of the prior
+and a Gaussian *potential*, which stands in for the likelihood of the effect.  The map takes a standard normal to this
+product.  So the neck of a funnel is no narrower than its mouth, and effects that data determine stay where they are.
+
 A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Sköld 2007, Statistical
-Science 22) compares the two parametrisations; Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore,
+Science 22) compares the parametrisations; Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore,
 Hoffman 2020, arXiv:1906.03028) learns a degree between them for each effect.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integers
+from ..arguments import check_integers, require
 from .base import TwoWay, VectorTransform
+from .small_triangular import (
+    Triangle,
+    Vector,
+    cholesky_of_one_plus,
+    congruent,
+    correlation_factor,
+    solve,
+    times,
+    total,
+    transposed_solve,
+    transposed_times,
+)
 
-LARGEST = 40.0  # the largest change of a scale, in nats; float32 holds its exponential
+LARGEST = 40.0  # the largest logarithm of a scale; float32 holds the square of its exponential
+STEEPEST = 20.0  # the largest unconstrained correlation; float32 holds 1 / cosh³ of it
+FLOOR = 1e-2  # the least precision of a potential, in units of the prior; training can then find a larger one
+
+
+class Effects(nn.Module):
+    """R effects of d numbers, each with a prior N(m, L Lᵀ) and a potential exp(-½ e·Λe + h·e)::
+
+        e = m + L C⁻ᵀ (x + C⁻¹ Lᵀ (h - Λ m)),    C Cᵀ = I + Lᵀ Λ L,    log|det de/dx| = log|L| - log|C|
+
+    The locations m, the logarithms of the scales, and the unconstrained numbers of the correlations in L are linear in
+    other features, and set.  The potentials are set, and trained from there on.
+
+    Attributes:
+        columns: The features of the effects, ``(d, R)``.
+        prior: The coefficients of the d locations, the d logarithms and the d (d - 1) / 2 correlations of each effect
+            in the D features and in 1, ``(d (d + 3) / 2, R, D + 1)``.
+        factor: A factor A of the potentials' precisions that is set, Λ = A B Bᵀ Aᵀ, ``(R, d, d)``.
+        field: The vectors h that are set, ``(R, d)``.
+        raw_factor: The triangular B that is trained, its diagonal by the logarithms, ``(R, d, d)``.
+        raw_field: The vector η that is trained; h is ``field`` + A B η, ``(R, d)``.
+    """
+
+    columns: Tensor
+
+    def __init__(self, input_dim: int, columns: Tensor) -> None:
+        super().__init__()
+        (size, rows), self.input_dim = columns.shape, input_dim
+        self.register_buffer("columns", columns, persistent=False)
+        self.prior = nn.Parameter(torch.zeros(size * (size + 3) // 2, rows, input_dim + 1))
+        self.factor = nn.Parameter(torch.zeros(rows, size, size))
+        self.field = nn.Parameter(torch.zeros(rows, size))
+        self.raw_factor = nn.Parameter(torch.zeros(rows, size, size))
+        self.raw_field = nn.Parameter(torch.zeros(rows, size))
+
+    def priors(self, e: Tensor) -> tuple[Vector, Triangle]:
+        """Return the locations m and the factors L, of numbers ``(R, N)``, given all features, ``(D, N)``."""
+        size, coefficients = len(self.columns), self.prior.detach()
+        numbers = (coefficients[..., :-1] @ e + coefficients[..., -1:]).unbind()
+        scales = [number.clamp(-LARGEST, LARGEST).exp() for number in numbers[size : 2 * size]]
+        if size == 1:
+            return numbers[:size], [scales]
+        shape = correlation_factor([number.clamp(-STEEPEST, STEEPEST) for number in numbers[2 * size :]], size)
+        return numbers[:size], [[scale * entry for entry in row] for scale, row in zip(scales, shape, strict=True)]
+
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """Return the precisions Λ, ``(R, d, d)``, and the vectors h, ``(R, d)``."""
+        learned = self.raw_factor.tril(-1) + torch.diag_embed(self.raw_factor.diagonal(dim1=-2, dim2=-1).exp())
+        factor = self.factor.detach() @ learned
+        field = self.field.detach() + (factor @ self.raw_field.unsqueeze(-1)).squeeze(-1)
+        return factor @ factor.mT, field
+
+    def map(self, value: Tensor, e: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map x to effects, or effects to x, each ``(d, R, N)``, given all features; return also the log-determinant.
+
+        The log-determinant, ``(N,)``, is that of the way to effects.
+        """
+        loc, scale = self.priors(e)
+        precision, field = (part.movedim(0, -1).unsqueeze(-1).unbind() for part in self.potentials())
+        rows = [row.unbind() for row in precision]  # entries (R, 1)
+        pull = [
+            h - total(entry * m for entry, m in zip(row, loc, strict=True)) for h, row in zip(field, rows, strict=True)
+        ]
+        c = cholesky_of_one_plus(congruent(scale, rows))
+        shift = solve(c, transposed_times(scale, pull))
+        if inverse:
+            unit = solve(scale, [number - m for number, m in zip(value, loc, strict=True)])
+            found = [number - move for number, move in zip(transposed_times(c, unit), shift, strict=True)]
+        else:
+            unit = transposed_solve(c, [number + move for number, move in zip(value, shift, strict=True)])
+            found = [number + m for number, m in zip(times(scale, unit), loc, strict=True)]
+        log_det = total((own[-1] / other[-1]).log().sum(0) for own, other in zip(scale, c, strict=True))
+        return torch.stack(found), log_det
+
+    @torch.no_grad()
+    def set_potentials(self, e: Tensor, precision: Tensor) -> None:
+        """Set the potentials so that the product with the priors has a mean and a precision in units of the priors.
+
+        Args:
+            e: The mean of all features, ``(D,)``.
+            precision: The precision of the features in units of the priors, ``(D, D)``.
+        """
+        loc, scale = self.priors(e.unsqueeze(-1))
+        factor = torch.zeros_like(self.factor)
+        for i, row in enumerate(scale):
+            for j, entry in enumerate(row):
+                factor[:, i, j] = entry[:, 0]
+        rows, eye = self.columns.T, torch.eye(len(loc)).to(e)
+        values, vectors = torch.linalg.eigh(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)] - eye)
+        root = vectors * values.clamp_min(FLOOR).sqrt().unsqueeze(-2)
+        self.factor.copy_(torch.linalg.solve_triangular(factor.mT, root, upper=True))
+        mean, shift = e[rows].unsqueeze(-1), e[rows].unsqueeze(-1) - torch.stack([*loc], 1)
+        field = self.factor @ (self.factor.mT @ mean) + torch.cholesky_solve(shift, factor)
+        self.field.copy_(field.squeeze(-1))
+        self.raw_factor.zero_()
+        self.raw_field.zero_()
 
 
 class NonCentred(TwoWay, VectorTransform):
-    """A map from effects in units of their scales to effects, the identity until it is set::
+    """A map from effects in units of their priors to effects, the identity until it is set::
 
-        e_i = exp(τ_i (R e)_i) x_i,    y = W e,    log|det dy/dx| = Σ_i τ_i (R e)_i
+        e = E(x; e),    y = W e
 
-    The matrix W is unit triangular, and R strictly triangular.  They are set and not trained; the degrees τ are
-    trained.  With τ = 1 effects are fully non-centred.  With τ = 0 the map is linear.
+    E maps each effect by its :class:`Effects`, whose priors depend on other features e, and leaves the others as they
+    are.  The matrix W is unit triangular, and set.  It joins effects whose locations form a long chain.
 
     Args:
         input_dim: The number D of features.
-        levels: The depth of the hierarchy: the most scales in a chain where each depends on the one before.
+        effects: The features of each effect, for example ``[[1, 2], [3, 4]]`` for two effects of two numbers.
+        levels: The depth of the hierarchy: the most effects in a chain whose priors depend on the one before.
 
     Attributes:
+        groups: The :class:`Effects` of each size.
         loc: The matrix W, ``(D, D)``.
-        log_scale: The matrix R, ``(D, D)``.
-        degree: The degrees τ, ``(D,)``.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, or a feature is in two effects or is none of the D.
 
     Example::
 
         >>> import torch
-        >>> funnel = NonCentred(2)
-        >>> funnel.set(torch.eye(2), torch.tensor([[0.0, 0.0], [0.5, 0.0]]))  # the first number is a log-variance
+        >>> funnel = NonCentred(2, [[1]])  # the first number is a log-variance
+        >>> funnel.groups[0].prior.data[1, 0, 0] = 0.5
         >>> y, log_det = funnel.forward_and_log_det(torch.tensor([2.0, 1.0]))
         >>> y.tolist(), log_det.item()  # e = 2.718
         ([2.0, 2.7182817459106445], 1.0)
     """
 
-    def __init__(self, input_dim: int, levels: int = 1) -> None:
+    groups: Sequence[Effects]
+
+    def __init__(self, input_dim: int, effects: Sequence[Sequence[int]], levels: int = 1) -> None:
         super().__init__(input_dim)
         check_integers("NonCentred", levels=levels)
-        self.levels = levels
+        self.effects, self.levels = [list(effect) for effect in effects], levels
+        named = [feature for effect in self.effects for feature in effect]
+        fits = all(0 <= feature < input_dim for feature in named) and len(set(named)) == len(named)
+        require(fits, "NonCentred", "effects", f"name features below {input_dim} once each", self.effects)
+        sizes = sorted({len(effect) for effect in self.effects})
+        of_size = [torch.tensor([effect for effect in self.effects if len(effect) == size]).T for size in sizes]
+        self.groups = nn.ModuleList(Effects(input_dim, columns) for columns in of_size)  # type: ignore[assignment]
         self.loc = nn.Parameter(torch.eye(input_dim))
-        self.log_scale = nn.Parameter(torch.zeros(input_dim, input_dim))
-        self.degree = nn.Parameter(torch.ones(input_dim))
 
     @torch.no_grad()
-    def set(self, loc: Tensor, log_scale: Tensor, degree: Tensor | float = 1.0) -> None:
-        """Set the matrices W and R, each ``(D, D)``, and the degrees τ, ``(D,)`` or one number for all."""
-        self.loc.copy_(loc)
-        self.log_scale.copy_(log_scale)
-        self.degree.copy_(torch.as_tensor(degree))
-
     def reset(self) -> None:
         """Set the map to the identity."""
-        self.set(torch.eye(self.input_dim), torch.zeros_like(self.log_scale))
+        for group in self.groups:
+            for parameter in group.parameters():
+                parameter.zero_()
+        nn.init.eye_(self.loc)
+
+    def set_potentials(self, y: Tensor, precision: Tensor) -> None:
+        """Set the potentials by the mean of the features y, ``(D,)``, and the precision of x, ``(D, D)``."""
+        e = torch.linalg.solve_triangular(self.loc, y.unsqueeze(-1), upper=False, unitriangular=True).squeeze(-1)
+        for group in self.groups:
+            group.set_potentials(e, precision)
+
+    def drop_potentials(self) -> None:
+        """Set all potentials to zero, so that x are effects in units of their priors."""
+        for group in self.groups:
+            for parameter in (group.factor, group.field, group.raw_factor, group.raw_field):
+                nn.init.zeros_(parameter)
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        loc = self.loc.detach()
+        flat, matrix = value.reshape(-1, self.input_dim).T, self.loc.detach()
         if inverse:
-            flat = value.reshape(-1, self.input_dim).T
-            e = torch.linalg.solve_triangular(loc, flat, upper=False, unitriangular=True).T.reshape(value.shape)
-            change = self._change(e)
-            return e * torch.exp(-change), -change.sum(-1)
-        e = value
-        for _ in range(self.levels):
-            change = self._change(e)
-            e = change.exp() * value
-        return e @ loc.T, change.sum(-1)
+            flat = torch.linalg.solve_triangular(matrix, flat, upper=False, unitriangular=True)
+        found, log_det = flat, flat.new_zeros(flat.shape[1])
+        for _ in range(1 if inverse else self.levels):
+            found, log_det = self._level(flat, found, inverse)
+        found = found if inverse else matrix @ found
+        return found.T.reshape(value.shape), (-log_det if inverse else log_det).reshape(value.shape[:-1])
 
-    def _change(self, e: Tensor) -> Tensor:
-        """Return the changes of the log-scales, ``(*batch, D)``."""
-        return (self.degree * (e @ self.log_scale.detach().T)).clamp(-LARGEST, LARGEST)
+    def _level(self, flat: Tensor, e: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map all effects once, each ``(D, N)``, given the features that their priors depend on."""
+        found, log_det = flat, flat.new_zeros(flat.shape[1])
+        for group in self.groups:
+            columns = group.columns.flatten()
+            value = flat[columns].reshape(*group.columns.shape, -1)
+            mapped, change = group.map(value, flat if inverse else e, inverse)
+            found, log_det = found.index_copy(0, columns, mapped.flatten(0, 1)), log_det + change
+        return found, log_det
