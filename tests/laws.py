@@ -477,8 +477,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             draw(part.loc, scale / part.input_dim)
             part.loc.copy_(part.loc.tril(-1) + torch.eye(part.input_dim))
         elif isinstance(part, Effects):
-            for potential in (part.factor, part.field, part.raw_factor, part.raw_field):
-                draw(potential, scale / 4)
+            draw(part.field, scale / 4)
+            draw(part.precision, scale / 8)
+            part.precision.copy_(part.precision @ part.precision.mT)
             draw(part.prior, scale / 4 / part.input_dim)  # exponents of the second level are themselves exponentials
             dim = part.input_dim
             known = torch.arange(dim + 1)[None] < (part.columns[0] * 3 // dim * dim / 3)[:, None]

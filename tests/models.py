@@ -140,7 +140,7 @@ def same(left, right):
 def stirred(guide, scale=0.05):
     """Move a guide away from its start, frames included; what is set and not trained stays."""
     fixed = {id(module.loc) for module in guide.modules() if isinstance(module, NonCentred)}
-    fixed |= {id(module.prior) for module in guide.modules() if isinstance(module, Effects)}
+    fixed |= {id(tensor) for module in guide.modules() if isinstance(module, Effects) for tensor in module.parameters()}
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
             if not name.endswith("unit") and id(parameter) not in fixed:

@@ -67,7 +67,8 @@ class Case:
     def values(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return rows: half of them lie where the map bends, and half far outside."""
         near, far = laws.normal(ROWS // 2, self.dim, seed=1, scale=3.0), laws.normal(ROWS // 2, self.dim, seed=3)
-        return torch.cat((near, far.clamp(-2, 2) * 500)).to(dtype)
+        far = far.clamp(-2, 2) * (10 if self.name == "noncentred" else 500)  # exponents of exponents lose all digits
+        return torch.cat((near, far)).to(dtype)
 
 
 def cases(sizes: list[int], contexts: list[str]) -> list[Case]:
@@ -155,10 +156,8 @@ def test_log_det_is_that_of_autograds_jacobian(case: Case) -> None:
 @every_case_in_a_dtype
 def test_the_log_dets_are_opposite(case: Case, dtype: torch.dtype) -> None:
     x = case.values(dtype)
-    if case.name == "noncentred" or ("circular" in case.name and dtype == torch.float32):
-        # A radian of 1000 has an error of 6e-5 in float32, within which a slope may double.  An exponent of an exponent
-        # has no digit left in either dtype.
-        x = x.clamp(-10, 10)
+    if "circular" in case.name and dtype == torch.float32:
+        x = x.clamp(-10, 10)  # float32 knows a radian of 1000 to 6e-5, and a slope may double within that
     with torch.no_grad():
         laws.log_dets_are_opposite(case.random(dtype), x, case.context(dtype), {4: 1e-2, 8: 1e-9}[dtype.itemsize])
 

@@ -32,7 +32,7 @@ from .small_triangular import (
 
 LARGEST = 40.0  # the largest logarithm of a scale; float32 holds the square of its exponential
 STEEPEST = 20.0  # the largest unconstrained correlation; float32 holds 1 / cosh³ of it
-FLOOR = 1e-2  # the least precision of a potential, in units of the prior; training can then find a larger one
+FLOOR = 1e-2  # the least precision of a potential, in units of the prior
 
 
 class Effects(nn.Module):
@@ -41,16 +41,14 @@ class Effects(nn.Module):
         e = m + L C⁻ᵀ (x + C⁻¹ Lᵀ (h - Λ m)),    C Cᵀ = I + Lᵀ Λ L,    log|det de/dx| = log|L| - log|C|
 
     The locations m, the logarithms of the scales, and the unconstrained numbers of the correlations in L are linear in
-    other features, and set.  The potentials are set, and trained from there on.
+    other features.  Like the potentials they are set, and not trained.
 
     Attributes:
         columns: The features of the effects, ``(d, R)``.
         prior: The coefficients of the d locations, the d logarithms and the d (d - 1) / 2 correlations of each effect
             in the D features and in 1, ``(d (d + 3) / 2, R, D + 1)``.
-        factor: A factor A of the potentials' precisions that is set, Λ = A B Bᵀ Aᵀ, ``(R, d, d)``.
-        field: The vectors h that are set, ``(R, d)``.
-        raw_factor: The triangular B that is trained, its diagonal by the logarithms, ``(R, d, d)``.
-        raw_field: The vector η that is trained; h is ``field`` + A B η, ``(R, d)``.
+        precision: The matrices Λ, ``(R, d, d)``.
+        field: The vectors h, ``(R, d)``.
     """
 
     columns: Tensor
@@ -60,10 +58,8 @@ class Effects(nn.Module):
         (size, rows), self.input_dim = columns.shape, input_dim
         self.register_buffer("columns", columns, persistent=False)
         self.prior = nn.Parameter(torch.zeros(size * (size + 3) // 2, rows, input_dim + 1))
-        self.factor = nn.Parameter(torch.zeros(rows, size, size))
+        self.precision = nn.Parameter(torch.zeros(rows, size, size))
         self.field = nn.Parameter(torch.zeros(rows, size))
-        self.raw_factor = nn.Parameter(torch.zeros(rows, size, size))
-        self.raw_field = nn.Parameter(torch.zeros(rows, size))
 
     def priors(self, e: Tensor) -> tuple[Vector, Triangle]:
         """Return the locations m and the factors L, of numbers ``(R, N)``, given all features, ``(D, N)``."""
@@ -75,20 +71,14 @@ class Effects(nn.Module):
         shape = correlation_factor([number.clamp(-STEEPEST, STEEPEST) for number in numbers[2 * size :]], size)
         return numbers[:size], [[scale * entry for entry in row] for scale, row in zip(scales, shape, strict=True)]
 
-    def potentials(self) -> tuple[Tensor, Tensor]:
-        """Return the precisions Λ, ``(R, d, d)``, and the vectors h, ``(R, d)``."""
-        learned = self.raw_factor.tril(-1) + torch.diag_embed(self.raw_factor.diagonal(dim1=-2, dim2=-1).exp())
-        factor = self.factor.detach() @ learned
-        field = self.field.detach() + (factor @ self.raw_field.unsqueeze(-1)).squeeze(-1)
-        return factor @ factor.mT, field
-
     def map(self, value: Tensor, e: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """Map x to effects, or effects to x, each ``(d, R, N)``, given all features; return also the log-determinant.
 
         The log-determinant, ``(N,)``, is that of the way to effects.
         """
         loc, scale = self.priors(e)
-        precision, field = (part.movedim(0, -1).unsqueeze(-1).unbind() for part in self.potentials())
+        of_rows = (part.detach().movedim(0, -1).unsqueeze(-1).unbind() for part in (self.precision, self.field))
+        precision, field = of_rows
         rows = [row.unbind() for row in precision]  # entries (R, 1)
         pull = [
             h - total(entry * m for entry, m in zip(row, loc, strict=True)) for h, row in zip(field, rows, strict=True)
@@ -113,19 +103,23 @@ class Effects(nn.Module):
             precision: The precision of the features in units of the priors, ``(D, D)``.
         """
         loc, scale = self.priors(e.unsqueeze(-1))
-        factor = torch.zeros_like(self.factor)
+        factor = torch.zeros_like(self.precision)
         for i, row in enumerate(scale):
             for j, entry in enumerate(row):
                 factor[:, i, j] = entry[:, 0]
         rows, eye = self.columns.T, torch.eye(len(loc)).to(e)
         values, vectors = torch.linalg.eigh(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)] - eye)
         root = vectors * values.clamp_min(FLOOR).sqrt().unsqueeze(-2)
-        self.factor.copy_(torch.linalg.solve_triangular(factor.mT, root, upper=True))
+        root = torch.linalg.solve_triangular(factor.mT, root, upper=True)
+        self.precision.copy_(root @ root.mT)
         mean, shift = e[rows].unsqueeze(-1), e[rows].unsqueeze(-1) - torch.stack([*loc], 1)
-        field = self.factor @ (self.factor.mT @ mean) + torch.cholesky_solve(shift, factor)
-        self.field.copy_(field.squeeze(-1))
-        self.raw_factor.zero_()
-        self.raw_field.zero_()
+        self.field.copy_((self.precision @ mean + torch.cholesky_solve(shift, factor)).squeeze(-1))
+
+    @torch.no_grad()
+    def drop_potentials(self) -> None:
+        """Set the potentials to zero, so that x are effects in units of their priors."""
+        self.precision.zero_()
+        self.field.zero_()
 
 
 class NonCentred(TwoWay, VectorTransform):
@@ -189,8 +183,7 @@ class NonCentred(TwoWay, VectorTransform):
     def drop_potentials(self) -> None:
         """Set all potentials to zero, so that x are effects in units of their priors."""
         for group in self.groups:
-            for parameter in (group.factor, group.field, group.raw_factor, group.raw_field):
-                nn.init.zeros_(parameter)
+            group.drop_potentials()
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         flat, matrix = value.reshape(-1, self.input_dim).T, self.loc.detach()
