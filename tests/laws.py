@@ -78,7 +78,6 @@ from pyro_flows.transforms import (
     TriangularAffine,
 )
 from pyro_flows.transforms.carried import carry
-from pyro_flows.transforms.noncentred import Effects
 
 CONTEXT_DIM = 3
 WIDTHS = (24, 24)
@@ -225,10 +224,11 @@ def _coupling_of_steps(dim: int, context_dim: int) -> FlowTransform:
     return Coupling(Affine(1.0), StepNet(mask, dim, 2, (4, 4), context_dim), mask)
 
 
-def _effects(dim: int) -> list[list[int]]:
-    """Return effects of one number in the second third of the features, and of up to three in the last."""
+def _effects(dim: int) -> tuple[list[list[int]], list[int]]:
+    """Return effects of one number in the second third of the features, and of up to three in the last; and parents."""
     second, last = math.ceil(dim / 3), math.ceil(2 * dim / 3)
-    return [[i] for i in range(second, last)] + [[*range(i, min(i + 3, dim))] for i in range(last, dim, 3)]
+    effects = [[i] for i in range(second, last)] + [[*range(i, min(i + 3, dim))] for i in range(last, dim, 3)]
+    return effects, [*range(last)]
 
 
 def _residual(dim: int, context_dim: int) -> FlowTransform:
@@ -307,7 +307,7 @@ TRANSFORMS: dict[str, Kind] = {
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "fixed_affine_low_rank": Kind(lambda dim, _: FixedAffine(dim, dense=False, rank=min(dim, 3)), learns=False),
-    "noncentred": Kind(lambda dim, _: NonCentred(dim, _effects(dim), levels=2), learns=False),
+    "noncentred": Kind(lambda dim, _: NonCentred(dim, *_effects(dim), levels=2, chained=True), learns=False),
     "quantile_map": Kind(lambda dim, _: QuantileMap(dim), learns=False),
     "block": Kind(lambda dim, of: BlockAutoregressive(dim, (4, 3), _of_context(of, dim, 9)), True),
     "planar": Kind(lambda dim, of: Planar(dim, _of_context(of, 1, 2 * dim + 1)), True),
@@ -476,15 +476,14 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, NonCentred):
             draw(part.loc, scale / part.input_dim)
             part.loc.copy_(part.loc.tril(-1) + torch.eye(part.input_dim))
-        elif isinstance(part, Effects):
-            draw(part.field, scale / 4)
-            draw(part.precision, scale / 8)
-            part.precision.copy_(part.precision @ part.precision.mT)
-            draw(part.prior, scale / 4 / part.input_dim)  # exponents of the second level are themselves exponentials
-            dim = part.input_dim
-            known = torch.arange(dim + 1)[None] < (part.columns[0] * 3 // dim * dim / 3)[:, None]
-            known[:, -1] = True
-            part.prior.mul_(known)
+            last = len(part.parents)
+            for group in part.groups:
+                draw(group.field, scale / 4)
+                draw(group.precision, scale / 8)
+                group.precision.copy_(group.precision @ group.precision.mT)
+                draw(group.prior, scale / 4 / part.input_dim)  # exponents of the second level are exponentials
+                of_first = group.columns[0] < last
+                group.prior[:, of_first, math.ceil(part.input_dim / 3) : last] = 0
         elif isinstance(part, LULinear | ScaledLinear):
             # Off-diagonals shrink with the size, because otherwise the matrix would be numerically singular.
             off = scale / part.input_dim**0.5

@@ -16,7 +16,6 @@ from pyro_flows.answers import Step
 from pyro_flows.answers.record import Question
 from pyro_flows.diagnostics import Finding
 from pyro_flows.transforms import NonCentred
-from pyro_flows.transforms.noncentred import Effects
 
 
 def nested(y=None, *, noise=1.0):
@@ -139,8 +138,9 @@ def same(left, right):
 
 def stirred(guide, scale=0.05):
     """Move a guide away from its start, frames included; what is set and not trained stays."""
-    fixed = {id(module.loc) for module in guide.modules() if isinstance(module, NonCentred)}
-    fixed |= {id(tensor) for module in guide.modules() if isinstance(module, Effects) for tensor in module.parameters()}
+    fixed = {
+        id(tensor) for module in guide.modules() if isinstance(module, NonCentred) for tensor in module.parameters()
+    }
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
             if not name.endswith("unit") and id(parameter) not in fixed:

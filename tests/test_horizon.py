@@ -10,7 +10,7 @@ import torch
 
 from pyro_flows import AutoFlow, fit_svi, psis
 from pyro_flows.fitting.elbo_loss import is_close, is_steady
-from pyro_flows.training.stopping import FINISH, LOOK, Horizon, noise_at
+from pyro_flows.training.stopping import FEWEST, FINISH, LOOK, Horizon, noise_at
 
 STEPS, NOISE = 200, 0.1
 LOUD, NEARLY, QUIET = [1.0, 2.0] * 50, [1.0, 1.4] * 50, [1.0, 1.1] * 50  # with sds .5, .2 and .05
@@ -49,7 +49,7 @@ def test_a_run_that_has_converged_ends_soon(loud):
 
 @pytest.mark.parametrize(
     ("losses", "seen", "converged"),
-    [(QUIET, [], 50), (NEARLY, [True], 50), (NEARLY, [False, True], 75), (NEARLY, [False] * 7, 0), (LOUD, [], 0)],
+    [(QUIET, [], 50), (NEARLY, [True], 50), (NEARLY, [False, True], 75), (NEARLY, [False] * 7, None), (LOUD, [], None)],
     ids=["by losses", "at once", "later", "never", "too far"],
 )
 def test_draws_show_convergence_at_a_larger_gap(losses, seen, converged):
@@ -65,9 +65,20 @@ def test_a_run_for_a_looser_end_looks_at_draws_whatever_its_losses_are():
     seen = list[int]()
     horizon = Horizon(20 * LOOK, NOISE, is_good=lambda: bool(seen.append(horizon._seen // LOOK)), near=math.inf)
     horizon.observe(5 * LOUD)
-    assert (seen, horizon.converged_at) == ([4, 6, 8, 12, 16], 0)
+    assert (seen, horizon.converged_at) == ([4, 6, 8, 12, 16], None)
     horizon = Horizon(20 * LOOK, NOISE, is_good=lambda: horizon._seen >= 6 * LOOK, near=math.inf)
     assert (len(shares(horizon, 5 * LOUD)), horizon.converged_at) == (9 * LOOK, 6 * LOOK)
+
+
+def test_a_start_whose_draws_can_be_weighted_takes_few_steps():
+    horizon = Horizon(STEPS, NOISE, is_good=lambda: True, near=math.inf)
+    horizon.begin()
+    taken = shares(horizon, LOUD)
+    assert (horizon.reason_to_stop(len(taken), stale=False, interrupted=False), len(taken)) == ("weights", FEWEST)
+    assert max(taken) <= Horizon(STEPS, 0.0).share(FEWEST)
+    by_losses = Horizon(STEPS, NOISE, is_good=lambda: pytest.fail("the gap is not known yet"))
+    by_losses.begin()
+    assert by_losses.converged_at is None
 
 
 def test_a_resumed_run_keeps_what_draws_have_shown():
@@ -165,29 +176,31 @@ def test_a_fit_that_needs_its_few_steps_has_converged():
     assert fit.steps <= 80
 
 
-def eight_groups():
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("groups", 8):
-        theta = pyro.sample("theta", dist.Normal(0.0, tau))
-        pyro.sample("y", dist.Normal(theta, 10.0), obs=torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]))
+def curved():
+    x = pyro.sample("x", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.square().sum(), 0.3), obs=torch.tensor(2.0))
 
 
 def test_a_fit_for_weights_ends_sooner(tmp_path):
-    short, long = AutoFlow(eight_groups), AutoFlow(eight_groups)
-    fit = fit_svi(eight_groups, short, steps="for_weights", progress=False, checkpoint=tmp_path / "run")
+    short, long = AutoFlow(curved), AutoFlow(curved)
+    fit = fit_svi(curved, short, steps="for_weights", progress=False, checkpoint=tmp_path / "run")
     assert fit.stopped == "weights"
-    again = fit_svi(
-        eight_groups, AutoFlow(eight_groups), steps="for_weights", progress=False, checkpoint=tmp_path / "run"
-    )
+    again = fit_svi(curved, AutoFlow(curved), steps="for_weights", progress=False, checkpoint=tmp_path / "run")
     assert (again.stopped, again.steps) == ("weights", fit.steps)  # no steps are left
-    found = psis(eight_groups, short, num_samples=4000)
+    found = psis(curved, short, num_samples=4000)
     assert found.reliable
     assert found.ess > 0.25 * 4000
-    assert fit_svi(eight_groups, long, progress=False).steps > fit.steps
+    assert fit_svi(curved, long, progress=False).steps > fit.steps
     with pytest.raises(ValueError, match="for_weights"):
-        fit_svi(eight_groups, AutoFlow(eight_groups), progress=False, checkpoint=tmp_path / "run")
+        fit_svi(curved, AutoFlow(curved), progress=False, checkpoint=tmp_path / "run")
+
+
+def test_a_start_that_suits_takes_few_steps():
+    fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps="for_weights", progress=False)
+    assert (fit.stopped, fit.steps) == ("weights", FEWEST)
 
 
 def test_a_fit_for_weights_may_converge():
-    fit = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps="for_weights", progress=False)
+    guide = AutoFlow(nearly_gaussian)
+    fit = fit_svi(nearly_gaussian, guide, steps="for_weights", warm_start=False, progress=False)
     assert fit.stopped == "converged"

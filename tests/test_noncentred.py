@@ -10,6 +10,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.guides.hierarchy import DEEPEST
+from pyro_flows.training.stopping import FEWEST
 from pyro_flows.transforms import NonCentred
 
 
@@ -140,3 +141,20 @@ def test_a_start_that_is_given_replaces_the_units():
     z = guide.get_transform()(torch.zeros(10))
     torch.testing.assert_close(z, torch.ones(10))
     torch.testing.assert_close(guide.start[0], torch.ones(10))
+
+
+def test_many_effects_start_at_their_posterior():
+    pyro.set_rng_seed(0)
+    y = 0.5 + 0.8 * torch.randn(150, 1) + 0.7 * torch.randn(150, 4)
+
+    def model() -> None:
+        mean, sd = pyro.sample("mean", dist.Normal(0.0, 3.0)), pyro.sample("sd", dist.HalfNormal(2.0))
+        with pyro.plate("group", 150):
+            x = pyro.sample("x", dist.Normal(mean, sd))
+            pyro.sample("y", dist.Normal(x.unsqueeze(-1), 0.7).expand([150, 4]).to_event(1), obs=y)
+
+    guide = pf.AutoFlow(model)
+    fit = pf.fit_svi(model, guide, steps="for_weights", progress=False)
+    assert fit.stopped == "weights"
+    assert fit.steps == FEWEST
+    assert pf.psis(model, guide, num_samples=4000).ess > 2000

@@ -181,7 +181,8 @@ def _suited(program: Program, trace: Trace) -> Any:
             raise
         fault = "the model must have a continuous latent site, got none"
         raise ValueError(f"{CALLER}: {fault}. Sum discrete latents by pyro.infer.infer_discrete.") from error
-    return found if found.latent_dim <= MANY else AutoStructuredFlow(program)
+    is_joint = found.latent_dim <= MANY or found.flow.units is not None
+    return found if is_joint else AutoStructuredFlow(program)
 
 
 def _trace(program: Program) -> Trace:

@@ -3,7 +3,7 @@
 Adam scales each parameter separately and is slow on ill-conditioned posteriors; batch and match is not.  It starts at
 the guide's own start and, for posteriors far away, also at the end of some steps of L-BFGS uphill.  A Gaussian that is
 near the posterior is kept immediately, else the one with the better ELBO, so that modes of negligible mass are
-discarded.  Beyond 512 latents natural gradients take fewer draws.
+discarded.  Beyond 512 latents, or 100 with effects of a hierarchy, natural gradients take fewer draws.
 """
 
 import copy
@@ -28,6 +28,7 @@ from ..sampling.block_conditionals import Layout
 from ..sampling.block_gaussian import BlockGaussian, fit_blocks
 from ..sampling.gaussian import Gaussian, LowRankGaussian, Watch, fit_gaussian, fit_low_rank
 from ..training.interrupts import watching
+from ..transforms import NonCentred
 from ..user_code import warn_user
 from ..vjp import LogDensity
 
@@ -41,6 +42,7 @@ class Starts:
 
     Attributes:
         matched: Latents, beyond which batch and match takes too many draws.
+        related: The same with effects of a hierarchy, which are nearly independent given the other latents.
         fewest: The fewest rounds of natural gradients then; fewer are worse than none.
         rounds: The most of them.
         per_latent: Gradients of each round per latent.
@@ -51,6 +53,7 @@ class Starts:
     """
 
     matched: int = 512
+    related: int = 100
     fewest: int = 10
     rounds: int = 80
     per_latent: int = 4
@@ -93,7 +96,12 @@ def start_from_gaussian(
         def density(latent: Tensor) -> Tensor:
             return power * untempered(latent)
 
-        if guide.latent_dim > STARTS.matched:
+        units, dim = guide.flow.units, guide.latent_dim
+        if units is not None and dim > (STARTS.matched if units.chained else STARTS.related):
+            related = _start_related(guide, units, density, watch)
+            if related is not None:
+                return related
+        if dim > STARTS.matched:
             return _start_wide(guide, density, budget, watch)
         found = _in_best_units(guide, density, budget, watch)
     guide.flow.start_at(found.loc, found.scale_tril.norm(dim=-1) if found.is_poor else found.scale_tril)
@@ -110,10 +118,7 @@ def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: W
     if units is None:
         return fit_gaussian(density, loc, scale, budget=budget, watch=watch)
 
-    def in_units(x: Tensor) -> Tensor:
-        z, log_det = units.forward_and_log_det(x)
-        return density(z) + log_det
-
+    in_units = _in_units(units, density)
     first = fit_gaussian(in_units, loc, scale, budget=budget / 2, watch=watch)
     with torch.no_grad():
         z, _ = units.forward_and_log_det(first.loc)
@@ -124,6 +129,62 @@ def _in_best_units(guide: AutoFlow, density: LogDensity, budget: float, watch: W
         return second
     units.drop_potentials()
     return first
+
+
+def _in_units(units: NonCentred, density: LogDensity) -> LogDensity:
+    """Return the log-density over effects in units of their priors."""
+
+    def in_units(x: Tensor) -> Tensor:
+        z, log_det = units.forward_and_log_det(x)
+        return density(z) + log_det
+
+    return in_units
+
+
+def _start_related(guide: AutoFlow, units: NonCentred, density: LogDensity, watch: Watch) -> BlockGaussian | None:
+    """Start a guide of many effects, which are taken as independent given the other latents.
+
+    As for few effects there are two fits.  The first tells the precision of each effect given the other latents.  The
+    second draws too few to compare their ELBOs, but the potentials have made it more nearly Gaussian.
+    """
+    columns = [group.columns.T.unsqueeze(1) for group in units.groups]  # (R, 1, d)
+    effects = torch.cat([places.flatten() for places in columns])
+    others = torch.arange(units.input_dim)[~torch.isin(torch.arange(units.input_dim), effects)]
+    layouts = [Layout(others.reshape(1, 1, -1), ())]
+    layouts += [Layout(places, ((0, torch.zeros(len(places), dtype=torch.long)),)) for places in columns]
+    in_units, loc = _in_units(units, density), guide.flow.fixed.loc.detach()
+    first = fit_blocks(in_units, layouts, loc, guide.start[1], watch=watch)
+    if first is None:
+        return None
+    precision = torch.zeros(units.input_dim, units.input_dim).to(loc)
+    for places, block in zip(columns, first.blocks[1:], strict=True):
+        rows = places[:, 0]
+        precision[rows.unsqueeze(-1), rows.unsqueeze(-2)] = torch.cholesky_inverse(block.scale[:, 0]).to(loc)
+    with torch.no_grad():
+        z, _ = units.forward_and_log_det(_dense(first, layouts)[0].to(loc))
+        units.set_potentials(z, precision)
+        loc, _ = units.inverse_and_log_det(z)
+    second = fit_blocks(in_units, layouts, loc, guide.start[1], watch=watch)
+    if second is None:
+        units.drop_potentials()
+    found = second or first
+    loc, covariance = _dense(found, layouts)
+    guide.flow.start_at(loc, torch.linalg.cholesky(covariance))
+    return found
+
+
+def _dense(found: BlockGaussian, layouts: list[Layout]) -> tuple[Tensor, Tensor]:
+    """Return the mean, ``(D,)``, and the covariance, ``(D, D)``, of effects and of all that they depend on."""
+    root, *blocks = found.blocks
+    places, size = layouts[0].places.flatten(), sum(layout.places.numel() for layout in layouts)
+    loc, factor = root.loc.new_zeros(size), root.loc.new_zeros(size, size)
+    loc[places], factor[places[:, None], places] = root.loc.flatten(), root.scale[0, 0]
+    for layout, block in zip(layouts[1:], blocks, strict=True):
+        rows = layout.places[:, 0]
+        loc[rows] = block.loc[:, 0]
+        factor[rows.unsqueeze(-1), places] = block.gains @ root.scale[0, 0]
+        factor[rows.unsqueeze(-1), rows.unsqueeze(-2)] = block.scale[:, 0]
+    return loc, factor @ factor.mT
 
 
 def _start_wide(guide: AutoFlow, density: LogDensity, budget: float, watch: Watch) -> Start | None:

@@ -132,7 +132,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def _units(self, call: Call) -> NonCentred | None:
         """Return the map from effects in units of their priors, if the model is a hierarchy."""
-        if self.latent_dim > LIMITS.tailed or self.has_circles:
+        if self.latent_dim > LIMITS.related or self.has_circles:
             return None
         return units_of(call, self.packings["latent"])
 

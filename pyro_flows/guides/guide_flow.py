@@ -53,6 +53,7 @@ class Limits:
         few: Eight couplings, trained by SOAP; beyond, sixteen and Muon.
         quick: Couplings that each move by a quarter of a step, beyond ``few``.
         learned: A full matrix in the learned affine map.
+        related: Effects of a hierarchy in units of their priors.
         tailed: A base with wide tails.  Beyond, each latent has a spline of its own.
         dense: A full matrix in the map that the guide starts from.  Beyond, it stretches some directions.
         stretched: Numbers in all these directions together, which bound their memory.
@@ -67,6 +68,7 @@ class Limits:
     few: int = 32
     quick: int = 64
     learned: int = 64
+    related: int = 1200
     tailed: int = 512
     dense: int = 4096
     stretched: int = 5_000_000

@@ -49,7 +49,7 @@ def units_of(call: Call, packing: Packing) -> NonCentred | None:
     except Exception:  # a user's program may raise anything, for example where it leaves torch
         return None
     found = [prior for prior in found if prior.depends[:, prior.columns.shape[1] :].any()]
-    return _joined(found, packing.size) or _chained(found, packing.size) if found else None
+    return _map_of(found, packing.size) or _map_of(*_chained(found, packing.size)) if found else None
 
 
 def _priors(call: Call, packing: Packing) -> list[Prior]:
@@ -97,24 +97,19 @@ def _linear(numbers: Tensor, z: Tensor) -> Tensor:
     return torch.cat([slopes, level.unsqueeze(-1)], -1).reshape(*numbers.shape, -1)
 
 
-def _joined(priors: list[Prior], dim: int) -> NonCentred | None:
-    """Return the map with locations as the priors have them; None if the chains are too long."""
-    return _map_of(priors, torch.eye(dim))
-
-
-def _chained(priors: list[Prior], dim: int) -> NonCentred | None:
-    """Return the map of deviations from locations, which are linear in the deviations before."""
+def _chained(priors: list[Prior], dim: int) -> tuple[list[Prior], int, Tensor]:
+    """Return the priors of deviations from locations that are linear in the deviations before, and the way back."""
     pull, eye = priors[0].coefficients.new_zeros(dim, dim), torch.eye(dim).to(priors[0].coefficients)
     for prior in priors:
         pull[prior.columns] = prior.coefficients[:, : prior.columns.shape[1], :-1]
     loc = torch.linalg.solve_triangular(eye - pull.tril(-1), eye, upper=False, unitriangular=True)
-    others = list[Prior]()
+    found = list[Prior]()
     for prior in priors:
         size, coefficients = prior.columns.shape[1], prior.coefficients.clone()
         coefficients[..., :-1] = coefficients[..., :-1] @ loc
         coefficients[:, :size, :-1] = 0
-        others.append(prior._replace(coefficients=coefficients))
-    return _map_of(others, loc)
+        found.append(prior._replace(coefficients=coefficients))
+    return found, dim, loc
 
 
 def _depth(priors: list[Prior], dim: int) -> int:
@@ -128,18 +123,20 @@ def _depth(priors: list[Prior], dim: int) -> int:
     return levels
 
 
-def _map_of(priors: list[Prior], loc: Tensor) -> NonCentred | None:
+def _map_of(priors: list[Prior], dim: int, loc: Tensor | None = None) -> NonCentred | None:
     """Return the map of effects with some priors; None if their chains are too long, or a number is not finite."""
-    if (levels := _depth(priors, len(loc))) > DEEPEST or not all(
-        prior.coefficients.isfinite().all() for prior in priors
-    ):
+    levels = _depth(priors, dim)
+    if levels > DEEPEST or not all(prior.coefficients.isfinite().all() for prior in priors):
         return None
+    parents = torch.stack([prior.depends.flatten(0, 1).any(0) for prior in priors]).any(0).nonzero().flatten()
     effects = [row for prior in priors for row in prior.columns.tolist()]
-    units = NonCentred(len(loc), effects, levels).to(priors[0].coefficients)
+    units = NonCentred(dim, effects, parents.tolist(), levels, chained=loc is not None).to(priors[0].coefficients)
+    kept = torch.cat([parents, torch.tensor([dim]).to(parents)])  # the last coefficient is that of 1
     with torch.no_grad():
-        units.loc.copy_(loc)
+        if units.loc is not None and loc is not None:
+            units.loc.copy_(loc)
         for group in units.groups:
             size = len(group.columns)
             of_size = torch.cat([prior.coefficients for prior in priors if prior.columns.shape[1] == size])
-            group.prior.copy_(of_size.movedim(0, 1))
+            group.prior.copy_(of_size[..., kept].movedim(0, 1))
     return units

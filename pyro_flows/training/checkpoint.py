@@ -20,7 +20,7 @@ from ..user_code import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 
-FORMAT = 10
+FORMAT = 11
 EVERY = 10.0  # seconds
 
 

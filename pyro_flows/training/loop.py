@@ -315,6 +315,8 @@ class Descent:
         bar = tqdm(total=self.settings.steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
         try:
             with bar, hold_interrupts(0.0 if alone else AGAIN) as asked, using(1):
+                if not self.step:
+                    self.horizon.begin()
                 while not stopped:
                     with self.threads.turn(1):
                         interrupted, due = self._take_step(asked)
@@ -411,7 +413,7 @@ class Descent:
         else:
             self.best.offer(self.losses[-self.settings.window :], self.step, comparable=self._comparable)
             shown = f"loss {self.best.latest:.3f}"
-        if self.horizon.converged_at:
+        if self.horizon.converged_at is not None:
             shown += ", draws can be weighted" if self.horizon.by_draws else ", converged"
         return shown + (f", {self.skipped} skipped" if self.skipped else "")
 

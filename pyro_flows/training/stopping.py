@@ -7,7 +7,8 @@ A run ends early once it has converged.  Near the posterior the log-weights of d
 the gap between the ELBO and the log evidence.  A mean over K draws has the variance v / K.  So the standard deviation
 of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more than its
 noise has not converged.  If rounding hides the noise, the run takes all steps.  Draws may show that a run has converged
-at a somewhat larger gap.  A run for a looser end looks at draws whatever the losses are, but less and less often.
+at a somewhat larger gap.  A run for a looser end looks at draws whatever the losses are: first before the first step,
+in case the start is good enough, and then less and less often.
 """
 
 import math
@@ -17,6 +18,7 @@ import torch
 
 LOOK = 25  # steps between two tests of convergence
 FINISH = 50  # the fewest steps after convergence, while the step size falls to zero
+FEWEST = 10  # the steps of a run whose start is good enough
 SHARE = 0.5  # of the steps before convergence; the tails of log-weights are learned last, by small steps
 EARLY = 4  # looks, before which draws tell too little unless the gap is small
 NEAR = 10.0  # times the gap at convergence, below which draws are looked at
@@ -40,7 +42,7 @@ class Horizon:
             whatever gap.
 
     Attributes:
-        converged_at: The step after which the run had converged, or its draws could be weighted; or 0.
+        converged_at: The step after which the run had converged, or its draws could be weighted; or None.
         by_draws: True if only draws, asked at any gap, have shown that.
     """
 
@@ -52,23 +54,30 @@ class Horizon:
         is_good: Callable[[], bool] | None = None,
         near: float = NEAR,
     ) -> None:
-        self.steps, self.noise, self.eps, self.converged_at = steps, noise, eps, 0
+        self.steps, self.noise, self.eps = steps, noise, eps
+        self.converged_at: int | None = None
         self._is_good, self._near, self._seen, self.by_draws = is_good, near, 0, False
 
-    def resume(self, step: int, converged_at: int, *, by_draws: bool) -> None:
+    def resume(self, step: int, converged_at: int | None, *, by_draws: bool) -> None:
         """Go on after a step, at the state of a run that was saved there."""
         self._seen, self.converged_at, self.by_draws = step // LOOK * LOOK, converged_at, by_draws
 
     @property
     def last(self) -> int:
         """The last step of the run."""
-        if not self.converged_at:
+        if self.converged_at is None:
             return self.steps
-        return min(self.steps, self.converged_at + max(FINISH, int(SHARE * self.converged_at)))
+        further = max(FINISH, int(SHARE * self.converged_at)) if self.converged_at else FEWEST
+        return min(self.steps, self.converged_at + further)
+
+    def begin(self) -> None:
+        """Ask draws of the start, if they may end the run at any gap."""
+        if self.noise and self._is_good is not None and math.isinf(self._near) and self._is_good():
+            self.converged_at, self.by_draws = 0, True
 
     def observe(self, losses: list[float]) -> None:
         """Test for convergence, given the losses of all steps so far."""
-        while self.noise and not self.converged_at and self._seen + LOOK <= len(losses):
+        while self.noise and self.converged_at is None and self._seen + LOOK <= len(losses):
             self._seen += LOOK
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
             rounding = ROUNDED * self.eps * float(latest.abs().max())
@@ -97,15 +106,15 @@ class Horizon:
         if stale:
             return "held-out"
         if step >= self.last:
-            return "weights" if self.by_draws else "converged" if self.converged_at else "steps"
+            return "weights" if self.by_draws else "steps" if self.converged_at is None else "converged"
         return "interrupted" if interrupted else ""
 
     def share(self, step: int) -> float:
         """Return the step size of a step, as a share of the largest."""
-        if not self.converged_at:
+        if self.converged_at is None:
             return self._share(step)
         part = (step - self.converged_at - 1) / (self.last - self.converged_at)
-        return self._share(self.converged_at) * _cosine(part)
+        return self._share(self.converged_at or step) * _cosine(part)
 
     def _share(self, step: int) -> float:
         warm_up = min(100, max(20, self.steps / 4))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integers, require
+from ..arguments import check_flags, check_integers, require
 from .base import TwoWay, VectorTransform
 from .small_triangular import (
     Triangle,
@@ -41,42 +41,42 @@ class Effects(nn.Module):
         e = m + L C⁻ᵀ (x + C⁻¹ Lᵀ (h - Λ m)),    C Cᵀ = I + Lᵀ Λ L,    log|det de/dx| = log|L| - log|C|
 
     The locations m, the logarithms of the scales, and the unconstrained numbers of the correlations in L are linear in
-    other features.  Like the potentials they are set, and not trained.
+    P parents, which are other features.  Like the potentials they are set, and not trained.
 
     Attributes:
         columns: The features of the effects, ``(d, R)``.
         prior: The coefficients of the d locations, the d logarithms and the d (d - 1) / 2 correlations of each effect
-            in the D features and in 1, ``(d (d + 3) / 2, R, D + 1)``.
+            in the parents and in 1, ``(d (d + 3) / 2, R, P + 1)``.
         precision: The matrices Λ, ``(R, d, d)``.
         field: The vectors h, ``(R, d)``.
     """
 
     columns: Tensor
 
-    def __init__(self, input_dim: int, columns: Tensor) -> None:
+    def __init__(self, columns: Tensor, num_parents: int) -> None:
         super().__init__()
-        (size, rows), self.input_dim = columns.shape, input_dim
+        size, rows = columns.shape
         self.register_buffer("columns", columns, persistent=False)
-        self.prior = nn.Parameter(torch.zeros(size * (size + 3) // 2, rows, input_dim + 1))
+        self.prior = nn.Parameter(torch.zeros(size * (size + 3) // 2, rows, num_parents + 1))
         self.precision = nn.Parameter(torch.zeros(rows, size, size))
         self.field = nn.Parameter(torch.zeros(rows, size))
 
-    def priors(self, e: Tensor) -> tuple[Vector, Triangle]:
-        """Return the locations m and the factors L, of numbers ``(R, N)``, given all features, ``(D, N)``."""
+    def priors(self, parents: Tensor) -> tuple[Vector, Triangle]:
+        """Return the locations m and the factors L, of numbers ``(R, N)``, given the parents, ``(P, N)``."""
         size, coefficients = len(self.columns), self.prior.detach()
-        numbers = (coefficients[..., :-1] @ e + coefficients[..., -1:]).unbind()
+        numbers = (coefficients[..., :-1] @ parents + coefficients[..., -1:]).unbind()
         scales = [number.clamp(-LARGEST, LARGEST).exp() for number in numbers[size : 2 * size]]
         if size == 1:
             return numbers[:size], [scales]
         shape = correlation_factor([number.clamp(-STEEPEST, STEEPEST) for number in numbers[2 * size :]], size)
         return numbers[:size], [[scale * entry for entry in row] for scale, row in zip(scales, shape, strict=True)]
 
-    def map(self, value: Tensor, e: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Map x to effects, or effects to x, each ``(d, R, N)``, given all features; return also the log-determinant.
+    def map(self, value: Tensor, parents: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map x to effects, or effects to x, each ``(d, R, N)``, given the parents; return also the log-determinant.
 
         The log-determinant, ``(N,)``, is that of the way to effects.
         """
-        loc, scale = self.priors(e)
+        loc, scale = self.priors(parents)
         of_rows = (part.detach().movedim(0, -1).unsqueeze(-1).unbind() for part in (self.precision, self.field))
         precision, field = of_rows
         rows = [row.unbind() for row in precision]  # entries (R, 1)
@@ -95,14 +95,15 @@ class Effects(nn.Module):
         return torch.stack(found), log_det
 
     @torch.no_grad()
-    def set_potentials(self, e: Tensor, precision: Tensor) -> None:
+    def set_potentials(self, e: Tensor, parents: Tensor, precision: Tensor) -> None:
         """Set the potentials so that the product with the priors has a mean and a precision in units of the priors.
 
         Args:
             e: The mean of all features, ``(D,)``.
+            parents: That of the parents, ``(P,)``.
             precision: The precision of the features in units of the priors, ``(D, D)``.
         """
-        loc, scale = self.priors(e.unsqueeze(-1))
+        loc, scale = self.priors(parents.unsqueeze(-1))
         factor = torch.zeros_like(self.precision)
         for i, row in enumerate(scale):
             for j, entry in enumerate(row):
@@ -127,17 +128,19 @@ class NonCentred(TwoWay, VectorTransform):
 
         e = E(x; e),    y = W e
 
-    E maps each effect by its :class:`Effects`, whose priors depend on other features e, and leaves the others as they
-    are.  The matrix W is unit triangular, and set.  It joins effects whose locations form a long chain.
+    E maps each effect by its :class:`Effects`, given its parents among e, and leaves other features as they are.  W is
+    the identity, or unit triangular and set: it joins effects whose locations form a long chain.
 
     Args:
         input_dim: The number D of features.
         effects: The features of each effect, for example ``[[1, 2], [3, 4]]`` for two effects of two numbers.
+        parents: The features that the priors of effects depend on.
         levels: The depth of the hierarchy: the most effects in a chain whose priors depend on the one before.
+        chained: True for a matrix W.
 
     Attributes:
         groups: The :class:`Effects` of each size.
-        loc: The matrix W, ``(D, D)``.
+        loc: The matrix W, ``(D, D)``; None for the identity.
 
     Raises:
         ValueError: If a number is not positive, or a feature is in two effects or is none of the D.
@@ -145,7 +148,7 @@ class NonCentred(TwoWay, VectorTransform):
     Example::
 
         >>> import torch
-        >>> funnel = NonCentred(2, [[1]])  # the first number is a log-variance
+        >>> funnel = NonCentred(2, [[1]], [0])  # the first number is a log-variance
         >>> funnel.groups[0].prior.data[1, 0, 0] = 0.5
         >>> y, log_det = funnel.forward_and_log_det(torch.tensor([2.0, 1.0]))
         >>> y.tolist(), log_det.item()  # e = 2.718
@@ -154,17 +157,29 @@ class NonCentred(TwoWay, VectorTransform):
 
     groups: Sequence[Effects]
 
-    def __init__(self, input_dim: int, effects: Sequence[Sequence[int]], levels: int = 1) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        effects: Sequence[Sequence[int]],
+        parents: Sequence[int],
+        levels: int = 1,
+        *,
+        chained: bool = False,
+    ) -> None:
         super().__init__(input_dim)
         check_integers("NonCentred", levels=levels)
-        self.effects, self.levels = [list(effect) for effect in effects], levels
+        check_flags("NonCentred", chained=chained)
+        self.effects, self.parents = [list(effect) for effect in effects], list(parents)
+        self.levels, self.chained = levels, chained
         named = [feature for effect in self.effects for feature in effect]
-        fits = all(0 <= feature < input_dim for feature in named) and len(set(named)) == len(named)
-        require(fits, "NonCentred", "effects", f"name features below {input_dim} once each", self.effects)
+        for argument, value, features in (("effects", self.effects, named), ("parents", self.parents, self.parents)):
+            fits = all(0 <= feature < input_dim for feature in features) and len(set(features)) == len(features)
+            require(fits, "NonCentred", argument, f"name features below {input_dim} once each", value)
         sizes = sorted({len(effect) for effect in self.effects})
         of_size = [torch.tensor([effect for effect in self.effects if len(effect) == size]).T for size in sizes]
-        self.groups = nn.ModuleList(Effects(input_dim, columns) for columns in of_size)  # type: ignore[assignment]
-        self.loc = nn.Parameter(torch.eye(input_dim))
+        groups = [Effects(columns, len(self.parents)) for columns in of_size]
+        self.groups = nn.ModuleList(groups)  # type: ignore[assignment]
+        self.loc = nn.Parameter(torch.eye(input_dim)) if chained else None
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -172,13 +187,14 @@ class NonCentred(TwoWay, VectorTransform):
         for group in self.groups:
             for parameter in group.parameters():
                 parameter.zero_()
-        nn.init.eye_(self.loc)
+        if self.loc is not None:
+            nn.init.eye_(self.loc)
 
     def set_potentials(self, y: Tensor, precision: Tensor) -> None:
         """Set the potentials by the mean of the features y, ``(D,)``, and the precision of x, ``(D, D)``."""
-        e = torch.linalg.solve_triangular(self.loc, y.unsqueeze(-1), upper=False, unitriangular=True).squeeze(-1)
+        e = self._unchained(y.unsqueeze(-1)).squeeze(-1)
         for group in self.groups:
-            group.set_potentials(e, precision)
+            group.set_potentials(e, e[self.parents], precision)
 
     def drop_potentials(self) -> None:
         """Set all potentials to zero, so that x are effects in units of their priors."""
@@ -186,21 +202,27 @@ class NonCentred(TwoWay, VectorTransform):
             group.drop_potentials()
 
     def _map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        flat, matrix = value.reshape(-1, self.input_dim).T, self.loc.detach()
-        if inverse:
-            flat = torch.linalg.solve_triangular(matrix, flat, upper=False, unitriangular=True)
+        flat = value.reshape(-1, self.input_dim).T
+        flat = self._unchained(flat) if inverse else flat
         found, log_det = flat, flat.new_zeros(flat.shape[1])
         for _ in range(1 if inverse else self.levels):
-            found, log_det = self._level(flat, found, inverse)
-        found = found if inverse else matrix @ found
+            found, log_det = self._level(flat, found[self.parents], inverse)
+        if self.loc is not None and not inverse:
+            found = self.loc.detach() @ found
         return found.T.reshape(value.shape), (-log_det if inverse else log_det).reshape(value.shape[:-1])
 
-    def _level(self, flat: Tensor, e: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Map all effects once, each ``(D, N)``, given the features that their priors depend on."""
+    def _level(self, flat: Tensor, parents: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map all effects once, among features ``(D, N)``."""
         found, log_det = flat, flat.new_zeros(flat.shape[1])
         for group in self.groups:
             columns = group.columns.flatten()
             value = flat[columns].reshape(*group.columns.shape, -1)
-            mapped, change = group.map(value, flat if inverse else e, inverse)
+            mapped, change = group.map(value, parents, inverse)
             found, log_det = found.index_copy(0, columns, mapped.flatten(0, 1)), log_det + change
         return found, log_det
+
+    def _unchained(self, y: Tensor) -> Tensor:
+        """Return e, given y, each ``(D, N)``."""
+        if self.loc is None:
+            return y
+        return torch.linalg.solve_triangular(self.loc.detach(), y, upper=False, unitriangular=True)
