@@ -452,6 +452,19 @@ def test_what_is_no_number_is_not_trusted():
         assert worst(judge(seen)) == verdict
 
 
+@pytest.mark.parametrize(("number", "verdict"), [(1, "do not trust"), (400, "reweight")])
+def test_one_of_many_numbers_may_differ_between_chains_and_weights(number, verdict):
+    """The first mean is off, as both show.  Another differs by 3.6 standard errors, which one of 400 may."""
+    zero, noise = torch.zeros(1 + number), torch.full((1 + number,), 0.025)
+    error = zero.index_fill(0, torch.tensor(0), 0.3)
+    weighted = Drift(error, noise / 5, 1 + zero, noise / 5)
+    chains = Drift(error.index_fill(0, torch.tensor(1), 0.092), noise, 1 + zero, noise)
+    psis, shapes = check(banana, banana).psis, 2 * (Shape(torch.zeros(2), torch.full((2,), 0.01)),)
+    names = [str(place) for place in range(1 + number)]
+    seen = Measurements(psis, chains, chains, weighted, shapes, names, Missing(0.0, 0.0), zero, [0.8])
+    assert worst(judge(seen)) == verdict
+
+
 @pytest.mark.slow
 def test_a_prior_that_breaks_down_does_no_harm():
     """Some draws of the prior are not valid correlations."""

@@ -230,6 +230,13 @@ def test_a_hard_edge_is_met_by_a_population():
 # The guide.
 
 
+def effects(y):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("row", len(y)):
+        x = pyro.sample("x", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
 def test_a_guide_is_chosen_from_the_model():
     def chosen(model, *args):
         return type(_choose(model, args, {}, None)[1]).__name__
@@ -238,6 +245,8 @@ def test_a_guide_is_chosen_from_the_model():
     assert chosen(sampling(x=normals(600))) == "AutoStructuredFlow"
     assert chosen(local, torch.randn(30)) == "AutoFlow"
     assert chosen(local, torch.randn(30), 5) == "AutoPlateFlow"
+    assert chosen(local, torch.randn(300)) == "AutoStructuredFlow"  # the scale of its effects is known
+    assert chosen(effects, torch.randn(300)) == "AutoFlow"
 
 
 def test_rows_of_a_subsampled_plate_are_all_drawn_and_not_trusted():

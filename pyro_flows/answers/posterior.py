@@ -30,7 +30,7 @@ from .record import Posterior, Question
 from .stages import Judged, Stages
 
 CALLER = "posterior"
-MANY = 256  # numbers in all latents; with 218 an AutoFlow is trusted, with 302 in groups the other guide is faster
+MANY = 256  # latents beyond which a structured guide is faster, unless nearly all are effects of a hierarchy
 
 
 @runs_programs
@@ -57,7 +57,8 @@ def posterior(
         guide: A guide, or a class or function that makes one from the model.  A guide itself is taken as it is, unless
             it is known to be untrained: a guide of pyro_flows, or a Pyro ``AutoGuide`` that was never called.
             The default is an :class:`~pyro_flows.AutoFlow`, an :class:`~pyro_flows.AutoStructuredFlow` for many latents
-            with a structure, and an :class:`~pyro_flows.AutoPlateFlow` if latents lie in a subsampled plate.
+            without a hierarchy of normal effects, and an :class:`~pyro_flows.AutoPlateFlow` if latents lie in a
+            subsampled plate.
         progress: Whether to show progress bars, and what each stage finds.
         **kwargs: The model's keyword arguments.
 
@@ -181,8 +182,7 @@ def _suited(program: Program, trace: Trace) -> Any:
             raise
         fault = "the model must have a continuous latent site, got none"
         raise ValueError(f"{CALLER}: {fault}. Sum discrete latents by pyro.infer.infer_discrete.") from error
-    is_joint = found.latent_dim <= MANY or found.flow.units is not None
-    return found if is_joint else AutoStructuredFlow(program)
+    return found if found.latent_dim <= MANY or found.is_of_effects else AutoStructuredFlow(program)
 
 
 def _trace(program: Program) -> Trace:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Judgement:
         lost: The largest share of the posterior's mass that a trusted guide may miss.
         collapsed: The missing share from which a guide that lacks a neck lacks the rest as well.
         khat: The k-hat beyond which weights have no mean.
+        chance: The chance that chains and weights that agree are taken to differ.
     """
 
     doubt: float = 2.5
@@ -39,6 +41,7 @@ class Judgement:
     lost: float = 0.05
     collapsed: float = 0.5
     khat: float = 1.0
+    chance: float = 0.0027
 
 
 JUDGEMENT = Judgement()
@@ -237,7 +240,8 @@ def _agree(chains: Drift, weighted: Drift) -> bool:
     """Return True if chains and weights show the same errors."""
     apart, noise = (chains.signed - weighted.signed).abs(), chains.noise.hypot(weighted.noise)
     size = 1 + weighted.errors  # large errors need only agree in proportion
-    is_apart = (apart > TOLERANCE.flag * size) & (apart > 3 * noise)
+    level = NormalDist().inv_cdf(1 - JUDGEMENT.chance / 2 / apart.numel())  # one of many numbers may be apart by 3
+    is_apart = (apart > TOLERANCE.flag * size) & (apart > level * noise)
     return not bool(is_apart.any()) and bool((weighted.noise < TOLERANCE.right * size).all())
 
 

@@ -81,7 +81,8 @@ def fit_svi(
             suits the guide and the Gaussian from which it starts, and an ``AutoFlow`` that has converged takes fewer
             (see *Choosing a flow* in the docs).  ``"for_weights"`` is for an ``AutoFlow`` whose draws will be weighted,
             as by :func:`~pyro_flows.psis`.  The fit then ends soon after a quarter of them is effective and their k-hat
-            is below about 0.5.  For 50 latents that is several times sooner.  Other guides take their default number.
+            is below about 0.5.  For 50 latents that is several times sooner, and at once if this holds at the start.
+            Other guides take their default number.
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``.  The default is a ``PathELBO`` with
             ``num_particles`` vectorised draws.  If latents are angles, it is a ``Trace_ELBO``, since the scores of
             steep splines make path gradients too noisy.  Each of several processes takes all its draws and minibatches,

@@ -45,9 +45,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
     A is a matrix for up to 64 unconstrained latents, and a scale for each beyond.  It starts at ``init_scale``, and F
     at ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It has all correlations for up to 4096 latents, and beyond
     those along up to 512 directions.  Beyond 512 latents F also bends each latent by a learned spline.
-    Up to there the effects of a hierarchy are in units of their priors, times Gaussian potentials: F is then followed
-    by a :class:`~pyro_flows.transforms.NonCentred`.  The guide is a Pyro ``AutoContinuous``: it works with any ELBO in
-    SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
+    Up to 1,200 latents the effects of a hierarchy are in units of their priors, times Gaussian potentials: F is then
+    followed by a :class:`~pyro_flows.transforms.NonCentred`.  The guide is a Pyro ``AutoContinuous``: it works with any
+    ELBO in SVI, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam``.
     Latents on circles get circular splines.  These are von Mises latents, and latents on intervals marked
     ``infer={"periodic": True}``.
 
@@ -161,6 +161,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def moves(self) -> bool:
         """True if the supports of some latents depend on other latents."""
         return self._engine is not None
+
+    @property
+    def is_of_effects(self) -> bool:
+        """True if all but few latents are effects in units of their priors, which are independent given these few."""
+        units = self.flow.units
+        if units is None or units.chained:
+            return False
+        return self.latent_dim - sum(map(len, units.effects)) <= LIMITS.quick
 
     @property
     def draws_from_flow(self) -> bool:

@@ -19,6 +19,8 @@ from .packing import Packing
 
 DEEPEST = 4  # effects in a chain; each takes a pass over all latents
 LARGEST = 4  # numbers of an effect that has correlations; more are effects of one number each
+WIDEST = 256  # numbers of a multivariate normal; of more the scales take too long to differentiate
+AT_ONCE = 256  # numbers that are differentiated at once, for memory
 
 
 class Prior(NamedTuple):
@@ -76,10 +78,11 @@ def _numbers(fn: Any, value: Tensor) -> Tensor | None:
     fn = innermost(fn)
     fn = fn.base_dist if isinstance(fn, LogNormal) else fn
     known = loc_and_scale_of(fn)
-    if known is None:
+    is_joint = isinstance(fn, MultivariateNormal)
+    if known is None or (is_joint and value.shape[-1] > WIDEST):
         return None
     loc, scale = (part.expand(value.shape) for part in known)
-    if not isinstance(fn, MultivariateNormal) or (size := value.shape[-1]) > LARGEST:
+    if not is_joint or (size := value.shape[-1]) > LARGEST:
         return torch.stack([loc.reshape(-1), scale.log().reshape(-1)], -1)
     parts = [loc.reshape(-1, size), scale.log().reshape(-1, size)]
     factor = (fn.scale_tril / known[1].unsqueeze(-1)).expand(*value.shape, size).reshape(-1, size, size)
@@ -91,8 +94,9 @@ def _linear(numbers: Tensor, z: Tensor) -> Tensor:
     flat = numbers.reshape(-1)
     slopes = flat.new_zeros(len(flat), len(z))
     if flat.requires_grad:
-        eye = torch.eye(len(flat)).to(z)
-        (slopes,) = torch.autograd.grad(flat, z, eye, is_grads_batched=True, retain_graph=True, materialize_grads=True)
+        given = {"is_grads_batched": True, "retain_graph": True, "materialize_grads": True}
+        parts = torch.eye(len(flat)).to(z).split(AT_ONCE)
+        slopes = torch.cat([torch.autograd.grad(flat, z, part, **given)[0] for part in parts])
     level = flat.detach() - slopes @ z.detach()
     return torch.cat([slopes, level.unsqueeze(-1)], -1).reshape(*numbers.shape, -1)
 
