@@ -71,14 +71,15 @@ def test_a_run_for_a_looser_end_looks_at_draws_whatever_its_losses_are():
 
 
 def test_a_start_whose_draws_can_be_weighted_takes_few_steps():
-    horizon = Horizon(STEPS, NOISE, is_good=lambda: True, near=math.inf)
-    horizon.begin()
+    horizon = Horizon(STEPS, NOISE, near=math.inf)
+    horizon.begin(lambda: True)
     taken = shares(horizon, LOUD)
     assert (horizon.reason_to_stop(len(taken), stale=False, interrupted=False), len(taken)) == ("weights", FEWEST)
     assert max(taken) <= Horizon(STEPS, 0.0).share(FEWEST)
-    by_losses = Horizon(STEPS, NOISE, is_good=lambda: pytest.fail("the gap is not known yet"))
-    by_losses.begin()
-    assert by_losses.converged_at is None
+    for is_ready in (None, lambda: False):
+        horizon = Horizon(STEPS, NOISE, near=math.inf)
+        horizon.begin(is_ready)
+        assert horizon.last == STEPS
 
 
 def test_a_resumed_run_keeps_what_draws_have_shown():

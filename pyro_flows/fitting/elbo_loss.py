@@ -129,8 +129,8 @@ LEAST, MOST, SHARP = 10, 50, 0.01
 # by more than CLOSE standard deviations, and no standard deviation by more than that share.
 LOOKED_AT, LIGHT, CLOSE = 2048, 0.4, 0.05
 # Draws can be weighted if at least the share ENOUGH of them is effective.  The larger this share, the heavier the tail
-# may be: k-hat is below LIGHTEST plus LENIENT times the share.
-ENOUGH, LIGHTEST, LENIENT = 0.25, 0.45, 0.25
+# may be: k-hat is below LIGHTEST plus LENIENT times the share.  At the start it must be below LIGHTER.
+ENOUGH, LIGHTEST, LENIENT, LIGHTER = 0.25, 0.45, 0.25, 0.3
 
 
 class ELBOLoss:
@@ -250,6 +250,10 @@ class ELBOLoss:
         """True if draws of a flow, whose loss is joint, can be weighted: their tail and their effective number."""
         return self._is_shown(lambda z, log_weights: is_steady(log_weights))
 
+    def is_ready(self) -> bool:
+        """The same of the start, with a lighter tail: the first steps are worth more than those after them."""
+        return self._is_shown(lambda z, log_weights: is_steady(log_weights, LIGHTER, 0.0))
+
     @torch.no_grad()
     def _is_shown(self, by: Callable[[Tensor, Tensor], bool]) -> bool:
         with unchanged():
@@ -274,13 +278,13 @@ class ELBOLoss:
         return self.trained
 
 
-def is_steady(log_weights: Tensor) -> bool:
+def is_steady(log_weights: Tensor, least: float = LIGHTEST, lenient: float = LENIENT) -> bool:
     """True if log-weights, ``(S,)``, have a light tail and a large effective share."""
     if not log_weights.isfinite().all():
         return False
     smoothed, khat = smooth(log_weights)
     share = 1 / float(smoothed.exp().square().sum()) / len(smoothed)
-    return share > ENOUGH and khat < LIGHTEST + LENIENT * share
+    return share > ENOUGH and khat < least + lenient * share
 
 
 def is_close(z: Tensor, log_weights: Tensor) -> bool:

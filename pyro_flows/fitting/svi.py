@@ -253,6 +253,7 @@ class ELBOFit:
                 lambda: culprit(task),
                 companions=loss.companions,
                 is_good=(loss.can_be_weighted if self.for_weights else loss.is_good) if alone else None,
+                is_ready=loss.is_ready if self.for_weights and alone else None,
             )
             fit = descent.fit()
             if alone:  # graphs hold the units of training

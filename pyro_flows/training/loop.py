@@ -211,6 +211,7 @@ class Descent:
         judge: Judges states by held-out data; None to judge them by the running loss.
         is_good: Returns True, in all processes, if draws of the present state show that the run has converged; None to
             go by the losses alone.
+        is_ready: The same of draws of the start, after which few steps follow.
 
     Raises:
         ValueError: If the checkpoint is one of another run, or several processes do not fit the same.
@@ -225,6 +226,7 @@ class Descent:
     companions: Sequence[Any] = ()
     judge: HeldOut | None = None
     is_good: Callable[[], bool] | None = None
+    is_ready: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         keep_memory()
@@ -316,7 +318,7 @@ class Descent:
         try:
             with bar, hold_interrupts(0.0 if alone else AGAIN) as asked, using(1):
                 if not self.step:
-                    self.horizon.begin()
+                    self.horizon.begin(self.is_ready)
                 while not stopped:
                     with self.threads.turn(1):
                         interrupted, due = self._take_step(asked)

@@ -7,8 +7,8 @@ A run ends early once it has converged.  Near the posterior the log-weights of d
 the gap between the ELBO and the log evidence.  A mean over K draws has the variance v / K.  So the standard deviation
 of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more than its
 noise has not converged.  If rounding hides the noise, the run takes all steps.  Draws may show that a run has converged
-at a somewhat larger gap.  A run for a looser end looks at draws whatever the losses are: first before the first step,
-in case the start is good enough, and then less and less often.
+at a somewhat larger gap.  A run for a looser end looks at draws whatever the losses are, but less and less often.  It
+also looks at those of the start, which may be good enough.
 """
 
 import math
@@ -70,9 +70,9 @@ class Horizon:
         further = max(FINISH, int(SHARE * self.converged_at)) if self.converged_at else FEWEST
         return min(self.steps, self.converged_at + further)
 
-    def begin(self) -> None:
-        """Ask draws of the start, if they may end the run at any gap."""
-        if self.noise and self._is_good is not None and math.isinf(self._near) and self._is_good():
+    def begin(self, is_ready: Callable[[], bool] | None) -> None:
+        """Ask draws of the start whether it is good enough."""
+        if self.noise and is_ready is not None and is_ready():
             self.converged_at, self.by_draws = 0, True
 
     def observe(self, losses: list[float]) -> None:
