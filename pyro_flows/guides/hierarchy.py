@@ -60,17 +60,14 @@ def _priors(call: Call, packing: Packing) -> list[Prior]:
     with torch.enable_grad(), poutine.block(), outside_plates(), call.same_draws():
         z = packing.start.clone().requires_grad_()
         nodes = trace_of(poutine.condition(model, data=packing.values(z)), call.args, call.kwargs).nodes
-        first, found = 0, list[tuple[Tensor, Tensor]]()
+        first, found = 0, list[Prior]()
         for name, part in packing.parts.items():
-            if (
-                name in nodes
-                and part.present is None
-                and (numbers := _numbers(nodes[name]["fn"], part.start)) is not None
-            ):
+            numbers = _numbers(nodes[name]["fn"], part.start) if name in nodes and part.present is None else None
+            if numbers is not None:
                 columns = torch.arange(first, first + part.size).reshape(len(numbers), -1)
-                found.append((columns, numbers))
+                found.append(Prior(columns, _linear(numbers, z)))
             first += part.size
-        return [Prior(columns, _linear(numbers, z)) for columns, numbers in found]
+        return found
 
 
 def _numbers(fn: Any, value: Tensor) -> Tensor | None:

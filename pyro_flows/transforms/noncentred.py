@@ -77,14 +77,11 @@ class Effects(nn.Module):
         The log-determinant, ``(N,)``, is that of the way to effects.
         """
         loc, scale = self.priors(parents)
-        of_rows = (part.detach().movedim(0, -1).unsqueeze(-1).unbind() for part in (self.precision, self.field))
-        precision, field = of_rows
-        rows = [row.unbind() for row in precision]  # entries (R, 1)
-        pull = [
-            h - total(entry * m for entry, m in zip(row, loc, strict=True)) for h, row in zip(field, rows, strict=True)
-        ]
-        c = cholesky_of_one_plus(congruent(scale, rows))
-        shift = solve(c, transposed_times(scale, pull))
+        precision = [[part.unsqueeze(-1) for part in row.unbind(-1)] for row in self.precision.detach().unbind(1)]
+        field = [part.unsqueeze(-1) for part in self.field.detach().unbind(-1)]  # numbers (R, 1)
+        moved = [total(entry * m for entry, m in zip(row, loc, strict=True)) for row in precision]  # Λ m
+        c = cholesky_of_one_plus(congruent(scale, precision))
+        shift = solve(c, transposed_times(scale, [h - move for h, move in zip(field, moved, strict=True)]))
         if inverse:
             unit = solve(scale, [number - m for number, m in zip(value, loc, strict=True)])
             found = [number - move for number, move in zip(transposed_times(c, unit), shift, strict=True)]
