@@ -28,6 +28,7 @@ from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, Shape, SpreadMeter, weighted_drift
 from pyro_flows.diagnostics.findings import judge, worst
 from pyro_flows.diagnostics.measurements import Measurements
+from pyro_flows.diagnostics.missing_modes import is_resolved
 from pyro_flows.diagnostics.unreached import Missing
 from pyro_flows.programs import Program
 from pyro_flows.programs.density import Density
@@ -450,6 +451,20 @@ def test_what_is_no_number_is_not_trusted():
         missing = Missing(0.0, 0.0)
         seen = Measurements(psis, chains, right, right, shapes, ["x"], missing, torch.zeros(1), [0.8])
         assert worst(judge(seen)) == verdict
+
+
+def test_a_density_of_rounding_errors_holds_no_mass():
+    """A beta distribution of concentration 1e24 has log-densities of 1e10 nats, and more with another last digit."""
+
+    def density(z):
+        concentration = z[:, 1].exp()
+        return dist.Beta(0.7 * concentration, 0.3 * concentration).log_prob(z[:, 0].sigmoid())
+
+    spike = torch.distributions.Normal(1.0, 1e-9)
+    z = torch.tensor([[0.8, 55.0], [0.8, 2.0]], dtype=torch.float64)
+    assert is_resolved(density, z).tolist() == [False, True]
+    assert is_resolved(density, z[:0]).tolist() == []
+    assert is_resolved(lambda z: spike.log_prob(z[:, 0]), torch.ones(1, 1, dtype=torch.float64)).all()
 
 
 @pytest.mark.parametrize(("number", "verdict"), [(1, "do not trust"), (400, "reweight")])

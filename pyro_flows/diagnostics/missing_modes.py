@@ -59,6 +59,7 @@ class Search:
         seconds: The time to search; half of it to anneal.
         starts: Gradient ascents.
         surprise: Nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20.
+        digits: Rounding errors by which a place is moved to see whether its density is resolved.
         faint: Nats per coordinate by which a wide mode may be lower than the guide's.
         least: Nats of evidence by which a matched Gaussian may be below the guide.
         modes: The most modes with a fitted distribution.
@@ -90,6 +91,7 @@ class Search:
     seconds: float = 20.0
     starts: int = 64
     surprise: float = 3.0
+    digits: tuple[float, ...] = (-16.0, -7.0, 5.0, 12.0)
     faint: float = 20.0
     least: float = 8.0
     modes: int = 32
@@ -207,7 +209,23 @@ def _lacking(
     with torch.no_grad():
         heights = density(found)
     lacking = found[covered.lacks(found, heights) & (heights > faint)]
+    lacking = lacking[is_resolved(density, lacking)]
     return lacking[torch.randperm(len(lacking))[: SEARCH.few]] if alone else lacking, population is None
+
+
+@torch.no_grad()
+def is_resolved(density: LogDensity, z: Tensor) -> Tensor:
+    """Return True for the places whose log-density hardly changes with their last digits, ``(n,)``.
+
+    Elsewhere it is a difference of numbers that are too large, such as those of a beta distribution whose
+    concentration is 1e20.  Such noise may exceed the posterior by many nats, and no mode is that narrow.
+    """
+    if not len(z):
+        return torch.ones(0, dtype=torch.bool, device=z.device)
+    moves = torch.tensor(SEARCH.digits).to(z).view(-1, 1, 1) * torch.finfo(z.dtype).eps
+    nearby = z * (1 + moves)
+    change = density(nearby.flatten(0, 1)).view(len(moves), -1) - density(z)
+    return (change.abs() < SEARCH.surprise).all(0)
 
 
 class Covered(NamedTuple):
@@ -348,6 +366,10 @@ def _fitted(
     """Return a distribution around each of the modes of some points."""
     around = White(places) if len(places) > places.shape[1] else white
     ends = ascend(density, around, places, budget.is_spent)
+    kept = is_resolved(density, ends)
+    if not kept.any():
+        return []
+    places, ends = places[kept], ends[kept]
     with torch.no_grad():
         heights = _known(density(ends))
     labels, dim = components(density, around, ends), places.shape[1]
@@ -377,6 +399,8 @@ def _missed(space: Density, density: LogDensity, draws: Drawn, fitted: list[Mult
     places = torch.cat((draws.z, *probes))
     log_p = torch.cat((draws.log_p, *map(density, probes)))
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))
+    suspect = (log_p > draws.log_p.max()).nonzero().flatten()
+    log_p[suspect[~is_resolved(density, places[suspect])]] = -math.inf
     sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
     log_proposals = torch.stack([own, *(proposal.log_prob(places) for proposal in fitted)])
     log_weights = _known(log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0))
