@@ -261,7 +261,8 @@ def quantiles(values: list[float], form: str) -> str:
     """Return the median, the upper quartile, the 90 % quantile and the largest value in words."""
     levels = [0.5, 0.75, 0.9, 1.0]
     ranked = sorted(values)
-    return " / ".join(f"{ranked[math.ceil(level * len(ranked)) - 1]:{form}}" for level in levels) if ranked else "–"
+    found = [ranked[math.ceil(level * len(ranked)) - 1] for level in levels] if ranked else []
+    return " / ".join(f"{value:{form}}" if math.isfinite(value) else "stopped" for value in found) or "–"
 
 
 def summary(names: list[str], found: dict[str, dict[str, list[Row]]]) -> list[str]:
@@ -326,8 +327,9 @@ def line(name: str, found: dict[str, list[Row]], facts: Row) -> str:
         cells += ["–", "–"]
     times = {method: seconds_of(found[method]) for method in METHODS}
     cells += [f"{times[method]:.1f}" for method in METHODS]
-    cells += [f"{seconds_of(mine) / times[NUMPYRO]:.2f}", f"{middle(mine, 'megabytes'):.0f}"]
-    return "| " + " | ".join(cells).replace("nan", "–").replace("inf", "–") + " |"
+    ratio = seconds_of(mine) / times[NUMPYRO] if math.isfinite(times[NUMPYRO]) else math.nan
+    cells += [f"{ratio:.2f}", f"{middle(mine, 'megabytes'):.0f}"]
+    return "| " + " | ".join("–" if cell in ("nan", "inf", "") else cell for cell in cells) + " |"
 
 
 def page(rows: list[Row]) -> str:
@@ -336,7 +338,7 @@ def page(rows: list[Row]) -> str:
     facts = {row["posterior"]: row for row in read(references.FACTS)}
     halves = {half: [name for name in names if is_reported(name) is flag] for half, (flag,) in list(HALVES.items())[:2]}
     figures = [summary(of_half, found) for of_half in halves.values()]
-    threads = sorted({row["threads"] for row in rows})
+    threads = sorted({row["threads"] for row in rows if row["threads"]})
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpyro", "jax", "nutpie", "pyro-ppl"))
     one_sampler = [name for name in names if facts.get(name, {}).get("failed") == references.ONE_SAMPLER]
     without = [name for name in names if not references.is_sound(facts.get(name, {}))]
@@ -349,7 +351,7 @@ def page(rows: list[Row]) -> str:
             "The code is tuned on one half; the other half is only reported.",
             "",
             "Reproduce with `python benchmarks/hundred.py run` and `python benchmarks/hundred.py nuts`. All runs are "
-            f"in double precision on {os.cpu_count()} cores, with {' or '.join(threads)} threads. torch "
+            f"in double precision on {os.cpu_count()} cores, with {' or '.join(threads)} thread(s). torch "
             f"{torch.__version__}, {versions}, Python {platform.python_version()}.",
             "",
             "* *k-hat*: that of the first fit.",
@@ -361,7 +363,8 @@ def page(rows: list[Row]) -> str:
             "* *cold*, *warm*, *NumPyro*: seconds from the model to the answer; ours are warm if an earlier run has "
             "compiled the graphs. The ratio takes *warm*, or *cold* without a warm run. NumPyro runs four chains, in "
             "sequence with one thread, and again with twice as many draws until R-hat is at most 1.01 and the ESS at "
-            "least 400. It runs loops over time as the model has them, without `scan`.",
+            "least 400. It runs loops over time as the model has them, without `scan`. Our runs of the two halves "
+            "shared the two cores with each other and, for some of the time, with tests.",
             "* *MB*: the largest memory of the process.",
             "* A dash: there is no reference, no run, or a run was stopped.",
             "",
@@ -408,7 +411,7 @@ def picture(rows: list[Row], path: Path) -> None:
         filled = {"facecolors": "C0" if is_reported(name) else "none", "edgecolors": "C0"}
         left.scatter(seconds_of(found[NUMPYRO]), seconds_of(mine), **filled)
         right.scatter(middle(mine, "khat"), middle(mine, "worst_error"), **filled)
-    left.axline((1, 1), (10, 10), color="0.6", lw=1)
+    left.axline((10, 10), (20, 20), color="0.6", lw=1)
     left.set(xscale="log", yscale="log", xlabel="NumPyro, seconds", ylabel="pf.posterior, seconds")
     right.axhline(ERROR, color="0.6", lw=1, ls=":")
     right.axvline(RELIABLE, color="0.6", lw=1, ls=":")
