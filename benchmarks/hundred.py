@@ -340,7 +340,7 @@ def page(rows: list[Row]) -> str:
     figures = [summary(of_half, found) for of_half in halves.values()]
     threads = sorted({row["threads"] for row in rows if row["threads"]})
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpyro", "jax", "nutpie", "pyro-ppl"))
-    one_sampler = [name for name in names if facts.get(name, {}).get("failed") == references.ONE_SAMPLER]
+    one_sampler = sum(facts.get(name, {}).get("failed") == references.ONE_SAMPLER for name in names)
     without = [name for name in names if not references.is_sound(facts.get(name, {}))]
     return "\n".join(
         [
@@ -389,8 +389,7 @@ def page(rows: list[Row]) -> str:
             "## Limits",
             "",
             "* A reference is exact, comes from posteriordb, or from a NUTS with an ESS of 4,000 that nutpie confirms.",
-            f"* Only one sampler has ended: {', '.join(one_sampler) or 'none'}.",
-            f"* Without a reference: {', '.join(without) or 'none'}.",
+            f"* {len(without)} have no reference; of {one_sampler} of them only one sampler has ended.",
             "* Of a site with more than 300 numbers, 300 are compared.",
             "* Numbers with heavy tails are compared after an asinh, since their standard deviation may be infinite.",
             "",

@@ -20,7 +20,6 @@ from .packing import Packing
 DEEPEST = 4  # effects in a chain; each takes a pass over all latents
 LARGEST = 4  # numbers of an effect that has correlations; more are effects of one number each
 WIDEST = 256  # numbers of a multivariate normal; of more the scales take too long to differentiate
-AT_ONCE = 256  # numbers that are differentiated at once, for memory
 
 
 class Prior(NamedTuple):
@@ -87,13 +86,17 @@ def _numbers(fn: Any, value: Tensor) -> Tensor | None:
 
 
 def _linear(numbers: Tensor, z: Tensor) -> Tensor:
-    """Return the coefficients of numbers, ``(R, K)``, in the D latents and in 1, ``(R, K, D + 1)``."""
+    """Return the coefficients of numbers, ``(R, K)``, in the D latents and in 1, ``(R, K, D + 1)``.
+
+    Two backward passes per latent that matters are fewer than one per number, and import nothing large.
+    """
     flat = numbers.reshape(-1)
     slopes = flat.new_zeros(len(flat), len(z))
     if flat.requires_grad:
-        given = {"is_grads_batched": True, "retain_graph": True, "materialize_grads": True}
-        parts = torch.eye(len(flat)).to(z).split(AT_ONCE)
-        slopes = torch.cat([torch.autograd.grad(flat, z, part, **given)[0] for part in parts])
+        share = torch.arange(1.0, len(flat) + 1).to(flat).sqrt().requires_grad_()  # no sums of such roots cancel
+        (pull,) = torch.autograd.grad((flat * share).sum(), z, create_graph=True, materialize_grads=True)
+        for column in pull.nonzero().ravel().tolist():
+            (slopes[:, column],) = torch.autograd.grad(pull[column], share, retain_graph=True)
     level = flat.detach() - slopes @ z.detach()
     return torch.cat([slopes, level.unsqueeze(-1)], -1).reshape(*numbers.shape, -1)
 
