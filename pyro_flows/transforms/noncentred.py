@@ -125,8 +125,8 @@ class NonCentred(TwoWay, VectorTransform):
 
         e = E(x; e),    y = W e
 
-    E maps each effect by its :class:`Effects`, given its parents among e, and leaves other features as they are.  W is
-    the identity, or unit triangular and set: it joins effects whose locations form a long chain.
+    E maps each effect by its prior and its potential, given its parents among e, and leaves other features as they are.
+    W is the identity, or unit triangular and set: it joins effects whose locations form a long chain.
 
     Args:
         input_dim: The number D of features.
@@ -136,7 +136,7 @@ class NonCentred(TwoWay, VectorTransform):
         chained: True for a matrix W.
 
     Attributes:
-        groups: The :class:`Effects` of each size.
+        groups: The priors and potentials of the effects of each size.
         loc: The matrix W, ``(D, D)``; None for the identity.
 
     Raises:
